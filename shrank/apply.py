@@ -1,0 +1,130 @@
+"""Carrying out a plan, reading one off a model, and going back to dense."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from . import surgery
+from .ced import CED
+from .led import LEDConv1D
+from .linalg import FactorizationError, Shape, factorize
+from .plan import LayerPlan, RankPlan
+from .progress import track
+from .surgery import Site, walk
+from .targets import LOW_RANK, dense_twin, target, why_not, with_groups
+
+PLAN_ATTRIBUTE = "shrank_plan"
+_log = logging.getLogger("shrank")
+
+
+@torch.no_grad()
+def apply(model: nn.Module, plan: RankPlan) -> nn.Module:
+    """Replace the planned layers in place, initialised from their weights, and return the root.
+
+    The plan that was carried out, with the errors found, becomes `model.shrank_plan`. Raises ValueError, before anything
+    is changed, if the plan does not fit the model. A layer whose factorisation fails stays dense, with a warning.
+    """
+    done = {layer.fqn: layer for layer in plan}
+    for site, layer in track(_resolve(model, plan), "factorising"):
+        found = target(site.module)
+        try:
+            factors = factorize(found.matrices(layer.shape), layer.rank // layer.shape.down_groups)
+        except FactorizationError as error:
+            warnings.warn(f"{layer.fqn} stays dense: {error}", stacklevel=2)
+            done[layer.fqn] = replace(layer, rank=None, error=None, reason=str(error))
+            continue
+        twin = found.twin(layer.rank, layer.shape, device=torch.device("meta"))
+        found.set_factors(twin, factors)
+        done[layer.fqn] = replace(layer, error=factors.relative_error)
+        model = surgery.replace(model, site, twin)
+    done = replace(plan, layers=tuple(done.values()))
+    _log.info("%s", done.summary)
+    return surgery.finish(model, **{PLAN_ATTRIBUTE: done})
+
+
+def attach_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
+    """Replace the planned layers by twins whose weights are not set: what loading a checkpoint fills.
+
+    Layers that are low-rank already, as planned, stay. Raises ValueError, before anything is changed, if the plan does
+    not fit the model.
+    """
+    for site, layer in _resolve(model, plan, loading=True):
+        model = surgery.replace(model, site, target(site.module).twin(layer.rank, layer.shape))
+    return surgery.finish(model)
+
+
+def describe(model: nn.Module) -> RankPlan:
+    """The plan that the low-rank layers of a model amount to, however they came about."""
+    layers = tuple(_describe_layer(site) for site in walk(model) if isinstance(site.module, LOW_RANK))
+    total = sum(p.numel() for p in model.parameters())
+    return RankPlan(layers, other_params=total - sum(layer.params_after for layer in layers))
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Turn every low-rank layer back into the dense layer it stands for, in place, and return the root."""
+    # Innermost first: a stage of a low-rank layer may be low-rank itself.
+    for site in reversed(walk(model, inside_low_rank=True)):
+        if isinstance(site.module, LOW_RANK):
+            model = surgery.replace(model, site, dense_twin(site.module))
+    return surgery.finish(model, **{PLAN_ATTRIBUTE: None})
+
+
+def _describe_layer(site: Site) -> LayerPlan:
+    layer = site.module
+    if isinstance(layer, CED):
+        kind = f"Conv{len(layer.kernel_size)}d"
+        shape = Shape(layer.out_channels, layer.in_channels * math.prod(layer.kernel_size), layer.dense_groups,
+                      layer.down_groups, layer.up_groups)
+    else:
+        kind = "Conv1D" if isinstance(layer, LEDConv1D) else "Linear"
+        shape = Shape(layer.out_features, layer.in_features)
+    return LayerPlan(site.fqn, kind, shape.dense_params, shape, layer.rank)
+
+
+def _resolve(model: nn.Module, plan: RankPlan, loading: bool = False) -> list[tuple[Site, LayerPlan]]:
+    """The sites of the planned layers; ValueError lists everything about the plan that does not fit the model."""
+    sites = {site.fqn: site for site in walk(model, inside_low_rank=not loading)}
+    jobs, problems = [], []
+    for layer in plan.low_rank:
+        site = sites.get(layer.fqn)
+        if site is None:
+            problems.append(f"{layer.fqn!r}: the model has no such layer")
+        elif loading and isinstance(site.module, LOW_RANK) and _same_structure(_describe_layer(site), layer):
+            continue
+        elif problem := _misfit(site, layer, loading):
+            problems.append(f"{layer.fqn!r}: {problem}")
+        else:
+            jobs.append((site, layer))
+    if problems:
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError("the plan does not fit the model:\n  " + "\n  ".join(problems[:10]) + more)
+    return jobs
+
+
+def _misfit(site: Site, layer: LayerPlan, loading: bool) -> str:
+    """What keeps this layer from being replaced as planned; '' if nothing does."""
+    found = target(site.module)
+    if found is None or not loading:
+        if reasons := [*site.why_not, *why_not(site.module)]:
+            return "; ".join(reasons)
+    if found.kind != layer.kind:
+        return f"it is a {found.kind} here and a {layer.kind} in the plan"
+    shape = with_groups(found.shape(), layer.rank, layer.shape.up_groups > 1)
+    if reason := found.why_not_grouped(shape):
+        return reason
+    if shape != layer.shape:
+        return f"it is {shape} here and {layer.shape} in the plan"
+    if layer.rank > shape.max_rank or layer.rank % shape.down_groups:
+        return f"rank {layer.rank} is not a multiple of {shape.down_groups} in 1..{shape.max_rank}"
+    return ""
+
+
+def _same_structure(here: LayerPlan, planned: LayerPlan) -> bool:
+    return (here.kind, here.shape, here.rank) == (planned.kind, planned.shape, planned.rank)

@@ -1,0 +1,132 @@
+"""CED: the low-rank twin of a convolution."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .led import checked_rank, reset_stages, set_stages
+from .merged_weight import merged_weight
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+class CED(nn.Module):
+    """A k-dimensional convolution into `rank` channels, then a pointwise one; x: (batch, in_channels, *spatial).
+
+    `kernel_size` is a tuple whose length (1, 2 or 3) sets the dimension. The first stage has min(rank, groups) groups;
+    the second one as many if `groups_out`, else one. Raises ValueError on a rank, kernel or grouping that does not fit.
+    Source: Winata et al., ICASSP 2020 (convolutional encoder-decoder: Cahyawijaya et al., Greenformer, 2021).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, rank: int | None = None,
+                 kernel_size: tuple[int, ...] | None = None, stride: int | tuple[int, ...] = 1,
+                 padding: int | tuple[int, ...] | str = 0, dilation: int | tuple[int, ...] = 1, groups: int = 1,
+                 groups_out: bool = False, padding_mode: str = "zeros", bias: bool = True,
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
+                 r: int | None = None) -> None:
+        super().__init__()
+        rank = checked_rank(rank, r)
+        if not isinstance(kernel_size, tuple | list) or len(kernel_size) not in CONVOLUTIONS:
+            raise ValueError(f"kernel_size must be a tuple of 1, 2 or 3 sizes, got {kernel_size!r}")
+        convolution = CONVOLUTIONS[len(kernel_size)]
+        self.dense_groups = groups
+        groups = min(rank, groups)
+        self.ced_unit = nn.Sequential(
+            convolution(in_channels, rank, tuple(kernel_size), stride, padding, dilation, groups, False,
+                        padding_mode, device=device, dtype=dtype),
+            convolution(rank, out_channels, 1, groups=groups if groups_out else 1, bias=bias, device=device,
+                        dtype=dtype),
+        )
+        fan_in = in_channels // groups * math.prod(kernel_size)
+        reset_stages(self.ced_unit, fan_in=fan_in, rank=rank // self.up_groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ced_unit(x)
+
+    @property
+    def down(self) -> Tensor:
+        """The first factor (rank, in_channels / down_groups, *kernel_size)."""
+        return self.ced_unit[0].weight
+
+    @property
+    def up(self) -> Tensor:
+        """The second factor (out_channels, rank / up_groups, 1, ...)."""
+        return self.ced_unit[1].weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.ced_unit[1].bias
+
+    @property
+    def rank(self) -> int:
+        return self.ced_unit[0].out_channels
+
+    @property
+    def in_channels(self) -> int:
+        return self.ced_unit[0].in_channels
+
+    @property
+    def out_channels(self) -> int:
+        return self.ced_unit[1].out_channels
+
+    @property
+    def down_groups(self) -> int:
+        return self.ced_unit[0].groups
+
+    @property
+    def up_groups(self) -> int:
+        return self.ced_unit[1].groups
+
+    @property
+    def groups(self) -> int:
+        """Groups of the equivalent convolution, whose kernel is `weight`: a dense second stage mixes all of them."""
+        return self.up_groups
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        return self.ced_unit[0].kernel_size
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        return self.ced_unit[0].stride
+
+    @property
+    def padding(self) -> tuple[int, ...] | str:
+        return self.ced_unit[0].padding
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        return self.ced_unit[0].dilation
+
+    @property
+    def padding_mode(self) -> str:
+        return self.ced_unit[0].padding_mode
+
+    @property
+    def weight(self) -> Tensor:
+        """The equivalent kernel (out_channels, in_channels / groups, *kernel_size), multiplied out when used."""
+        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        return merged_weight(shape, self.down, self.dense_weight, type(self).__name__)
+
+    def dense_weight(self) -> Tensor:
+        """The equivalent kernel, with `groups` groups."""
+        G, down, up = self.down_groups, self.down.flatten(1), self.up.flatten(1)
+        down = down.unflatten(0, (G, -1))                                   # (G, rank/G, in/G * kernel)
+        if self.up_groups == G:
+            kernel = (up.unflatten(0, (G, -1)) @ down).flatten(0, 1)        # (out, in/G * kernel)
+        else:
+            kernel = torch.einsum("ogr,grk->ogk", up.unflatten(1, (G, -1)), down).flatten(1)
+        return kernel.reshape(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    def set_factors(self, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
+        """Make down (rank, in/groups, *kernel), up (out, rank/up_groups, 1, ...) and bias the parameters, uncopied."""
+        set_stages(self.ced_unit, down, up, bias)
+
+    def __getitem__(self, stage: int) -> nn.Module:
+        return self.ced_unit[stage]
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, rank={self.rank}, kernel_size={self.kernel_size}"

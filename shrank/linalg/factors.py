@@ -1,0 +1,78 @@
+"""What a low-rank layer is as numbers: its shape, its cost, its two factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer as a matrix: N = out_features rows, K = in_features columns (in_channels x kernel for a convolution).
+
+    `groups` is the block structure of the dense layer; `down_groups` and `up_groups` that of its low-rank twin.
+    Every cost formula of the library is a method of this class. Costs count weights, not biases, which do not change.
+    """
+
+    out_features: int
+    in_features: int
+    groups: int = 1
+    down_groups: int = 1
+    up_groups: int = 1
+
+    @property
+    def dense_params(self) -> int:
+        return self.out_features * self.in_features // self.groups
+
+    def low_rank_params(self, rank: int) -> int:
+        return rank * (self.in_features // self.down_groups + self.out_features // self.up_groups)
+
+    def params(self, rank: int | None) -> int:
+        """Weights stored at this rank; None means dense."""
+        return self.dense_params if rank is None else self.low_rank_params(rank)
+
+    def flops(self, rank: int | None) -> int:
+        """Floating-point operations for one token (one output position of a convolution)."""
+        return 2 * self.params(rank)
+
+    @property
+    def break_even_rank(self) -> int:
+        """The largest rank that stores no more weights than the dense layer."""
+        return self.dense_params // self.low_rank_params(1)
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank that a truncated SVD of the twin's blocks can have; the twin is exact there."""
+        return self.down_groups * min(self.out_features // self.up_blocks, self.in_features // self.down_groups)
+
+    @property
+    def up_blocks(self) -> int:
+        """Into how many row blocks the approximated matrix falls: a group of inputs reaches only its own outputs
+        when the dense groups split evenly over the twin's, else every output."""
+        return self.down_groups if self.groups % self.down_groups == 0 else 1
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A rank-R approximation per group: down (G, R/G, K/G) and up (G, N/G, R/G), with `up @ down` the matrix.
+
+    `tail_error` is the Frobenius norm of what was cut off, `norm` that of the whole matrix.
+    """
+
+    down: Tensor
+    up: Tensor
+    tail_error: float
+    norm: float
+
+    @property
+    def relative_error(self) -> float:
+        return self.tail_error / self.norm if self.norm else 0.0
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0] * self.down.shape[1]
+
+    def merge(self) -> Tensor:
+        """The approximated matrices (G, N/G, K/G)."""
+        return self.up @ self.down

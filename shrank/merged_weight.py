@@ -1,0 +1,77 @@
+"""The dense weight of a low-rank layer, multiplied out only when somebody uses it.
+
+Model code reads `layer.weight` for its dtype, device or shape (T5, Mamba, MobileNet, Whisper) far more often than for
+its values. A tensor subclass answers the former for free and turns into the product for the latter.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+# Read-only attributes that the wrapper answers itself.
+_METADATA = {
+    getattr(Tensor, name).__get__
+    for name in ("dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_cuda", "is_meta", "is_sparse",
+                 "is_quantized", "is_leaf", "is_nested", "is_cpu", "itemsize", "nbytes", "grad")
+} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.is_floating_point,
+     Tensor.is_complex, Tensor.ndimension, Tensor.__len__}
+
+
+class MergedWeight(Tensor):
+    """Looks like the dense weight; any arithmetic on it uses the product of the factors, with their gradients."""
+
+    @staticmethod
+    def __new__(cls, shape: torch.Size, like: Tensor, merge: Callable[[], Tensor], owner: str) -> MergedWeight:
+        return Tensor._make_wrapper_subclass(
+            cls, shape, dtype=like.dtype, device=like.device, requires_grad=like.requires_grad
+        )
+
+    def __init__(self, shape: torch.Size, like: Tensor, merge: Callable[[], Tensor], owner: str) -> None:
+        self._merge, self._owner = merge, owner
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        target = next(iter((*args, *kwargs.values())), None)
+        if isinstance(target, cls) and _writes(func):
+            raise RuntimeError(
+                f"{target._owner}.weight is computed from its factors and cannot be changed in place: write to "
+                f"{target._owner}.down and .up, or merge the model first"
+            )
+        args, kwargs = tree_map(lambda x: x._product() if isinstance(x, cls) else x, (args, kwargs))
+        return func(*args, **kwargs)
+
+    # Wrapper subclasses must have one; it is reached only by code that switches __torch_function__ off.
+    __torch_dispatch__ = __torch_function__
+
+    def _product(self) -> Tensor:
+        warnings.warn(
+            f"the dense weight of a {self._owner} was multiplied out; if the model's forward does this at every call, "
+            "the layer gains nothing: leave it dense with exclude=",
+            stacklevel=7,
+        )
+        return self._merge()
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        return f"MergedWeight({tuple(self.shape)}, dtype={self.dtype}, device={self.device}, of={self._owner})"
+
+
+def merged_weight(shape: tuple[int, ...], like: Tensor, merge: Callable[[], Tensor], owner: str) -> Tensor:
+    """A tensor of this shape that is `merge()` when used. Compilers and tracers get the product itself, which they
+    drop where only its metadata is read."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return merge()
+    return MergedWeight(torch.Size(shape), like, merge, owner)
+
+
+def _writes(func: Callable) -> bool:
+    name = getattr(func, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name in ("__set__", "__setitem__")

@@ -1,0 +1,182 @@
+"""The plan: what happens to every layer and why, decided before anything is changed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .linalg import Shape
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: its rank, or None to stay dense, and the reason.
+
+    `size` counts its weights now, `error` is the expected relative error of the weight in Frobenius norm (None: not
+    computed); `shape` is None for layers of unsupported types.
+    """
+
+    fqn: str
+    kind: str
+    size: int
+    shape: Shape | None = None
+    rank: int | None = None
+    error: float | None = None
+    reason: str = ""
+
+    @property
+    def params_after(self) -> int:
+        return self.size if self.rank is None else self.shape.low_rank_params(self.rank)
+
+    @property
+    def grows(self) -> bool:
+        return self.params_after > self.size
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Every layer of a model that owns a weight matrix, with its decision; `other_params` counts everything else."""
+
+    layers: tuple[LayerPlan, ...]
+    other_params: int = 0
+
+    def __iter__(self) -> Iterator[LayerPlan]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, fqn: str) -> LayerPlan:
+        for layer in self.layers:
+            if layer.fqn == fqn:
+                return layer
+        raise KeyError(f"the plan has no layer {fqn!r}")
+
+    @property
+    def low_rank(self) -> tuple[LayerPlan, ...]:
+        return tuple(layer for layer in self.layers if layer.rank is not None)
+
+    @property
+    def params_before(self) -> int:
+        """All parameters of the model, planned or not."""
+        return self.other_params + sum(layer.size for layer in self.layers)
+
+    @property
+    def params_after(self) -> int:
+        return self.other_params + sum(layer.params_after for layer in self.layers)
+
+    def with_rank(self, fqn: str, rank: int | None, reason: str = "set by hand") -> RankPlan:
+        """The plan with one layer's rank changed; None keeps it dense."""
+        chosen = self[fqn]
+        if rank is not None and chosen.shape is None:
+            raise ValueError(f"{fqn!r} cannot be low-rank: {chosen.reason}")
+        changed = replace(chosen, rank=rank, error=None, reason=reason)
+        return replace(self, layers=tuple(changed if x is chosen else x for x in self.layers))
+
+    def diff(self, other: RankPlan) -> dict[str, tuple[int | None, int | None]]:
+        """fqn -> (rank here, rank there) where the two differ; a layer missing on one side counts as dense there."""
+        here, there = ({x.fqn: x.rank for x in plan} for plan in (self, other))
+        return {fqn: (here.get(fqn), there.get(fqn)) for fqn in here | there if here.get(fqn) != there.get(fqn)}
+
+    def to_dict(self) -> dict:
+        return {"format": FORMAT, "other_params": self.other_params, "layers": [asdict(x) for x in self.layers]}
+
+    @classmethod
+    def from_dict(cls, data: object) -> RankPlan:
+        """The plan that `to_dict` wrote; ValueError names what is wrong with anything else."""
+        if not isinstance(data, dict) or "layers" not in data:
+            raise ValueError("not a shrank plan: expected an object with the key 'layers'")
+        if data.get("format") != FORMAT:
+            raise ValueError(f"plan of format {data.get('format')!r}; this version of shrank reads format {FORMAT}")
+        if not isinstance(data["layers"], list):
+            raise ValueError(f"'layers' must be a list, got {type(data['layers']).__name__}")
+        layers = tuple(_layer_from_dict(entry) for entry in data["layers"])
+        names = [layer.fqn for layer in layers]
+        if repeated := sorted({n for n in names if names.count(n) > 1}):
+            raise ValueError(f"the plan lists layers twice: {', '.join(repeated)}")
+        return cls(layers, _count(data.get("other_params", 0), "other_params"))
+
+    def save(self, path: str | os.PathLike) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> RankPlan:
+        """The plan in a JSON file; ValueError names the file and what is wrong with it."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except (ValueError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @property
+    def summary(self) -> str:
+        """One line: layers and parameters, before and after."""
+        before, after = self.params_before, self.params_after
+        touched = sum(x.size for x in self.low_rank)
+        kept = sum(x.params_after for x in self.low_rank)
+        parts = [f"{len(self.low_rank)} of {len(self)} layers low-rank",
+                 f"their weights {touched:,} -> {kept:,}" + (f" ({kept / touched:.1%})" if touched else ""),
+                 f"whole model {before:,} -> {after:,}" + (f" ({after / before:.1%})" if before else "")]
+        if grown := [x.fqn for x in self.low_rank if x.grows]:
+            parts.append(f"{len(grown)} grow")
+        return "; ".join(parts)
+
+    def table(self) -> Table:
+        """The plan as a rich table, with totals."""
+        table = Table(title=self.summary, title_justify="left", caption_justify="left")
+        for column, justify in (("layer", "left"), ("kind", "left"), ("shape", "right"), ("rank", "right"),
+                                ("params", "right"), ("after", "right"), ("error", "right"), ("reason", "left")):
+            table.add_column(column, justify=justify, overflow="fold", no_wrap=column != "reason")
+        for x in self.layers:
+            shape = f"{x.shape.out_features}x{x.shape.in_features}" if x.shape else ""
+            groups = f"/{x.shape.groups}" if x.shape and x.shape.groups > 1 else ""
+            table.add_row(x.fqn or "(root)", x.kind, shape + groups, "dense" if x.rank is None else str(x.rank),
+                          f"{x.size:,}", f"{x.params_after:,}", "" if x.error is None else f"{x.error:.4f}",
+                          x.reason, style="dim" if x.rank is None else None)
+        return table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=160).print(self.table())
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _layer_from_dict(entry: object) -> LayerPlan:
+    if not isinstance(entry, dict) or not isinstance(entry.get("fqn"), str):
+        raise ValueError(f"a layer of the plan must be an object with a string 'fqn', got {entry!r:.80}")
+    name = f"layer {entry['fqn']!r}"
+    if unknown := entry.keys() - LayerPlan.__dataclass_fields__.keys():
+        raise ValueError(f"{name}: unknown keys {', '.join(sorted(unknown))}")
+    rank, error, shape = entry.get("rank"), entry.get("error"), entry.get("shape")
+    if rank is not None and _count(rank, f"{name}: rank") < 1:
+        raise ValueError(f"{name}: rank must be at least 1, got {rank}")
+    if rank is not None and shape is None:
+        raise ValueError(f"{name}: has a rank but no shape")
+    if not (error is None or isinstance(error, int | float)):
+        raise ValueError(f"{name}: error must be a number or null, got {error!r}")
+    if not isinstance(entry.get("kind"), str) or not isinstance(entry.get("reason", ""), str):
+        raise ValueError(f"{name}: 'kind' and 'reason' must be strings")
+    return LayerPlan(**{**entry, "size": _count(entry.get("size"), f"{name}: size"),
+                        "shape": None if shape is None else _shape_from_dict(shape, name)})
+
+
+def _shape_from_dict(shape: object, name: str) -> Shape:
+    if not isinstance(shape, dict) or shape.keys() != Shape.__dataclass_fields__.keys():
+        raise ValueError(f"{name}: shape must have exactly the keys {', '.join(Shape.__dataclass_fields__)}")
+    if wrong := [k for k, v in shape.items() if _count(v, f"{name}: {k}") < 1]:
+        raise ValueError(f"{name}: {', '.join(wrong)} must be at least 1")
+    return Shape(**shape)
+
+
+def _count(value: object, name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    return value

@@ -1,0 +1,151 @@
+"""From a model and a rank rule to a plan; reads, never writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cache
+
+from torch import nn
+
+from .linalg import FactorizationError, Shape, energy_curve, spectrum
+from .plan import LayerPlan, RankPlan
+from .progress import track
+from .rank import Layer, RankRule, as_rule
+from .surgery import Site, is_unit, walk
+from .targets import LOW_RANK, Target, target, why_not, with_groups
+
+Selector = str | Iterable[str] | Callable[[nn.Module, str], bool]
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Which layers may change and how ranks are fitted; the keyword options of `auto_fact` and `make_plan`.
+
+    include, exclude: glob patterns over dotted names, or `(module, fqn) -> bool`. submodules: modules at or below which
+    layers may change. groups_out, skip_high_groups: see `auto_fact`. fact_led_unit: open low-rank layers and factorise
+    their stages again. round_to: ranks become multiples of it. min_rank, max_rank: bounds on every rank.
+    min_features: layers whose smaller side is below stay dense. allow_growth: permit ranks that store more than the
+    dense layer. errors: compute the expected error of every layer.
+    """
+
+    groups_out: bool = False
+    skip_high_groups: bool = True
+    submodules: Iterable[nn.Module] | None = None
+    fact_led_unit: bool = False
+    include: Selector | None = None
+    exclude: Selector | None = None
+    round_to: int = 1
+    min_rank: int = 1
+    max_rank: int | None = None
+    min_features: int = 16
+    allow_growth: bool = False
+    errors: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("round_to", "min_rank", "min_features"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_rank is not None and self.max_rank < self.min_rank:
+            raise ValueError(f"max_rank {self.max_rank} is below min_rank {self.min_rank}")
+
+
+class _StaysDense(Exception):
+    """Ends the planning of one layer; its text is the reason."""
+
+
+def make_plan(model: nn.Module, rank: object, **options: object) -> RankPlan:
+    """Decide the rank of every layer of `model`, which is not changed.
+
+    rank: an int, a float in (0, 1), a rule such as Energy(0.9), a dict of glob pattern -> rule, or a function
+    (fqn, module) -> rank | None. options: the fields of PlanOptions. Raises TypeError or ValueError on a bad rule.
+    """
+    rule, options = as_rule(rank), PlanOptions(**options)
+    allowed = None if options.submodules is None else {
+        id(m) for submodule in options.submodules for m in submodule.modules()}
+    sites = walk(model, inside_low_rank=options.fact_led_unit)
+    if options.fact_led_unit:
+        sites = [site for site in sites if not isinstance(site.module, LOW_RANK)]
+    layers = tuple(_plan_layer(site, rule, options, allowed) for site in track(sites, "planning"))
+    total = sum(p.numel() for p in model.parameters())
+    return RankPlan(layers, other_params=total - sum(layer.size for layer in layers))
+
+
+def _plan_layer(site: Site, rule: RankRule, options: PlanOptions, allowed: set[int] | None) -> LayerPlan:
+    found = target(site.module)
+    shape = found.shape() if found else None
+    plan = LayerPlan(site.fqn, found.kind if found else type(site.module).__name__, _size(site), shape)
+    spectrum_of = cache(lambda: spectrum(found.matrices(found.shape())))
+    try:
+        _check_eligible(site, options, allowed)
+        layer = Layer(site.fqn, site.module, shape, spectrum_of)
+        rank, shape = _fit(rule(layer), found, options)
+        error = _error(found, shape, rank, spectrum_of) if options.errors else None
+    except (_StaysDense, FactorizationError) as reason:
+        return replace(plan, reason=str(reason))
+    return replace(plan, rank=rank, shape=shape, error=error, reason=f"break-even rank {shape.break_even_rank}")
+
+
+def _check_eligible(site: Site, options: PlanOptions, allowed: set[int] | None) -> None:
+    if reasons := [*site.why_not, *why_not(site.module)]:
+        raise _StaysDense("; ".join(reasons))
+    if allowed is not None and id(site.module) not in allowed:
+        raise _StaysDense("not in submodules")
+    if options.include is not None and not _matches(options.include, site):
+        raise _StaysDense("not included")
+    if options.exclude is not None and _matches(options.exclude, site):
+        raise _StaysDense("excluded")
+    shape = target(site.module).shape()
+    smaller = min(shape.out_features, shape.in_features) // shape.groups
+    if smaller < options.min_features and not options.allow_growth:
+        raise _StaysDense(f"too small: its smaller side is {smaller}, below min_features={options.min_features}")
+
+
+def _fit(rank: int | None, found: Target, options: PlanOptions) -> tuple[int, Shape]:
+    """The rank that the layer's groups, the options and its cost allow, with the shape of the twin at that rank."""
+    shape = found.shape()
+    if rank is None:
+        raise _StaysDense("the rule keeps it dense")
+    rank = max(rank, options.min_rank)
+    if options.max_rank is not None:
+        rank = min(rank, options.max_rank)
+    if rank < 1:
+        raise _StaysDense(f"the rule gives rank {rank} (break-even rank {shape.break_even_rank})")
+    if rank < shape.groups and options.skip_high_groups:
+        raise _StaysDense(f"its {shape.groups} groups exceed the rank {rank} (skip_high_groups)")
+    shape = with_groups(shape, rank, options.groups_out)
+    if reason := found.why_not_grouped(shape):
+        raise _StaysDense(reason)
+    rank = _round(min(rank, shape.max_rank), shape, options.round_to)
+    if shape.low_rank_params(rank) >= shape.dense_params and not options.allow_growth:
+        raise _StaysDense(f"rank {rank} saves nothing (break-even rank {shape.break_even_rank})")
+    return rank, shape
+
+
+def _round(rank: int, shape: Shape, round_to: int) -> int:
+    """Down to a multiple of the groups and of `round_to`, but at least to the first such multiple."""
+    multiple = math.lcm(round_to, shape.down_groups)
+    if multiple > shape.max_rank:
+        raise _StaysDense(f"no multiple of {multiple} is a rank of it (at most {shape.max_rank})")
+    return max(rank // multiple, 1) * multiple
+
+
+def _error(found: Target, shape: Shape, rank: int, spectrum_of: Callable) -> float:
+    same_blocks = shape.down_groups == shape.groups
+    singular = spectrum_of() if same_blocks else spectrum(found.matrices(shape))
+    return math.sqrt(max(0.0, 1.0 - energy_curve(singular)[rank // shape.down_groups].item()))
+
+
+def _matches(selector: Selector, site: Site) -> bool:
+    if callable(selector):
+        return bool(selector(site.module, site.fqn))
+    patterns = [selector] if isinstance(selector, str) else selector
+    return any(fnmatchcase(site.fqn, pattern) for pattern in patterns)
+
+
+def _size(site: Site) -> int:
+    """Parameters of two or more dimensions that the module owns, with those of its factors or parametrizations."""
+    own = site.module.parameters(recurse=is_unit(site.module))
+    return sum(p.numel() for p in own if p.dim() >= 2)

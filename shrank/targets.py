@@ -1,0 +1,240 @@
+"""Which modules can become low-rank, how their weights read as matrices, and how their twins are built.
+
+Adding a layer type means adding one class here and its entry in ADAPTERS.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .ced import CED, CONVOLUTIONS
+from .led import LED, LEDConv1D
+from .linalg import Factors, Shape
+
+LOW_RANK = (LED, CED)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Target:
+    """One eligible module, seen as the matrix that its low-rank twin approximates."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def shape(self) -> Shape:
+        """The matrix of the module, with the groups that its twin gets unless the rank is too small for them."""
+        raise NotImplementedError
+
+    def why_not_grouped(self, shape: Shape) -> str:
+        """Why the twin cannot have the groups of this shape; '' if it can."""
+        return ""
+
+    def matrices(self, shape: Shape) -> Tensor:
+        """The weight as (G, N/G, K/G), one matrix per group of the twin's first stage."""
+        raise NotImplementedError
+
+    def twin(self, rank: int, shape: Shape, device: torch.device | None = None) -> nn.Module:
+        """A low-rank module of the same interface, its weights not set; on the module's own device by default."""
+        raise NotImplementedError
+
+    def set_factors(self, twin: nn.Module, factors: Factors) -> None:
+        """Give the twin these factors and the module's own bias."""
+        twin.set_factors(factors.down[0], factors.up[0], self.module.bias)
+
+    def _device(self, device: torch.device | None) -> dict:
+        weight = self.module.weight
+        return {"device": weight.device if device is None else device, "dtype": weight.dtype}
+
+
+class LinearTarget(Target):
+    kind = "Linear"
+
+    def shape(self) -> Shape:
+        return Shape(self.module.out_features, self.module.in_features)
+
+    def matrices(self, shape: Shape) -> Tensor:
+        return self.module.weight.detach()[None]
+
+    def twin(self, rank: int, shape: Shape, device: torch.device | None = None) -> LED:
+        bias = self.module.bias is not None
+        return LED(shape.in_features, shape.out_features, rank, bias, **self._device(device))
+
+
+class HFConv1DTarget(Target):
+    """transformers' Conv1D: a linear layer whose weight is stored transposed, (in, out)."""
+
+    kind = "Conv1D"
+
+    def shape(self) -> Shape:
+        in_features, out_features = self.module.weight.shape
+        return Shape(out_features, in_features)
+
+    def matrices(self, shape: Shape) -> Tensor:
+        return self.module.weight.detach().mT[None]
+
+    def twin(self, rank: int, shape: Shape, device: torch.device | None = None) -> LEDConv1D:
+        return LEDConv1D(shape.in_features, shape.out_features, rank, True, **self._device(device))
+
+
+class ConvTarget(Target):
+    """Any nn.ConvNd; the matrix has in_channels x kernel columns and falls into one block per group."""
+
+    @property
+    def kind(self) -> str:
+        return type(self.module).__name__
+
+    def shape(self) -> Shape:
+        conv = self.module
+        columns = conv.in_channels * math.prod(conv.kernel_size)
+        return Shape(conv.out_channels, columns, conv.groups, down_groups=conv.groups)
+
+    def why_not_grouped(self, shape: Shape) -> str:
+        channels, G = (self.module.in_channels, self.module.out_channels), shape.down_groups
+        if channels[0] % G:
+            return f"{G} groups do not divide its {channels[0]} input channels"
+        if shape.up_groups > 1 and (channels[1] % G or shape.groups % G):
+            return f"{G} groups in both stages do not divide both its {channels[1]} output channels and {shape.groups} groups"
+        return ""
+
+    def matrices(self, shape: Shape) -> Tensor:
+        weight, G = self.module.weight.detach().flatten(1), shape.down_groups
+        if shape.groups != G:
+            weight = self._ungrouped(weight, shape)
+            if shape.up_blocks == 1:                                        # column blocks, every output in each
+                return weight.unflatten(1, (G, -1)).transpose(0, 1)
+            weight = weight.unflatten(0, (G, -1)).unflatten(2, (G, -1))     # the diagonal blocks
+            return weight.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        return weight.unflatten(0, (G, -1))
+
+    @staticmethod
+    def _ungrouped(weight: Tensor, shape: Shape) -> Tensor:
+        """(N, K/groups) -> (N, K), zero outside the dense groups."""
+        return torch.block_diag(*weight.unflatten(0, (shape.groups, -1)))
+
+    def twin(self, rank: int, shape: Shape, device: torch.device | None = None) -> CED:
+        conv = self.module
+        return CED(conv.in_channels, conv.out_channels, rank, conv.kernel_size, conv.stride, conv.padding,
+                   conv.dilation, conv.groups, shape.up_groups > 1, conv.padding_mode, conv.bias is not None,
+                   **self._device(device))
+
+    def set_factors(self, twin: CED, factors: Factors) -> None:
+        up = factors.up
+        if twin.up_groups == twin.down_groups:
+            up = up.flatten(0, 1)                                           # (out, rank/G)
+        elif up.shape[0] * up.shape[1] == twin.out_channels:
+            up = torch.block_diag(*up)                                      # (out, rank), zero across groups
+        else:
+            up = up.transpose(0, 1).flatten(1)                              # column blocks: (out, rank)
+        down = factors.down.flatten(0, 1).reshape(twin.down.shape)
+        layout = memory_format(self.module.weight)
+        twin.set_factors(down.contiguous(memory_format=layout),
+                         up.reshape(twin.up.shape).contiguous(memory_format=layout), self.module.bias)
+
+
+ADAPTERS: dict[type, type[Target]] = {nn.Linear: LinearTarget, **{c: ConvTarget for c in CONVOLUTIONS.values()}}
+
+
+def target(module: nn.Module) -> Target | None:
+    """The adapter of a module whose class is supported, else None; subclasses are not."""
+    adapter = HFConv1DTarget if _is_hf_conv1d(type(module)) else ADAPTERS.get(type(module))
+    return adapter and adapter(module)
+
+
+def with_groups(shape: Shape, rank: int, groups_out: bool) -> Shape:
+    """The shape of a grouped twin at this rank: min(rank, groups) groups, in both stages if `groups_out`."""
+    groups = min(rank, shape.groups)
+    return replace(shape, down_groups=groups, up_groups=groups if groups_out else 1)
+
+
+def why_not(module: nn.Module) -> list[str]:
+    """Every reason for which this module, taken alone, cannot be replaced; [] means it can."""
+    name = type(module).__name__
+    if isinstance(module, LOW_RANK):
+        return ["already low-rank"]
+    if target(module) is None:
+        base = next((c for c in type(module).__mro__ if c in ADAPTERS or _is_hf_conv1d(c)), None)
+        if nn.utils.parametrize.is_parametrized(module):
+            return [f"its {', '.join(module.parametrizations)} is parametrized"]
+        return [f"{name} is a subclass of {base.__name__}" if base else f"{name} is not a supported layer type"]
+    weight = getattr(module, "weight", None)
+    if type(weight) is not nn.Parameter or "weight" not in module._parameters:
+        return [f"its weight is a {type(weight).__name__}, not a plain parameter (weight_norm, pruning, quantization)"]
+    reasons = []
+    if weight.is_meta:
+        reasons.append("its weight is on the meta device (offloaded or not loaded)")
+    elif weight.dtype not in _DTYPES:
+        reasons.append(f"its weight is {weight.dtype}")
+    if extra := [n for n, _ in module.named_parameters() if n not in ("weight", "bias")] + [
+        n for n, _ in module.named_buffers()
+    ]:
+        reasons.append(f"it carries extra state: {', '.join(extra)}")
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        reasons.append("its forward was patched on the instance")
+    if reasons:
+        return reasons
+    return _why_not_shape(target(module).shape())
+
+
+def _why_not_shape(shape: Shape) -> list[str]:
+    if shape.groups > 1 and shape.max_rank == shape.groups:
+        return [f"depthwise: each of its {shape.groups} groups already has rank 1"]
+    return [] if shape.dense_params else ["it is empty"]
+
+
+def dense_twin(layer: LED | CED) -> nn.Module:
+    """The dense module that a low-rank layer stands for, with the product of its factors as weight."""
+    bias, weight = layer.bias, layer.dense_weight().detach()
+    meta = {"device": "meta", "dtype": weight.dtype}
+    if isinstance(layer, LEDConv1D):
+        dense = _hf_conv1d()(layer.nf, layer.nx)
+    elif isinstance(layer, LED):
+        dense = nn.Linear(layer.in_features, layer.out_features, bias is not None, **meta)
+    else:
+        groups, weight = _dense_groups(layer, weight)
+        dense = CONVOLUTIONS[len(layer.kernel_size)](
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
+            groups, bias is not None, layer.padding_mode, **meta)
+        weight = weight.contiguous(memory_format=memory_format(layer.down))
+    dense.weight = nn.Parameter(weight)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.detach())
+    return dense
+
+
+def _dense_groups(layer: CED, weight: Tensor) -> tuple[int, Tensor]:
+    """The groups of the merged convolution and its kernel: grouped again where nothing crosses the first stage's groups."""
+    G = layer.down_groups
+    if layer.up_groups == G or layer.out_channels % G:
+        return layer.groups, weight
+    blocks = weight.unflatten(0, (G, -1)).unflatten(2, (G, -1))             # (G, out/G, G, in/G, *kernel)
+    own = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    if torch.count_nonzero(blocks) != torch.count_nonzero(own):
+        return layer.groups, weight
+    return G, own.flatten(0, 1).contiguous()
+
+
+def memory_format(weight: Tensor) -> torch.memory_format:
+    """channels_last where the tensor is stored so and not contiguous as well, else contiguous."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(weight.dim())
+    if wanted and not weight.is_contiguous() and weight.is_contiguous(memory_format=wanted):
+        return wanted
+    return torch.contiguous_format
+
+
+def _is_hf_conv1d(kind: type) -> bool:
+    # By name: a model that has such a layer imported it, so shrank need not import transformers to recognise it.
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+def _hf_conv1d() -> type:
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D
