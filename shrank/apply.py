@@ -59,6 +59,19 @@ def attach_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
     return surgery.finish(model)
 
 
+def expected_state(model: nn.Module, plan: RankPlan) -> dict[str, torch.Size]:
+    """Names and shapes that `model.state_dict()` would have after `attach_empty`; raises ValueError as that does."""
+    meta = torch.device("meta")
+    twins = {id(site.module): target(site.module).twin(layer.rank, layer.shape, meta)
+             for site, layer in _resolve(model, plan, loading=True)}
+    paths = {path: twins[id(m)] for path, m in model.named_modules(remove_duplicate=False) if id(m) in twins}
+    expected = {name: value.shape for name, value in model.state_dict().items() if name.rpartition(".")[0] not in paths}
+    for path, twin in paths.items():
+        prefix = f"{path}." if path else ""
+        expected |= {prefix + name: value.shape for name, value in twin.state_dict().items()}
+    return expected
+
+
 def describe(model: nn.Module) -> RankPlan:
     """The plan that the low-rank layers of a model amount to, however they came about."""
     layers = tuple(_describe_layer(site) for site in walk(model) if isinstance(site.module, LOW_RANK))

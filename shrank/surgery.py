@@ -13,7 +13,10 @@ from .targets import LOW_RANK, target
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
           "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook")
 # PyTorch's fused inference paths read linear1.weight and linear2.weight instead of calling the layers.
-_FAST_PATHS = {nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0), nn.TransformerEncoder: ("use_nested_tensor", False)}
+_FAST_PATHS = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
 _SAVED_FAST_PATH = "_shrank_fast_path"
 
 # Called with the root module after its layers were replaced; shrank.hf keeps transformers informed through it.

@@ -100,7 +100,7 @@ class ConvTarget(Target):
         if channels[0] % G:
             return f"{G} groups do not divide its {channels[0]} input channels"
         if shape.up_groups > 1 and (channels[1] % G or shape.groups % G):
-            return f"{G} groups in both stages do not divide both its {channels[1]} output channels and {shape.groups} groups"
+            return f"{G} groups do not divide its {channels[1]} output channels and {shape.groups} groups"
         return ""
 
     def matrices(self, shape: Shape) -> Tensor:
@@ -209,7 +209,7 @@ def dense_twin(layer: LED | CED) -> nn.Module:
 
 
 def _dense_groups(layer: CED, weight: Tensor) -> tuple[int, Tensor]:
-    """The groups of the merged convolution and its kernel: grouped again where nothing crosses the first stage's groups."""
+    """The groups of the merged convolution and its kernel: grouped where nothing crosses the first stage's groups."""
     G = layer.down_groups
     if layer.up_groups == G or layer.out_channels % G:
         return layer.groups, weight

@@ -122,7 +122,7 @@ def _checked(matrices: Tensor) -> Tensor:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # One reduction instead of a boolean copy of the tensor; a double sum of finite half or single values cannot overflow.
+    # One reduction instead of a boolean copy; a float64 sum of finite half or single values cannot overflow.
     return bool(tensor.sum(dtype=torch.float64).isfinite())
 
 

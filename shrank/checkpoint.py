@@ -1,0 +1,137 @@
+"""Saving a model with its plan to one safetensors file, and loading it onto a dense model of the same architecture."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .apply import attach_empty, describe, expected_state
+from .ced import CONVOLUTIONS
+from .files import replacing
+from .plan import RankPlan
+
+METADATA_KEY = "shrank"
+CONVOLUTION_KINDS = {c.__name__ for c in CONVOLUTIONS.values()}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a checkpoint says of itself: its plan, tensor shapes and dtypes, and names that share one tensor."""
+
+    plan: RankPlan
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    aliases: dict[str, str]
+
+
+def save(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write the model's state and the structure of its low-rank layers to one safetensors file, atomically.
+
+    Raises TypeError on state that is not a tensor (a module's `get_extra_state`).
+    """
+    state = model.state_dict()
+    if wrong := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise TypeError(f"safetensors hold only tensors; not one: {', '.join(wrong)}")
+    tensors, aliases = _without_aliases(state)
+    metadata = {"plan": describe(model).to_dict(), "aliases": aliases}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", METADATA_KEY: json.dumps(metadata)})
+
+
+def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+    """Turn a dense model of the saved architecture into the saved one, in place, and return the root.
+
+    Raises ValueError, the model untouched, if the file is damaged, is no checkpoint of shrank, or does not fit.
+    """
+    header = read_header(path)
+    try:
+        expected = expected_state(model, header.plan)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    stored = header.shapes | {alias: header.shapes.get(name) for alias, name in header.aliases.items()}
+    _check_names_and_shapes(path, expected, stored)
+    with safe_open(path, framework="pt") as file:
+        state = {name: file.get_tensor(header.aliases.get(name, name)) for name in expected}
+    model = attach_empty(model, header.plan)
+    model.load_state_dict(state, assign=any(t.is_meta for t in model.state_dict().values()))
+    return model
+
+
+def read_header(path: str | os.PathLike) -> Header:
+    """The plan and the tensor table of a checkpoint that `save` wrote; ValueError says what is wrong with the file."""
+    shapes, dtypes, metadata = read_tensor_table(path)
+    if METADATA_KEY not in metadata:
+        raise ValueError(f"{path}: holds no plan; it was not written by shrank.save")
+    try:
+        content = json.loads(metadata[METADATA_KEY])
+        if not isinstance(content, dict):
+            raise ValueError("the plan is not a JSON object")
+        plan, aliases = RankPlan.from_dict(content.get("plan")), content.get("aliases", {})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(aliases, dict) or (unknown := [n for n in aliases.values() if n not in shapes]):
+        raise ValueError(f"{path}: shared tensors refer to names that the file does not hold: {unknown}")
+    return Header(plan, shapes, dtypes, aliases)
+
+
+def read_tensor_table(path: str | os.PathLike) -> tuple[dict[str, tuple[int, ...]], dict[str, str], dict[str, str]]:
+    """Shapes and dtypes by name, and the metadata, of any safetensors file; ValueError if it is damaged or is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            return ({name: tuple(s.get_shape()) for name, s in slices.items()},
+                    {name: s.get_dtype() for name, s in slices.items()}, file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({_looks_like(path)}{error})") from error
+
+
+def missing_factors(plan: RankPlan, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Names of factors of planned layers that a checkpoint lacks or holds in another shape than the plan says."""
+    missing = []
+    for layer in plan.low_rank:
+        unit = "ced_unit" if layer.kind in CONVOLUTION_KINDS else "led_unit"
+        down, up = (shapes.get(f"{layer.fqn}.{unit}.{stage}.weight".lstrip("."), ()) for stage in (0, 1))
+        if down[:1] != (layer.rank,):
+            missing.append(f"{layer.fqn}.{unit}.0.weight")
+        if up[:2] != (layer.shape.out_features, layer.rank // layer.shape.up_groups):
+            missing.append(f"{layer.fqn}.{unit}.1.weight")
+    return missing
+
+
+def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors under one name each, owning their memory, and the other names of those that have several."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple, str] = {}
+    for name, tensor in state.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and place in first:
+            aliases[name] = first[place]
+            continue
+        first[place] = name
+        owns_all = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
+        tensors[name] = tensor.detach() if owns_all else tensor.detach().clone(memory_format=torch.contiguous_format)
+    return tensors, aliases
+
+
+def _check_names_and_shapes(path, expected: dict[str, tuple], stored: dict[str, tuple]) -> None:
+    problems = [f"{name}: missing" for name in expected if name not in stored]
+    problems += [f"{name}: unknown to the model" for name in stored if name not in expected]
+    problems += [f"{name}: {stored[name]} in the file, {tuple(expected[name])} in the model"
+                 for name in expected if name in stored and tuple(expected[name]) != stored[name]]
+    if problems:
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(f"{path}: does not fit the model:\n  " + "\n  ".join(problems[:10]) + more)
+
+
+def _looks_like(path: str | os.PathLike) -> str:
+    with Path(path).open("rb") as file:
+        start = file.read(2)
+    return "it looks like a pickle, which shrank never reads: " if start in (b"PK", b"\x80\x02", b"\x80\x04") else ""

@@ -1,0 +1,33 @@
+"""Writing files and folders so that readers see the old one or the new one, never half of it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; what is written there takes its place on success and vanishes on failure."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        new = Path(folder) / path.name
+        yield new
+        if path.is_dir():
+            path.rename(Path(folder) / "old")
+        os.replace(new, path)
+
+
+def size_on_disk(path: str | os.PathLike) -> int:
+    """Bytes in a file, or in all files of a folder."""
+    path = Path(path)
+    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
+
+
+def is_empty_or_absent(path: str | os.PathLike) -> bool:
+    path = Path(path)
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
