@@ -93,8 +93,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("full", "tiny"), default="full")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.7, 0.5])
-    parser.add_argument("--tones", type=int, default=192)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--tones", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5, help="timed forward passes of every model")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -105,11 +105,11 @@ def main() -> None:
         models[f"keep {keep:g}"] = compress(models["dense"], keep)
     print(next(reversed(models.values())).shrank_plan)
     tones, truth = make_tones(args.tones)
-    error = {name: cents_off(model, tones, truth, args.batch) for name, model in models.items()}
     contiguous = time_interleaved(models, tones[:args.batch], args.rounds)
     for model in models.values():
         model.to(memory_format=torch.channels_last)
     channels_last = time_interleaved(models, tones[:args.batch], args.rounds)
+    error = {name: cents_off(model, tones, truth, args.batch) for name, model in models.items()}
 
     print(f"\ntorchcrepe {args.model}, {args.tones} tones; windows/s at batch {args.batch}, {args.threads} threads, "
           f"median of {args.rounds}")

@@ -27,8 +27,9 @@ _log = logging.getLogger("shrank")
 def apply(model: nn.Module, plan: RankPlan) -> nn.Module:
     """Replace the planned layers in place, initialised from their weights, and return the root.
 
-    The plan that was carried out, with the errors found, becomes `model.shrank_plan`. Raises ValueError, before anything
-    is changed, if the plan does not fit the model. A layer whose factorisation fails stays dense, with a warning.
+    The plan that was carried out, with the errors found, becomes `model.shrank_plan`. Raises ValueError, before
+    anything is changed, if the plan does not fit the model. A layer whose factorisation fails stays dense, with a
+    warning.
     """
     done = {layer.fqn: layer for layer in plan}
     for site, layer in track(_resolve(model, plan), "factorising"):
@@ -124,9 +125,8 @@ def _resolve(model: nn.Module, plan: RankPlan, loading: bool = False) -> list[tu
 def _misfit(site: Site, layer: LayerPlan, loading: bool) -> str:
     """What keeps this layer from being replaced as planned; '' if nothing does."""
     found = target(site.module)
-    if found is None or not loading:
-        if reasons := [*site.why_not, *why_not(site.module)]:
-            return "; ".join(reasons)
+    if (found is None or not loading) and (reasons := [*site.why_not, *why_not(site.module)]):
+        return "; ".join(reasons)
     if found.kind != layer.kind:
         return f"it is a {found.kind} here and a {layer.kind} in the plan"
     shape = with_groups(found.shape(), layer.rank, layer.shape.up_groups > 1)

@@ -23,11 +23,10 @@ CONVOLUTION_KINDS = {c.__name__ for c in CONVOLUTIONS.values()}
 
 @dataclass(frozen=True)
 class Header:
-    """What a checkpoint says of itself: its plan, tensor shapes and dtypes, and names that share one tensor."""
+    """What a checkpoint says of itself: its plan, tensor shapes, and names that share one tensor."""
 
     plan: RankPlan
     shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, str]
     aliases: dict[str, str]
 
 
@@ -66,7 +65,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 def read_header(path: str | os.PathLike) -> Header:
     """The plan and the tensor table of a checkpoint that `save` wrote; ValueError says what is wrong with the file."""
-    shapes, dtypes, metadata = read_tensor_table(path)
+    shapes, metadata = _read_tensor_table(path)
     if METADATA_KEY not in metadata:
         raise ValueError(f"{path}: holds no plan; it was not written by shrank.save")
     try:
@@ -78,31 +77,32 @@ def read_header(path: str | os.PathLike) -> Header:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(aliases, dict) or (unknown := [n for n in aliases.values() if n not in shapes]):
         raise ValueError(f"{path}: shared tensors refer to names that the file does not hold: {unknown}")
-    return Header(plan, shapes, dtypes, aliases)
+    return Header(plan, shapes, aliases)
 
 
-def read_tensor_table(path: str | os.PathLike) -> tuple[dict[str, tuple[int, ...]], dict[str, str], dict[str, str]]:
-    """Shapes and dtypes by name, and the metadata, of any safetensors file; ValueError if it is damaged or is none."""
+def inspect_file(path: str | os.PathLike) -> tuple[RankPlan, list[str]]:
+    """The plan of a file that `save` wrote, and what is wrong with its tensors; ValueError if it cannot be read."""
+    header = read_header(path)
+    missing = _missing_factors(header.plan, header.shapes)
+    problems = [f"{name}: missing, or not of the planned shape" for name in missing]
+    with safe_open(path, framework="pt") as file:
+        return header.plan, problems + not_finite({name: file.get_tensor(name) for name in header.shapes})
+
+
+def not_finite(state: dict[str, Tensor]) -> list[str]:
+    """A line for every tensor that holds NaN or infinity."""
+    return [f"{name}: holds NaN or infinity" for name, tensor in state.items()
+            if tensor.is_floating_point() and not tensor.isfinite().all()]
+
+
+def _read_tensor_table(path: str | os.PathLike) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes by name, and the metadata, of any safetensors file; ValueError if it is damaged or is none."""
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            return ({name: tuple(s.get_shape()) for name, s in slices.items()},
-                    {name: s.get_dtype() for name, s in slices.items()}, file.metadata() or {})
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
+            return shapes, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a complete safetensors file ({_looks_like(path)}{error})") from error
-
-
-def missing_factors(plan: RankPlan, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """Names of factors of planned layers that a checkpoint lacks or holds in another shape than the plan says."""
-    missing = []
-    for layer in plan.low_rank:
-        unit = "ced_unit" if layer.kind in CONVOLUTION_KINDS else "led_unit"
-        down, up = (shapes.get(f"{layer.fqn}.{unit}.{stage}.weight".lstrip("."), ()) for stage in (0, 1))
-        if down[:1] != (layer.rank,):
-            missing.append(f"{layer.fqn}.{unit}.0.weight")
-        if up[:2] != (layer.shape.out_features, layer.rank // layer.shape.up_groups):
-            missing.append(f"{layer.fqn}.{unit}.1.weight")
-    return missing
 
 
 def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -135,3 +135,16 @@ def _looks_like(path: str | os.PathLike) -> str:
     with Path(path).open("rb") as file:
         start = file.read(2)
     return "it looks like a pickle, which shrank never reads: " if start in (b"PK", b"\x80\x02", b"\x80\x04") else ""
+
+
+def _missing_factors(plan: RankPlan, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Names of factors of planned layers that a checkpoint lacks or holds in another shape than the plan says."""
+    missing = []
+    for layer in plan.low_rank:
+        unit = "ced_unit" if layer.kind in CONVOLUTION_KINDS else "led_unit"
+        down, up = (shapes.get(f"{layer.fqn}.{unit}.{stage}.weight".lstrip("."), ()) for stage in (0, 1))
+        if down[:1] != (layer.rank,):
+            missing.append(f"{layer.fqn}.{unit}.0.weight")
+        if up[:2] != (layer.shape.out_features, layer.rank // layer.shape.up_groups):
+            missing.append(f"{layer.fqn}.{unit}.1.weight")
+    return missing

@@ -1,4 +1,7 @@
-"""The command line: parse, call, print. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 nothing to replace, 4 damaged."""
+"""The command line: parse, call, print.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 nothing to replace, 4 damaged file.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from rich.table import Table
 
 from .apply import describe, merge
 from .auto_fact import auto_fact
-from .checkpoint import missing_factors
+from .checkpoint import inspect_file
 from .files import is_empty_or_absent, size_on_disk
 from .ops.api import why_not
 from .plan import RankPlan
@@ -81,18 +84,18 @@ def compress(source: Source, out: Out, rank: Rank = None, keep: Keep = None, ene
 @app.command()
 def inspect(path: Annotated[Path, typer.Argument(help="Folder or .safetensors file that shrank wrote.")],
             as_json: Json = False) -> None:
-    """Show the low-rank layers of a saved model and verify that their factors are there."""
+    """Show the low-rank layers of a saved model and verify its weights."""
     with _errors(code=DAMAGED):
-        from .checkpoint import read_header
-        from .hf import read_folder
+        if path.is_dir():
+            from .hf import inspect_folder
 
-        header = read_folder(path) if path.is_dir() else read_header(path)
-        missing = missing_factors(header.plan, header.shapes)
-    facts = {"path": str(path), "bytes": size_on_disk(path), "tensors": len(header.shapes), "missing": missing,
-             **header.plan.to_dict()}
-    _show(facts, header.plan.table(), as_json, f"{path}: {facts['bytes']:,} bytes, {facts['tensors']} tensors")
-    if missing:
-        _fail(f"factors missing or of another shape: {', '.join(missing)}", DAMAGED)
+            found, problems = inspect_folder(path)
+        else:
+            found, problems = inspect_file(path)
+    facts = {"path": str(path), "bytes": size_on_disk(path), "problems": problems, **found.to_dict()}
+    _show(facts, found.table(), as_json, f"{path}: {facts['bytes']:,} bytes")
+    if problems:
+        _fail("; ".join(problems), DAMAGED)
 
 
 @app.command(name="merge")

