@@ -19,60 +19,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from shrank.lr_module import LED
+from synthetic_speech import BANDS, WORDS, Corpus, collate, make_corpus
 
-SAMPLE_RATE, HOP, N_FFT, BANDS = 8000, 80, 256, 40
-FORMANTS = ((270, 2290), (660, 1720), (730, 1090), (300, 870), (490, 1350))  # of five vowels, in Hz
-WORDS = [(a, b) for a in range(5) for b in range(5) if a != b]               # every ordered pair of them
 BLANK = len(WORDS)
-
-
-def synthesise(words: list[int], g: torch.Generator) -> Tensor:
-    """The waveform (samples,) of a word sequence: harmonics of a wavering pitch under two gliding formants."""
-    def uniform(low: float, high: float) -> float:
-        return low + (high - low) * torch.rand((), generator=g).item()
-
-    tract, speed, frames = uniform(0.9, 1.12), uniform(0.8, 1.25), []
-    for word in words:
-        for vowel in WORDS[word]:
-            f1, f2 = (tract * f * uniform(0.96, 1.04) for f in FORMANTS[vowel])
-            frames += [[f1, f2, uniform(0.5, 1.0)]] * round(uniform(6, 10) / speed)
-        frames += [[f1, f2, 0.0]] * round(uniform(2, 5))
-    control = F.avg_pool1d(torch.tensor(frames).T[None], 5, 1, 2, count_include_pad=False)
-    f1, f2, gain = F.interpolate(control, scale_factor=HOP, mode="linear")[0]
-    t = torch.arange(len(gain)) / SAMPLE_RATE
-    f0 = uniform(90, 240) * (1 + 0.1 * torch.sin(2 * math.pi * uniform(1, 3) * t + uniform(0, 6.28)))
-    harmonic = torch.arange(1, 31)[:, None]
-    f = harmonic * f0
-    envelope = 1 / (1 + ((f - f1) / 60).square()) + 0.6 / (1 + ((f - f2) / 80).square())
-    voice = envelope * (f < SAMPLE_RATE / 2) * torch.sin(harmonic * torch.cumsum(f0, 0) * (2 * math.pi / SAMPLE_RATE))
-    return gain * voice.sum(0) + uniform(0.05, 0.3) * torch.randn(len(gain), generator=g)
-
-
-def log_spectrogram(x: Tensor) -> Tensor:
-    """(samples,) -> (frames, BANDS): log power in overlapping bands of equal width, normalised per utterance."""
-    power = torch.stft(x, N_FFT, HOP, window=torch.hann_window(N_FFT), return_complex=True).abs().square()
-    bands = F.adaptive_avg_pool1d(power.T, BANDS).clamp_min(1e-6).log()
-    return (bands - bands.mean()) / bands.std()
-
-
-def make_corpus(count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Utterances of three to six words: log spectrogram (frames, BANDS) and words (length,)."""
-    g = torch.Generator().manual_seed(seed)
-    corpus = []
-    for _ in range(count):
-        words = torch.randint(len(WORDS), (int(torch.randint(3, 7, (), generator=g)),), generator=g)
-        corpus.append((log_spectrogram(synthesise(words.tolist(), g)), words))
-    return corpus
-
-
-def collate(utterances: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Padded frames (batch, frames, BANDS), their counts, padded words (batch, length), their counts."""
-    frames, words = zip(*utterances, strict=True)
-    return (pad_sequence(frames, batch_first=True), torch.tensor([len(x) for x in frames]),
-            pad_sequence(words, batch_first=True), torch.tensor([len(x) for x in words]))
 
 
 class EncoderLayer(nn.Module):
@@ -116,7 +67,7 @@ class SpeechTransformer(nn.Module):
         return F.log_softmax(self.head(self.norm(x)), -1), counts
 
 
-def train(model: nn.Module, corpus: list[tuple[Tensor, Tensor]], epochs: int, batch: int = 16) -> tuple[float, float]:
+def train(model: nn.Module, corpus: Corpus, epochs: int, batch: int = 16) -> tuple[float, float]:
     """Train with CTC; mean loss of the last epoch and median seconds per epoch."""
     g = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -150,7 +101,7 @@ def edit_distance(a: list[int], b: list[int]) -> int:
 
 
 @torch.inference_mode()
-def error_rate(model: nn.Module, corpus: list[tuple[Tensor, Tensor]]) -> float:
+def error_rate(model: nn.Module, corpus: Corpus) -> float:
     """Edits that turn the greedy CTC transcripts into the truth, per word of the truth."""
     edits = 0
     for start in range(0, len(corpus), 32):
@@ -163,7 +114,7 @@ def error_rate(model: nn.Module, corpus: list[tuple[Tensor, Tensor]]) -> float:
 
 
 @torch.inference_mode()
-def speeds(models: list[nn.Module], utterances: list[tuple[Tensor, Tensor]], rounds: int) -> list[float]:
+def speeds(models: list[nn.Module], utterances: Corpus, rounds: int) -> list[float]:
     """Median utterances per second; the models take turns, so that a busy machine slows both alike."""
     frames, counts, _, _ = collate(utterances)
     seconds = [[] for _ in models]
@@ -175,26 +126,42 @@ def speeds(models: list[nn.Module], utterances: list[tuple[Tensor, Tensor]], rou
     return [len(utterances) / statistics.median(times[3:]) for times in seconds]  # the first three warm up
 
 
+def print_table(results: dict[str, dict[str, float]]) -> None:
+    dense, led = results.values()
+    print(f"\n{'':<26}" + "".join(f"{name:>14}" for name in (*results, "LED / dense")))
+    for measure, value in dense.items():
+        ratio = led[measure] / value if value else math.nan
+        style = "," if isinstance(value, int) else ".4g"
+        print(f"{measure:<26}{value:>14{style}}{led[measure]:>14{style}}{ratio:>14.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--utterances", type=int, default=1600)
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--quick", action="store_true", help="far less data and training")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="one epoch on a tenth of the data")
     args = parser.parse_args()
-    start = time.perf_counter()
-    c = make_corpus(args.utterances, 1)
-    print(f"data {time.perf_counter() - start:.1f} s", statistics.mean(len(x) for x, _ in c))
-    t = make_corpus(300, 2)
-    ms = []
-    for name, linear in (("LED", partial(LED, rank=args.rank)),("dense", nn.Linear)):
+    # The tensors of one utterance are too small to be worth a second thread.
+    torch.set_num_threads(1)
+    scale, epochs = (10, 1) if args.quick else (1, args.epochs)
+    corpus, unseen = make_corpus(2000 // scale, seed=1), make_corpus(500 // scale, seed=2)
+    torch.set_num_threads(args.threads)
+
+    models, results = [], {}
+    for name, linear in (("dense", nn.Linear), ("LED", partial(LED, rank=args.rank))):
         torch.manual_seed(0)
-        m = SpeechTransformer(256, 4, 4, linear)
-        print(name, sum(p.numel() for p in m.parameters()))
-        train(m, c, args.epochs)
-        print(error_rate(m, t), error_rate(m,c[:300]))
-        ms.append(m)
-    print(speeds(ms, t[:32], 30))
+        model = SpeechTransformer(args.dim, args.dim // 64, args.layers, linear)
+        print(f"{name}:")
+        loss, seconds = train(model, corpus, epochs)
+        results[name] = {"parameters": sum(p.numel() for p in model.parameters()), "training loss": loss,
+                         "unseen word error rate": error_rate(model.eval(), unseen), "seconds per epoch": seconds}
+        models.append(model)
+    for name, speed in zip(results, speeds(models, unseen[:32], rounds=100 // scale), strict=True):
+        results[name]["utterances per second"] = speed
+    print_table(results)
 
 
 if __name__ == "__main__":

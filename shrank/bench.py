@@ -65,9 +65,10 @@ def compare(sources: list[str], workload: Workload) -> list[Result]:
             pipe.send("peak")
             peaks.append(_receive(pipe, source))
     finally:
-        for process in processes:
-            process.terminate()
-            process.join()
+        for pipe, process in zip(pipes, processes, strict=True):
+            pipe.close()
+            process.join(timeout=10)
+            process.kill()
     return [Result(source, parameters, statistics.median(rate), unit, peak)
             for source, (parameters, unit), rate, peak in zip(sources, loaded, rates, peaks, strict=True)]
 
@@ -93,9 +94,11 @@ def _worker(pipe: Connection, source: str, workload: Workload) -> None:
         with torch.inference_mode():
             model(**inputs)
             pipe.send((sum(p.numel() for p in model.parameters()), unit))
-            while (request := pipe.recv()) == "run":
+            while pipe.recv() == "run":
                 pipe.send(items * _calls_per_second(lambda: model(**inputs), workload.device))
-        pipe.send(_peak_memory(workload.device) if request == "peak" else None)
+        pipe.send(_peak_memory(workload.device))
+    except EOFError:
+        return  # the parent gave up
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         pipe.send(error)
 

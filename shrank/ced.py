@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .led import checked_rank, reset_stages, set_stages
 from .merged_weight import merged_weight
+from .stages import checked_rank, reset_stages, set_stages
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 

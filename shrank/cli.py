@@ -187,6 +187,8 @@ def _errors(code: int = FAILED):
     """Turn the errors that a user can cause into a line on standard error and an exit code."""
     try:
         yield
+    except typer.Exit:
+        raise  # a RuntimeError by inheritance
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         _fail(str(error), code)
 

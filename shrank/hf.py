@@ -140,6 +140,8 @@ def load_model(source: str) -> nn.Module:
     """The model in a folder or hub repository, as the class that wrote it; ValueError or OSError if there is none."""
     import transformers
 
+    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
+        raise ValueError(f"{source}: no such folder")
     config = transformers.AutoConfig.from_pretrained(source)
     name = (config.architectures or ["AutoModel"])[0]
     model_class = getattr(transformers, name, None)

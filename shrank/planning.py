@@ -38,17 +38,17 @@ class PlanOptions:
     include: Selector | None = None
     exclude: Selector | None = None
     round_to: int = 1
-    min_rank: int = 1
+    min_rank: int | None = None
     max_rank: int | None = None
     min_features: int = 16
     allow_growth: bool = False
     errors: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("round_to", "min_rank", "min_features"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_rank is not None and self.max_rank < self.min_rank:
+        for name in ("round_to", "min_rank", "max_rank", "min_features"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.max_rank is not None and self.min_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"max_rank {self.max_rank} is below min_rank {self.min_rank}")
 
 
@@ -108,7 +108,8 @@ def _fit(rank: int | None, found: Target, options: PlanOptions) -> tuple[int, Sh
     shape = found.shape()
     if rank is None:
         raise _StaysDense("the rule keeps it dense")
-    rank = max(rank, options.min_rank)
+    if options.min_rank is not None:
+        rank = max(rank, options.min_rank)
     if options.max_rank is not None:
         rank = min(rank, options.max_rank)
     if rank < 1:

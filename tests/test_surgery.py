@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import shrank
 from shrank import CED, LED
-from tests.common.models import WIDTH, Mixed, SharedLayer, TiedLM, assert_untouched, draw, fingerprint, mlp, seeded, tokens
+from tests.common.models import WIDTH, Mixed, SharedLayer, TiedLM, draw, mlp, seeded
 from tests.common.tolerances import assert_close
 
 FULL = {"rank": 10**9, "allow_growth": True}
@@ -39,16 +39,16 @@ class SubTensor(torch.Tensor):
 
 
 def tampered(change) -> nn.Module:
-    layer = nn.Linear(WIDTH, WIDTH)
-    return change(layer) or layer
+    change(layer := nn.Linear(WIDTH, WIDTH))
+    return layer
 
 
 def spoiled(value: float) -> nn.Module:
-    return tampered(lambda layer: nn.init.constant_(layer.weight[3:4], value) and None)
+    return tampered(lambda layer: layer.weight.data[3:4].fill_(value))
 
 
-def with_weight(layer: nn.Module, weight: nn.Parameter) -> None:
-    layer.weight = weight
+def weighted(weight: torch.Tensor, **kwargs) -> nn.Module:
+    return tampered(lambda layer: setattr(layer, "weight", nn.Parameter(weight, **kwargs)))
 
 
 def quantized() -> nn.Module:
@@ -63,15 +63,13 @@ STUBBORN = {
     "old-spectral-norm": (lambda: tampered(spectral_norm), "plain parameter"),
     "pruned": (lambda: tampered(lambda layer: prune.random_unstructured(layer, "weight", 0.5)), "pruning"),
     "quantized": (quantized, "quant"),
-    "tensor-subclass": (lambda: tampered(lambda layer: with_weight(layer, nn.Parameter(
-        layer.weight.detach().as_subclass(SubTensor)))), "SubTensor"),
-    "integer": (lambda: tampered(lambda layer: with_weight(layer, nn.Parameter(
-        torch.ones(WIDTH, WIDTH, dtype=torch.int8), requires_grad=False))), "int8"),
+    "tensor-subclass": (lambda: weighted(draw(WIDTH, WIDTH).as_subclass(SubTensor)), "SubTensor"),
+    "integer": (lambda: weighted(torch.ones(WIDTH, WIDTH, dtype=torch.int8), requires_grad=False), "int8"),
     "meta": (lambda: nn.Linear(WIDTH, WIDTH, device="meta"), "meta"),
     "lazy": (lambda: nn.LazyLinear(WIDTH), "initialized"),
     "extra-buffer": (lambda: tampered(lambda layer: layer.register_buffer("scale", torch.ones(1))), "scale"),
     "patched-forward": (lambda: tampered(lambda layer: setattr(layer, "forward", lambda x: x)), "forward"),
-    "offloaded": (lambda: tampered(lambda layer: cpu_offload(layer, execution_device="cpu") and None), "meta"),
+    "offloaded": (lambda: tampered(lambda layer: cpu_offload(layer, execution_device="cpu")), "meta"),
     "nan": (lambda: spoiled(float("nan")), "NaN"),
     "inf": (lambda: spoiled(float("-inf")), "infinity"),
     "transposed-conv": (lambda: nn.ConvTranspose1d(WIDTH, WIDTH, 3), "not a supported"),
@@ -176,14 +174,13 @@ def test_transformer_encoders(kind, mode, masked):
 @pytest.mark.parametrize("kind", ["layer", "encoder"])
 def test_merge_restores_the_fast_path(kind):
     model = seeded(lambda: transformer(kind))
-    before = {name: dict(vars(m)) for name, m in model.named_modules() if isinstance(m, (nn.TransformerEncoderLayer,
-                                                                                         nn.TransformerEncoder))}
+    encoders = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+    before = {name: dict(vars(module)) for name, module in model.named_modules() if isinstance(module, encoders)}
     merged = shrank.merge(shrank.auto_fact(model, 0.5))
     for name, attributes in before.items():
         now = vars(merged.get_submodule(name))
-        assert {k: now.get(k) for k in attributes if not k.startswith("_")} == \
-            {k: v for k, v in attributes.items() if not k.startswith("_")}
-        assert now.keys() - attributes.keys() <= {"shrank_plan"}
+        assert now.keys() - {"shrank_plan"} == attributes.keys()
+        assert {key: now[key] for key in attributes} == attributes
 
 
 class OwnAttention(nn.Module):
@@ -226,7 +223,8 @@ def test_accelerate_hooks_move_to_the_twin_and_come_off():
 
 
 def test_a_low_rank_model_can_be_offloaded():
-    model, x = shrank.auto_fact(nn.Sequential(mlp(), nn.Unflatten(1, (16, 2)), nn.Conv1d(16, 16, 2)), 0.5), draw(2, WIDTH)
+    model, x = nn.Sequential(mlp(), nn.Unflatten(1, (16, 2)), nn.Conv1d(16, 16, 2)), draw(2, WIDTH)
+    shrank.auto_fact(model, 0.5)
     expected = model(x)
     cpu_offload(model, execution_device="cpu")
     assert all(p.is_meta for p in model.parameters())

@@ -21,6 +21,11 @@ class Shape:
     down_groups: int = 1
     up_groups: int = 1
 
+    def __str__(self) -> str:
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        twin = f" (twin: {self.down_groups}, {self.up_groups})" if self.down_groups > 1 else ""
+        return f"{self.out_features}x{self.in_features}{groups}{twin}"
+
     @property
     def dense_params(self) -> int:
         return self.out_features * self.in_features // self.groups

@@ -97,16 +97,17 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _single_precision_suffices(squares: Tensor, rank: int) -> bool:
-    """Whether float32 eigenvectors are as good as exact ones for cutting at `rank`.
+    """Whether float32 eigenvectors are as good as exact ones for cutting at `rank`, and tell the error as well.
 
     They are exact for a Gram matrix off by e, which turns the kept vector i towards the cut vector j by at most
-    e / (gap of their eigenvalues) and so costs at most e^2 / gap, and never more than the gap (Davis-Kahan).
+    e / (gap of their eigenvalues) and so costs at most e^2 / gap, and never more than the gap (Davis-Kahan). The sum
+    of the cut eigenvalues is off by about e as well.
     """
     kept, cut = squares[:, :rank, None], squares[:, None, rank:]
-    error = _BACKWARD_ERROR * torch.finfo(squares.dtype).eps * squares[:, :1, None]
+    error = _BACKWARD_ERROR * torch.finfo(squares.dtype).eps * squares[:, 0]
     gap = kept - cut
-    excess = torch.minimum(gap, error.square() / gap).sum((-2, -1))
-    return bool((excess <= _EXCESS * cut.clamp_min(0).sum((-2, -1))).all())
+    excess = torch.minimum(gap, error[:, None, None].square() / gap).sum((-2, -1))
+    return bool((torch.maximum(excess, error) <= _EXCESS * cut.clamp_min(0).sum((-2, -1))).all())
 
 
 def _signs(columns: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor
 _BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-10}
 # Half types are held to this many times PyTorch's own error at the same dtype, or a few units of rounding.
 _TIMES_BASELINE, _UNITS = 2.0, 4.0
+# Units of rounding that storing and multiplying two factors costs; measured: at most 10.
+_FACTOR_UNITS = 16.0
 
 
 def assert_close(actual: Tensor, expected: Tensor, baseline: Tensor | None = None) -> None:
@@ -33,3 +35,10 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
     actual, expected = actual.detach().double(), expected.detach().double()
     scale = expected.norm().item()
     return (actual - expected).norm().item() / (scale or 1.0)
+
+
+def assert_optimal(error: float, optimum: float, matrix: Tensor) -> None:
+    """Fail if a truncation error exceeds the optimum by more than 1e-5 of itself and what storing factors in the
+    matrix's dtype costs."""
+    rounding = _FACTOR_UNITS * torch.finfo(matrix.dtype).eps * matrix.double().norm().item()
+    assert abs(error - optimum) <= 1e-5 * optimum + rounding, f"error {error:.9g}, optimum {optimum:.9g}"

@@ -1,0 +1,42 @@
+"""Cost formulas against modules that are counted."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from shrank.ced import CED
+from shrank.led import LED
+from shrank.linalg import Shape
+
+
+def weights(module: nn.Module) -> int:
+    return sum(p.numel() for name, p in module.named_parameters() if name.endswith("weight"))
+
+
+@pytest.mark.parametrize("rank", [1, 5])
+def test_linear_costs_what_its_modules_hold(rank: int) -> None:
+    shape = Shape(30, 20)
+    assert shape.params(None) == shape.dense_params == weights(nn.Linear(20, 30))
+    assert shape.params(rank) == shape.low_rank_params(rank) == weights(LED(20, 30, rank))
+    assert shape.flops(rank) == 2 * shape.params(rank)
+
+
+@pytest.mark.parametrize(("groups", "groups_out"), [(1, False), (4, False), (4, True)])
+def test_convolution_costs_what_its_modules_hold(groups: int, groups_out: bool) -> None:
+    shape = Shape(12, 8 * 3 * 5, groups, groups, groups if groups_out else 1)
+    assert shape.dense_params == weights(nn.Conv2d(8, 12, (3, 5), groups=groups))
+    assert shape.low_rank_params(4) == weights(CED(8, 12, 4, (3, 5), groups=groups, groups_out=groups_out))
+
+
+def test_break_even_is_the_last_rank_that_does_not_grow() -> None:
+    for shape in (Shape(384, 384), Shape(64, 64 * 9), Shape(7, 5), Shape(64, 288, 4, 4), Shape(64, 288, 4, 4, 4)):
+        rank = shape.break_even_rank
+        assert shape.low_rank_params(rank) <= shape.dense_params < shape.low_rank_params(rank + 1)
+    assert Shape(64, 64 * 9).break_even_rank == 57  # a formula without the kernel gives 32
+
+
+def test_max_rank_is_where_the_blocks_are_full() -> None:
+    assert Shape(30, 20).max_rank == 20
+    assert Shape(64, 288, 4, 4).max_rank == 4 * min(16, 72)
+    assert Shape(12, 60, 6, 4).max_rank == 4 * min(12, 15)  # 4 does not divide 6: every output in every block

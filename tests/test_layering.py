@@ -1,0 +1,78 @@
+"""The house: rows of modules that import only from lower rows, and owners that no other file copies."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "shrank"
+ROWS = {
+    "version": 0, "files": 0, "progress": 0, "linalg": 0, "ops": 0, "merged_weight": 0, "stages": 0,
+    "led": 1, "ced": 1,
+    "lr_module": 2, "targets": 2, "rank": 2,
+    "surgery": 3,
+    "plan": 4,
+    "planning": 5, "apply": 5,
+    "auto_fact": 6, "checkpoint": 6,
+    "hf": 7,
+    "bench": 8,
+    "cli": 9,
+    "__init__": 10, "__main__": 10,
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of shrank that a file imports, at its top or inside a function."""
+    rooms = set()
+    depth = len(path.relative_to(ROOT).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            rooms |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("shrank."):
+            rooms.add(node.module.split(".")[1])
+    return rooms
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_imports_only_from_lower_rows(path: Path) -> None:
+    here = room(path)
+    for other in imported_rooms(path) - {here}:
+        assert ROWS[other] < ROWS[here], f"{here} (row {ROWS[here]}) imports {other} (row {ROWS[other]})"
+
+
+def test_every_file_has_a_row() -> None:
+    assert {room(path) for path in FILES} == ROWS.keys()
+
+
+@pytest.mark.parametrize(("text", "owners"), [
+    ("nn.Conv2d", {"ced.py"}),
+    ("safe_open", {"checkpoint.py"}),
+    ("except Exception", set()),
+    ("setattr(", {"surgery.py", "stages.py"}),
+])
+def test_ideas_have_one_owner(text: str, owners: set[str]) -> None:
+    found = {path.name for path in FILES if text in path.read_text()}
+    assert found == owners
+
+
+def test_the_library_does_not_print() -> None:
+    for path in FILES:
+        calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        assert not any(isinstance(f, ast.Name) and f.id == "print" for f in calls), path.name
+
+
+def test_no_file_and_no_function_outgrows_its_room() -> None:
+    for path in FILES:
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 260, f"{path.name} has {len(lines)} lines"
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 40, f"{path.name}: {node.name} has {length} lines"
