@@ -18,7 +18,7 @@ zoo: $(VENV)/.ready  # every transformers family that builds offline
 
 bench: $(VENV)/.bench-ready
 	$(BIN)/python -m pytest benchmarks --benchmark-json build/benchmarks.json
-	$(BIN)/python benchmarks/trade_off.py
+	$(BIN)/python -m benchmarks.trade_off
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

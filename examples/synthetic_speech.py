@@ -1,4 +1,4 @@
-"""Synthetic speech for speech_transformer.py: words of two vowels, of random pitch, speed, vocal tract and noise."""
+"""Synthetic speech: two-vowel words, random in pitch, speed, vocal tract and noise."""
 
 import math
 
@@ -15,7 +15,7 @@ Corpus = list[tuple[Tensor, Tensor]]  # per utterance: log spectrogram (frames, 
 
 
 def synthesise(words: list[int], g: torch.Generator) -> Tensor:
-    """The waveform (samples,) of a word sequence: harmonics of a wavering pitch under two gliding formants."""
+    """The waveform (samples,) of words: harmonics of a wavering pitch under two gliding formants."""
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * torch.rand((), generator=g).item()
 
@@ -32,12 +32,13 @@ def synthesise(words: list[int], g: torch.Generator) -> Tensor:
     harmonic = torch.arange(1, 31)[:, None]
     f = harmonic * f0
     envelope = 1 / (1 + ((f - f1) / 60).square()) + 0.6 / (1 + ((f - f2) / 80).square())
-    voice = envelope * (f < SAMPLE_RATE / 2) * torch.sin(harmonic * torch.cumsum(f0, 0) * (2 * math.pi / SAMPLE_RATE))
+    phase = torch.cumsum(f0, 0) * (2 * math.pi / SAMPLE_RATE)
+    voice = envelope * (f < SAMPLE_RATE / 2) * torch.sin(harmonic * phase)
     return gain * voice.sum(0) + uniform(0.05, 0.3) * torch.randn(len(gain), generator=g)
 
 
 def log_spectrogram(x: Tensor) -> Tensor:
-    """(samples,) -> (frames, BANDS): log power in overlapping bands of equal width, normalised per utterance."""
+    """(samples,) -> (frames, BANDS): log power in bands of equal width, normalised per utterance."""
     power = torch.stft(x, N_FFT, HOP, window=torch.hann_window(N_FFT), return_complex=True).abs().square()
     bands = F.adaptive_avg_pool1d(power.T, BANDS).clamp_min(1e-6).log()
     return (bands - bands.mean()) / bands.std()

@@ -211,3 +211,32 @@ def test_submodules_limit_what_changes(pick, expected, deepcopy):
 def test_submodules_that_the_model_does_not_have_are_an_error(deepcopy):
     with pytest.raises(ValueError, match="submodules"):
         shrank.auto_fact(mlp(), 0.5, submodules=[nn.Linear(WIDTH, WIDTH)], deepcopy=deepcopy)
+
+
+@pytest.mark.parametrize("hold", [lambda m: [m], lambda m: (None, m), lambda m: {"x": m}, lambda m: m],
+                         ids=["list", "tuple", "dict", "attribute"])
+def test_places_that_modules_hide_from_pytorch_follow(hold):
+    model = nn.Sequential(mlp(1), nn.Identity())
+    vars(model[1])["held"] = hold(model[0][0])
+    shrank.auto_fact(model, 0.5)
+    assert model[1].held == hold(model[0][0])
+    shrank.merge(model)
+    assert model[1].held == hold(model[0][0])
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_the_result_can_be_trained_wherever_it_was_made(guard):
+    model, x = mlp(), draw(2, WIDTH)
+    with guard():
+        shrank.auto_fact(model, 0.5)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_state_dict_hooks_are_kept_or_the_layer_stays_dense():
+    model, log = mlp(1), []
+    model[0].register_state_dict_post_hook(lambda *a: log.append("save"))
+    model[0].register_load_state_dict_pre_hook(lambda *a: log.append("load"))
+    shrank.auto_fact(model, 0.5)
+    model.load_state_dict(model.state_dict())
+    assert log == ["save", "load"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,6 @@ from shrank import CED, LED
 from tests.common.models import HF_MODELS, hf_inputs, hf_model, hf_outputs
 from tests.common.tolerances import assert_close
 
-ROOT = Path(__file__).parents[1]
 each_family = pytest.mark.parametrize("family", HF_MODELS)
 
 
@@ -49,7 +46,8 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
     assert torch.equal(hf_outputs(one), hf_outputs(other))
 
 
-LOAD = {"plain": {}, "bfloat16": {"dtype": torch.bfloat16}, "cpu": {"device_map": "cpu"}, "map": {"device_map": {"": "cpu"}}}
+LOAD = {"plain": {}, "bfloat16": {"dtype": torch.bfloat16}, "cpu": {"device_map": "cpu"},
+        "map": {"device_map": {"": "cpu"}}}
 
 
 @each_family
@@ -59,7 +57,9 @@ def test_round_trip(family, options, tmp_path):
     saved.save_pretrained(tmp_path)
     assert {Path(name).suffix for name in os.listdir(tmp_path)} == {".safetensors", ".json"}
     loaded = type(saved).from_pretrained(tmp_path, **options).eval()
-    assert_same(loaded, saved.to(options.get("dtype", torch.float32)))
+    for parameter in saved.parameters():  # but no buffer: rotary frequencies stay float32
+        parameter.data = parameter.data.to(options.get("dtype", torch.float32))
+    assert_same(loaded, saved)
     assert not any(p.is_meta for p in loaded.parameters())
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {n for n, _ in saved.named_parameters()}
 
@@ -77,6 +77,31 @@ def test_sharded_and_saved_again_even_onto_itself(family, tmp_path):
         assert_same(loaded, saved)
 
 
+@pytest.mark.parametrize("part", ["bert", "bert.encoder", "bert.encoder.layer.0"])
+def test_a_model_factorised_in_part_is_saved_whole(part, tmp_path):
+    saved = hf_model("bert")
+    shrank.auto_fact(saved.get_submodule(part), 0.5)
+    saved.save_pretrained(tmp_path)
+    assert_same(type(saved).from_pretrained(tmp_path).eval(), saved)
+
+
+@pytest.mark.parametrize("part", ["", "bert", "bert.encoder"])
+def test_a_model_merged_in_parts_is_saved_plain(part, tmp_path):
+    model = low_rank("bert")
+    shrank.merge(model.get_submodule(part))
+    model.save_pretrained(tmp_path)
+    assert ("quantization_config" in json.loads((tmp_path / "config.json").read_text())) == bool(low_rank_names(model))
+
+
+def test_offloaded_to_disk(tmp_path):
+    saved = low_rank("bert")
+    saved.save_pretrained(tmp_path)
+    places = {name: "disk" if name.endswith(".1") else "cpu" for name in (
+        "bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1", "bert.pooler", "classifier")}
+    loaded = type(saved).from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload").eval()
+    assert torch.equal(hf_outputs(loaded), hf_outputs(saved))
+
+
 def test_tied_embeddings_stay_tied(tmp_path):
     low_rank("llama").save_pretrained(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -88,9 +113,9 @@ def test_a_loaded_model_is_an_ordinary_one(family, tmp_path):
     low_rank(family).save_pretrained(tmp_path)
     model = hf_model(family).from_pretrained(tmp_path)
     assert not getattr(model, "is_quantized", False) and not hasattr(model, "quantization_method")
-    assert {p.dtype for p in model.half().parameters()} == {torch.float16}
-    assert {p.dtype for p in model.to(torch.float64).float().parameters()} == {torch.float32}
-    copy.deepcopy(model)
+    half = copy.deepcopy(model).half()
+    assert {p.dtype for p in half.parameters()} == {torch.float16}
+    assert {p.dtype for p in half.to(torch.float64).float().parameters()} == {torch.float32}
     output = model.train()(**hf_inputs(model))[0]
     output.square().mean().backward()
     stages = [getattr(model.get_submodule(name), stage) for name in low_rank_names(model) for stage in ("down", "up")]
@@ -121,8 +146,7 @@ ACROSS = {
     "bert-base-to-head": ("BertModel", "BertForSequenceClassification", "", "bert."),
     "bert-base-to-head-without-pooler": ("BertModel", "BertForMaskedLM", "", "bert."),
     "bert-head-to-base": ("BertForSequenceClassification", "BertModel", "bert.", ""),
-    "bert-head-to-head": ("BertForSequenceClassification", "BertForTokenClassification", "bert.", "bert."),
-    "bert-mlm-to-base": ("BertForMaskedLM", "BertModel", "bert.", ""),
+    "bert-head-to-head": ("BertForSequenceClassification", "BertForTokenClassification", "", ""),
     "gpt2-base-to-head": ("GPT2Model", "GPT2LMHeadModel", "", "transformer."),
     "gpt2-head-to-base": ("GPT2LMHeadModel", "GPT2Model", "transformer.", ""),
     "llama-base-to-head": ("LlamaModel", "LlamaForCausalLM", "", "model."),
@@ -137,15 +161,13 @@ ACROSS = {
 @pytest.mark.parametrize("source, target, old, new", ACROSS.values(), ids=ACROSS)
 def test_loading_as_another_class(source, target, old, new, tmp_path):
     source, target = getattr(transformers, source), getattr(transformers, target)
-    config = hf_model(source.config_class.model_type).config
-    shrank.auto_fact(source(config), 0.5).save_pretrained(tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
+    saved = shrank.auto_fact(source(hf_model(source.config_class.model_type).config), 0.5)
+    saved.save_pretrained(tmp_path)
     model = target.from_pretrained(tmp_path)
-    state = model.state_dict()
-    shared = {name: new + name.removeprefix(old) for name in stored if new + name.removeprefix(old) in state}
-    factors = {name for name in shared if "_unit." in name}
-    assert factors and all(torch.equal(state[shared[name]], stored[name]) for name in shared)
-    assert {name for name in state if "_unit." in name} == {shared[name] for name in factors}
+    stored, state = {new + k.removeprefix(old): v for k, v in saved.state_dict().items()}, model.state_dict()
+    factors = {name for name in state if "_unit." in name}
+    assert factors and factors <= stored.keys()
+    assert all(torch.equal(state[name], stored[name]) for name in state.keys() & stored.keys())
     model.save_pretrained(tmp_path / "again")
     assert low_rank_names(target.from_pretrained(tmp_path / "again")) == low_rank_names(model)
 
@@ -193,61 +215,3 @@ def test_corrupt_folders_are_refused(change, cls, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises((ValueError, RuntimeError)):
         getattr(transformers, cls).from_pretrained(tmp_path)
-
-
-def run(code: str, *args: str | Path, path: Path | None = ROOT) -> None:
-    environment = os.environ | {"PYTHONPATH": str(path or ""), "TRANSFORMERS_VERBOSITY": "error"}
-    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, cwd="/",
-                          env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-
-
-LOAD_ALL = """
-import sys, torch, transformers
-for folder in sys.argv[1:]:
-    kind = getattr(transformers, transformers.AutoConfig.from_pretrained(folder).architectures[0])
-    model = kind.from_pretrained(folder).eval()
-    inputs, expected = torch.load(folder + "/expected.pt")
-    with torch.no_grad():
-        assert torch.equal(model(**inputs)[0], expected), folder
-"""
-
-
-def saved_with_outputs(folder: Path, families, change) -> list[Path]:
-    for family in families:
-        model = change(low_rank(family))
-        model.save_pretrained(folder / family)
-        inputs = hf_inputs(model)
-        with torch.no_grad():
-            torch.save((inputs, model(**inputs)[0]), folder / family / "expected.pt")
-    return [folder / family for family in families]
-
-
-@pytest.mark.parametrize("imports", ["import shrank", "import transformers, shrank",
-                                     "from transformers import AutoModel; import shrank", "import shrank.hf"])
-def test_new_process_and_import_orders(imports, tmp_path):
-    families = HF_MODELS if imports == "import shrank" else ["vit"]
-    run(f"{imports}\n{LOAD_ALL}", *saved_with_outputs(tmp_path, families, lambda model: model))
-
-
-def test_a_merged_checkpoint_needs_no_shrank(tmp_path):
-    folders = saved_with_outputs(tmp_path, HF_MODELS, shrank.merge)
-    run(f"{LOAD_ALL}\nassert 'shrank' not in sys.modules", *folders, path=None)
-
-
-def test_works_without_transformers(tmp_path):
-    run("""
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("transformers", "accelerate"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Block())
-import torch, shrank
-build = lambda: torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Unflatten(1, (16, 2)), torch.nn.Conv1d(16, 16, 2))
-model, x = shrank.auto_fact(build(), 0.5), torch.randn(2, 32)
-shrank.save(model, sys.argv[1])
-loaded = shrank.load(build(), sys.argv[1])
-assert torch.equal(loaded(x), model(x)) and len(shrank.describe(loaded)) == 2
-assert type(shrank.merge(loaded)[0]) is torch.nn.Linear and "transformers" not in sys.modules
-""", tmp_path / "model.safetensors")

@@ -81,7 +81,8 @@ def test_gradients_reach_the_factors(build, options):
 
 WRITES = {
     "fill_": lambda w: w.fill_(0), "copy_": lambda w: w.copy_(torch.zeros_like(w)), "init": nn.init.xavier_uniform_,
-    "setitem": lambda w: w.__setitem__(0, 1), "iadd": lambda w: w.__iadd__(1), "imul": lambda w: w.__imul__(2),
+    "setitem": lambda w: w.__setitem__(0, 1), "iadd": lambda w: w.__iadd__(1),
+    "imul": lambda w: w.__imul__(torch.ones(w.shape)), "floor": lambda w: w.div_(2, rounding_mode="floor"),
     "out": lambda w: torch.add(w, w, out=w), "data": lambda w: w.data.fill_(0), "detach": lambda w: w.detach().zero_(),
     "data-setter": lambda w: setattr(w, "data", torch.zeros(w.shape)),
     "foreach": lambda w: torch._foreach_mul_([w], 2.0),
@@ -96,6 +97,21 @@ def test_in_place_writes_are_refused(build, options, write):
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"(LED|CED).*down.*up"):
         write(twin.weight)
     assert torch.equal(twin.dense_weight(), before)
+
+
+SCALES = {"mul_": lambda w: w.mul_(3), "div_": lambda w: w.div_(2), "other": lambda w: w.mul_(other=3),
+          "imul": lambda w: w.__imul__(3), "data": lambda w: w.data.mul_(3)}
+
+
+@each_layer
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_scaling_in_place_scales_the_product(build, options, scale):
+    twin = low_rank(build, options)
+    expected = twin.dense_weight().detach().clone()
+    with torch.no_grad():
+        scale(twin.weight)
+        scale(expected)
+    assert_close(twin.dense_weight(), expected)
 
 
 @each_layer

@@ -9,7 +9,6 @@ from torch import nn
 from shrank.linalg import Shape, spectrum
 from shrank.rank import ByFunction, ByPattern, Energy, Fixed, Fraction, Layer, as_rule
 
-
 SHAPE = Shape(64, 48)
 
 

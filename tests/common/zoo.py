@@ -95,7 +95,7 @@ def shrink_depth(config: PreTrainedConfig) -> None:
         counts_stages = hasattr(config, "depths") and type(value) is int
         if DEPTH_NAME.search(name) and not (name in per_layer or name in indices or counts_stages):
             limit = depth if type(value) is int else 1
-            setattr(config, name, map_ints(value, lambda i: min(i, limit)))
+            setattr(config, name, map_ints(value, lambda i, limit=limit: min(i, limit)))
 
 
 def shrink_indices(config: PreTrainedConfig, indices: dict[str, list], depth: int, count: int | None) -> None:
@@ -192,7 +192,7 @@ def input_specs(config: PreTrainedConfig) -> dict[str, tuple | list]:
         "input_features_mask": (BATCH, FRAMES),
         "freq": (BATCH, 1),
         "merge_sizes": [1],
-        **dict.fromkeys(("grid_thw", "image_grid_thw"), [[1, 4, 4]]),
+        **{name: [[1, 4, 4]] for name in ("grid_thw", "image_grid_thw")},
     }
 
 

