@@ -15,7 +15,7 @@ from .rank import Energy
 from .version import __version__
 
 # transformers learns about shrank when it is imported, whichever of the two comes first.
-register_post_import_hook(lambda _: import_module("shrank.hf"), "transformers.quantizers.auto")
+register_post_import_hook(lambda _: import_module("shrank.hf"), "transformers.modeling_utils")
 
 __all__ = [
            "CED",

@@ -8,7 +8,7 @@ import warnings
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import surgery
 from .ced import CED
@@ -23,6 +23,7 @@ PLAN_ATTRIBUTE = "shrank_plan"
 _log = logging.getLogger("shrank")
 
 
+@torch.inference_mode(False)  # its results must stay trainable wherever it is called
 @torch.no_grad()
 def apply(model: nn.Module, plan: RankPlan) -> nn.Module:
     """Replace the planned layers in place, initialised from their weights, and return the root.
@@ -55,31 +56,31 @@ def attach_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
     Layers that are low-rank already, as planned, stay. Raises ValueError, before anything is changed, if the plan does
     not fit the model.
     """
-    for site, layer in _resolve(model, plan, loading=True):
-        model = surgery.replace(model, site, target(site.module).twin(layer.rank, layer.shape))
-    return surgery.finish(model)
+    for site, twin in _empty_twins(model, plan):
+        model = surgery.replace(model, site, twin)
+    return surgery.finish(model, **{PLAN_ATTRIBUTE: plan})
 
 
-def expected_state(model: nn.Module, plan: RankPlan) -> dict[str, torch.Size]:
-    """Names and shapes that `model.state_dict()` would have after `attach_empty`; raises ValueError as that does."""
-    meta = torch.device("meta")
-    twins = {id(site.module): target(site.module).twin(layer.rank, layer.shape, meta)
-             for site, layer in _resolve(model, plan, loading=True)}
+def expected_state(model: nn.Module, plan: RankPlan) -> dict[str, Tensor]:
+    """What `model.state_dict()` would hold after `attach_empty`, the factors on the meta device; raises ValueError as
+    that does."""
+    twins = {id(site.module): twin for site, twin in _empty_twins(model, plan, torch.device("meta"))}
     paths = {path: twins[id(m)] for path, m in model.named_modules(remove_duplicate=False) if id(m) in twins}
-    expected = {name: value.shape for name, value in model.state_dict().items() if name.rpartition(".")[0] not in paths}
+    expected = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] not in paths}
     for path, twin in paths.items():
         prefix = f"{path}." if path else ""
-        expected |= {prefix + name: value.shape for name, value in twin.state_dict().items()}
+        expected |= {prefix + name: value for name, value in twin.state_dict().items()}
     return expected
 
 
 def describe(model: nn.Module) -> RankPlan:
     """The plan that the low-rank layers of a model amount to, however they came about."""
-    layers = tuple(_describe_layer(site) for site in walk(model) if isinstance(site.module, LOW_RANK))
-    total = sum(p.numel() for p in model.parameters())
-    return RankPlan(layers, other_params=total - sum(layer.params_after for layer in layers))
+    sites = walk(model, inside_low_rank=True)
+    plan = RankPlan(tuple(_describe_layer(site) for site in sites if isinstance(site.module, LOW_RANK)))
+    return replace(plan, other_params=surgery.count(model.parameters()) - plan.params_after)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """Turn every low-rank layer back into the dense layer it stands for, in place, and return the root."""
@@ -102,9 +103,20 @@ def _describe_layer(site: Site) -> LayerPlan:
     return LayerPlan(site.fqn, kind, shape.dense_params, shape, layer.rank)
 
 
+def _empty_twins(model: nn.Module, plan: RankPlan, device: torch.device | None = None) -> list[tuple[Site, nn.Module]]:
+    """The sites of the planned layers and a twin for each, whose stages may be low-rank in turn."""
+    twins = []
+    for site, layer in _resolve(model, plan.outermost, loading=True):
+        twin = target(site.module).twin(layer.rank, layer.shape, device)
+        for inner_site, inner_twin in _empty_twins(twin, plan.inside(layer.fqn), device):
+            surgery.replace(twin, inner_site, inner_twin)
+        twins.append((site, twin))
+    return twins
+
+
 def _resolve(model: nn.Module, plan: RankPlan, loading: bool = False) -> list[tuple[Site, LayerPlan]]:
     """The sites of the planned layers; ValueError lists everything about the plan that does not fit the model."""
-    sites = {site.fqn: site for site in walk(model, inside_low_rank=not loading)}
+    sites = {site.fqn: site for site in walk(model, inside_low_rank=True)}
     jobs, problems = [], []
     for layer in plan.low_rank:
         site = sites.get(layer.fqn)

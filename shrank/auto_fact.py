@@ -44,5 +44,8 @@ def _counterparts(original: nn.Module, submodules: Iterable[nn.Module] | None, c
     """The modules of the copy that stand where `submodules` stand in the original."""
     if submodules is None:
         return None
+    submodules = list(submodules)
     wanted = {id(m) for m in submodules}
+    if strangers := [type(m).__name__ for m in submodules if id(m) not in {id(x) for x in original.modules()}]:
+        raise ValueError(f"submodules that are not in the model: {', '.join(strangers)}")
     return [twin for old, twin in zip(original.modules(), copied.modules(), strict=True) if id(old) in wanted]

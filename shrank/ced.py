@@ -106,6 +106,14 @@ class CED(nn.Module):
         return self.ced_unit[0].padding_mode
 
     @property
+    def transposed(self) -> bool:
+        return False
+
+    @property
+    def output_padding(self) -> tuple[int, ...]:
+        return self.ced_unit[0].output_padding
+
+    @property
     def weight(self) -> Tensor:
         """The equivalent kernel (out_channels, in_channels / groups, *kernel_size), multiplied out when used."""
         shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)

@@ -16,6 +16,7 @@ from .apply import attach_empty, describe, expected_state
 from .ced import CONVOLUTIONS
 from .files import replacing
 from .plan import RankPlan
+from .targets import memory_format
 
 METADATA_KEY = "shrank"
 CONVOLUTION_KINDS = {c.__name__ for c in CONVOLUTIONS.values()}
@@ -38,10 +39,12 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     state = model.state_dict()
     if wrong := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise TypeError(f"safetensors hold only tensors; not one: {', '.join(wrong)}")
+    if empty := [name for name, value in state.items() if value.is_meta]:
+        raise ValueError(f"on the meta device, without data: {', '.join(empty[:5])}")
     tensors, aliases = _without_aliases(state)
     metadata = {"plan": describe(model).to_dict(), "aliases": aliases}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", METADATA_KEY: json.dumps(metadata)})
+        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(metadata)})
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
@@ -54,18 +57,24 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         expected = expected_state(model, header.plan)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    stored = header.shapes | {alias: header.shapes.get(name) for alias, name in header.aliases.items()}
+    stored = header.shapes | {alias: header.shapes[name] for alias, name in header.aliases.items()}
     _check_names_and_shapes(path, expected, stored)
     with safe_open(path, framework="pt") as file:
         state = {name: file.get_tensor(header.aliases.get(name, name)) for name in expected}
+    if wrong := [f"{name}: {state[name].dtype} in the file, {expected[name].dtype} in the model" for name in expected
+                 if state[name].is_floating_point() != expected[name].is_floating_point()]:
+        raise ValueError(f"{path}: does not fit the model:\n  " + "\n  ".join(wrong[:10]))
     model = attach_empty(model, header.plan)
-    model.load_state_dict(state, assign=any(t.is_meta for t in model.state_dict().values()))
+    if any(t.is_meta for t in model.state_dict().values()):
+        model.load_state_dict(_as_parameters(state, model), assign=True)
+    else:
+        model.load_state_dict(state)
     return model
 
 
 def read_header(path: str | os.PathLike) -> Header:
     """The plan and the tensor table of a checkpoint that `save` wrote; ValueError says what is wrong with the file."""
-    shapes, metadata = _read_tensor_table(path)
+    shapes, metadata = _read_table(path)
     if METADATA_KEY not in metadata:
         raise ValueError(f"{path}: holds no plan; it was not written by shrank.save")
     try:
@@ -73,10 +82,10 @@ def read_header(path: str | os.PathLike) -> Header:
         if not isinstance(content, dict):
             raise ValueError("the plan is not a JSON object")
         plan, aliases = RankPlan.from_dict(content.get("plan")), content.get("aliases", {})
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
-    if not isinstance(aliases, dict) or (unknown := [n for n in aliases.values() if n not in shapes]):
-        raise ValueError(f"{path}: shared tensors refer to names that the file does not hold: {unknown}")
+    if not isinstance(aliases, dict) or not all(isinstance(n, str) and n in shapes for n in aliases.values()):
+        raise ValueError(f"{path}: shared tensors refer to names that the file does not hold: {aliases!r:.200}")
     return Header(plan, shapes, aliases)
 
 
@@ -95,7 +104,7 @@ def not_finite(state: dict[str, Tensor]) -> list[str]:
             if tensor.is_floating_point() and not tensor.isfinite().all()]
 
 
-def _read_tensor_table(path: str | os.PathLike) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+def _read_table(path: str | os.PathLike) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Shapes by name, and the metadata, of any safetensors file; ValueError if it is damaged or is none."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -103,6 +112,20 @@ def _read_tensor_table(path: str | os.PathLike) -> tuple[dict[str, tuple[int, ..
             return shapes, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a complete safetensors file ({_looks_like(path)}{error})") from error
+
+
+def tensor_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """Shapes by name of any safetensors file; ValueError if it is damaged or is none."""
+    return _read_table(path)[0]
+
+
+def _as_parameters(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The state for assignment to a model without data: one parameter for all its names, in the layout planned."""
+    made: dict[int, nn.Parameter] = {}
+    for name, old in model.named_parameters(remove_duplicate=False):
+        value = state[name].contiguous(memory_format=memory_format(old))
+        state[name] = made.setdefault(id(old), nn.Parameter(value, old.requires_grad))
+    return state
 
 
 def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -121,11 +144,11 @@ def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     return tensors, aliases
 
 
-def _check_names_and_shapes(path, expected: dict[str, tuple], stored: dict[str, tuple]) -> None:
+def _check_names_and_shapes(path, expected: dict[str, Tensor], stored: dict[str, tuple]) -> None:
     problems = [f"{name}: missing" for name in expected if name not in stored]
     problems += [f"{name}: unknown to the model" for name in stored if name not in expected]
-    problems += [f"{name}: {stored[name]} in the file, {tuple(expected[name])} in the model"
-                 for name in expected if name in stored and tuple(expected[name]) != stored[name]]
+    problems += [f"{name}: {stored[name]} in the file, {tuple(expected[name].shape)} in the model"
+                 for name in expected if name in stored and tuple(expected[name].shape) != stored[name]]
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ValueError(f"{path}: does not fit the model:\n  " + "\n  ".join(problems[:10]) + more)

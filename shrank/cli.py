@@ -54,7 +54,7 @@ def plan(source: Source, rank: Rank = None, keep: Keep = None, energy: EnergyOpt
         made = make_plan(load_model(source), rule, include=include, exclude=exclude, round_to=round_to)
         if save:
             made.save(save)
-    _show(made.to_dict(), made.table(), as_json)
+    _show(made.to_dict(), made.table(), as_json, made.summary)
     _require_layers(made)
 
 
@@ -78,7 +78,7 @@ def compress(source: Source, out: Out, rank: Rank = None, keep: Keep = None, ene
         save_model(model, source, out)
     done = model.shrank_plan
     _show({**done.to_dict(), "bytes": size_on_disk(out)}, done.table(), as_json,
-          f"wrote {out}: {size_on_disk(out):,} bytes")
+          f"{done.summary}\nwrote {out}: {size_on_disk(out):,} bytes")
 
 
 @app.command()
@@ -93,7 +93,7 @@ def inspect(path: Annotated[Path, typer.Argument(help="Folder or .safetensors fi
         else:
             found, problems = inspect_file(path)
     facts = {"path": str(path), "bytes": size_on_disk(path), "problems": problems, **found.to_dict()}
-    _show(facts, found.table(), as_json, f"{path}: {facts['bytes']:,} bytes")
+    _show(facts, found.table(), as_json, f"{found.summary}\n{path}: {facts['bytes']:,} bytes")
     if problems:
         _fail("; ".join(problems), DAMAGED)
 

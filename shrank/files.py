@@ -18,9 +18,15 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         new = Path(folder) / path.name
         yield new
         _set_default_mode(new)
-        if path.is_dir():
-            path.rename(Path(folder) / "old")
-        os.replace(new, path)
+        if not path.is_dir():
+            os.replace(new, path)
+            return
+        old = path.rename(Path(folder) / "old")
+        try:
+            new.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
 
 
 def _set_default_mode(path: Path) -> None:

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+from wrapt import wrap_function_wrapper
 
-from . import surgery
 from .apply import attach_empty, describe, merge
-from .checkpoint import not_finite
+from .checkpoint import not_finite, tensor_shapes
 from .files import replacing
-from .plan import LayerPlan, RankPlan
+from .plan import RankPlan
 from .targets import LOW_RANK
 
 METHOD = "shrank"
@@ -34,7 +37,7 @@ class ShrankConfig(QuantizationConfigMixin):
 
     quant_method = METHOD
 
-    def __init__(self, plan: dict | RankPlan, quant_method: str = METHOD) -> None:
+    def __init__(self, plan: dict | RankPlan | None = None, quant_method: str = METHOD) -> None:
         self.quant_method = quant_method
         self.plan = plan if isinstance(plan, RankPlan) else RankPlan.from_dict(plan)
 
@@ -57,15 +60,21 @@ class ShrankQuantizer(HfQuantizer):
         if not self.pre_quantized:
             raise ValueError("shrank does not compress while loading: load the dense model, then call auto_fact")
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_) -> nn.Module:
-        model = attach_empty(model, _as_loaded(self.quantization_config.plan, model))
+    def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **_) -> nn.Module:
+        plan = self.quantization_config.plan
+        _check_owners(plan, [f for f in checkpoint_files or () if str(f).endswith(".safetensors")])
+        fitting = _as_loaded(plan, model)
+        self.dropped = len(fitting) < len(plan)
+        model = attach_empty(model, fitting)
         for _, stage in _stages(model):
             stage._is_hf_initialized = True  # never drawn at random: a factor that is missing is an error
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
-        if missing := [name for name, module in _stages(model) if _lacks_weights(module)]:
-            raise ValueError(f"the checkpoint lacks factors that its plan asks for: {', '.join(missing[:5])}")
+        # transformers itself only warns of missing weights, which is right for a new head and nothing else here.
+        checked = [model.base_model] if self.dropped else [m for _, m in _stages(model)]
+        if missing := [name for name, m in model.named_modules() if m in set(_below(checked)) and _lacks_weights(m)]:
+            raise ValueError(f"the checkpoint lacks weights that its plan asks for: {', '.join(missing[:5])}")
         # The weights are ordinary ones: float(), half() and training must stay allowed.
         model.is_quantized = False
         vars(model).pop("quantization_method", None)
@@ -80,29 +89,44 @@ class ShrankQuantizer(HfQuantizer):
         return merge(model)
 
 
-def _follow(model: nn.Module) -> None:
-    """After a replacement: give every transformers model with low-rank layers the quantizer that saves it, and take it
-    from all others."""
-    from transformers import PreTrainedModel
+@partial(wrap_function_wrapper, PreTrainedModel, "save_pretrained")
+def _save_pretrained(save: Callable, model: PreTrainedModel, args: tuple, kwargs: dict) -> object:
+    """Before a model is saved, give it the quantizer that writes its plan if it has low-rank layers, else take it away.
 
+    At no other time is it known what the model has become: parts of it may have been compressed or merged on their own.
+    """
     for module in model.modules():
-        if not isinstance(module, PreTrainedModel):
-            continue
-        low_rank = any(isinstance(m, LOW_RANK) for m in module.modules())
-        if low_rank and getattr(module, "hf_quantizer", None) is None:
-            module.hf_quantizer = ShrankQuantizer(ShrankConfig(RankPlan(())))
-        elif not low_rank and isinstance(getattr(module, "hf_quantizer", None), ShrankQuantizer):
-            del module.hf_quantizer
-            vars(module.config).pop("quantization_config", None)
-
-
-surgery.observers.append(_follow)
+        if isinstance(module, PreTrainedModel):
+            low_rank = any(isinstance(m, LOW_RANK) for m in module.modules())
+            quantizer = getattr(module, "hf_quantizer", None)
+            if low_rank and quantizer is None:
+                module.hf_quantizer = ShrankQuantizer(ShrankConfig(RankPlan(())))
+            elif not low_rank and isinstance(quantizer, ShrankQuantizer):
+                del module.hf_quantizer
+                vars(module.config).pop("quantization_config", None)
+    return save(*args, **kwargs)
 
 
 def _stages(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for fqn, layer in model.named_modules():
         if isinstance(layer, LOW_RANK):
             yield from ((f"{fqn}.{name}", m) for name, m in layer.named_modules() if m._parameters)
+
+
+def _below(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    for module in modules:
+        yield from module.modules()
+
+
+def _check_owners(plan: RankPlan, files: list[str]) -> None:
+    """ValueError unless the files hold factors for as many layers as the plan lists; transformers may have renamed
+    them, so their names say little."""
+    names = [name for file in files for name in tensor_shapes(file)]
+    owners = {_outer(name) for name in names if re.search(r"(led|ced)_unit\.\d", name)}
+    if files and len(owners) != len(plan.outermost.low_rank):
+        strange = ", ".join(sorted(owners ^ {x.fqn for x in plan.outermost.low_rank})[:5])
+        raise ValueError(f"the files hold factors of {len(owners)} layers, the plan lists "
+                         f"{len(plan.outermost.low_rank)}: {strange}")
 
 
 def _lacks_weights(module: nn.Module) -> bool:
@@ -114,26 +138,21 @@ def _lacks_weights(module: nn.Module) -> bool:
 
 def _as_loaded(plan: RankPlan, model: nn.Module) -> RankPlan:
     """The plan in the names of the model being loaded: a base model may be loaded from a checkpoint of its model with
-    a head, and the other way round."""
+    a head, and the other way round. Another class than the saved one may lack some of the layers."""
     names = {fqn for fqn, _ in model.named_modules()}
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-    layers: list[LayerPlan] = []
+    layers = []
     for layer in plan:
-        if layer.fqn in names or not prefix:
-            layers.append(layer)
-        elif prefix + layer.fqn in names:
-            layers.append(_renamed(layer, prefix + layer.fqn))
-        elif layer.fqn.startswith(prefix):
-            layers.append(_renamed(layer, layer.fqn.removeprefix(prefix)))
-        elif any(other.fqn.startswith(prefix) for other in plan) and not any(n.startswith(prefix) for n in names):
-            continue  # a layer of the head that the base model does not have
-        else:
-            layers.append(layer)
-    return RankPlan(tuple(layers), plan.other_params)
+        fqn = next((n for n in (layer.fqn, prefix + layer.fqn, layer.fqn.removeprefix(prefix)) if _outer(n) in names),
+                   layer.fqn)
+        if _outer(fqn) in names or type(model).__name__ in (model.config.architectures or ()):
+            layers.append(replace(layer, fqn=fqn))
+    return RankPlan(tuple(layers))
 
 
-def _renamed(layer: LayerPlan, fqn: str) -> LayerPlan:
-    return replace(layer, fqn=fqn)
+def _outer(fqn: str) -> str:
+    """The layer of the dense model to which a name belongs: stages of low-rank layers are not in it."""
+    return re.split(r"\.?(?:led|ced)_unit\.", fqn)[0]
 
 
 def load_model(source: str) -> nn.Module:

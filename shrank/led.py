@@ -39,11 +39,11 @@ class LED(nn.Module):
         if type(first) is Linear and type(second) is Linear and not (
             first._forward_hooks or first._forward_pre_hooks or first._backward_hooks or first._backward_pre_hooks
             or second._forward_hooks or second._forward_pre_hooks or second._backward_hooks
-            or second._backward_pre_hooks
+            or second._backward_pre_hooks or "forward" in first.__dict__ or "forward" in second.__dict__
         ):
             parameters = second._parameters
             return low_rank_linear(x, first._parameters["weight"], parameters["weight"], parameters["bias"])
-        # A stage that another tool replaced, parametrized or hooked (LoRA, quantization, ...) is asked to run itself.
+        # A stage that another tool replaced, patched or hooked (LoRA, quantization, offloading) is asked to run itself.
         return second(first(x))
 
     @property

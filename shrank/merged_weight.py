@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 # Read-only attributes that the wrapper answers itself.
 _METADATA = {
@@ -22,8 +22,12 @@ _METADATA = {
      Tensor.is_complex, Tensor.ndimension, Tensor.__len__}
 
 
+_DETACH = {Tensor.detach, Tensor.data.__get__}
 # In-place products with a number, which one factor can take over.
 _SCALINGS = {Tensor.mul_, Tensor.div_, Tensor.__imul__, Tensor.__itruediv__}
+_DUNDER_WRITES = {"__set__", "__setitem__"} | {
+    f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor",
+                                "lshift", "rshift")}
 
 
 class MergedWeight(Tensor):
@@ -50,13 +54,17 @@ class MergedWeight(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         target = next(iter((*args, *kwargs.values())), None)
-        if func in _SCALINGS and isinstance(target, cls) and not isinstance(args[1], Tensor):
-            func(target._factor.data, *args[1:])  # RWKV rescales its layers so
+        if func in _DETACH:
+            return cls(target.shape, target._factor.detach(), lambda: target._merge().detach(), target._owner)
+        if func in _SCALINGS and _is_scaling(target, args[1:], kwargs):
+            func(target._factor.data, *args[1:], **kwargs)  # RWKV rescales its layers so
             return target
-        if isinstance(target, cls) and _writes(func):
+        written = tree_leaves((target if _writes(func) else None, kwargs.get("out")))
+        if hidden := [x for x in written if isinstance(x, cls)]:
+            owner = hidden[0]._owner
             raise RuntimeError(
-                f"{target._owner}.weight is computed from its factors and cannot be changed in place: write to "
-                f"{target._owner}.down and .up, or merge the model first"
+                f"{owner}.weight is computed from its factors and cannot be changed in place: write to {owner}.down "
+                f"and {owner}.up, or merge the model first"
             )
         args, kwargs = tree_map(lambda x: x._product() if isinstance(x, cls) else x, (args, kwargs))
         return func(*args, **kwargs)
@@ -86,4 +94,11 @@ def merged_weight(shape: tuple[int, ...], like: Tensor, merge: Callable[[], Tens
 
 def _writes(func: Callable) -> bool:
     name = getattr(func, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or name in ("__set__", "__setitem__")
+    return (name.endswith("_") and not name.endswith("__")) or name in _DUNDER_WRITES
+
+
+def _is_scaling(target: object, arguments: tuple, kwargs: dict) -> bool:
+    """Whether target *= number or target /= number is meant, of which rounding makes something else."""
+    values = (*arguments, *kwargs.values())
+    return isinstance(target, MergedWeight) and "rounding_mode" not in kwargs and not any(
+        isinstance(x, Tensor) for x in values)

@@ -66,17 +66,33 @@ class RankPlan:
         return tuple(layer for layer in self.layers if layer.rank is not None)
 
     @property
+    def outermost(self) -> RankPlan:
+        """The plan without layers that are stages of other layers in it."""
+        inner = {x.fqn for layer in self.low_rank for x in self.inside(layer.fqn, relative=False)}
+        return replace(self, layers=tuple(x for x in self.layers if x.fqn not in inner))
+
+    def inside(self, fqn: str, relative: bool = True) -> RankPlan:
+        """The layers that are stages of this low-rank layer, named from it on if `relative`."""
+        prefix = f"{fqn}." if fqn else ""
+        inner = [x for x in self.low_rank if x.fqn.startswith((f"{prefix}led_unit.", f"{prefix}ced_unit."))]
+        return RankPlan(tuple(replace(x, fqn=x.fqn.removeprefix(prefix)) if relative else x for x in inner))
+
+    @property
     def params_before(self) -> int:
         """All parameters of the model, planned or not."""
-        return self.other_params + sum(layer.size for layer in self.layers)
+        return self.other_params + sum(layer.size for layer in self.outermost)
 
     @property
     def params_after(self) -> int:
-        return self.other_params + sum(layer.params_after for layer in self.layers)
+        outer = self.outermost
+        saved_inside = sum(x.size - x.params_after for x in self.layers) - sum(x.size - x.params_after for x in outer)
+        return self.other_params + sum(layer.params_after for layer in outer) - saved_inside
 
     def with_rank(self, fqn: str, rank: int | None, reason: str = "set by hand") -> RankPlan:
         """The plan with one layer's rank changed; None keeps it dense."""
         chosen = self[fqn]
+        if rank is not None and rank < 1:
+            raise ValueError(f"{fqn!r}: rank must be at least 1, got {rank}; None keeps it dense")
         if rank is not None and chosen.shape is None:
             raise ValueError(f"{fqn!r} cannot be low-rank: {chosen.reason}")
         changed = replace(chosen, rank=rank, error=None, reason=reason)
@@ -113,7 +129,7 @@ class RankPlan:
         """The plan in a JSON file; ValueError names the file and what is wrong with it."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
-        except (ValueError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     @property
@@ -130,8 +146,8 @@ class RankPlan:
         return "; ".join(parts)
 
     def table(self) -> Table:
-        """The plan as a rich table, with totals."""
-        table = Table(title=self.summary, title_justify="left", caption_justify="left")
+        """The layers as a rich table."""
+        table = Table()
         for column, justify in (("layer", "left"), ("kind", "left"), ("shape", "right"), ("rank", "right"),
                                 ("params", "right"), ("after", "right"), ("error", "right"), ("reason", "left")):
             table.add_column(column, justify=justify, overflow="fold", no_wrap=column != "reason")
@@ -146,7 +162,7 @@ class RankPlan:
     def __str__(self) -> str:
         text = io.StringIO()
         Console(file=text, width=160).print(self.table())
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        return "\n".join([self.summary, *(line.rstrip() for line in text.getvalue().splitlines())])
 
 
 def _layer_from_dict(entry: object) -> LayerPlan:

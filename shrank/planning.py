@@ -14,8 +14,8 @@ from .linalg import FactorizationError, Shape, energy_curve, spectrum
 from .plan import LayerPlan, RankPlan
 from .progress import track
 from .rank import Layer, RankRule, as_rule
-from .surgery import Site, is_unit, walk
-from .targets import LOW_RANK, Target, target, why_not, with_groups
+from .surgery import Site, count, is_unit, walk
+from .targets import LOW_RANK, Target, is_lazy, target, why_not, with_groups
 
 Selector = str | Iterable[str] | Callable[[nn.Module, str], bool]
 
@@ -63,20 +63,20 @@ def make_plan(model: nn.Module, rank: object, **options: object) -> RankPlan:
     (fqn, module) -> rank | None. options: the fields of PlanOptions. Raises TypeError or ValueError on a bad rule.
     """
     rule, options = as_rule(rank), PlanOptions(**options)
-    allowed = None if options.submodules is None else {
-        id(m) for submodule in options.submodules for m in submodule.modules()}
+    allowed = None if options.submodules is None else _at_or_below(options.submodules, model)
     sites = walk(model, inside_low_rank=options.fact_led_unit)
     if options.fact_led_unit:
         sites = [site for site in sites if not isinstance(site.module, LOW_RANK)]
-    layers = tuple(_plan_layer(site, rule, options, allowed) for site in track(sites, "planning"))
-    total = sum(p.numel() for p in model.parameters())
-    return RankPlan(layers, other_params=total - sum(layer.size for layer in layers))
+    counted: set[int] = set()
+    layers = tuple(_plan_layer(site, rule, options, allowed, counted) for site in track(sites, "planning"))
+    return RankPlan(layers, other_params=count(model.parameters()) - sum(layer.size for layer in layers))
 
 
-def _plan_layer(site: Site, rule: RankRule, options: PlanOptions, allowed: set[int] | None) -> LayerPlan:
+def _plan_layer(site: Site, rule: RankRule, options: PlanOptions, allowed: set[int] | None,
+                counted: set[int]) -> LayerPlan:
     found = target(site.module)
-    shape = found.shape() if found else None
-    plan = LayerPlan(site.fqn, found.kind if found else type(site.module).__name__, _size(site), shape)
+    shape = found.shape() if found and not is_lazy(site.module.weight) else None
+    plan = LayerPlan(site.fqn, found.kind if found else type(site.module).__name__, _size(site, counted), shape)
     spectrum_of = cache(lambda: spectrum(found.matrices(found.shape())))
     try:
         _check_eligible(site, options, allowed)
@@ -119,17 +119,17 @@ def _fit(rank: int | None, found: Target, options: PlanOptions) -> tuple[int, Sh
     shape = with_groups(shape, rank, options.groups_out)
     if reason := found.why_not_grouped(shape):
         raise _StaysDense(reason)
-    rank = _round(min(rank, shape.max_rank), shape, options.round_to)
+    rank = _round(min(rank, shape.max_rank), shape, options)
     if shape.low_rank_params(rank) >= shape.dense_params and not options.allow_growth:
         raise _StaysDense(f"rank {rank} saves nothing (break-even rank {shape.break_even_rank})")
     return rank, shape
 
 
-def _round(rank: int, shape: Shape, round_to: int) -> int:
+def _round(rank: int, shape: Shape, options: PlanOptions) -> int:
     """Down to a multiple of the groups and of `round_to`, but at least to the first such multiple."""
-    multiple = math.lcm(round_to, shape.down_groups)
-    if multiple > shape.max_rank:
-        raise _StaysDense(f"no multiple of {multiple} is a rank of it (at most {shape.max_rank})")
+    multiple, largest = math.lcm(options.round_to, shape.down_groups), min(shape.max_rank, options.max_rank or math.inf)
+    if multiple > largest:
+        raise _StaysDense(f"no multiple of {multiple} is a rank of it (at most {largest})")
     return max(rank // multiple, 1) * multiple
 
 
@@ -146,7 +146,18 @@ def _matches(selector: Selector, site: Site) -> bool:
     return any(fnmatchcase(site.fqn, pattern) for pattern in patterns)
 
 
-def _size(site: Site) -> int:
-    """Parameters of two or more dimensions that the module owns, with those of its factors or parametrizations."""
-    own = site.module.parameters(recurse=is_unit(site.module))
-    return sum(p.numel() for p in own if p.dim() >= 2)
+def _at_or_below(submodules: Iterable[nn.Module], model: nn.Module) -> set[int]:
+    """ids of all modules in these submodules; ValueError if one is no part of the model."""
+    known, submodules = {id(m) for m in model.modules()}, list(submodules)
+    if strangers := [type(m).__name__ for m in submodules if id(m) not in known]:
+        raise ValueError(f"submodules that are not in the model: {', '.join(strangers)}")
+    return {id(m) for submodule in submodules for m in submodule.modules()}
+
+
+def _size(site: Site, counted: set[int]) -> int:
+    """Numbers in the matrices that the module owns, with those of its factors or parametrizations; shared ones count
+    where they come first."""
+    own = [p for p in site.module.parameters(recurse=is_unit(site.module))
+           if not is_lazy(p) and p.dim() >= 2 and id(p) not in counted]
+    counted.update(map(id, own))
+    return count(own)

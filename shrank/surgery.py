@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor, nn
 
-from .targets import LOW_RANK, target
+from .ced import CED
+from .led import LED
+from .targets import LOW_RANK, is_lazy, target
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
           "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook")
@@ -19,9 +21,9 @@ _FAST_PATHS = {
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }
 _SAVED_FAST_PATH = "_shrank_fast_path"
-
-# Called with the root module after its layers were replaced; shrank.hf keeps transformers informed through it.
-observers: list[Callable[[nn.Module], None]] = []
+# What the replaced and the replacing classes set themselves, and accelerate's wrapping; all else is the user's.
+_OWN_ATTRIBUTES = {"nx", "nf", "forward", "_hf_hook", "_old_forward"}.union(
+    *map(vars, (nn.Linear(1, 1), nn.Conv1d(1, 1, 1), LED(1, 1, 1), CED(1, 1, 1, (1,)))))
 
 
 @dataclass
@@ -45,9 +47,10 @@ def walk(model: nn.Module, inside_low_rank: bool = False) -> list[Site]:
         if site is None:
             if not (is_unit(module) or _owns_matrix(module)):
                 continue
-            site = sites[id(module)] = Site(fqn, module, why_not=list(inside))
+            site = sites[id(module)] = Site(fqn, module)
             if others := tied.get(id(module)):
-                site.why_not.append(f"its weight is tied to {', '.join(sorted(others))}")
+                site.why_not.append(f"its parameters are tied to {', '.join(sorted(others))}")
+        site.why_not += [reason for reason in inside if reason not in site.why_not]
         if holder is not None:
             site.places.append(partial(setattr, *holder))
     for module in model.modules():
@@ -66,14 +69,12 @@ def replace(model: nn.Module, site: Site, new: nn.Module) -> nn.Module:
 
 
 def finish(model: nn.Module, **attributes: object) -> nn.Module:
-    """After the last replacement: note attributes on the root, set the fast paths right, tell the observers."""
+    """After the last replacement: note attributes on the root and set the fast paths right."""
     for name, value in attributes.items():
         setattr(model, name, value)
     for module in model.modules():
         if type(module) in _FAST_PATHS:
             _set_fast_path(module, enabled=not any(isinstance(m, LOW_RANK) for m in module.modules()))
-    for observer in observers:
-        observer(model)
     return model
 
 
@@ -87,7 +88,7 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
         if name in vars(old):
             vars(new)[name] = vars(old)[name]  # the same object, so that handles can still remove their hooks
     for name, value in vars(old).items():
-        if not (name.startswith("_") or name == "forward" or name in vars(new) or hasattr(type(new), name)):
+        if name not in _OWN_ATTRIBUTES and not hasattr(new, name):
             setattr(new, name, value)
     if hasattr(old, "_hf_hook"):
         # accelerate wrapped the instance's forward to move its inputs: do the same to the new module.
@@ -108,9 +109,10 @@ def _descend(model: nn.Module, inside_low_rank: bool) -> Iterator[tuple[str, nn.
     while stack:
         fqn, module, holder, inside = stack.pop()
         yield fqn, module, holder, inside
-        if id(module) in opened or (is_unit(module) and not (inside_low_rank and isinstance(module, LOW_RANK))):
+        closed = is_unit(module) and not (inside_low_rank and isinstance(module, LOW_RANK))
+        if closed or (id(module), inside) in opened:
             continue
-        opened.add(id(module))
+        opened.add((id(module), inside))  # again where it is shared into other surroundings
         if isinstance(module, nn.MultiheadAttention):
             inside = (*inside, "nn.MultiheadAttention reads the weights of its children instead of calling them")
         children = [(f"{fqn}.{name}" if fqn else name, child, (module, name), inside)
@@ -119,12 +121,14 @@ def _descend(model: nn.Module, inside_low_rank: bool) -> Iterator[tuple[str, nn.
 
 
 def _plain_references(module: nn.Module) -> Iterator[tuple[nn.Module, Callable[[nn.Module], None]]]:
-    """Modules that a module also keeps in ordinary lists, tuples or dicts, from which forward may call them, with
-    setters."""
+    """Modules that a module also keeps outside its registry, in lists, tuples, dicts or hidden attributes, from which
+    forward may call them, with setters."""
     for name, value in vars(module).items():
         if name == "_modules":
             continue
-        if isinstance(value, list | dict):
+        if isinstance(value, nn.Module):
+            yield value, partial(vars(module).__setitem__, name)
+        elif isinstance(value, list | dict):
             entries = value.items() if isinstance(value, dict) else enumerate(value)
             yield from ((x, partial(value.__setitem__, key)) for key, x in entries if isinstance(x, nn.Module))
         elif isinstance(value, tuple):
@@ -138,7 +142,14 @@ def _set_in_tuple(module: nn.Module, name: str, index: int, new: nn.Module) -> N
 
 
 def _owns_matrix(module: nn.Module) -> bool:
-    return target(module) is not None or any(p is not None and p.dim() >= 2 for p in module._parameters.values())
+    if target(module) is not None or callable(getattr(module, "weight", None)):  # a method where it is quantized
+        return True
+    return any(p is not None and (is_lazy(p) or p.dim() >= 2) for p in module._parameters.values())
+
+
+def count(parameters: Iterable[nn.Parameter]) -> int:
+    """Numbers in these parameters; those that are not initialised yet have none."""
+    return sum(p.numel() for p in parameters if not is_lazy(p))
 
 
 def is_unit(module: nn.Module) -> bool:
@@ -164,9 +175,10 @@ def _tied(model: nn.Module) -> dict[int, set[str]]:
 
 def _span(parameter: Tensor) -> tuple[int, int]:
     """A unique range of addresses for its memory; tensors without memory of their own are known by identity."""
-    if parameter.is_meta or type(parameter) is not nn.Parameter or not parameter.numel():
+    if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.numel():
         return -id(parameter), -id(parameter) + 1
-    return parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    return parameter.data_ptr(), parameter.data_ptr() + (last + 1) * parameter.itemsize
 
 
 def _set_fast_path(module: nn.Module, enabled: bool) -> None:

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from .ced import CED, CONVOLUTIONS
 from .led import LED, LEDConv1D
@@ -121,9 +122,10 @@ class ConvTarget(Target):
 
     def twin(self, rank: int, shape: Shape, device: torch.device | None = None) -> CED:
         conv = self.module
-        return CED(conv.in_channels, conv.out_channels, rank, conv.kernel_size, conv.stride, conv.padding,
+        twin = CED(conv.in_channels, conv.out_channels, rank, conv.kernel_size, conv.stride, conv.padding,
                    conv.dilation, conv.groups, shape.up_groups > 1, conv.padding_mode, conv.bias is not None,
                    **self._device(device))
+        return twin.to(memory_format=memory_format(conv.weight))
 
     def set_factors(self, twin: CED, factors: Factors) -> None:
         up = factors.up
@@ -156,15 +158,13 @@ def with_groups(shape: Shape, rank: int, groups_out: bool) -> Shape:
 
 def why_not(module: nn.Module) -> list[str]:
     """Every reason for which this module, taken alone, cannot be replaced; [] means it can."""
-    name = type(module).__name__
     if isinstance(module, LOW_RANK):
         return ["already low-rank"]
-    if target(module) is None:
-        base = next((c for c in type(module).__mro__ if c in ADAPTERS or _is_hf_conv1d(c)), None)
-        if nn.utils.parametrize.is_parametrized(module):
-            return [f"its {', '.join(module.parametrizations)} is parametrized"]
-        return [f"{name} is a subclass of {base.__name__}" if base else f"{name} is not a supported layer type"]
     weight = getattr(module, "weight", None)
+    if is_lazy(weight):
+        return ["its weight is not initialized yet"]
+    if target(module) is None:
+        return [_why_not_type(module)]
     if type(weight) is not nn.Parameter or "weight" not in module._parameters:
         return [f"its weight is a {type(weight).__name__}, not a plain parameter (weight_norm, pruning, quantization)"]
     reasons = []
@@ -176,6 +176,8 @@ def why_not(module: nn.Module) -> list[str]:
         n for n, _ in module.named_buffers()
     ]:
         reasons.append(f"it carries extra state: {', '.join(extra)}")
+    if module._state_dict_hooks or module._load_state_dict_pre_hooks:
+        reasons.append("it has state-dict hooks, made for a dense weight")
     if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
         reasons.append("its forward was patched on the instance")
     if reasons:
@@ -183,10 +185,27 @@ def why_not(module: nn.Module) -> list[str]:
     return _why_not_shape(target(module).shape())
 
 
+def _why_not_type(module: nn.Module) -> str:
+    kind = type(module)
+    if nn.utils.parametrize.is_parametrized(module):
+        return f"its {', '.join(module.parametrizations)} is parametrized"
+    base = next((c for c in kind.__mro__ if c in ADAPTERS or _is_hf_conv1d(c)), None)
+    if base is not None:
+        return f"{kind.__name__} is a subclass of {base.__name__}"
+    # Quantized layers are namesakes of the dense ones.
+    namesake = f" of {kind.__module__}" if kind.__name__ in {c.__name__ for c in ADAPTERS} else ""
+    return f"{kind.__name__}{namesake} is not a supported layer type"
+
+
 def _why_not_shape(shape: Shape) -> list[str]:
     if shape.groups > 1 and shape.max_rank == shape.groups:
         return [f"depthwise: each of its {shape.groups} groups already has rank 1"]
     return [] if shape.dense_params else ["it is empty"]
+
+
+def is_lazy(parameter: object) -> bool:
+    """Whether a parameter gets its shape at the first forward."""
+    return isinstance(parameter, UninitializedTensorMixin)
 
 
 def dense_twin(layer: LED | CED) -> nn.Module:

@@ -123,6 +123,8 @@ def _checked(matrices: Tensor) -> Tensor:
 
 
 def _is_finite(tensor: Tensor) -> bool:
+    if tensor.dtype == torch.float64:
+        return bool(tensor.isfinite().all())
     # One reduction instead of a boolean copy; a float64 sum of finite half or single values cannot overflow.
     return bool(tensor.sum(dtype=torch.float64).isfinite())
 
