@@ -114,9 +114,9 @@ def _read_table(path: str | os.PathLike) -> tuple[dict[str, tuple[int, ...]], di
         raise ValueError(f"{path}: not a complete safetensors file ({_looks_like(path)}{error})") from error
 
 
-def tensor_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
-    """Shapes by name of any safetensors file; ValueError if it is damaged or is none."""
-    return _read_table(path)[0]
+def tensor_names(path: str | os.PathLike) -> list[str]:
+    """Names of the tensors in any safetensors file; ValueError if it is damaged or is none."""
+    return list(_read_table(path)[0])
 
 
 def _as_parameters(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from wrapt import wrap_function_wrapper
 
 from .apply import attach_empty, describe, merge
-from .checkpoint import not_finite, tensor_shapes
+from .checkpoint import not_finite, tensor_names
 from .files import replacing
 from .plan import RankPlan
-from .targets import LOW_RANK
+from .targets import LOW_RANK, target
 
 METHOD = "shrank"
 
@@ -61,19 +61,22 @@ class ShrankQuantizer(HfQuantizer):
             raise ValueError("shrank does not compress while loading: load the dense model, then call auto_fact")
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **_) -> nn.Module:
-        plan = self.quantization_config.plan
-        _check_owners(plan, [f for f in checkpoint_files or () if str(f).endswith(".safetensors")])
-        fitting = _as_loaded(plan, model)
-        self.dropped = len(fitting) < len(plan)
-        model = attach_empty(model, fitting)
-        for _, stage in _stages(model):
+        plan = _as_loaded(self.quantization_config.plan, model)
+        self.dropped_layers = len(plan) < len(self.quantization_config.plan)
+        model = attach_empty(model, plan)
+        _check_unplanned(model, [f for f in checkpoint_files or () if str(f).endswith(".safetensors")])
+        for stage in _stages(model):
             stage._is_hf_initialized = True  # never drawn at random: a factor that is missing is an error
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
-        # transformers itself only warns of missing weights, which is right for a new head and nothing else here.
-        checked = [model.base_model] if self.dropped else [m for _, m in _stages(model)]
-        if missing := [name for name, m in model.named_modules() if m in set(_below(checked)) and _lacks_weights(m)]:
+        # transformers only warns of weights that the checkpoint lacks and draws them at random. That is right for parts
+        # that the saved class did not have; anywhere else plan and weights disagree.
+        checked = set(_stages(model))
+        if _is_saved_class(model) or self.dropped_layers:
+            whole = model if _is_saved_class(model) else model.base_model
+            checked.update(m for m in whole.modules() if target(m))
+        if missing := [name for name, m in model.named_modules() if m in checked and _lacks_weights(m)]:
             raise ValueError(f"the checkpoint lacks weights that its plan asks for: {', '.join(missing[:5])}")
         # The weights are ordinary ones: float(), half() and training must stay allowed.
         model.is_quantized = False
@@ -107,26 +110,28 @@ def _save_pretrained(save: Callable, model: PreTrainedModel, args: tuple, kwargs
     return save(*args, **kwargs)
 
 
-def _stages(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for fqn, layer in model.named_modules():
+def _stages(model: nn.Module) -> Iterator[nn.Module]:
+    for layer in model.modules():
         if isinstance(layer, LOW_RANK):
-            yield from ((f"{fqn}.{name}", m) for name, m in layer.named_modules() if m._parameters)
+            yield from (m for m in layer.modules() if m._parameters)
 
 
-def _below(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    for module in modules:
-        yield from module.modules()
+def _check_unplanned(model: PreTrainedModel, files: list[str]) -> None:
+    """ValueError if the files hold factors of a layer that stays dense in this model."""
+    owners = {_outer(name) for file in files for name in tensor_names(file) if _outer(name) != name}
+    dense = {fqn for fqn, module in model.named_modules() if target(module)}
+    if unplanned := sorted(fqn for owner in owners for fqn in _possible_names(owner, model) if fqn in dense):
+        raise ValueError(f"the files hold factors of layers that the plan lacks: {', '.join(unplanned[:5])}")
 
 
-def _check_owners(plan: RankPlan, files: list[str]) -> None:
-    """ValueError unless the files hold factors for as many layers as the plan lists; transformers may have renamed
-    them, so their names say little."""
-    names = [name for file in files for name in tensor_shapes(file)]
-    owners = {_outer(name) for name in names if re.search(r"(led|ced)_unit\.\d", name)}
-    if files and len(owners) != len(plan.outermost.low_rank):
-        strange = ", ".join(sorted(owners ^ {x.fqn for x in plan.outermost.low_rank})[:5])
-        raise ValueError(f"the files hold factors of {len(owners)} layers, the plan lists "
-                         f"{len(plan.outermost.low_rank)}: {strange}")
+def _possible_names(fqn: str, model: PreTrainedModel) -> tuple[str, str, str]:
+    """A saved layer's name in the model being loaded: the same, or with the base model's prefix more or less."""
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    return fqn, prefix + fqn, fqn.removeprefix(prefix)
+
+
+def _is_saved_class(model: PreTrainedModel) -> bool:
+    return type(model).__name__ in (model.config.architectures or ())
 
 
 def _lacks_weights(module: nn.Module) -> bool:
@@ -140,12 +145,10 @@ def _as_loaded(plan: RankPlan, model: nn.Module) -> RankPlan:
     """The plan in the names of the model being loaded: a base model may be loaded from a checkpoint of its model with
     a head, and the other way round. Another class than the saved one may lack some of the layers."""
     names = {fqn for fqn, _ in model.named_modules()}
-    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     layers = []
     for layer in plan:
-        fqn = next((n for n in (layer.fqn, prefix + layer.fqn, layer.fqn.removeprefix(prefix)) if _outer(n) in names),
-                   layer.fqn)
-        if _outer(fqn) in names or type(model).__name__ in (model.config.architectures or ()):
+        fqn = next((name for name in _possible_names(layer.fqn, model) if _outer(name) in names), layer.fqn)
+        if _outer(fqn) in names or _is_saved_class(model):
             layers.append(replace(layer, fqn=fqn))
     return RankPlan(tuple(layers))
 
