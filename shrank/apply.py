@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from . import surgery
 from .ced import CED
 from .led import LEDConv1D
-from .linalg import FactorizationError, Shape, factorize
+from .linalg import FactorizationError, Factors, Shape, factorize
+from .parallel import in_parallel
 from .plan import LayerPlan, RankPlan
 from .progress import track
 from .surgery import Site, walk
@@ -33,14 +35,14 @@ def apply(model: nn.Module, plan: RankPlan) -> nn.Module:
     warning.
     """
     done = {layer.fqn: layer for layer in plan}
-    for site, layer in track(_resolve(model, plan), "factorising"):
-        found = target(site.module)
-        try:
-            factors = factorize(found.matrices(layer.shape), layer.rank // layer.shape.down_groups)
-        except FactorizationError as error:
-            warnings.warn(f"{layer.fqn} stays dense: {error}", stacklevel=2)
-            done[layer.fqn] = replace(layer, rank=None, error=None, reason=str(error))
+    jobs = _resolve(model, plan)
+    results = _factorized(jobs)
+    for (site, layer), factors in zip(track(jobs, "factorising"), results, strict=True):
+        if isinstance(factors, FactorizationError):
+            warnings.warn(f"{layer.fqn} stays dense: {factors}", stacklevel=2)
+            done[layer.fqn] = replace(layer, rank=None, error=None, reason=str(factors))
             continue
+        found = target(site.module)
         twin = found.twin(layer.rank, layer.shape, device=torch.device("meta"))
         found.set_factors(twin, factors)
         done[layer.fqn] = replace(layer, error=factors.relative_error)
@@ -89,6 +91,20 @@ def merge(model: nn.Module) -> nn.Module:
         if isinstance(site.module, LOW_RANK):
             model = surgery.replace(model, site, dense_twin(site.module))
     return surgery.finish(model, **{PLAN_ATTRIBUTE: None})
+
+
+def _factorized(jobs: list[tuple[Site, LayerPlan]]) -> Iterator[Factors | FactorizationError]:
+    """The factors of each layer, or why it has none, in order."""
+
+    def factors(job: tuple[Site, LayerPlan]) -> Factors | FactorizationError:
+        site, layer = job
+        try:
+            return factorize(target(site.module).matrices(layer.shape), layer.rank // layer.shape.down_groups)
+        except FactorizationError as error:
+            return error
+
+    on_cpu = all(site.module.weight.device.type == "cpu" for site, _ in jobs)
+    return in_parallel(factors, jobs) if on_cpu else map(factors, jobs)
 
 
 def _describe_layer(site: Site) -> LayerPlan:

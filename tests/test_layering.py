@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "shrank"
 ROWS = {
-    "version": 0, "files": 0, "progress": 0, "linalg": 0, "ops": 0, "merged_weight": 0, "stages": 0,
+    "version": 0, "files": 0, "progress": 0, "parallel": 0, "linalg": 0, "ops": 0, "merged_weight": 0, "stages": 0,
     "led": 1, "ced": 1,
     "lr_module": 2, "targets": 2, "rank": 2,
     "surgery": 3,

@@ -79,6 +79,7 @@ def test_gradients() -> None:
     layer = LED(6, 7, 3, dtype=torch.float64)
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(low_rank_linear, (x, layer.down, layer.up, layer.bias))
+    assert torch.equal(layer(x), low_rank_linear(x, layer.down, layer.up, layer.bias))
     layer(x).sum().backward()
     assert all(p.grad is not None for p in layer.parameters())
 

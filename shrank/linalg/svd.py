@@ -24,10 +24,17 @@ class FactorizationError(RuntimeError):
 
 
 def _gram(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """The smaller Gram matrices: W W^T (G, N, N) if N <= K, else W^T W (G, K, K)."""
-    matrices = matrices.to(dtype)
+    """The smaller Gram matrices: W W^T (G, N, N) if N <= K, else W^T W (G, K, K); only their lower triangles, which is
+    what eigh reads."""
     rows, cols = matrices.shape[-2:]
-    return matrices @ matrices.mT if rows <= cols else matrices.mT @ matrices
+    W = (matrices if rows <= cols else matrices.mT).to(dtype)
+    size = W.shape[-2]
+    gram = W.new_zeros(W.shape[0], size, size)
+    step = max(64, -(-size // 8))
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        gram[:, start:stop, :stop] = W[:, start:stop] @ W[:, :stop].mT
+    return gram
 
 
 def spectrum(matrices: Tensor) -> Tensor:
@@ -123,10 +130,8 @@ def _checked(matrices: Tensor) -> Tensor:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    if tensor.dtype == torch.float64:
-        return bool(tensor.isfinite().all())
-    # One reduction instead of a boolean copy; a float64 sum of finite half or single values cannot overflow.
-    return bool(tensor.sum(dtype=torch.float64).isfinite())
+    # One reduction settles it unless finite numbers add up to infinity; a boolean copy is needed only then.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def _tiny(singular: Tensor) -> float:

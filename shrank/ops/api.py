@@ -1,12 +1,8 @@
-"""What layers call. One implementation exists so far: two PyTorch calls, on every device."""
+"""May the native kernels run here? Low-rank layers are two PyTorch calls wherever they may not."""
 
 from __future__ import annotations
 
 import torch
-
-from .reference import low_rank_linear
-
-__all__ = ["low_rank_linear", "why_not"]
 
 
 def why_not() -> list[str]:

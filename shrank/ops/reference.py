@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch: the fallback everywhere and the oracle of the tests."""
+"""What the ops mean, in plain PyTorch: the oracle of the tests."""
 
 from __future__ import annotations
 

@@ -1,0 +1,38 @@
+"""Work on many layers at once: factorisations of single layers use several cores badly."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+# More layers at once would need more memory than the cores are worth.
+_MOST_WORKERS = 8
+
+
+def in_parallel(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield function(item) in order, computed by as many threads as torch uses, each on one core.
+
+    Measured on 2 cores, 384x384 to 1536x576 layers: 1.5 times as fast as one layer at a time on both cores
+    (benchmarks/bench_auto_fact.py).
+    """
+    workers = min(torch.get_num_threads(), _MOST_WORKERS)
+    if workers == 1:
+        yield from map(function, items)
+        return
+    executor = ThreadPoolExecutor(workers, "shrank", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        items = iter(items)
+        # A short queue: what waits there keeps its inputs and results in memory.
+        waiting: deque[Future[R]] = deque(executor.submit(function, x) for x in islice(items, workers + 1))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(executor.submit(function, x) for x in islice(items, 1))
+    finally:
+        executor.shutdown(cancel_futures=True)
