@@ -83,7 +83,8 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
     new.train(old.training)
     trainable = {name: p.requires_grad for name, p in _leaf_parameters(old)}
     for name, parameter in _leaf_parameters(new):
-        parameter.requires_grad_(trainable.get(name, True))
+        if parameter.requires_grad != (wanted := trainable.get(name, True)):  # which an inference tensor may not change
+            parameter.requires_grad_(wanted)
     for name in _HOOKS:
         if name in vars(old):
             vars(new)[name] = vars(old)[name]  # the same object, so that handles can still remove their hooks

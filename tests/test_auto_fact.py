@@ -119,3 +119,13 @@ def test_training_reduces_the_loss() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_it_works_in_inference_mode_and_its_result_still_trains() -> None:
+    net, x = model(), torch.randn(4, 64)
+    with torch.inference_mode():
+        copied = auto_fact(net, 8, deepcopy=True)
+        in_place = auto_fact(net, 8)
+        assert_close(copied(x), in_place(x))
+    in_place(x).sum().backward()
+    assert all(p.grad is not None for p in in_place.parameters())

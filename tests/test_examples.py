@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EXAMPLES = {
     "demo": (["--keep", "0.9", "--out", "OUT"], ("cosine to dense", "tokens/s", "low-rank")),
-    "post_training": ([], ("cosine", "merge")),
-    "conv": (["--quick"], ("cents",)),
+    "post_training": ([], ("cosine mean", "merged back")),
+    "conv": (["--model", "tiny", "--keep", "0.9", "--tones", "32", "--rounds", "1"], ("mean cents", "keep 0.9")),
     "speech_transformer": (["--quick"], ("parameters", "dense", "LED")),
 }
 
