@@ -43,7 +43,7 @@ def apply(model: nn.Module, plan: RankPlan) -> nn.Module:
             done[layer.fqn] = replace(layer, rank=None, error=None, reason=str(factors))
             continue
         found = target(site.module)
-        twin = found.twin(layer.rank, layer.shape, device=torch.device("meta"))
+        twin = found.twin(layer.rank, layer.shape)
         found.set_factors(twin, factors)
         done[layer.fqn] = replace(layer, error=factors.relative_error)
         model = surgery.replace(model, site, twin)
@@ -59,14 +59,14 @@ def attach_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
     not fit the model.
     """
     for site, twin in _empty_twins(model, plan):
-        model = surgery.replace(model, site, twin)
+        model = surgery.replace(model, site, twin.to_empty(device=site.module.weight.device))
     return surgery.finish(model, **{PLAN_ATTRIBUTE: plan})
 
 
 def expected_state(model: nn.Module, plan: RankPlan) -> dict[str, Tensor]:
     """What `model.state_dict()` would hold after `attach_empty`, the factors on the meta device; raises ValueError as
     that does."""
-    twins = {id(site.module): twin for site, twin in _empty_twins(model, plan, torch.device("meta"))}
+    twins = {id(site.module): twin for site, twin in _empty_twins(model, plan)}
     paths = {path: twins[id(m)] for path, m in model.named_modules(remove_duplicate=False) if id(m) in twins}
     expected = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] not in paths}
     for path, twin in paths.items():
@@ -119,12 +119,12 @@ def _describe_layer(site: Site) -> LayerPlan:
     return LayerPlan(site.fqn, kind, shape.dense_params, shape, layer.rank)
 
 
-def _empty_twins(model: nn.Module, plan: RankPlan, device: torch.device | None = None) -> list[tuple[Site, nn.Module]]:
-    """The sites of the planned layers and a twin for each, whose stages may be low-rank in turn."""
+def _empty_twins(model: nn.Module, plan: RankPlan) -> list[tuple[Site, nn.Module]]:
+    """The sites of the planned layers and a twin on the meta device for each, whose stages may be low-rank in turn."""
     twins = []
     for site, layer in _resolve(model, plan.outermost, loading=True):
-        twin = target(site.module).twin(layer.rank, layer.shape, device)
-        for inner_site, inner_twin in _empty_twins(twin, plan.inside(layer.fqn), device):
+        twin = target(site.module).twin(layer.rank, layer.shape)
+        for inner_site, inner_twin in _empty_twins(twin, plan.inside(layer.fqn)):
             surgery.replace(twin, inner_site, inner_twin)
         twins.append((site, twin))
     return twins

@@ -22,8 +22,9 @@ _FAST_PATHS = {
 }
 _SAVED_FAST_PATH = "_shrank_fast_path"
 # What the replaced and the replacing classes set themselves, and accelerate's wrapping; all else is the user's.
-_OWN_ATTRIBUTES = {"nx", "nf", "forward", "_hf_hook", "_old_forward"}.union(
-    *map(vars, (nn.Linear(1, 1), nn.Conv1d(1, 1, 1), LED(1, 1, 1), CED(1, 1, 1, (1,)))))
+_OWN_ATTRIBUTES = {"nx", "nf", "forward", "_hf_hook", "_old_forward"}.union(*(
+    vars(kind(*sizes, device="meta"))
+    for kind, sizes in ((nn.Linear, (1, 1)), (nn.Conv1d, (1, 1, 1)), (LED, (1, 1, 1)), (CED, (1, 1, 1, (1,))))))
 
 
 @dataclass

@@ -41,17 +41,16 @@ class Target:
         """The weight as (G, N/G, K/G), one matrix per group of the twin's first stage."""
         raise NotImplementedError
 
-    def twin(self, rank: int, shape: Shape, device: torch.device | None = None) -> nn.Module:
-        """A low-rank module of the same interface, its weights not set; on the module's own device by default."""
+    def twin(self, rank: int, shape: Shape) -> nn.Module:
+        """A low-rank module of the same interface, on the meta device: nothing is drawn only to be overwritten."""
         raise NotImplementedError
 
     def set_factors(self, twin: nn.Module, factors: Factors) -> None:
         """Give the twin these factors and the module's own bias."""
         twin.set_factors(factors.down[0], factors.up[0], self.module.bias)
 
-    def _device(self, device: torch.device | None) -> dict:
-        weight = self.module.weight
-        return {"device": weight.device if device is None else device, "dtype": weight.dtype}
+    def _meta(self) -> dict:
+        return {"device": "meta", "dtype": self.module.weight.dtype}
 
 
 class LinearTarget(Target):
@@ -64,9 +63,9 @@ class LinearTarget(Target):
     def matrices(self, shape: Shape) -> Tensor:
         return self.module.weight.detach()[None]
 
-    def twin(self, rank: int, shape: Shape, device: torch.device | None = None) -> LED:
+    def twin(self, rank: int, shape: Shape) -> LED:
         bias = self.module.bias is not None
-        return LED(shape.in_features, shape.out_features, rank, bias, **self._device(device))
+        return LED(shape.in_features, shape.out_features, rank, bias, **self._meta())
 
 
 class HFConv1DTarget(Target):
@@ -81,8 +80,8 @@ class HFConv1DTarget(Target):
     def matrices(self, shape: Shape) -> Tensor:
         return self.module.weight.detach().mT[None]
 
-    def twin(self, rank: int, shape: Shape, device: torch.device | None = None) -> LEDConv1D:
-        return LEDConv1D(shape.in_features, shape.out_features, rank, True, **self._device(device))
+    def twin(self, rank: int, shape: Shape) -> LEDConv1D:
+        return LEDConv1D(shape.in_features, shape.out_features, rank, True, **self._meta())
 
 
 class ConvTarget(Target):
@@ -108,23 +107,18 @@ class ConvTarget(Target):
     def matrices(self, shape: Shape) -> Tensor:
         weight, G = self.module.weight.detach().flatten(1), shape.down_groups
         if shape.groups != G:
-            weight = self._ungrouped(weight, shape)
+            weight = torch.block_diag(*weight.unflatten(0, (shape.groups, -1)))  # (N, K), zero across dense groups
             if shape.up_blocks == 1:                                        # column blocks, every output in each
                 return weight.unflatten(1, (G, -1)).transpose(0, 1)
             weight = weight.unflatten(0, (G, -1)).unflatten(2, (G, -1))     # the diagonal blocks
             return weight.diagonal(dim1=0, dim2=2).movedim(-1, 0)
         return weight.unflatten(0, (G, -1))
 
-    @staticmethod
-    def _ungrouped(weight: Tensor, shape: Shape) -> Tensor:
-        """(N, K/groups) -> (N, K), zero outside the dense groups."""
-        return torch.block_diag(*weight.unflatten(0, (shape.groups, -1)))
-
-    def twin(self, rank: int, shape: Shape, device: torch.device | None = None) -> CED:
+    def twin(self, rank: int, shape: Shape) -> CED:
         conv = self.module
         twin = CED(conv.in_channels, conv.out_channels, rank, conv.kernel_size, conv.stride, conv.padding,
                    conv.dilation, conv.groups, shape.up_groups > 1, conv.padding_mode, conv.bias is not None,
-                   **self._device(device))
+                   **self._meta())
         return twin.to(memory_format=memory_format(conv.weight))
 
     def set_factors(self, twin: CED, factors: Factors) -> None:
@@ -213,7 +207,9 @@ def dense_twin(layer: LED | CED) -> nn.Module:
     bias, weight = layer.bias, layer.dense_weight().detach()
     meta = {"device": "meta", "dtype": weight.dtype}
     if isinstance(layer, LEDConv1D):
-        dense = _hf_conv1d()(layer.nf, layer.nx)
+        from transformers.pytorch_utils import Conv1D
+
+        dense = Conv1D(layer.nf, layer.nx)
     elif isinstance(layer, LED):
         dense = nn.Linear(layer.in_features, layer.out_features, bias is not None, **meta)
     else:
@@ -252,9 +248,3 @@ def memory_format(weight: Tensor) -> torch.memory_format:
 def _is_hf_conv1d(kind: type) -> bool:
     # By name: a model that has such a layer imported it, so shrank need not import transformers to recognise it.
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
-
-
-def _hf_conv1d() -> type:
-    from transformers.pytorch_utils import Conv1D
-
-    return Conv1D

@@ -129,3 +129,12 @@ def test_it_works_in_inference_mode_and_its_result_still_trains() -> None:
         assert_close(copied(x), in_place(x))
     in_place(x).sum().backward()
     assert all(p.grad is not None for p in in_place.parameters())
+
+
+def test_the_random_stream_of_the_user_is_not_touched(tmp_path) -> None:
+    shrank.save(auto_fact(model(), 8), tmp_path / "m.safetensors")
+    other = model()
+    state = torch.random.get_rng_state()
+    shrank.load(other, tmp_path / "m.safetensors")
+    auto_fact(shrank.merge(other), 8)
+    assert torch.equal(torch.random.get_rng_state(), state)

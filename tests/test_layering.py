@@ -71,7 +71,7 @@ def test_the_library_does_not_print() -> None:
 def test_no_file_and_no_function_outgrows_its_room() -> None:
     for path in FILES:
         lines = path.read_text().splitlines()
-        assert len(lines) <= 260, f"{path.name} has {len(lines)} lines"
+        assert len(lines) <= 250, f"{path.name} has {len(lines)} lines"
         for node in ast.walk(ast.parse("\n".join(lines))):
             if isinstance(node, ast.FunctionDef):
                 length = node.end_lineno - node.lineno + 1
