@@ -55,52 +55,50 @@ def energy_curve(spectrum: Tensor) -> Tensor:
 def factorize(matrices: Tensor, rank: int) -> Factors:
     """The best approximation of rank `rank` per matrix: matrices (G, N, K) -> Factors, in the matrices' dtype.
 
-    The singular values are split evenly (sqrt on each side) and the largest entry of every column of `up` is positive.
-    Raises FactorizationError on NaN, infinity or an eigensolver that does not converge.
+    The singular values are split evenly (sqrt on each side) and the largest entry of every singular vector of the
+    smaller side is positive. Raises FactorizationError on NaN, infinity or an eigensolver that does not converge.
     """
     matrices = _checked(matrices)
-    singular, left = _leading(matrices, rank)
-    rows, cols = matrices.shape[-2:]
-    work = matrices.to(left.dtype)
+    singular, vectors = _leading(matrices, rank)
+    work = matrices.to(vectors.dtype)
     # A floor keeps the split finite for zero singular values; the product does not depend on it.
-    root = singular[:, :rank].clamp_min(_tiny(singular)).sqrt().to(left.dtype)
-    if rows <= cols:
-        left = left * _signs(left)
-        up, down = left * root[:, None, :], (left.mT @ work) / root[:, :, None]
+    root = singular[:, None, :rank].clamp_min(_tiny(singular)).sqrt().to(vectors.dtype)
+    # U U^T W, or W V V^T where V is the smaller side; scaling the vectors is cheaper than scaling the product.
+    if matrices.shape[-2] <= matrices.shape[-1]:
+        up, down = vectors * root, (vectors / root).mT @ work
     else:
-        up, down = (work @ left) / root[:, None, :], left.mT * root[:, :, None]
-        sign = _signs(up)
-        up, down = up * sign, down * sign.mT
+        up, down = work @ (vectors / root), (vectors * root).mT
     squares = singular.double().square()
     tail, total = squares[:, rank:].sum().item(), squares.sum().item()
-    factors = Factors(down.to(matrices.dtype).contiguous(), up.to(matrices.dtype).contiguous(), tail**0.5, total**0.5)
-    if not (_is_finite(factors.down) and _is_finite(factors.up)):
-        raise FactorizationError(f"the factors do not fit {matrices.dtype}")
-    return factors
+    down, up = down.to(matrices.dtype).contiguous(), up.to(matrices.dtype).contiguous()
+    if matrices.dtype == torch.float16 and not (_is_finite(down) and _is_finite(up)):
+        raise FactorizationError("the factors do not fit float16")
+    return Factors(down, up, tail**0.5, total**0.5)
 
 
 def _leading(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """All singular values (G, m) and the `rank` leading singular vectors of the smaller side (G, m, rank)."""
+    """All singular values (G, m), descending, and the leading singular vectors of the smaller side (G, m, rank)."""
     if matrices.dtype != torch.float64:
-        squares, vectors = _eigh(_gram(matrices, torch.float32))
+        squares, vectors = _eigh(_gram(matrices, torch.float32), rank)
         if not _single_precision_suffices(squares, rank):
-            squares, vectors = _eigh(_gram(matrices, torch.float64))
-        return squares.clamp_min(0).sqrt(), vectors[..., :rank]
+            squares, vectors = _eigh(_gram(matrices, torch.float64), rank)
+        return squares.clamp_min(0).sqrt(), vectors * _signs(vectors)
     # The Gram matrix would halve the digits of float64 weights.
     try:
         U, S, Vh = torch.linalg.svd(matrices, full_matrices=False)
     except torch.linalg.LinAlgError as error:
         raise FactorizationError(f"the SVD did not converge: {error}") from error
-    return S, (U if matrices.shape[-2] <= matrices.shape[-1] else Vh.mT)[..., :rank]
+    vectors = (U if matrices.shape[-2] <= matrices.shape[-1] else Vh.mT)[..., :rank]
+    return S, vectors * _signs(vectors)
 
 
-def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors, descending."""
+def _eigh(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """All eigenvalues, descending, and the eigenvectors of the `rank` largest."""
     try:
         values, vectors = torch.linalg.eigh(gram)
     except torch.linalg.LinAlgError as error:
         raise FactorizationError(f"the eigensolver did not converge: {error}") from error
-    return values.flip(-1), vectors.flip(-1)
+    return values.flip(-1), vectors[..., vectors.shape[-1] - rank :].flip(-1)
 
 
 def _single_precision_suffices(squares: Tensor, rank: int) -> bool:

@@ -63,11 +63,12 @@ def test_split_is_balanced_and_orthogonal() -> None:
         assert_close(up.T @ up, torch.diag(values))
 
 
-def test_signs_do_not_depend_on_the_input_sign_convention() -> None:
-    W = matrices((1, 12, 30), 0.2)
+@pytest.mark.parametrize("shape", [(1, 12, 30), (1, 30, 12)], ids=str)
+def test_signs_are_fixed_on_the_smaller_side(shape: tuple) -> None:
+    W = matrices(shape, 0.2)
     factors = factorize(W, 4)
-    largest = factors.up.gather(-2, factors.up.abs().argmax(-2, keepdim=True))
-    assert (largest > 0).all()
+    vectors = factors.up if shape[1] < shape[2] else factors.down.mT
+    assert (vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True)) > 0).all()
     again = factorize(W.clone(), 4)
     assert torch.equal(factors.down, again.down) and torch.equal(factors.up, again.up)
 
