@@ -15,7 +15,7 @@ from . import surgery
 from .ced import CED
 from .led import LEDConv1D
 from .linalg import FactorizationError, Factors, Shape, factorize
-from .parallel import in_parallel
+from .parallel import in_parallel, workers_for
 from .plan import LayerPlan, RankPlan
 from .progress import track
 from .surgery import Site, walk
@@ -103,8 +103,7 @@ def _factorized(jobs: list[tuple[Site, LayerPlan]]) -> Iterator[Factors | Factor
         except FactorizationError as error:
             return error
 
-    on_cpu = all(site.module.weight.device.type == "cpu" for site, _ in jobs)
-    return in_parallel(factors, jobs) if on_cpu else map(factors, jobs)
+    return in_parallel(factors, jobs, workers_for(site.module.weight for site, _ in jobs))
 
 
 def _describe_layer(site: Site) -> LayerPlan:

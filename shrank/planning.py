@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from .linalg import FactorizationError, Shape, energy_curve, spectrum
+from .parallel import in_parallel, workers_for
 from .plan import LayerPlan, RankPlan
 from .progress import track
 from .rank import Layer, RankRule, as_rule
@@ -68,24 +69,50 @@ def make_plan(model: nn.Module, rank: object, **options: object) -> RankPlan:
     if options.fact_led_unit:
         sites = [site for site in sites if not isinstance(site.module, LOW_RANK)]
     counted: set[int] = set()
-    layers = tuple(_plan_layer(site, rule, options, allowed, counted) for site in track(sites, "planning"))
-    return RankPlan(layers, other_params=count(model.parameters()) - sum(layer.size for layer in layers))
+    spectra = {site.fqn: cache(partial(_spectrum, site.module)) for site in sites}
+    layers = [_plan_layer(site, rule, options, allowed, counted, spectra[site.fqn])
+              for site in track(sites, "planning")]
+    if options.errors:
+        layers = _with_errors(layers, {site.fqn: site.module for site in sites}, spectra)
+    return RankPlan(tuple(layers), other_params=count(model.parameters()) - sum(layer.size for layer in layers))
 
 
-def _plan_layer(site: Site, rule: RankRule, options: PlanOptions, allowed: set[int] | None,
-                counted: set[int]) -> LayerPlan:
+def _plan_layer(site: Site, rule: RankRule, options: PlanOptions, allowed: set[int] | None, counted: set[int],
+                spectrum_of: Callable[[], Tensor]) -> LayerPlan:
     found = target(site.module)
     shape = found.shape() if found and not is_lazy(site.module.weight) else None
     plan = LayerPlan(site.fqn, found.kind if found else type(site.module).__name__, _size(site, counted), shape)
-    spectrum_of = cache(lambda: spectrum(found.matrices(found.shape())))
     try:
         _check_eligible(site, options, allowed)
-        layer = Layer(site.fqn, site.module, shape, spectrum_of)
-        rank, shape = _fit(rule(layer), found, options)
-        error = _error(found, shape, rank, spectrum_of) if options.errors else None
+        rank, shape = _fit(rule(Layer(site.fqn, site.module, shape, spectrum_of)), found, options)
     except (_StaysDense, FactorizationError) as reason:
         return replace(plan, reason=str(reason))
-    return replace(plan, rank=rank, shape=shape, error=error, reason=f"break-even rank {shape.break_even_rank}")
+    return replace(plan, rank=rank, shape=shape, reason=f"break-even rank {shape.break_even_rank}")
+
+
+def _with_errors(layers: list[LayerPlan], modules: dict[str, nn.Module],
+                 spectra: dict[str, Callable[[], Tensor]]) -> list[LayerPlan]:
+    """The layers with the error to expect at their ranks, or dense where their weights have no spectrum."""
+
+    def with_error(layer: LayerPlan) -> LayerPlan:
+        if layer.rank is None:
+            return layer
+        shape = layer.shape
+        try:
+            own_groups = shape.down_groups == shape.groups
+            singular = spectra[layer.fqn]() if own_groups else _spectrum(modules[layer.fqn], shape)
+        except FactorizationError as reason:
+            return replace(layer, rank=None, reason=str(reason))
+        kept = energy_curve(singular)[layer.rank // shape.down_groups].item()
+        return replace(layer, error=math.sqrt(max(0.0, 1.0 - kept)))
+
+    workers = workers_for(modules[layer.fqn].weight for layer in layers if layer.rank is not None)
+    return list(track(in_parallel(with_error, layers, workers), "errors", total=len(layers)))
+
+
+def _spectrum(module: nn.Module, shape: Shape | None = None) -> Tensor:
+    found = target(module)
+    return spectrum(found.matrices(shape or found.shape()))
 
 
 def _check_eligible(site: Site, options: PlanOptions, allowed: set[int] | None) -> None:
@@ -131,12 +158,6 @@ def _round(rank: int, shape: Shape, options: PlanOptions) -> int:
     if multiple > largest:
         raise _StaysDense(f"no multiple of {multiple} is a rank of it (at most {largest})")
     return max(rank // multiple, 1) * multiple
-
-
-def _error(found: Target, shape: Shape, rank: int, spectrum_of: Callable) -> float:
-    same_blocks = shape.down_groups == shape.groups
-    singular = spectrum_of() if same_blocks else spectrum(found.matrices(shape))
-    return math.sqrt(max(0.0, 1.0 - energy_curve(singular)[rank // shape.down_groups].item()))
 
 
 def _matches(selector: Selector, site: Site) -> bool:

@@ -13,15 +13,16 @@ T = TypeVar("T")
 _PATIENCE = 1.0  # seconds
 
 
-def track(items: Iterable[T], description: str) -> Iterator[T]:
-    """Yield the items, showing how many are done once that has taken longer than a second."""
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yield the items, showing how many are done once that has taken longer than a second; total: how many there are,
+    if they cannot tell."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield from items
         return
     started = time.monotonic()
     with Progress(console=console, transient=True, disable=False, auto_refresh=False) as progress:
-        task = progress.add_task(description, total=len(items) if isinstance(items, Sized) else None, visible=False)
+        task = progress.add_task(description, total=len(items) if isinstance(items, Sized) else total, visible=False)
         for item in items:
             yield item
             progress.advance(task)
