@@ -20,8 +20,6 @@ _METADATA = {
                  "is_quantized", "is_leaf", "is_nested", "is_cpu", "itemsize", "nbytes", "grad")
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.is_floating_point,
      Tensor.is_complex, Tensor.ndimension, Tensor.__len__}
-
-
 _DETACH = {Tensor.detach, Tensor.data.__get__}
 # In-place products with a number, which one factor can take over.
 _SCALINGS = {Tensor.mul_, Tensor.div_, Tensor.__imul__, Tensor.__itruediv__}

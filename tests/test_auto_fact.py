@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import shrank
-from shrank import auto_fact
+from shrank import Energy, auto_fact
 from shrank.lr_module import CED, LED
 from tests.common.tolerances import assert_close
 
@@ -138,3 +138,18 @@ def test_the_random_stream_of_the_user_is_not_touched(tmp_path) -> None:
     shrank.load(other, tmp_path / "m.safetensors")
     auto_fact(shrank.merge(other), 8)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_working_on_layers_in_parallel_changes_nothing() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(64 + 8 * i, 72 + 8 * i) for i in range(12)))
+    plans, states = [], []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        plans.append(shrank.make_plan(net, Energy(0.7)))
+        states.append(auto_fact(net, 0.5, deepcopy=True).state_dict())
+    assert plans[0].diff(plans[1]) == {}
+    for one, other in zip(plans[0], plans[1], strict=True):
+        assert one.error == pytest.approx(other.error, rel=1e-6)
+    for one, other in zip(states[0].values(), states[1].values(), strict=True):
+        assert_close(one, other)

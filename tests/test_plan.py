@@ -7,6 +7,7 @@ from torch import nn
 
 import shrank
 from shrank import RankPlan
+from tests.common.models import TiedLM, seeded
 
 
 def model() -> nn.Module:
@@ -56,7 +57,9 @@ def test_edits_make_new_plans() -> None:
 
 
 def test_json_round_trip(tmp_path) -> None:
-    made = plan()
+    made = shrank.make_plan(nn.ModuleDict({"a": model(), "b": seeded(TiedLM)}), 8)
+    for field in ("rank", "shape", "error"):  # the plan has both kinds of every field
+        assert {getattr(layer, field) is None for layer in made} == {True, False}
     made.save(tmp_path / "plan.json")
     assert RankPlan.load(tmp_path / "plan.json") == made
 
@@ -71,6 +74,9 @@ def test_json_round_trip(tmp_path) -> None:
     (lambda d: d["layers"][0].update(rank="8"), "rank must be a whole number, got '8'"),
     (lambda d: d["layers"][0].update(rank=2.5), "got 2.5"),
     (lambda d: d["layers"][1].update(rank=2), "has a rank but no shape"),
+    (lambda d: d["layers"][0].update(size=-1), "size must be a whole number, got -1"),
+    (lambda d: d["layers"][0].pop("size"), "size must be a whole number, got None"),
+    (lambda d: d.update(other_params="9"), "other_params must be a whole number, got '9'"),
     (lambda d: d["layers"][0].update(colour="red"), "unknown keys colour"),
     (lambda d: d["layers"][0]["shape"].update(groups=0), "groups must be at least 1"),
     (lambda d: d["layers"][0]["shape"].pop("groups"), "exactly the keys"),
@@ -85,8 +91,12 @@ def test_foreign_json_is_refused_by_what_is_wrong(change, says: str) -> None:
         RankPlan.from_dict(data)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '"plan"', "null", "\x00"])
-def test_files_that_are_no_plan_are_refused_by_name(text: str, tmp_path) -> None:
-    (tmp_path / "bad.json").write_text(text)
-    with pytest.raises(ValueError, match=r"bad\.json"):
+NO_PLANS = {"empty": b"", "open": b"{", "list": b"[1]", "string": b'"plan"', "null": b"null", "zero": b"\x00",
+            "binary": b"\xff\xfe\x00", "deep": b"[" * 10**5}
+
+
+@pytest.mark.parametrize("content", NO_PLANS.values(), ids=NO_PLANS.keys())
+def test_files_that_are_no_plan_are_refused_by_name(content: bytes, tmp_path) -> None:
+    (tmp_path / "bad.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.json: ."):
         RankPlan.load(tmp_path / "bad.json")

@@ -23,15 +23,6 @@ from tests.common.zoo_tables import (
 EVERY = [pytest.param(f, marks=() if f in FAST else pytest.mark.slow) for f in families() if f not in UNBUILDABLE]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models lose more to thread hand-over than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.filterwarnings("ignore:the dense weight of a", "ignore:no layer was replaced")
 @pytest.mark.parametrize("family", EVERY)
 def test_family(family: str, tmp_path) -> None:

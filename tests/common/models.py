@@ -20,8 +20,6 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-# The models are so small that threads would only wait for each other, above all on a busy machine.
-torch.set_num_threads(1)
 WIDTH, VOCAB = 32, 64
 
 
