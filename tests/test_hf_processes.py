@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 import shrank
+from shrank import LED
+from shrank.transformers_hook import join
 from tests.common.models import HF_MODELS, hf_inputs, hf_model
 
 ROOT = Path(__file__).parents[1]
@@ -74,3 +77,19 @@ loaded = shrank.load(build(), sys.argv[1])
 assert torch.equal(loaded(x), model(x)) and len(shrank.describe(loaded)) == 2
 assert type(shrank.merge(loaded)[0]) is torch.nn.Linear and "transformers" not in sys.modules
 """, tmp_path / "model.safetensors")
+
+
+def test_an_older_transformers_is_kept_from_writing_what_it_cannot_load(monkeypatch):
+    class PreTrainedModel(nn.Linear):
+        def save_pretrained(self, folder: str) -> str:
+            return folder
+
+    old = types.ModuleType("modeling_utils")
+    old.PreTrainedModel = PreTrainedModel
+    monkeypatch.setattr("transformers.__version__", "4.57.1")
+    join(old)
+    assert PreTrainedModel(4, 4).save_pretrained("here") == "here"
+    model = PreTrainedModel(4, 4)
+    model.layer = LED(4, 4, 2)
+    with pytest.raises(RuntimeError, match=r"transformers 4\.57\.1 cannot load low-rank models again"):
+        model.save_pretrained("here")

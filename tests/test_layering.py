@@ -16,7 +16,7 @@ ROWS = {
     "plan": 4,
     "planning": 5, "apply": 5,
     "auto_fact": 6, "checkpoint": 6,
-    "hf": 7,
+    "hf": 7, "transformers_hook": 7,
     "bench": 8,
     "cli": 9,
     "__init__": 10, "__main__": 10,
