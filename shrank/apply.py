@@ -144,9 +144,14 @@ def _resolve(model: nn.Module, plan: RankPlan, loading: bool = False) -> list[tu
         else:
             jobs.append((site, layer))
     if problems:
-        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError("the plan does not fit the model:\n  " + "\n  ".join(problems[:10]) + more)
+        raise ValueError(f"the plan does not fit the model:{indented(problems)}")
     return jobs
+
+
+def indented(problems: list[str]) -> str:
+    """The problems, a line each, for the end of a message; of many, the first ten and how many more there are."""
+    more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
+    return "".join(f"\n  {line}" for line in [*problems[:10], *more])
 
 
 def _misfit(site: Site, layer: LayerPlan, loading: bool) -> str:

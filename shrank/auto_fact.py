@@ -10,7 +10,7 @@ from torch import nn
 
 from .apply import apply
 from .plan import RankPlan
-from .planning import make_plan
+from .planning import make_plan, members
 
 
 def auto_fact(module: nn.Module, rank: object, groups_out: bool = False, skip_high_groups: bool = True,
@@ -44,8 +44,5 @@ def _counterparts(original: nn.Module, submodules: Iterable[nn.Module] | None, c
     """The modules of the copy that stand where `submodules` stand in the original."""
     if submodules is None:
         return None
-    submodules = list(submodules)
-    wanted = {id(m) for m in submodules}
-    if strangers := [type(m).__name__ for m in submodules if id(m) not in {id(x) for x in original.modules()}]:
-        raise ValueError(f"submodules that are not in the model: {', '.join(strangers)}")
+    wanted = {id(m) for m in members(submodules, original)}
     return [twin for old, twin in zip(original.modules(), copied.modules(), strict=True) if id(old) in wanted]

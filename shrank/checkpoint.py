@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .apply import attach_empty, describe, expected_state
+from .apply import attach_empty, describe, expected_state, indented
 from .ced import CONVOLUTIONS
 from .files import replacing
 from .plan import RankPlan
@@ -63,7 +63,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         state = {name: file.get_tensor(header.aliases.get(name, name)) for name in expected}
     if wrong := [f"{name}: {state[name].dtype} in the file, {expected[name].dtype} in the model" for name in expected
                  if state[name].is_floating_point() != expected[name].is_floating_point()]:
-        raise ValueError(f"{path}: does not fit the model:\n  " + "\n  ".join(wrong[:10]))
+        raise ValueError(f"{path}: does not fit the model:{indented(wrong)}")
     model = attach_empty(model, header.plan)
     if any(t.is_meta for t in model.state_dict().values()):
         model.load_state_dict(_as_parameters(state, model), assign=True)
@@ -150,8 +150,7 @@ def _check_names_and_shapes(path, expected: dict[str, Tensor], stored: dict[str,
     problems += [f"{name}: {stored[name]} in the file, {tuple(expected[name].shape)} in the model"
                  for name in expected if name in stored and tuple(expected[name].shape) != stored[name]]
     if problems:
-        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"{path}: does not fit the model:\n  " + "\n  ".join(problems[:10]) + more)
+        raise ValueError(f"{path}: does not fit the model:{indented(problems)}")
 
 
 def _looks_like(path: str | os.PathLike) -> str:

@@ -169,10 +169,15 @@ def _matches(selector: Selector, site: Site) -> bool:
 
 def _at_or_below(submodules: Iterable[nn.Module], model: nn.Module) -> set[int]:
     """ids of all modules in these submodules; ValueError if one is no part of the model."""
+    return {id(m) for submodule in members(submodules, model) for m in submodule.modules()}
+
+
+def members(submodules: Iterable[nn.Module], model: nn.Module) -> list[nn.Module]:
+    """The submodules as a list; ValueError if one is no part of the model."""
     known, submodules = {id(m) for m in model.modules()}, list(submodules)
     if strangers := [type(m).__name__ for m in submodules if id(m) not in known]:
         raise ValueError(f"submodules that are not in the model: {', '.join(strangers)}")
-    return {id(m) for submodule in submodules for m in submodule.modules()}
+    return submodules
 
 
 def _size(site: Site, counted: set[int]) -> int:
