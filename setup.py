@@ -1,3 +1,101 @@
+"""Builds shrank with its native extension where CUDA's compiler is at hand, else as pure Python, and says which.
+
+SHRANK_BUILD=1 insists on the extension, SHRANK_BUILD=0 leaves it out; CUDA_HOME and TORCH_CUDA_ARCH_LIST are respected.
+The extension uses torch's stable ABI only, so one build serves every Python and every torch from 2.10, CPU builds too.
+"""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
 from setuptools import setup
 
-setup()
+ROOT = Path(__file__).parent
+VERSION = runpy.run_path(str(ROOT / "shrank/version.py"))["__version__"]
+WANTED = os.environ.get("SHRANK_BUILD", "auto")
+
+
+class NotBuildable(Exception):
+    """Why the extension cannot be built here."""
+
+
+def find_cuda_home() -> Path:
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parent.parent,
+                  "/usr/local/cuda"]
+    for home in map(Path, filter(None, candidates)):
+        if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime_api.h").exists():
+            return home
+    raise NotBuildable("no CUDA compiler: nvcc is not on PATH and CUDA_HOME is not set")
+
+
+def find_torch() -> None:
+    """pip builds in an environment of its own, which hides the very torch that the package will run with."""
+    if find_spec("torch") is None:
+        sys.path.append(sysconfig.get_path("platlib"))
+    if find_spec("torch") is None:
+        raise NotBuildable("torch is not installed beside this pip: install it first, or pass --no-build-isolation")
+
+
+def nvcc_says(home: Path, option: str) -> str:
+    return subprocess.run([home / "bin/nvcc", option], check=True, capture_output=True, text=True).stdout
+
+
+def architectures(home: Path, wanted: str) -> str:
+    """Those of `wanted` that this nvcc knows; all that the user asked for, so that nvcc names an unknown one."""
+    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return asked
+    known = re.findall(r"sm_(\d+)", nvcc_says(home, "--list-gpu-code"))
+    kept = [arch for arch in wanted.split() if re.sub(r"\D", "", arch) in known]
+    return " ".join([*kept[:-1], kept[-1].removesuffix("+PTX") + "+PTX"])
+
+
+def native_extension() -> dict:
+    """The arguments of setup() that build the extension."""
+    home = find_cuda_home()
+    find_torch()
+    from torch.utils import cpp_extension
+
+    listed = json.loads((ROOT / "csrc/sources.json").read_text())
+    archs = architectures(home, listed["archs"])
+    os.environ["TORCH_CUDA_ARCH_LIST"] = archs
+    cpp_extension.CUDA_HOME = str(home)  # torch looks for it only if it was itself built with CUDA
+    defines = [f"-DTORCH_TARGET_VERSION={listed['torch_target_version']}",
+               f'-DSHRANK_CUDA_ARCHS="{re.sub("[; ]+", ", ", archs)}"']
+    extension = cpp_extension.CUDAExtension(
+        "shrank._C", listed["select"] + listed["ops"] + listed["cuda"], py_limited_api=True,
+        extra_compile_args={"cxx": ["-O2", "-Wall", "-fvisibility=hidden", *defines],
+                            "nvcc": ["-O3", "-Xcompiler=-fvisibility=hidden", *defines]})
+    # libtorch brings the CUDA libraries where there are any; a static runtime works with every CUDA of the same major.
+    extension.libraries = ["torch", "torch_cpu", "cudart_static", "rt", "dl", "pthread"]
+    extension.library_dirs.extend(str(home / folder) for folder in ("lib64", "lib"))
+    release = re.search(r"release (\d+)\.(\d+)", nvcc_says(home, "--version"))
+    return {"version": f"{VERSION}+cu{release[1]}{release[2]}", "ext_modules": [extension],
+            "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+            "options": {"bdist_wheel": {"py_limited_api": "cp310"}}}
+
+
+def arguments() -> dict:
+    if WANTED not in ("auto", "0", "1"):
+        raise SystemExit(f"SHRANK_BUILD is {WANTED!r}, wanted 0, 1 or nothing")
+    try:
+        if WANTED == "0":
+            raise NotBuildable("SHRANK_BUILD=0")
+        made = native_extension()
+    except NotBuildable as reason:
+        if WANTED == "1":
+            raise SystemExit(f"shrank: SHRANK_BUILD=1, but {reason}") from None
+        print(f"shrank: pure Python, without its CUDA kernels: {reason}", file=sys.stderr)
+        return {"version": VERSION}
+    print(f"shrank: with CUDA kernels, {made['version']} for {os.environ['TORCH_CUDA_ARCH_LIST']}", file=sys.stderr)
+    return made
+
+
+setup(**arguments())

@@ -6,6 +6,7 @@ from .auto_fact import auto_fact
 from .ced import CED
 from .checkpoint import load, save
 from .led import LED
+from .ops.api import Backend, backend, low_rank_linear, why_not
 from .plan import LayerPlan, RankPlan
 from .planning import PlanOptions, make_plan
 from .rank import Energy
@@ -14,6 +15,7 @@ from .version import __version__
 __all__ = [
            "CED",
            "LED",
+           "Backend",
            "Energy",
            "LayerPlan",
            "PlanOptions",
@@ -21,9 +23,12 @@ __all__ = [
            "__version__",
            "apply",
            "auto_fact",
+           "backend",
            "describe",
            "load",
+           "low_rank_linear",
            "make_plan",
            "merge",
            "save",
+           "why_not",
 ]

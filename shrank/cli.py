@@ -133,6 +133,20 @@ def bench(source: Source,
 
 
 @app.command()
+def explain(shape: Annotated[str, typer.Option(help="M,K,N,R: tokens, in_features, out_features, rank.")],
+            dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32 or fp64.")] = "bf16",
+            gpu: Annotated[str | None, typer.Option(help="Such as H200; without it, the one in this machine.")] = None,
+            activation: Annotated[str, typer.Option(help="none, relu, gelu, gelu_tanh or silu.")] = "none",
+            bias: bool = True, residual: bool = False, training: bool = False, as_json: Json = False) -> None:
+    """Which kernel a low-rank layer takes on a GPU, why, and its predicted time; needs no GPU."""
+    with _errors():
+        from .explain import explain, parse_shape, table
+
+        facts = explain(parse_shape(shape), dtype, gpu, activation, bias, residual, training)
+    _show(facts, table(facts), as_json)
+
+
+@app.command()
 def info(as_json: Json = False) -> None:
     """Versions, the backend in use, and why the native kernels are off."""
     from importlib.metadata import PackageNotFoundError, version

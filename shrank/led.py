@@ -8,7 +8,10 @@ from torch.nn import Linear
 from torch.nn.functional import linear
 
 from .merged_weight import merged_weight
+from .ops.api import Backend, low_rank_linear, setting
 from .stages import checked_rank, reset_stages, set_stages
+
+NATIVE = Backend.NATIVE
 
 
 class LED(nn.Module):
@@ -42,8 +45,10 @@ class LED(nn.Module):
             or b["_forward_hooks"] or b["_forward_pre_hooks"] or b["_backward_hooks"] or b["_backward_pre_hooks"]
             or "forward" in a or "forward" in b
         ):
-            parameters = b["_parameters"]
-            return linear(linear(x, a["_parameters"]["weight"]), parameters["weight"], parameters["bias"])
+            down, up, bias = a["_parameters"]["weight"], b["_parameters"]["weight"], b["_parameters"]["bias"]
+            if down.is_cuda or setting.backend is NATIVE:
+                return low_rank_linear(x, down, up, bias)
+            return linear(linear(x, down), up, bias)  # as low_rank_linear would, without the cost of asking
         # A stage that another tool replaced, patched or hooked (LoRA, quantization, offloading) is asked to run itself.
         return second(first(x))
 

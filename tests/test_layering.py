@@ -9,17 +9,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "shrank"
 ROWS = {
-    "version": 0, "files": 0, "progress": 0, "parallel": 0, "linalg": 0, "ops": 0, "merged_weight": 0, "stages": 0,
-    "led": 1, "ced": 1,
-    "lr_module": 2, "targets": 2, "rank": 2,
-    "surgery": 3,
-    "plan": 4,
-    "planning": 5, "apply": 5,
-    "auto_fact": 6, "checkpoint": 6,
-    "hf": 7, "transformers_hook": 7,
-    "bench": 8,
-    "cli": 9,
-    "__init__": 10, "__main__": 10,
+    "version": 0, "files": 0, "progress": 0, "parallel": 0, "linalg": 0, "_native": 0, "merged_weight": 0, "stages": 0,
+    "ops": 1,
+    "led": 2, "ced": 2,
+    "lr_module": 3, "targets": 3, "rank": 3,
+    "surgery": 4,
+    "plan": 5,
+    "planning": 6, "apply": 6,
+    "auto_fact": 7, "checkpoint": 7,
+    "hf": 8, "transformers_hook": 8,
+    "bench": 9, "explain": 9,
+    "cli": 10,
+    "__init__": 11, "__main__": 11,
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

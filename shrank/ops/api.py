@@ -1,13 +1,146 @@
-"""May the native kernels run here? Low-rank layers are two PyTorch calls wherever they may not."""
+"""What layers call: one op where the native kernels may run, plain PyTorch where they may not, and why they may not."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from functools import cache
+
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .. import _native
+from . import reference
+from .schema import DTYPES, check_low_rank_linear
+
+OLDEST_CAPABILITY = (8, 0)
 
 
-def why_not() -> list[str]:
-    """Why the native kernels cannot run here; an empty list means that they can."""
-    reasons = ["this version of shrank has no native extension"]
-    if not torch.cuda.is_available():
-        reasons.append(f"torch {torch.__version__} sees no CUDA device")
+class Backend(Enum):
+    """AUTO: native kernels where they may run, else PyTorch. TORCH: PyTorch. NATIVE: native kernels, or an error."""
+
+    AUTO = "auto"
+    TORCH = "torch"
+    NATIVE = "native"
+
+
+def _parse(value: Backend | str, source: str) -> Backend:
+    try:
+        return Backend(value)
+    except ValueError:
+        raise ValueError(f"{source} is {value!r}, wanted {', '.join(b.value for b in Backend)}") from None
+
+
+_native.problems()  # loads the extension, so that torch.ops.shrank is complete once shrank is imported
+
+class _Setting:
+    """Of the whole process, threads included. Layers read it on every call."""
+
+    backend = _parse(os.environ.get("SHRANK_BACKEND", "auto"), "SHRANK_BACKEND")
+
+
+setting = _Setting()
+
+
+@contextmanager
+def backend(value: Backend | str) -> Iterator[None]:
+    """`with shrank.backend("torch"):` decides for the whole process, until the block ends, who runs low-rank layers.
+
+    SHRANK_BACKEND sets it from outside. Raises ValueError on an unknown name.
+    """
+    before, setting.backend = setting.backend, _parse(value, "backend")
+    try:
+        yield
+    finally:
+        setting.backend = before
+
+
+def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: str = "none",
+                    residual: Tensor | None = None, *, backend: Backend | str | None = None) -> Tensor:
+    """activation((x @ down.T) @ up.T + bias) + residual
+
+    x: (..., K)  down: (R, K)  up: (N, R)  bias: (N,)  residual: (..., N)  ->  (..., N)
+    activation: none, relu, gelu (by erf), gelu_tanh or silu. backend: of this call alone.
+    Native kernels compute activation and residual in fp32 and round once; PyTorch rounds after each.
+    Raises ValueError on shapes and names, TypeError on dtypes, RuntimeError on devices that do not fit, and with
+    backend NATIVE a RuntimeError with every reason why the native kernels cannot run.
+    """
+    chosen = setting.backend if backend is None else _parse(backend, "backend")
+    reasons = [] if chosen is Backend.TORCH else why_not(x, down, up, bias, residual)
+    if reasons and chosen is Backend.NATIVE:
+        raise RuntimeError("backend is native, but the native kernels cannot run:\n- " + "\n- ".join(reasons))
+    if chosen is Backend.TORCH or reasons:
+        if activation != "none" or residual is not None:  # else PyTorch's own law is as strict
+            check_low_rank_linear(x, down, up, bias, activation, residual)
+        return reference.low_rank_linear(x, down, up, bias, activation, residual)
+    return torch.ops.shrank.low_rank_linear(x, down, up, bias, activation, residual)
+
+
+def why_not(x: Tensor | None = None, down: Tensor | None = None, up: Tensor | None = None, bias: Tensor | None = None,
+            residual: Tensor | None = None) -> list[str]:
+    """Every reason why the native kernels cannot run here, on these tensors if given; empty if they can."""
+    reasons = list(_why_not_here())
+    if x is None:
+        return reasons
+    for name, tensor in (("x", x), ("down", down), ("up", up), ("bias", bias), ("residual", residual)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            reasons.append(f"{name} is a {type(tensor).__name__}, not a tensor")  # of a symbolic trace, for one
+            continue
+        if not tensor.is_cuda:
+            reasons.append(f"{name} is on {tensor.device}, not on a CUDA device")
+        elif too_old := _too_old(tensor.get_device()):
+            reasons.append(f"{name} is on {too_old}")
+        if tensor.dtype not in DTYPES:
+            reasons.append(f"{name} is {tensor.dtype}, not one of {', '.join(map(str, DTYPES))}")
+        kind = type(tensor)
+        if kind is not Tensor and kind is not Parameter and is_traceable_wrapper_subclass(tensor):
+            reasons.append(f"{name} is a {kind.__name__}, which may mean something else by a product")
+    if torch._C._are_functorch_transforms_active():
+        reasons.append("torch.func transforms (vmap, grad, jvp, ...) are active")
+    if forward_ad._current_level >= 0:
+        reasons.append("forward-mode differentiation is active")
+    if torch.onnx.is_in_onnx_export():
+        reasons.append("ONNX has no such op")
     return reasons
+
+
+# Dynamo traces through caches; it takes the answers of these two as constants instead.
+@torch.compiler.assume_constant_result
+def _why_not_here() -> tuple[str, ...]:
+    return _find_why_not_here()
+
+
+@torch.compiler.assume_constant_result
+def _too_old(device: int) -> str:
+    return _find_too_old(device)
+
+
+@cache
+def _find_why_not_here() -> tuple[str, ...]:
+    """The reasons that hold for every tensor of this process."""
+    reasons = list(_native.problems())
+    if torch.version.cuda is None:
+        reasons.append(f"torch {torch.__version__} is built without CUDA")
+    elif not torch.cuda.is_available():
+        reasons.append(f"torch {torch.__version__} sees no CUDA device")
+    driver, built = (_native.build_info().get(key) for key in ("driver", "cuda"))
+    if driver and int(driver.split(".")[0]) < int(built.split(".")[0]):
+        reasons.append(f"the driver runs CUDA up to {driver}, the native extension was built for {built}")
+    return tuple(reasons)
+
+
+@cache
+def _find_too_old(device: int) -> str:
+    """What is wrong with a CUDA device that the kernels cannot run on; empty for all others."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_CAPABILITY:
+        return ""
+    found, wanted = (".".join(map(str, c)) for c in (capability, OLDEST_CAPABILITY))
+    return f"{torch.cuda.get_device_name(device)} of compute capability {found}, older than {wanted}"

@@ -1,0 +1,24 @@
+// The elementwise end of a low-rank layer, y = activation(z) + residual, in one pass over memory.
+#pragma once
+
+#include <cstdint>
+
+#include "../select/problem.h"
+#include "../select/select.h"
+
+namespace shrank {
+
+struct EpilogueParams {
+  const void* z;         // (M, N) row-major: h @ up.T + bias, as the GEMM rounded it; may be y
+  const void* residual;  // (M, N) or null
+  void* y;               // (M, N)
+  int64_t M, N;
+  Dtype dtype;
+  Activation activation;
+};
+
+// Arithmetic in fp32, fp64 for fp64, rounded once.
+void launch_epilogue(const EpilogueParams& params, const EpilogueTile& tile, void* stream);  // epilogue.cu
+void run_epilogue_on_host(const EpilogueParams& params, const EpilogueTile& tile);           // epilogue_host.cpp
+
+}  // namespace shrank

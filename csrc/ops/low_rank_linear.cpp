@@ -1,0 +1,133 @@
+#include "low_rank_linear.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <sstream>
+#include <string>
+
+namespace shrank {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// [2, 3]
+std::string shape(const Tensor& tensor) {
+  std::ostringstream text;
+  const char* separator = "[";
+  for (const int64_t size : tensor.sizes()) {
+    text << separator << size;
+    separator = ", ";
+  }
+  text << (tensor.dim() ? "]" : "[]");
+  return text.str();
+}
+
+Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Double: return Dtype::float64;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "shrank::low_rank_linear: x is ", torch::headeronly::toString(x.scalar_type()),
+                  ", wanted float32, float16, bfloat16 or float64");
+}
+
+void check_like(const char* name, const Tensor& tensor, const Tensor& x) {
+  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), "shrank::low_rank_linear: ", name, " is ",
+                  torch::headeronly::toString(tensor.scalar_type()), ", wanted the ",
+                  torch::headeronly::toString(x.scalar_type()), " of x");
+  STD_TORCH_CHECK(tensor.device() == x.device(), "shrank::low_rank_linear: ", name, " is on another device than x");
+}
+
+// The law of schema.py, which eager calls do not pass through; tests/ops/test_law.py holds both to one table.
+Problem checked_problem(const LowRankLinear& args, bool training) {
+  const auto& [x, down, up, bias, activation, residual] = args;
+  STD_TORCH_CHECK(x.dim() >= 1, "shrank::low_rank_linear: x is 0-dimensional, wanted (..., K)");
+  const int64_t K = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(down.dim() == 2 && down.size(1) == K, "shrank::low_rank_linear: down is ", shape(down),
+                  ", wanted (R, ", K, ")");
+  const int64_t R = down.size(0);
+  STD_TORCH_CHECK(up.dim() == 2 && up.size(1) == R, "shrank::low_rank_linear: up is ", shape(up), ", wanted (N, ", R,
+                  ")");
+  const int64_t N = up.size(0);
+  const Dtype dtype = dtype_of(x);
+  check_like("down", down, x);
+  check_like("up", up, x);
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == N, "shrank::low_rank_linear: bias is ", shape(*bias),
+                    ", wanted (", N, ")");
+    check_like("bias", *bias, x);
+  }
+  int64_t M = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); i++) M *= x.size(i);
+  if (residual) {
+    bool fits = residual->dim() == x.dim() && residual->size(x.dim() - 1) == N;
+    for (int64_t i = 0; fits && i + 1 < x.dim(); i++) fits = residual->size(i) == x.size(i);
+    STD_TORCH_CHECK(fits, "shrank::low_rank_linear: residual is ", shape(*residual), ", wanted the shape of x ",
+                    shape(x), " with ", N, " columns");
+    check_like("residual", *residual, x);
+  }
+  return {M, K, N, R, dtype, parse_activation(activation), bias.has_value(), residual.has_value(), training};
+}
+
+// Through torch's dispatcher: cuBLAS with PyTorch's own choices (TF32, determinism, workspaces), any shape and stride.
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
+
+struct Stages {
+  Tensor y, h;
+  std::optional<Tensor> z;
+};
+
+// activation(z) + residual, in place of z unless training keeps it.
+Stages with_epilogue(const LowRankLinear& args, Problem& problem, const Tensor& h, const Backend& backend) {
+  // The bias goes into the GEMM, where it is free; z is then what the backward pass needs, with no pass of its own.
+  const Tensor z = as_contiguous(linear(h, args.up, args.bias));
+  const bool keep_z = keeps_preactivation(problem);
+  const Tensor y = keep_z ? torch::stable::empty_like(z) : z;
+  std::optional<Tensor> residual;
+  if (args.residual) residual.emplace(as_contiguous(*args.residual));
+  const EpilogueParams params{z.const_data_ptr(), residual ? residual->const_data_ptr() : nullptr, y.mutable_data_ptr(),
+                              problem.M, problem.N, problem.dtype, problem.activation};
+  problem.aligned = aligned(params.z) && aligned(params.residual) && aligned(params.y);
+  const int index = z.get_device_index();
+  backend.epilogue(params, epilogue_tile(problem, backend.device(index)), index);
+  return {y, h, keep_z ? std::optional(z) : std::nullopt};
+}
+
+Stages run(const LowRankLinear& args, bool training, const Backend& backend) {
+  Problem problem = checked_problem(args, training);
+  const Tensor h = linear(args.x, args.down, std::nullopt);
+  switch (select(problem, backend.device(args.x.get_device_index())).kernel) {
+    case Kernel::two_gemms:
+      STD_TORCH_CHECK(problem.activation == Activation::none && !problem.residual,
+                      "shrank::low_rank_linear: two GEMMs alone apply no activation and no residual");
+      return {linear(h, args.up, args.bias), h, std::nullopt};
+    case Kernel::two_gemms_epilogue: return with_epilogue(args, problem, h, backend);
+  }
+  STD_TORCH_CHECK(false, "shrank::low_rank_linear: select chose an unknown kernel");
+}
+
+}  // namespace
+
+Tensor low_rank_linear(const LowRankLinear& args, const Backend& backend) { return run(args, false, backend).y; }
+
+std::tuple<Tensor, Tensor, Tensor> low_rank_linear_train(const LowRankLinear& args, const Backend& backend) {
+  Stages stages = run(args, true, backend);
+  if (!stages.z) stages.z = torch::stable::new_empty(stages.y, {0});
+  return {as_contiguous(stages.y), as_contiguous(stages.h), *stages.z};
+}
+
+}  // namespace shrank

@@ -1,0 +1,30 @@
+// For C++ programs, where no Python registers the ops: their schemas, and kernels for the CPU.
+#include <torch/csrc/stable/library.h>
+
+#include "low_rank_linear.h"
+
+namespace shrank {
+namespace {
+
+// The CPU's own figures do not matter: only the epilogue's tile is taken from the choice.
+const Device& device(int) {
+  static const Device& any = device_named("h200");
+  return any;
+ }
+
+void epilogue(const EpilogueParams& params, const EpilogueTile& tile, int) { run_epilogue_on_host(params, tile); }
+
+constexpr Backend cpu{device, epilogue};
+
+}  // namespace
+}  // namespace shrank
+
+// The schemas of shrank/ops/schema.py, which defines them only where this has not; tests/ops/test_law.py compares them.
+STABLE_TORCH_LIBRARY_FRAGMENT(shrank, library) {
+  library.def("low_rank_linear(Tensor x, Tensor down, Tensor up, Tensor? bias=None, str activation='none', "
+              "Tensor? residual=None) -> Tensor");
+  library.def("low_rank_linear_train(Tensor x, Tensor down, Tensor up, Tensor? bias=None, str activation='none', "
+              "Tensor? residual=None) -> (Tensor y, Tensor h, Tensor z)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(shrank, CPU, library) { SHRANK_IMPL_LOW_RANK_LINEAR(library, shrank::cpu); }

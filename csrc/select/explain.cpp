@@ -1,0 +1,115 @@
+#include "explain.h"
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <string_view>
+
+#include "select.h"
+
+namespace shrank {
+namespace {
+
+// The few words of JSON that are needed here.
+std::string json(std::string_view text) {
+  std::string quoted = "\"";
+  for (char c : text) {
+    if (c == '"' || c == '\\') quoted += '\\';
+    quoted += static_cast<unsigned char>(c) < ' ' ? ' ' : c;
+  }
+  return quoted + '"';
+}
+
+std::string json(const char* text) { return json(std::string_view(text)); }
+std::string json(bool value) { return value ? "true" : "false"; }
+std::string json(int value) { return std::to_string(value); }
+std::string json(int64_t value) { return std::to_string(value); }
+
+std::string json(double value) {
+  std::array<char, 32> digits;  // the shortest that reads back as the same number; no locale has a say
+  return {digits.data(), std::to_chars(digits.data(), digits.data() + digits.size(), value).ptr};
+}
+
+class Object {
+ public:
+  Object& add(const char* key, const std::string& value) {
+    members_.append(members_.empty() ? "" : ", ").append(json(key)).append(": ").append(value);
+    return *this;
+  }
+
+  std::string text() const { return "{" + members_ + "}"; }
+
+ private:
+  std::string members_;
+};
+
+std::string json(const Problem& p) {
+  return Object()
+      .add("M", json(p.M))
+      .add("K", json(p.K))
+      .add("N", json(p.N))
+      .add("R", json(p.R))
+      .add("dtype", json(name_of(p.dtype)))
+      .add("activation", json(name_of(p.activation)))
+      .add("bias", json(p.bias))
+      .add("residual", json(p.residual))
+      .add("training", json(p.training))
+      .add("aligned", json(p.aligned))
+      .text();
+}
+
+std::string json(const Device& d) {
+  return Object()
+      .add("name", json(d.name))
+      .add("arch", json(d.arch))
+      .add("sms", json(d.sms))
+      .add("bandwidth", json(d.bandwidth))
+      .add("flops_half", json(d.flops_half))
+      .add("flops_float32", json(d.flops_float32))
+      .add("flops_float64", json(d.flops_float64))
+      .add("l2_bytes", json(d.l2_bytes))
+      .add("smem_per_block", json(d.smem_per_block))
+      .add("launch_us", json(d.launch_us))
+      .add("node_us", json(d.node_us))
+      .add("source", json(d.source))
+      .text();
+}
+
+std::string json(const KernelChoice& c) {
+  return Object()
+      .add("kernel", json(name_of(c.kernel)))
+      .add("microseconds", json(c.microseconds))
+      .add("reason", json(c.reason))
+      .text();
+}
+
+std::string json(const Candidate& c) {
+  Object shown;
+  shown.add("kernel", json(name_of(c.kernel))).add("legal", json(c.why_not == nullptr));
+  if (c.why_not) shown.add("why_not", json(c.why_not));
+  else shown.add("microseconds", json(c.microseconds));
+  return shown.text();
+}
+
+}  // namespace
+
+std::string explain(const Problem& p, const Device& d) {
+  auto all = candidates(p, d);
+  std::stable_sort(all.begin(), all.end(), [](const Candidate& a, const Candidate& b) {
+    return !a.why_not && (b.why_not || a.microseconds < b.microseconds);
+  });
+  std::string listed;
+  for (const Candidate& each : all) listed.append(listed.empty() ? "" : ", ").append(json(each));
+  return Object()
+      .add("problem", json(p))
+      .add("device", json(d))
+      .add("decision", json(select(p, d)))
+      .add("runner_up", all[1].why_not ? "null" : json(all[1]))
+      .add("candidates", "[" + listed + "]")
+      .add("floor_us", json(floor_us(p, d)))
+      .add("dense_us", json(dense_us(p, d)))
+      .add("status", json("model; not measured"))
+      .text();
+}
+
+}  // namespace shrank

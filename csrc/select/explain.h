@@ -1,0 +1,13 @@
+// The decision for people and tools, as JSON.
+#pragma once
+
+#include <string>
+
+#include "device.h"
+#include "problem.h"
+
+namespace shrank {
+
+std::string explain(const Problem& p, const Device& d);
+
+}  // namespace shrank

@@ -1,0 +1,69 @@
+// What only C++ can see of select: that it allocates nothing, and how long it takes. The rest is tests/csrc/test_select.py.
+#include "select.h"
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <new>
+#include <sstream>
+
+namespace {
+
+int failures = 0;
+long allocations = 0;
+
+template <typename A, typename B>
+void check_equal(const A& found, const B& wanted, const char* text, int line) {
+  if (found == wanted) return;
+  std::ostringstream message;
+  message << __FILE__ << ":" << line << ": " << text << " is " << found << ", wanted " << wanted << "\n";
+  std::fputs(message.str().c_str(), stderr);
+  ++failures;
+}
+
+}  // namespace
+
+#define CHECK_EQUAL(found, wanted) check_equal(found, wanted, #found, __LINE__)
+
+void* operator new(std::size_t size) {
+  ++allocations;
+  if (void* memory = std::malloc(size)) return memory;
+  throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+
+int main() {
+  using namespace shrank;
+  const Device& d = device_named("NVIDIA H200");
+  CHECK_EQUAL(d.name, "H200");
+  CHECK_EQUAL(find_device("h300") == nullptr, true);
+
+  Problem plain{4096, 4096, 4096, 256};
+  plain.bias = true;
+  Problem fused = plain;
+  fused.activation = Activation::gelu;
+  CHECK_EQUAL(name_of(shrank::select(plain, d).kernel), "two_gemms");
+  CHECK_EQUAL(name_of(shrank::select(fused, d).kernel), "two_gemms_epilogue");
+
+  const EpilogueTile tile = epilogue_tile(fused, d);  // 512 vectors of 8: two blocks of 256 lanes
+  CHECK_EQUAL(tile.vector, 8);
+  CHECK_EQUAL(tile.threads_n, 256);
+  CHECK_EQUAL(tile.threads_m, 1);
+  CHECK_EQUAL(tile.blocks_n, 2);
+  CHECK_EQUAL(tile.blocks_m, 132 * 8 / 2);
+
+  const long before = allocations;
+  constexpr int kCalls = 1'000'000;
+  double total = 0;
+  const auto started = std::chrono::steady_clock::now();
+  for (int i = 0; i < kCalls; ++i) {
+    fused.M = i;
+    total += shrank::select(fused, d).microseconds + static_cast<double>(epilogue_tile(fused, d).blocks_m);
+  }
+  const std::chrono::duration<double, std::nano> elapsed = std::chrono::steady_clock::now() - started;
+  CHECK_EQUAL(allocations, before);
+  CHECK_EQUAL(total > 0, true);
+  std::printf("select + epilogue_tile: %.0f ns\n", elapsed.count() / kCalls);
+  return failures ? EXIT_FAILURE : EXIT_SUCCESS;
+}

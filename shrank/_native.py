@@ -1,0 +1,34 @@
+"""Loads the native extension; says why there is none, and what it was built for."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch.torch_version import TorchVersion
+
+LIBRARY = Path(__file__).with_name("_C.abi3.so")
+OLDEST_TORCH = "2.10"  # setup.py compiles for this version of torch's stable ABI
+
+
+@cache
+def problems() -> tuple[str, ...]:
+    """Why the extension is not loaded; empty if it is. The first call loads it."""
+    if not LIBRARY.exists():
+        return ("this installation of shrank has no native extension: there was no nvcc, or SHRANK_BUILD was 0",)
+    if TorchVersion(torch.__version__) < OLDEST_TORCH:
+        return (f"the native extension needs torch {OLDEST_TORCH} or newer, this is {torch.__version__}",)
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return (f"the native extension does not load with torch {torch.__version__}: {error}",)
+    return ()
+
+
+@cache
+def build_info() -> dict[str, str | None]:
+    """Of the loaded extension: `cuda` runtime and `archs` inside, the `torch` it was compiled against, and the newest
+    CUDA that the `driver` of this machine runs (None without one). Empty if it is not loaded."""
+    return {} if problems() else json.loads(torch.ops.shrank.build_info())

@@ -1,0 +1,145 @@
+"""The ops as torch knows them: names, the law of shapes and dtypes, fakes, autograd and autocast.
+
+`shrank::low_rank_linear` is what layers call. Its autograd kernel calls `shrank::low_rank_linear_train`, which also
+returns what the backward pass needs. Both run reference.py on every device; the native extension adds kernels for CUDA.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SCHEMAS = {
+    "low_rank_linear":
+        "(Tensor x, Tensor down, Tensor up, Tensor? bias=None, str activation='none', Tensor? residual=None) -> Tensor",
+    "low_rank_linear_train":
+        "(Tensor x, Tensor down, Tensor up, Tensor? bias=None, str activation='none', Tensor? residual=None)"
+        " -> (Tensor y, Tensor h, Tensor z)",
+}
+_library = torch.library.Library("shrank", "FRAGMENT")
+
+
+def check_low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str,
+                          residual: Tensor | None) -> None:
+    """Raise ValueError on shapes and names, TypeError on dtypes, RuntimeError on devices that do not fit."""
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(_law(f"activation is {activation!r}, wanted one of {', '.join(reference.ACTIVATIONS)}"))
+    if x.dim() < 1:
+        raise ValueError(_law("x is 0-dimensional, wanted (..., K)"))
+    if down.dim() != 2 or down.size(1) != x.size(-1):
+        raise ValueError(_law(f"down is {_shape(down)}, wanted (R, {x.size(-1)}) for x {_shape(x)}"))
+    if up.dim() != 2 or up.size(1) != down.size(0):
+        raise ValueError(_law(f"up is {_shape(up)}, wanted (N, {down.size(0)}) for down {_shape(down)}"))
+    if bias is not None and (bias.dim() != 1 or bias.size(0) != up.size(0)):
+        raise ValueError(_law(f"bias is {_shape(bias)}, wanted ({up.size(0)},) for up {_shape(up)}"))
+    if residual is not None and residual.shape != (*x.shape[:-1], up.size(0)):
+        raise ValueError(_law(f"residual is {_shape(residual)}, wanted {(*x.shape[:-1], up.size(0))}"))
+    if x.dtype not in DTYPES:
+        raise TypeError(_law(f"x is {x.dtype}, wanted one of {', '.join(map(str, DTYPES))}"))
+    for name, tensor in (("down", down), ("up", up), ("bias", bias), ("residual", residual)):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise TypeError(_law(f"{name} is {tensor.dtype}, wanted the {x.dtype} of x"))
+        if tensor.device != x.device:
+            raise RuntimeError(_law(f"{name} is on {tensor.device}, wanted the {x.device} of x"))
+
+
+def _law(complaint: str) -> str:
+    return f"shrank::low_rank_linear: {complaint}"
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _define() -> None:
+    """Define what a C++ library that was loaded before has not (csrc/ops/register_cpu.cpp has the same schemas)."""
+    namespace = torch.ops.shrank
+    for name, schema in SCHEMAS.items():
+        if not hasattr(namespace, name):
+            _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+def _forward(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: str = "none",
+             residual: Tensor | None = None) -> Tensor:
+    check_low_rank_linear(x, down, up, bias, activation, residual)
+    return reference.low_rank_linear(x, down, up, bias, activation, residual).contiguous()
+
+
+def _forward_train(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: str = "none",
+                   residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    check_low_rank_linear(x, down, up, bias, activation, residual)
+    y, h, z = reference.low_rank_linear_stages(x, down, up, bias, activation, residual)
+    return y.contiguous(), h.contiguous(), z.contiguous()
+
+
+def _fake(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: str = "none",
+          residual: Tensor | None = None) -> Tensor:
+    check_low_rank_linear(x, down, up, bias, activation, residual)
+    return x.new_empty((*x.shape[:-1], up.size(0)))
+
+
+def _fake_train(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: str = "none",
+                residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    y = _fake(x, down, up, bias, activation, residual)
+    z = torch.empty_like(y) if activation != "none" else x.new_empty(0)
+    return y, x.new_empty((*x.shape[:-1], down.size(0))), z
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str,
+                residual: Tensor | None) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            y, h, z = torch.ops.shrank.low_rank_linear_train.default(x, down, up, bias, activation, residual)
+        ctx.save_for_backward(x, down, up, bias, h, z)
+        ctx.activation = activation
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        x, down, up, bias, h, z = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again: h and z must know where they come from
+            _, h, z = reference.low_rank_linear_stages(x, down, up, bias, ctx.activation, None)
+        needs_x, needs_down, needs_up, needs_bias, _, needs_residual = ctx.needs_input_grad
+        needs = reference.Grads(needs_x, needs_down, needs_up, needs_bias, needs_residual)
+        grads = reference.low_rank_linear_backward(grad, x, down, up, h, z, ctx.activation, needs)
+        return grads.x, grads.down, grads.up, grads.bias, None, grads.residual
+
+
+def low_rank_linear_autograd(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: str = "none",
+                             residual: Tensor | None = None) -> Tensor:
+    """What the Autograd key runs: records the op if a gradient is wanted, then calls the kernel below autograd."""
+    if torch.is_grad_enabled() and (
+            down.requires_grad or up.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)):
+        return _LowRankLinear.apply(x, down, up, bias, activation, residual)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.shrank.low_rank_linear.default(x, down, up, bias, activation, residual)
+
+
+def _autocast(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: str = "none",
+              residual: Tensor | None = None) -> Tensor:
+    """As autocast treats F.linear; a wider residual is added after, so that it keeps its precision."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    x, down, up, bias = (t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+                         for t in (x, down, up, bias))
+    fused = residual if residual is not None and residual.dtype == x.dtype else None
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+                                           | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+        y = torch.ops.shrank.low_rank_linear(x, down, up, bias, activation, fused)
+    return y if fused is residual else y + residual
+
+
+_define()
+_library.impl("low_rank_linear", _forward, "CompositeExplicitAutograd")
+_library.impl("low_rank_linear_train", _forward_train, "CompositeExplicitAutograd")
+_library.impl("low_rank_linear", low_rank_linear_autograd, "Autograd")
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _library.impl("low_rank_linear", _autocast, _key)
+torch.library.register_fake("shrank::low_rank_linear", _fake, lib=_library)
+torch.library.register_fake("shrank::low_rank_linear_train", _fake_train, lib=_library)

@@ -1,0 +1,277 @@
+"""Which kernel, on which grid, at what predicted cost: properties of csrc/select on every GPU of its table."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise, product
+
+import numpy as np
+import pytest
+
+from shrank.linalg.factors import Shape
+
+GPUS = ("A100", "L40S", "RTX 4090", "H100", "H200", "B200")
+LAYERS = [(768, 768, 96), (768, 3072, 48), (3072, 768, 192), (4096, 4096, 512), (4096, 14336, 256), (100, 7, 3)]
+TOKENS = (1, 2, 16, 64, 127, 128, 129, 512, 1000, 4096, 16384, 65536, 1 << 20)
+TAILS = [dict(activation=activation, bias=bias, residual=residual, training=training)
+         for activation, bias, residual, training in product(("none", "gelu"), *[(False, True)] * 3)]
+ADDRESSING = [("bfloat16", True), ("float16", True), ("float32", True), ("float64", True), ("float16", False)]
+
+
+@pytest.fixture(params=GPUS)
+def gpu(dev, request):
+    return dev.select.device(request.param)
+
+
+def problems(dev, M: int = 1000, dtype: str = "bfloat16"):
+    for (K, N, R), tail in product(LAYERS, TAILS):
+        yield dev.select.Problem(M, K, N, R, dtype=dtype, **tail)
+
+
+def has_tail(problem) -> bool:
+    return problem.activation != "none" or problem.residual
+
+
+# ---- the cost model
+
+
+@pytest.mark.parametrize("M", TOKENS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_the_choice_is_the_cheapest_legal_candidate_and_none_beats_the_floor(dev, gpu, M, dtype) -> None:
+    for problem in problems(dev, M, dtype):
+        legal = [c for c in dev.select.candidates(problem, gpu) if c.why_not is None]
+        chosen = dev.select.select(problem, gpu)
+        assert chosen.microseconds == min(c.microseconds for c in legal)
+        assert chosen.kernel in {c.kernel for c in legal} and chosen.reason
+        assert 0 < dev.select.floor_us(problem, gpu) <= chosen.microseconds
+
+
+def test_activation_or_residual_takes_our_epilogue_and_nothing_else_does(dev, gpu) -> None:
+    for M in TOKENS:
+        for problem in problems(dev, M):
+            wanted = "two_gemms_epilogue" if has_tail(problem) else "two_gemms"
+            assert dev.select.select(problem, gpu).kernel == wanted
+
+
+def test_a_kernel_that_may_not_run_says_why(dev, gpu) -> None:
+    for problem in problems(dev):
+        reasons = {c.kernel: c.why_not for c in dev.select.candidates(problem, gpu)}
+        assert reasons["two_gemms"] is None
+        assert (reasons["two_gemms_epilogue"] is None) == has_tail(problem)
+
+
+@pytest.mark.parametrize("tail", TAILS, ids=str)
+def test_more_tokens_never_cost_less(dev, gpu, tail) -> None:
+    for K, N, R in LAYERS:
+        grown = [dev.select.Problem(M, K, N, R, **tail) for M in range(0, 3000, 37)]
+        for cost in (dev.select.floor_us, dev.select.dense_us, lambda p, d: dev.select.select(p, d).microseconds):
+            assert all(a <= b for a, b in pairwise(cost(p, gpu) for p in grown))
+
+
+def test_both_tails_fused_save_their_passes_over_y(dev, gpu) -> None:
+    """PyTorch: 2 passes for the activation and 3 for the residual, in two kernels; ours: 3, in one."""
+    problem = dev.select.Problem(16384, 4096, 4096, 256, activation="gelu", residual=True)
+    cost = {c.kernel: c.microseconds for c in dev.select.candidates(problem, gpu)}
+    saved = 2 * 16384 * 4096 * 2 / gpu.bandwidth * 1e6 + gpu.node_us
+    assert cost["two_gemms"] - cost["two_gemms_epilogue"] == pytest.approx(saved)
+
+
+def test_keeping_what_the_backward_pass_needs_raises_the_floor_by_its_bytes(dev, gpu) -> None:
+    M, K, N, R = 65536, 768, 3072, 16  # memory-bound on every card
+    def floor(**tail):
+        return dev.select.floor_us(dev.select.Problem(M, K, N, R, **tail), gpu) * gpu.bandwidth / 1e6
+    assert floor(training=True) - floor() == pytest.approx(2 * M * R)
+    assert floor(training=True, activation="relu") - floor() == pytest.approx(2 * M * (R + N))
+    assert floor(residual=True) - floor() == pytest.approx(2 * M * N)
+    assert floor(bias=True) - floor() == pytest.approx(2 * N)
+
+
+# ---- against the formulas of others
+
+
+BANDWIDTH, FLOPS, NODE = 4.3e12, 790e12, 1.3  # an H200, measured; a node: reported
+
+
+def roofline(flops: float, moved: float) -> float:
+    return max(flops / FLOPS, moved / BANDWIDTH) * 1e6
+
+
+@pytest.mark.parametrize("M", [1, 16, 64, 512, 4096, 16384, 65536])
+@pytest.mark.parametrize(("K", "N"), [(768, 768), (768, 3072), (4096, 4096), (4096, 14336)])
+@pytest.mark.parametrize("share", [16, 8, 4])
+def test_an_h200_follows_the_roofline(dev, M, K, N, share) -> None:
+    R, h200 = K // share, dev.select.device("H200")
+    problem = dev.select.Problem(M, K, N, R)
+    fused = roofline(2 * M * R * (K + N), 2 * (M * K + R * K + N * R + M * N))
+    dense = roofline(2 * M * K * N, 2 * (M * K + K * N + M * N)) + NODE
+    pair = (roofline(2 * M * K * R, 2 * (M * K + R * K + M * R)) + roofline(2 * M * R * N, 2 * (M * R + N * R + M * N))
+            + 2 * NODE)
+    assert dev.select.floor_us(problem, h200) == pytest.approx(fused)
+    # A product too small to fill the machine may take up to twice its share of the tensor cores.
+    assert dense * (1 - 1e-9) <= dev.select.dense_us(problem, h200) <= 2 * dense
+    assert pair * (1 - 1e-9) <= dev.select.select(problem, h200).microseconds <= 2 * pair
+
+
+def test_a_product_of_few_tiles_takes_up_to_twice_its_share(dev, gpu) -> None:
+    """In fp32 every one of these is compute-bound."""
+    def share(tiles: float) -> float:
+        M, K, N = 1024, 4096, int(16 * tiles)
+        gemm = dev.select.dense_us(dev.select.Problem(M, K, N, 1, dtype="float32"), gpu) - gpu.node_us
+        return gemm / (2 * M * K * N / gpu.flops_float32 * 1e6)
+    shares = [share(gpu.sms * fill) for fill in (0.25, 0.5, 0.75, 1, 1.5, 8)]
+    assert shares == pytest.approx([2, 2, 4 / 3, 1, 1, 1], rel=0.02)
+
+
+def test_a_decoding_layer_of_768_is_no_faster_than_dense(dev, gpu) -> None:
+    problem = dev.select.Problem(1, 768, 768, 96, bias=True)
+    assert dev.select.dense_us(problem, gpu) <= dev.select.select(problem, gpu).microseconds
+
+
+@pytest.mark.parametrize(("K", "N", "R"), LAYERS)
+def test_costs_agree_with_the_cost_formulas_of_the_library(dev, gpu, K, N, R) -> None:
+    shape, no_tokens = Shape(N, K), dev.select.Problem(0, K, N, R)
+    weights_us = 2 / gpu.bandwidth * 1e6  # of one in bf16
+    assert dev.select.floor_us(no_tokens, gpu) == pytest.approx(shape.params(R) * weights_us)
+    assert dev.select.dense_us(no_tokens, gpu) == pytest.approx(shape.params(None) * weights_us + gpu.node_us)
+    M, rank = 1 << 20, 512  # in fp32 compute-bound on every card
+    floor = dev.select.floor_us(dev.select.Problem(M, K, N, rank, dtype="float32"), gpu)
+    assert floor == pytest.approx(M * shape.flops(rank) / gpu.flops_float32 * 1e6)
+
+
+# ---- the grid of the epilogue
+
+
+def cover(tile, M: int, N: int) -> np.ndarray:
+    """How often each element of y is written, by the loop in select.h."""
+    counts = np.zeros((M, N), dtype=int)
+    columns = np.arange(tile.blocks_n * tile.threads_n) * tile.vector
+    for column in columns[columns < N]:
+        assert column + tile.vector <= N
+        for row in range(tile.blocks_m * tile.threads_m):
+            counts[row::tile.blocks_m * tile.threads_m, column:column + tile.vector] += 1
+    return counts
+
+
+@pytest.mark.parametrize(("dtype", "aligned"), ADDRESSING)
+def test_the_epilogue_writes_every_element_once(dev, dtype, aligned) -> None:
+    b200 = dev.select.device("B200")
+    for M, N in product((1, 3, 40), [*range(1, 34), 64, 96, 255, 257, 520]):
+        tile = dev.select.epilogue_tile(dev.select.Problem(M, 8, N, 4, dtype=dtype, aligned=aligned), b200)
+        assert (cover(tile, M, N) == 1).all(), (M, N)
+
+
+@pytest.mark.parametrize(("dtype", "aligned"), ADDRESSING)
+def test_the_epilogue_grid_stays_within_its_limits(dev, gpu, dtype, aligned) -> None:
+    widest = 16 // {"float64": 8, "float32": 4}.get(dtype, 2) if aligned else 1
+    for M, N in product((1, 7, 129, 4096, 1 << 24), [*range(1, 300), *range(4096, 4113), 14336, 50257, 1 << 20]):
+        tile = dev.select.epilogue_tile(dev.select.Problem(M, 8, N, 4, dtype=dtype, aligned=aligned), gpu)
+        assert tile.vector == (widest if N % widest == 0 else 1)
+        assert tile.threads_n in (8, 16, 32, 64, 128, 256) and tile.threads_n * tile.threads_m == 256
+        assert 1 <= tile.blocks_n < 1 << 31 and 1 <= tile.blocks_m <= 65535
+        vectors = -(-N // tile.vector)
+        lanes = {width: -(-vectors // width) * width for width in (8, 16, 32, 64, 128, 256)}
+        thrifty = [width for width in lanes if 8 * (lanes[width] - vectors) <= lanes[width]]
+        fewest = [width for width in lanes if lanes[width] == min(lanes.values())]
+        assert tile.threads_n == max(thrifty or fewest)
+        assert tile.blocks_n * tile.threads_n == lanes[tile.threads_n]
+        assert (tile.blocks_m - 1) * tile.threads_m < M, "a block without a row"
+        full = tile.blocks_m * tile.threads_m >= M  # every row has its thread: nothing to fill the machine with
+        assert full or 8 * gpu.sms <= tile.blocks_n * tile.blocks_m < 8 * gpu.sms + tile.blocks_n
+
+
+@pytest.mark.parametrize(("M", "N"), [(0, 64), (64, 0), (0, 0)])
+def test_the_epilogue_of_nothing_has_no_blocks(dev, gpu, M, N) -> None:
+    tile = dev.select.epilogue_tile(dev.select.Problem(M, 8, N, 4), gpu)
+    assert (tile.blocks_n, tile.blocks_m) == (0, 0)
+
+
+# ---- names and devices
+
+
+@pytest.mark.parametrize(("name", "gpu"), [
+    ("h200", "H200"), ("NVIDIA H200", "H200"), (" nvidia-h200 ", "H200"), ("NVIDIA A100", "A100"),
+    ("A100-SXM4-80GB", "A100"), ("rtx4090", "RTX 4090"), ("rtx 4090", "RTX 4090"), ("GeForce RTX 4090", "RTX 4090"),
+])
+def test_a_gpu_has_many_spellings(dev, name, gpu) -> None:
+    assert dev.select.device(name).name == gpu
+
+
+@pytest.mark.parametrize("name", ["h300", "", "H100 PCIe", "NVIDIA GeForce RTX 4090 D", "NVIDIA H200 MIG 1g.18gb"])
+def test_an_unknown_gpu_is_refused_with_the_known_ones(dev, name) -> None:
+    with pytest.raises(ValueError, match=f"gpu is '{name}', wanted one of A100, L40S, RTX 4090, H100, H200, B200"):
+        dev.select.device(name)
+
+
+def test_the_table_lists_every_gpu_under_the_name_that_the_runtime_reports(dev) -> None:
+    assert tuple(d.name for d in dev.select.devices()) == GPUS
+    assert all(dev.select.device(d.reported_name).name == d.name for d in dev.select.devices())
+
+
+REPORTED = {  # SM clock, memory clock (kHz) and bus width, as the driver reports them
+    "A100": (1410000, 1593000, 5120), "L40S": (2520000, 9001000, 384), "RTX 4090": (2520000, 10501000, 384),
+    "H100": (1980000, 2619000, 5120), "H200": (1980000, 3201000, 6144), "B200": (1965000, 3996000, 8192),
+}
+
+
+def test_attributes_alone_come_close_to_the_table(dev, gpu) -> None:
+    brand = "NVIDIA GeForce" if "GeForce" in gpu.reported_name else "NVIDIA"
+    derived = dev.select.Device.from_attributes(f"{brand} Unheard-of", gpu.arch // 10, gpu.arch % 10, gpu.sms,
+                                                *REPORTED[gpu.name], int(gpu.l2_bytes), gpu.smem_per_block)
+    assert (derived.name, derived.arch, derived.sms) == (f"{brand} Unheard-of", gpu.arch, gpu.sms)
+    for figure in ("bandwidth", "flops_half", "flops_float32", "flops_float64"):
+        assert getattr(derived, figure) == pytest.approx(getattr(gpu, figure), rel=0.1), figure
+
+
+def test_a_known_name_wins_over_attributes(dev) -> None:
+    known = dev.select.Device.from_attributes("NVIDIA H200", 9, 0, 1, 1, 1, 1, 1, 1)
+    assert (known.bandwidth, known.sms) == (4.3e12, 132)
+
+
+@pytest.mark.parametrize("arch", [(7, 5), (8, 6), (8, 7), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)])
+def test_any_gpu_gets_a_decision(dev, arch) -> None:
+    card = dev.select.Device.from_attributes("Some GPU", *arch, 40, 1500000, 5000000, 256, 1 << 22, 1 << 16)
+    for problem in problems(dev):
+        assert 0 < dev.select.floor_us(problem, card) <= dev.select.select(problem, card).microseconds < 1e9
+
+
+def test_dtypes_have_torch_names_and_short_ones(dev) -> None:
+    def spelled(name: str) -> str:
+        return dev.select.Problem(1, 1, 1, 1, dtype=name).dtype
+    assert [spelled(n) for n in ("bf16", "half", "fp16", "fp32", "float", "fp64")] == [
+        "bfloat16", "float16", "float16", "float32", "float32", "float64"]
+    assert all(spelled(n) == n for n in dev.select.DTYPES)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    (dict(dtype="int8"), "dtype is 'int8', wanted one of bf16, "),
+    (dict(activation="swish"), "activation is 'swish', wanted one of none, relu, gelu, gelu_tanh, silu"),
+])
+def test_unknown_names_are_refused_with_the_known_ones(dev, wrong, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        dev.select.Problem(1, 1, 1, 1, **wrong)
+
+
+# ---- what `shrank explain` prints
+
+
+def test_explain_says_what_select_decides(dev, gpu) -> None:
+    for problem in problems(dev):
+        told, chosen = json.loads(dev.select.explain(problem, gpu)), dev.select.select(problem, gpu)
+        assert told["decision"] == {name: getattr(chosen, name) for name in ("kernel", "microseconds", "reason")}
+        assert told["floor_us"] == dev.select.floor_us(problem, gpu)
+        assert told["dense_us"] == dev.select.dense_us(problem, gpu)
+        assert told["problem"] == {name: getattr(problem, name) for name in told["problem"]}
+        assert told["device"] == {name: getattr(gpu, name) for name in told["device"]}
+        legal = [c["microseconds"] for c in told["candidates"] if c["legal"]]
+        assert legal == sorted(legal) and [c["legal"] for c in told["candidates"]] == sorted(
+            (c["legal"] for c in told["candidates"]), reverse=True)
+        assert told["candidates"][0]["kernel"] == chosen.kernel
+        assert told["runner_up"] == (told["candidates"][1] if len(legal) > 1 else None)
+        assert all(c["legal"] or c["why_not"] for c in told["candidates"])
+
+
+def test_explain_escapes_the_name_of_a_gpu(dev) -> None:
+    name = 'a "quoted\\" GPU\n'
+    card = dev.select.Device.from_attributes(name, 9, 0, 1, 1, 1, 64, 1, 1)
+    told = json.loads(dev.select.explain(dev.select.Problem(1, 1, 1, 1), card))
+    assert told["device"]["name"] == name.replace("\n", " ")
