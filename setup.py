@@ -29,7 +29,7 @@ class NotBuildable(Exception):
 def find_cuda_home() -> Path:
     nvcc = shutil.which("nvcc")
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parent.parent,
-                  "/usr/local/cuda"]
+                  os.environ.get("SHRANK_CUDA_DEFAULT", "/usr/local/cuda")]
     for home in map(Path, filter(None, candidates)):
         if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime_api.h").exists():
             return home

@@ -16,6 +16,8 @@ OLDEST_TORCH = "2.10"  # setup.py compiles for this version of torch's stable AB
 @cache
 def problems() -> tuple[str, ...]:
     """Why the extension is not loaded; empty if it is. The first call loads it."""
+    if hasattr(torch.ops.shrank, "build_info"):
+        return ()  # this Python is embedded in a program that linked the C++ library
     if not LIBRARY.exists():
         return ("this installation of shrank has no native extension: there was no nvcc, or SHRANK_BUILD was 0",)
     if TorchVersion(torch.__version__) < OLDEST_TORCH:

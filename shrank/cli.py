@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ._native import build_info
 from .apply import describe, merge
 from .auto_fact import auto_fact
 from .checkpoint import inspect_file
@@ -157,13 +158,17 @@ def info(as_json: Json = False) -> None:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "not installed"
-    reasons = why_not()
+    reasons, built = why_not(), build_info()
     table = Table(show_header=False)
     for name, value in versions.items():
         table.add_row(name, value)
     table.add_row("backend", "native" if not reasons else "torch")
+    if built:
+        table.add_row("native extension", f"CUDA {built['cuda']}, {built['archs']}; built with torch {built['torch']}")
+        table.add_row("driver", f"CUDA up to {built['driver']}" if built["driver"] else "none")
     table.add_row("why not native", "\n".join(reasons))
-    _show({**versions, "backend": "native" if not reasons else "torch", "why_not_native": reasons}, table, as_json)
+    facts = {**versions, "backend": "native" if not reasons else "torch", "built": built, "why_not_native": reasons}
+    _show(facts, table, as_json)
 
 
 def _show(data: object, table: Table | None, as_json: bool, note: str = "") -> None:

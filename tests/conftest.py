@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if library := os.environ.get("SHRANK_TEST_LIBRARY"):  # C++ ops for the CPU; they must be there before shrank is
+    torch.ops.load_library(library)
 
 
 @pytest.fixture(autouse=True)

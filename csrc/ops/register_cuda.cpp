@@ -1,11 +1,10 @@
-// The ops on CUDA, and what this build is.
+// The ops on CUDA.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <array>
 #include <mutex>
-#include <string>
 
 #include "low_rank_linear.h"
 
@@ -60,27 +59,7 @@ void epilogue(const EpilogueParams& params, const EpilogueTile& tile, int index)
 
 constexpr Backend cuda{device, epilogue};
 
-std::string version(int number) {  // 13000 -> 13.0
-  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
-}
-
-// As JSON: the CUDA runtime inside, the architectures, the torch it was compiled against, the driver's CUDA or null.
-std::string build_info() {
-  int driver = 0;
-  const bool has_driver = cudaDriverGetVersion(&driver) == cudaSuccess && driver > 0;
-  const uint64_t torch = TORCH_ABI_VERSION;
-  return R"({"cuda": ")" + version(CUDART_VERSION) + R"(", "archs": ")" SHRANK_CUDA_ARCHS R"(", "torch": ")" +
-         std::to_string(torch >> 56) + "." + std::to_string(torch >> 48 & 255) + R"(", "driver": )" +
-         (has_driver ? '"' + version(driver) + '"' : "null") + "}";
-}
-
 }  // namespace
 }  // namespace shrank
-
-STABLE_TORCH_LIBRARY_FRAGMENT(shrank, library) { library.def("build_info() -> str"); }
-
-STABLE_TORCH_LIBRARY_IMPL(shrank, CompositeExplicitAutograd, library) {
-  library.impl("build_info", TORCH_BOX(&shrank::build_info));
-}
 
 STABLE_TORCH_LIBRARY_IMPL(shrank, CUDA, library) { SHRANK_IMPL_LOW_RANK_LINEAR(library, shrank::cuda); }

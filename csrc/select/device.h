@@ -23,8 +23,8 @@ struct Device {
   const char* source;  // of bandwidth and FLOP/s
 };
 
-// The only card measured so far is an H200: 4.3 TB/s (device copy) and 790 TFLOP/s (8192-cube product, bf16, random data)
-// of a datasheet's 4.8 and 989. Every other rate below is a datasheet's, or a clock's, times these shares: assumed.
+// The only card measured is an H200: 4.3 TB/s (device copy) and 790 TFLOP/s (8192-cube bf16 product, random data)
+// of its datasheet's 4.8 and 989. Every other rate below is a datasheet's, or a clock's, times these shares: assumed.
 inline constexpr double kBandwidthShare = 4.3 / 4.8;
 inline constexpr double kFlopsShare = 790.0 / 989.4;
 inline constexpr const char* kFromDatasheet = "datasheet x what an H200 reaches of its own; not measured";
@@ -45,28 +45,28 @@ inline constexpr std::array<Device, 6> kDevices{{
     // 40 MB L2.
     {"A100", "NVIDIA A100-SXM4-80GB", 80, 108, kBandwidthShare * 2.039e12, kFlopsShare * 312e12, kFlopsShare * 19.5e12,
      kFlopsShare * 19.5e12, 40 * kMiB, kSmem80, kLaunchUs, kNodeUs, kFromDatasheet},
-    // NVIDIA L40S datasheet: 864 GB/s, 362.05 / 91.6 TFLOPS, 142 SMs. fp64 is 1/64 of fp32 on Ada. L2: 96 MB, as the L40,
-    // which is the same chip with the same SMs.
+    // NVIDIA L40S datasheet: 864 GB/s, 362.05 / 91.6 TFLOPS, 142 SMs. fp64 is 1/64 of fp32 on Ada. L2: 96 MB, as the
+    // L40, which is the same chip with the same SMs.
     {"L40S", "NVIDIA L40S", 89, 142, kBandwidthShare * 0.864e12, kFlopsShare * 362.05e12, kFlopsShare * 91.6e12,
      kFlopsShare * 1.43e12, 96 * kMiB, kSmem89, kLaunchUs, kNodeUs, kFromDatasheet},
-    // NVIDIA Ada whitepaper, appendix A: 1008 GB/s, 165.2 (fp16, fp32 accumulation: half the rate of the L40S per SM) / 82.6
-    // TFLOPS, 128 SMs, 72 MB L2. fp64 is 1/64 of fp32.
+    // NVIDIA Ada whitepaper, appendix A: 1008 GB/s, 165.2 (fp16, fp32 accumulation: half the rate of the L40S per SM) /
+    // 82.6 TFLOPS, 128 SMs, 72 MB L2. fp64 is 1/64 of fp32.
     {"RTX 4090", "NVIDIA GeForce RTX 4090", 89, 128, kBandwidthShare * 1.008e12, kFlopsShare * 165.2e12,
      kFlopsShare * 82.6e12, kFlopsShare * 1.29e12, 72 * kMiB, kSmem89, kLaunchUs, kNodeUs, kFromDatasheet},
     // SXM. NVIDIA H100 datasheet: 3.35 TB/s, 989.4 / 67 / 67 (fp64 tensor) TFLOPS. H100 whitepaper: 132 SMs, 50 MB L2.
     {"H100", "NVIDIA H100 80GB HBM3", 90, 132, kBandwidthShare * 3.35e12, kFlopsShare * 989.4e12, kFlopsShare * 67e12,
      kFlopsShare * 67e12, 50 * kMiB, kSmem90, kLaunchUs, kNodeUs, kFromDatasheet},
-    // SXM. Bandwidth and bf16 are measured. fp32 and fp64: NVIDIA H200 datasheet, the H100's. L2 as the runtime reports it.
+    // SXM. Bandwidth and bf16 are measured. fp32 and fp64: NVIDIA H200 datasheet, the H100's. L2: as reported.
     {"H200", "NVIDIA H200", 90, 132, 4.3e12, 790e12, kFlopsShare * 67e12, kFlopsShare * 67e12, 60 * kMiB, kSmem90,
      kLaunchUs, kNodeUs, "bandwidth and bf16 product measured; fp32 and fp64: datasheet x 0.8, not measured"},
-    // In an HGX, 1000 W. NVIDIA Blackwell architecture technical brief: 8 TB/s, 2250 / 80 / 40 TFLOPS. 148 SMs and 126 MB L2
-    // as the runtime reports them.
+    // In an HGX, 1000 W. NVIDIA Blackwell architecture technical brief: 8 TB/s, 2250 / 80 / 40 TFLOPS. 148 SMs and
+    // 126 MB L2 as the runtime reports them.
     {"B200", "NVIDIA B200", 100, 148, kBandwidthShare * 8e12, kFlopsShare * 2250e12, kFlopsShare * 80e12,
      kFlopsShare * 40e12, 126 * kMiB, kSmem90, kLaunchUs, kNodeUs, kFromDatasheet},
 }};
 
-// By either name; case, spaces, dashes and a leading NVIDIA do not count: "h200", "rtx4090". nullptr if it is not in the
-// table, as slower namesakes (H100 PCIe, RTX 4090 D, a MIG slice) are not.
+// By either name; case, spaces, dashes and a leading NVIDIA do not count: "h200", "rtx4090". nullptr if it is not in
+// the table, as slower namesakes (H100 PCIe, RTX 4090 D, a MIG slice) are not.
 const Device* find_device(std::string_view name);
 
 // find_device, or std::invalid_argument with the names there are.

@@ -5,7 +5,7 @@
 namespace shrank {
 namespace {
 
-// ---- The machine ----------------------------------------------------------------------------------------------------
+// ---- the machine
 
 double peak(const Device& d, Dtype dtype) {
   switch (dtype) {
@@ -21,8 +21,8 @@ double roofline_us(double flops, double numbers, Dtype dtype, const Device& d) {
   return std::max(flops / peak(d, dtype), numbers * bytes(dtype) / d.bandwidth) * 1e6;
 }
 
-// cuBLAS computes 128x128 tiles, one per SM at a time, so that a product of fewer tiles than SMs leaves some idle; it
-// answers with smaller tiles or split-K. KERNELS 2.1 expects at worst twice the floor: assumed, not measured.
+// cuBLAS computes 128x128 tiles: a product of fewer tiles than SMs leaves some idle. It answers with smaller tiles or
+// split-K, which takes 1.3 to 2 times the floor there: assumed, not measured.
 constexpr double kTile = 128.0 * 128.0;
 constexpr double kWorstFill = 2.0;
 
@@ -32,7 +32,7 @@ double gemm_us(double m, double n, double k, double more, Dtype dtype, const Dev
   return roofline_us(2 * busy * k, m * k + k * n + m * n + more, dtype, d) + d.node_us;
 }
 
-// An elementwise kernel that reads or writes (M, N) this many times. DRAM throughout: a y that is still in L2 is faster.
+// An elementwise kernel that reads or writes (M, N) this many times, in DRAM: a y that is still in L2 is faster.
 double pass_us(const Problem& p, const Device& d, int times) {
   return roofline_us(0, static_cast<double>(p.M) * static_cast<double>(p.N) * times, p.dtype, d) + d.node_us;
 }
@@ -46,14 +46,14 @@ double torch_tail_us(const Problem& p, const Device& d) {
   return (p.activation != Activation::none ? pass_us(p, d, 2) : 0) + (p.residual ? pass_us(p, d, 3) : 0);
 }
 
-// h counts as written and read; up to half of L2 it may never see DRAM. The bias is read once, whoever adds it.
+// The bias is in the second. h counts as written and read; if L2 holds it, it may never see DRAM.
 double two_gemms_us(const Problem& p, const Device& d) {
   const auto M = static_cast<double>(p.M), K = static_cast<double>(p.K), N = static_cast<double>(p.N),
              R = static_cast<double>(p.R);
   return gemm_us(M, R, K, 0, p.dtype, d) + gemm_us(M, N, R, bias_numbers(p), p.dtype, d);
 }
 
-// ---- The candidates: may it run, then what does it cost ---------------------------------------------------------------
+// ---- the candidates: may it run, and only then what it costs
 
 namespace two_gemms {
 
@@ -61,23 +61,23 @@ const char* why_not(const Problem&, const Device&) { return nullptr; }
 
 double microseconds(const Problem& p, const Device& d) { return two_gemms_us(p, d) + torch_tail_us(p, d); }
 
-constexpr const char* kReason = "two cuBLAS calls: the bias is free in the second, and nothing else is left to fuse";
+constexpr const char* kReason = "the second GEMM adds the bias for free, and nothing else is left to fuse";
 
 }  // namespace two_gemms
 
 namespace two_gemms_epilogue {
 
 const char* why_not(const Problem& p, const Device&) {
-  return has_tail(p) ? nullptr : "no activation and no residual: the bias alone is free in the second GEMM";
+  return has_tail(p) ? nullptr : "no activation and no residual: the second GEMM adds the bias for free";
 }
 
-// One read, one write, and the residual read. In place; where training keeps the pre-activation, the bias goes into the
-// second GEMM, whose output then is the pre-activation, and y is written beside it: no more traffic.
+// One read, one write, and the residual read; in place, or beside the GEMM's output where training keeps that.
 double microseconds(const Problem& p, const Device& d) {
   return two_gemms_us(p, d) + pass_us(p, d, p.residual ? 3 : 2);
 }
 
-constexpr const char* kReason = "bias, activation and residual in one pass over y, in fp32, rounded once";
+constexpr const char* kReason =
+    "activation and residual in one pass over y, in fp32; the bias is free in the second GEMM";
 
 }  // namespace two_gemms_epilogue
 
@@ -89,7 +89,7 @@ struct Row {
   const char* reason;
 };
 
-// In the order of the enum. At equal cost the earlier wins; two_gemms is last since it rounds most often.
+// In the order of the enum. At equal cost the earlier wins: it needs no more memory and rounds no more often.
 constexpr std::array<Row, kKernelCount> kRows{{
     {Kernel::two_gemms_epilogue, "two_gemms_epilogue", two_gemms_epilogue::why_not, two_gemms_epilogue::microseconds,
      two_gemms_epilogue::kReason},
@@ -134,8 +134,8 @@ double dense_us(const Problem& p, const Device& d) {
 }
 
 EpilogueTile epilogue_tile(const Problem& p, const Device& d) {
-  constexpr int kThreads = 256, kWidest = 256, kNarrowest = 8;  // at least 128 contiguous bytes when aligned
-  constexpr int64_t kBlocksPerSm = 8;  // 2048 threads, all that an SM holds; keeps gridDim.y far below its limit of 65535
+  constexpr int kThreads = 256, kWidest = 256, kNarrowest = 8;  // aligned: at least 128 contiguous bytes per row
+  constexpr int64_t kBlocksPerSm = 8;  // 2048 threads fill an SM; gridDim.y stays far below its limit of 65535
   const int widest_access = 16 / bytes(p.dtype);
   const int vector = p.aligned && p.N % widest_access == 0 ? widest_access : 1;
   const int64_t vectors = p.N / vector;

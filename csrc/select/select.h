@@ -12,8 +12,8 @@ namespace shrank {
 
 // A new kernel is one value here, and in select.cpp one row and the functions it names.
 enum class Kernel {
-  two_gemms_epilogue,  // two cuBLAS GEMMs, then one kernel of ours: bias, activation, residual
-  two_gemms,           // two cuBLAS GEMMs, the bias in the second, then PyTorch's own activation and residual kernels
+  two_gemms_epilogue,  // two cuBLAS GEMMs, the bias in the second, then one kernel of ours: activation, residual
+  two_gemms,           // the same GEMMs, then PyTorch's own activation and residual kernels
 };
 inline constexpr int kKernelCount = 2;
 

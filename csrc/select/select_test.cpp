@@ -1,4 +1,5 @@
-// What only C++ can see of select: that it allocates nothing, and how long it takes. The rest is tests/csrc/test_select.py.
+// What only C++ can see of select: that it allocates nothing, and how long it takes. tests/csrc/test_select.py has the
+// rest.
 #include "select.h"
 
 #include <chrono>

@@ -36,7 +36,7 @@ def _parse(value: Backend | str, source: str) -> Backend:
         raise ValueError(f"{source} is {value!r}, wanted {', '.join(b.value for b in Backend)}") from None
 
 
-_native.problems()  # loads the extension, so that torch.ops.shrank is complete once shrank is imported
+_native.build_info()  # loads the extension: torch.ops.shrank is complete once shrank is imported
 
 class _Setting:
     """Of the whole process, threads included. Layers read it on every call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -17,12 +18,21 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
 }
+
+
+def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.silu_backward(grad, z)
+    sigmoid = z.sigmoid()  # PyTorch's kernel cannot be differentiated again
+    return grad * sigmoid * (1 + z * (1 - sigmoid))
+
+
 _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "none": lambda grad, z: grad,
     "relu": lambda grad, z: torch.ops.aten.threshold_backward(grad, z, 0),
     "gelu": torch.ops.aten.gelu_backward,
     "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
-    "silu": torch.ops.aten.silu_backward,
+    "silu": _silu_backward,
 }
 
 
@@ -66,7 +76,8 @@ def low_rank_linear_backward(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, 
                              needs: Grads) -> Grads:
     """The gradients for which `needs` is true, from grad (..., N) of y and the forward pass's h and z."""
     dz = _BACKWARD[activation](grad, z)
-    flat_dz, flat_h, flat_x = dz.reshape(-1, up.size(0)), h.reshape(-1, up.size(1)), x.reshape(-1, down.size(1))
+    M = math.prod(x.shape[:-1])
+    flat_dz, flat_h, flat_x = (t.reshape(M, t.size(-1)) for t in (dz, h, x))
     dh = flat_dz @ up if needs.x or needs.down else None
     return Grads(
         x=(dh @ down).reshape(x.shape) if needs.x else None,

@@ -1,0 +1,47 @@
+// What this build is, and what it would choose: ops without tensors that answer in JSON.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+#include <string_view>
+
+#include "../select/explain.h"
+
+namespace shrank {
+namespace {
+
+std::string version(int number) {  // 13000 -> 13.0
+  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+}
+
+// The CUDA runtime inside, the architectures, the torch it was compiled against, the driver's CUDA or null.
+std::string build_info() {
+  int driver = 0;
+  const bool has_driver = cudaDriverGetVersion(&driver) == cudaSuccess && driver > 0;
+  const uint64_t torch = TORCH_ABI_VERSION;
+  return R"({"cuda": ")" + version(CUDART_VERSION) + R"(", "archs": ")" SHRANK_CUDA_ARCHS R"(", "torch": ")" +
+         std::to_string(torch >> 56) + "." + std::to_string(torch >> 48 & 255) + R"(", "driver": )" +
+         (has_driver ? '"' + version(driver) + '"' : "null") + "}";
+}
+
+// The decision for a GPU that need not be here.
+std::string explain_by_name(int64_t M, int64_t K, int64_t N, int64_t R, std::string_view dtype,
+                            std::string_view activation, bool bias, bool residual, bool training,
+                            std::string_view gpu) {
+  const Problem problem{M, K, N, R, parse_dtype(dtype), parse_activation(activation), bias, residual, training};
+  return explain(problem, device_named(gpu));
+}
+
+}  // namespace
+}  // namespace shrank
+
+STABLE_TORCH_LIBRARY_FRAGMENT(shrank, library) {
+  library.def("build_info() -> str");
+  library.def("explain(int M, int K, int N, int R, str dtype, str activation, bool bias, bool residual, bool training, "
+              "str gpu) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(shrank, CompositeExplicitAutograd, library) {
+  library.impl("build_info", TORCH_BOX(&shrank::build_info));
+  library.impl("explain", TORCH_BOX(&shrank::explain_by_name));
+}

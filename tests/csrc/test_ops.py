@@ -1,0 +1,22 @@
+"""The C++ implementation, on the CPU: the tests of tests/ops, in a process that loads it before shrank."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from .conftest import BUILD
+
+
+def test_cpp_passes_the_tests_of_the_ops() -> None:
+    library = BUILD / "libshrank.so"
+    assert library.exists(), "cmake -S . -B build/cmake && cmake --build build/cmake"
+    ran = subprocess.run([sys.executable, "-m", "pytest", "tests/ops", "-p", "no:cacheprovider"], text=True,
+                         capture_output=True, check=False, env={**os.environ, "SHRANK_TEST_LIBRARY": str(library)})
+    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
+
+
+def test_the_ctest_suite_passes() -> None:
+    ran = subprocess.run([BUILD / "select_test"], text=True, capture_output=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr

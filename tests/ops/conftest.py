@@ -1,0 +1,22 @@
+"""The tests of the ops run on every implementation there is: PyTorch and C++ on the CPU, CUDA with `-m gpu`."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+import shrank
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    if request.param == "cuda":
+        assert shrank.why_not() == [], "the tests would be of PyTorch's own kernels"
+    return request.param
+
+
+@pytest.fixture
+def on_cpp() -> bool:
+    """Whether the CPU runs the C++ implementation (tests/csrc/test_ops.py)."""
+    return "SHRANK_TEST_LIBRARY" in os.environ

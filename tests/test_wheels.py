@@ -1,0 +1,78 @@
+"""What the built extension asks of its surroundings, and how setup.py decides. Whole wheels: `make wheels`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shrank import _native
+
+ROOT = Path(__file__).parents[1]
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine, so no extension")
+
+
+@pytest.fixture(scope="module")
+def wheels():
+    spec = importlib.util.spec_from_file_location("wheels", ROOT / ".ci" / "wheels.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_nvcc
+def test_the_extension_loads_without_a_gpu() -> None:
+    assert _native.problems() == ()
+    listed = json.loads((ROOT / "csrc/sources.json").read_text())
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or listed["archs"]
+    assert _native.build_info()["archs"].split(", ") == wanted.replace(";", " ").split()
+
+
+@needs_nvcc
+def test_the_extension_ties_itself_to_no_torch_and_no_python(wheels) -> None:
+    symbols = wheels.undefined_symbols(_native.LIBRARY)
+    assert "torch_call_dispatcher" in symbols
+    assert wheels.forbidden(symbols) == []
+
+
+@pytest.mark.parametrize("symbol", ["_ZN2at4_ops6linear4callERKNS_6TensorES4_RKSt8optionalIS2_E", "PyLong_FromLong",
+                                    "_Py_NoneStruct", "cudaLaunchKernel", "cudaLaunchKernel@libcudart.so.13",
+                                    "cuLaunchKernel", "_ZN3c105ErrorC1ERKS0_", "_ZTIN3c105ErrorE"])
+def test_such_symbols_are_refused(wheels, symbol: str) -> None:
+    fine = ["aoti_torch_get_dim", "malloc@GLIBC_2.2.5", "_ZSt9terminatev@GLIBCXX_3.4"]
+    assert wheels.forbidden([*fine, symbol]) == [symbol]
+
+
+def setup(**env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "setup.py", "--quiet", "--version"], cwd=ROOT, capture_output=True,
+                          text=True, check=False, env={**os.environ, **env})
+
+
+def test_pure_python_on_request() -> None:
+    ran = setup(SHRANK_BUILD="0")
+    assert "+cu" not in ran.stdout and "pure Python, without its CUDA kernels: SHRANK_BUILD=0" in ran.stderr
+
+
+@needs_nvcc
+def test_native_where_there_is_a_compiler() -> None:
+    assert "+cu" in setup(SHRANK_BUILD="1").stdout
+
+
+def test_an_unknown_wish_is_refused() -> None:
+    ran = setup(SHRANK_BUILD="2")
+    assert ran.returncode and "SHRANK_BUILD is '2', wanted 0, 1 or nothing" in ran.stderr
+
+
+def test_insisting_without_a_compiler_fails(tmp_path: Path) -> None:
+    """SHRANK_CUDA_DEFAULT stands in for a machine without /usr/local/cuda."""
+    empty = {"PATH": str(tmp_path), "CUDA_HOME": "", "CUDA_PATH": "", "SHRANK_CUDA_DEFAULT": str(tmp_path)}
+    ran = setup(SHRANK_BUILD="1", **empty)
+    assert ran.returncode and "nvcc is not on PATH" in ran.stderr
+    ran = setup(SHRANK_BUILD="auto", **empty)
+    assert not ran.returncode and "pure Python" in ran.stderr and "nvcc is not on PATH" in ran.stderr
