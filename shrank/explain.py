@@ -33,7 +33,7 @@ def explain(shape: tuple[int, int, int, int], dtype: str = "bf16", gpu: str | No
     if gpu is None:
         if not torch.cuda.is_available():
             raise ValueError("there is no CUDA device here: name a GPU with --gpu, such as H200")
-        gpu = torch.cuda.get_device_name()
+        gpu = f"cuda:{torch.cuda.current_device()}"
     return json.loads(torch.ops.shrank.explain(*shape, dtype, activation, bias, residual, training, gpu))
 
 

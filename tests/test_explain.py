@@ -36,7 +36,7 @@ def asked(monkeypatch) -> list[tuple]:
     monkeypatch.setattr(_native, "problems", list)
     monkeypatch.setattr(explain, "torch", SimpleNamespace(
         ops=SimpleNamespace(shrank=SimpleNamespace(explain=op)),
-        cuda=SimpleNamespace(is_available=lambda: True, get_device_name=lambda: "NVIDIA H200")))
+        cuda=SimpleNamespace(is_available=lambda: True, current_device=lambda: 1)))
     return calls
 
 
@@ -49,7 +49,7 @@ def test_options_reach_the_op(asked) -> None:
                "--no-bias", "--training").exit_code == 0
     assert run("--shape", "1, 2, 3, 4").exit_code == 0
     assert asked == [(16384, 768, 3072, 96, "fp16", "gelu", False, True, True, "a100"),
-                     (1, 2, 3, 4, "bf16", "none", True, False, False, "NVIDIA H200")]
+                     (1, 2, 3, 4, "bf16", "none", True, False, False, "cuda:1")]
 
 
 def test_the_table_holds_the_decision_and_what_it_is_compared_with(asked) -> None:

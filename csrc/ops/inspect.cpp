@@ -2,10 +2,12 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/library.h>
 
+#include <charconv>
 #include <string>
 #include <string_view>
 
 #include "../select/explain.h"
+#include "cuda_device.h"
 
 namespace shrank {
 namespace {
@@ -24,12 +26,21 @@ std::string build_info() {
          (has_driver ? '"' + version(driver) + '"' : "null") + "}";
 }
 
-// The decision for a GPU that need not be here.
-std::string explain_by_name(int64_t M, int64_t K, int64_t N, int64_t R, std::string_view dtype,
+// "cuda:1" is a GPU that is here; any other name, such as "H200", one that need not be.
+const Device& device_of(std::string_view gpu) {
+  constexpr std::string_view here = "cuda:";
+  int index = 0;
+  const char* const end = gpu.data() + gpu.size();
+  if (gpu.substr(0, here.size()) == here && std::from_chars(gpu.data() + here.size(), end, index).ptr == end)
+    return cuda_device(index);
+  return device_named(gpu);
+}
+
+std::string explain_for(int64_t M, int64_t K, int64_t N, int64_t R, std::string_view dtype,
                             std::string_view activation, bool bias, bool residual, bool training,
                             std::string_view gpu) {
   const Problem problem{M, K, N, R, parse_dtype(dtype), parse_activation(activation), bias, residual, training};
-  return explain(problem, device_named(gpu));
+  return explain(problem, device_of(gpu));
 }
 
 }  // namespace
@@ -43,5 +54,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(shrank, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(shrank, CompositeExplicitAutograd, library) {
   library.impl("build_info", TORCH_BOX(&shrank::build_info));
-  library.impl("explain", TORCH_BOX(&shrank::explain_by_name));
+  library.impl("explain", TORCH_BOX(&shrank::explain_for));
 }

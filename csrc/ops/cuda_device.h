@@ -1,0 +1,11 @@
+// What the CUDA runtime knows of a GPU, in the terms of select.
+#pragma once
+
+#include "../select/device.h"
+
+namespace shrank {
+
+// Asked once per device. Throws if there is no such device.
+const Device& cuda_device(int index);
+
+}  // namespace shrank
