@@ -17,7 +17,7 @@ demo: $(VENV)/.ready
 zoo: $(VENV)/.ready  # every transformers family that builds offline
 	$(BIN)/python -m pytest tests/test_zoo.py -m "slow or not slow"
 
-bench: $(VENV)/.bench-ready
+bench: $(VENV)/.bench-ready build/cmake/.ready
 	$(BIN)/python -m pytest benchmarks --benchmark-json build/benchmarks.json
 	$(BIN)/python -m benchmarks.trade_off
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import statistics
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,6 +14,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
+
+from shrank.timing import time_in_turns
 
 logging.disable_progress_bar()
 THREADS = 2
@@ -57,12 +57,5 @@ def smollm2() -> nn.Module:
 
 def in_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each candidate, called in turns so that a change in the machine's load meets all alike."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for call in candidates.values():
-        call()
-    for _ in range(rounds):
-        for name, call in candidates.items():
-            started = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+    timings = time_in_turns({name: [call] for name, call in candidates.items()}, "cpu", rounds)
+    return {name: timing.seconds for name, timing in timings.items()}

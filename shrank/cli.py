@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ._native import build_info
@@ -115,11 +116,18 @@ def merge_command(source: Source, out: Out, force: Force = False, as_json: Json 
 
 
 @app.command()
-def bench(source: Source,
+def bench(source: Annotated[str | None, typer.Argument(help="Folder or hub name of a transformers model.")] = None,
           other: Annotated[str | None, typer.Argument(help="A second model to compare with.")] = None,
           batch: int = 8, length: int = 128, rounds: int = 7, threads: int | None = None, device: str = "cpu",
+          plot: Annotated[Path | None, typer.Option(help="Measure nothing: show these results of benchmarks/ "
+                                                         "as a table, and draw them beside the file.")] = None,
           as_json: Json = False) -> None:
     """Throughput and peak memory of one model, or of two in turns, on this machine."""
+    if (source is None) == (plot is None):
+        _fail("give a model to measure, or --plot with results to show", USAGE)
+    if plot:
+        _plot(plot, as_json)
+        return
     with _errors():
         from .bench import Workload, compare
 
@@ -131,6 +139,15 @@ def bench(source: Source,
         table.add_row(x.source, f"{x.parameters:,}", f"{x.throughput:,.1f} {x.unit}",
                       f"{x.throughput / results[0].throughput:.2f}x", f"{x.peak_memory / 2**20:,.0f} MiB")
     _show([asdict(x) for x in results], table, as_json)
+
+
+def _plot(path: Path, as_json: bool) -> None:
+    with _errors():
+        from .bench_plot import draw, load, table
+
+        results, picture = load(path), path.with_suffix(".png")
+        draw(results, picture)
+    _show(results.rows, table(results), as_json, f"wrote {picture}")
 
 
 @app.command()
@@ -213,5 +230,5 @@ def _errors(code: int = FAILED):
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True).print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(code)

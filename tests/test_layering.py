@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent / "shrank"
 ROWS = {
     "version": 0, "files": 0, "progress": 0, "parallel": 0, "linalg": 0, "_native": 0, "merged_weight": 0, "stages": 0,
-    "ops": 1,
+    "timing": 0,
+    "ops": 1, "roofline": 1,
     "led": 2, "ced": 2,
     "lr_module": 3, "targets": 3, "rank": 3,
     "surgery": 4,
@@ -18,7 +19,7 @@ ROWS = {
     "planning": 6, "apply": 6,
     "auto_fact": 7, "checkpoint": 7,
     "hf": 8, "transformers_hook": 8,
-    "bench": 9, "explain": 9,
+    "bench": 9, "bench_plot": 9, "explain": 9,
     "cli": 10,
     "__init__": 11, "__main__": 11,
 }

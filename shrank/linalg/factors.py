@@ -12,7 +12,8 @@ class Shape:
     """A layer as a matrix: N = out_features rows, K = in_features columns (in_channels x kernel for a convolution).
 
     `groups` is the block structure of the dense layer; `down_groups` and `up_groups` that of its low-rank twin.
-    Every cost formula of the library is a method of this class. Costs count weights, not biases, which do not change.
+    Every cost formula of the library is a method of this class. Parameters and FLOPs count weights, not biases, which
+    do not change.
     """
 
     out_features: int
@@ -40,6 +41,12 @@ class Shape:
     def flops(self, rank: int | None) -> int:
         """Floating-point operations for one token (one output position of a convolution)."""
         return 2 * self.params(rank)
+
+    def traffic(self, tokens: int, rank: int | None, bias: bool = False, residual: bool = False) -> int:
+        """The fewest numbers that a linear layer moves for M tokens: x, the weights, and where there are any bias (N,)
+        and residual (M, N) read once, y written once; h (M, R) stays on the chip."""
+        ends = tokens * (self.in_features + self.out_features * (2 if residual else 1))
+        return ends + self.params(rank) + (self.out_features if bias else 0)
 
     @property
     def break_even_rank(self) -> int:

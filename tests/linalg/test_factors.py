@@ -40,3 +40,13 @@ def test_max_rank_is_where_the_blocks_are_full() -> None:
     assert Shape(30, 20).max_rank == 20
     assert Shape(64, 288, 4, 4).max_rank == 4 * min(16, 72)
     assert Shape(12, 60, 6, 4).max_rank == 4 * min(12, 15)  # 4 does not divide 6: every output in every block
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+@pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (False, True), (True, True)])
+def test_traffic_is_every_tensor_once(rank: int | None, bias: bool, residual: bool) -> None:
+    tokens, shape = 7, Shape(30, 20)
+    layer = nn.Linear(20, 30, bias=bias) if rank is None else LED(20, 30, rank, bias=bias)
+    x, y = 20 * tokens, 30 * tokens
+    moved = x + y * (1 + residual) + sum(p.numel() for p in layer.parameters())
+    assert shape.traffic(tokens, rank, bias, residual) == moved

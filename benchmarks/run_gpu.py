@@ -1,0 +1,126 @@
+"""Everything that a GPU can tell, in under nine minutes: one JSON and one short table.
+
+    benchmarks/run_gpu.sh OUT              # on a machine with a GPU; needs no network and installs nothing
+    benchmarks/run_gpu.sh --dry-run OUT    # the same code paths in miniature, on a CPU
+
+Each step is a process with a time limit of its own, and none depends on another. OUT gets results.json (the status,
+seconds and data of every step) and log.txt (all that the steps printed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = sys.executable
+DATA = "DATA"  # stands for the file to which a step writes its JSON
+SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+OK, FAILED, TIMEOUT, NOT_HERE = "ok", "failed", "timeout", "not here"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, its limit in seconds, and what it is without a GPU (nothing: it needs one)."""
+
+    name: str
+    command: Sequence[str]
+    limit: int
+    rehearsal: Sequence[str] = ()
+
+
+def module(name: str, *arguments: str) -> tuple[str, ...]:
+    return (PYTHON, "-m", name, *arguments)
+
+
+def sanitized(tool: str) -> tuple[str, ...]:
+    return (SANITIZER, "--tool", tool, "--error-exitcode", "9",
+            *module("benchmarks.sanitize_cases", "--device", "cuda"))
+
+
+# A conformance dump of csrc/arch will come first here, once there are instructions that only a GPU can confirm.
+STEPS = (
+    Step("environment", module("benchmarks.provenance", "--device", "cuda", "--out", DATA), 40,
+         module("benchmarks.provenance", "--out", DATA)),
+    Step("tests", module("pytest", "-m", "gpu", "tests/ops", "-p", "no:cacheprovider"), 130,
+         module("pytest", "-m", "gpu", "tests/ops", "-p", "no:cacheprovider", "--collect-only", "-q")),
+    Step("memcheck", sanitized("memcheck"), 60),
+    Step("racecheck", sanitized("racecheck"), 60),
+    Step("sanitized cases", module("benchmarks.sanitize_cases", "--device", "cuda"), 30,
+         module("benchmarks.sanitize_cases", "--device", "cpu")),
+    Step("grid", module("benchmarks.bench_low_rank_linear", "--device", "cuda", "--budget", "130", "--out", DATA), 150,
+         module("benchmarks.bench_low_rank_linear", "--cases", "tiny", "--dtype", "float32", "--budget", "10", "--out",
+                DATA)),
+    Step("stacks", module("benchmarks.stacks", "--device", "cuda", "--out", DATA), 60,
+         module("benchmarks.stacks", "--tiny", "--out", DATA)),
+)
+
+
+def carry_out(step: Step, dry: bool, log) -> dict[str, object]:
+    """Run a step: its status, seconds, exit code, last lines and data."""
+    command = step.rehearsal if dry else step.command
+    if not command or not shutil.which(command[0]):
+        return {"status": NOT_HERE, "seconds": 0.0}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder, "data.json")
+        command = [str(data) if part == DATA else part for part in command]
+        log.write(f"\n===== {step.name}: {' '.join(command)}\n")
+        started = time.monotonic()
+        try:
+            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                  timeout=step.limit, check=False)
+            output, code = done.stdout, done.returncode
+        except subprocess.TimeoutExpired as expired:
+            output, code = (expired.stdout or b"").decode(errors="replace"), None
+        log.write(output)
+        log.flush()
+        status = TIMEOUT if code is None else FAILED if code else OK
+        return {"status": status, "seconds": round(time.monotonic() - started, 1), "exit_code": code,
+                "last_lines": output.splitlines()[-3:],
+                # What a step wrote before it failed or ran out of time counts too.
+                "data": json.loads(data.read_text()) if data.exists() else None}
+
+
+def run(steps: Sequence[Step], out: Path, dry: bool) -> int:
+    """Carry out the steps; 0 if all that could run went well, else 1."""
+    out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, dict] = {}
+    with open(out / "log.txt", "w") as log:
+        for step in steps:
+            results[step.name] = carry_out(step, dry, log)
+            # Written after every step: a machine that is taken away leaves what it had shown.
+            (out / "results.json").write_text(json.dumps({"dry_run": dry, "steps": results}, indent=1) + "\n")
+    for name, result in results.items():
+        last = (result.get("last_lines") or [""])[-1]
+        print(f"{name:16} {result['status']:9} {result['seconds']:6.1f} s  {last[:90]}")
+    for row in _grid_rows(results)[:60]:
+        print(f"{row['model']:14} {row['layer']:6} M {row['M']:6} R {row['R']:5} {row['provider']:9} "
+              f"{row.get('median_us', float('nan')):10.1f} us  {row.get('over_floor', float('nan')):6.2f} x floor")
+    return int(any(result["status"] in (FAILED, TIMEOUT) for result in results.values()))
+
+
+def _grid_rows(results: dict[str, dict]) -> list[dict]:
+    data = results.get("grid", {}).get("data")
+    return data["rows"] if data else []
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--only", action="append", choices=[step.name for step in STEPS], help="repeatable")
+    given = parser.parse_args()
+    steps = [step for step in STEPS if not given.only or step.name in given.only]
+    return run(steps, given.out, given.dry_run)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

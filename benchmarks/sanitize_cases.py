@@ -1,0 +1,33 @@
+"""A few calls of the op that reach every path and tail of its kernel, for compute-sanitizer."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # so that every tensor has bounds of its own
+
+import torch
+
+from tests.common.cases import DTYPES, ENDS, SHAPES
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    device = parser.parse_args().device
+    calls = 0
+    for case in [*ENDS, *SHAPES]:
+        for dtype in DTYPES:
+            for training in (False, True):
+                y = torch.ops.shrank.low_rank_linear(*case.tensors(dtype, device, requires_grad=training))
+                if training:
+                    y.sum().backward()
+                calls += 1
+    if device != "cpu":
+        torch.cuda.synchronize()
+    print(f"{calls} calls on {device}")
+
+
+if __name__ == "__main__":
+    main()
