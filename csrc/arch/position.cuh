@@ -1,23 +1,38 @@
-// Where in a launch a thread stands.
+// Where in a launch a thread stands. Blocks are one-dimensional, but for the elementwise kernels, which use position().
 #pragma once
 
-#include <cstdint>
-
-#include "scalar.cuh"
+#include "device.cuh"
 
 namespace shrank::arch {
+
+inline constexpr int kWarpSize = 32;
 
 struct Position {
   int64_t column, row;          // of this thread in the whole grid
   int64_t columns, rows;        // threads of the whole grid
 };
 
+#if defined(__CUDACC__) || defined(SHRANK_EMULATED)
 #ifdef __CUDACC__
+#define SHRANK_INDEX(name) name
+#else
+#define SHRANK_INDEX(name) emulator::name()
+#endif
+
 SHRANK_DEVICE Position position() {
-  return {static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x,
-          static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y,
-          static_cast<int64_t>(gridDim.x) * blockDim.x, static_cast<int64_t>(gridDim.y) * blockDim.y};
+  const auto &thread = SHRANK_INDEX(threadIdx), &block = SHRANK_INDEX(blockIdx);
+  const auto &threads = SHRANK_INDEX(blockDim), &blocks = SHRANK_INDEX(gridDim);
+  return {static_cast<int64_t>(block.x) * threads.x + thread.x, static_cast<int64_t>(block.y) * threads.y + thread.y,
+          static_cast<int64_t>(blocks.x) * threads.x, static_cast<int64_t>(blocks.y) * threads.y};
 }
+
+SHRANK_DEVICE int thread_index() { return static_cast<int>(SHRANK_INDEX(threadIdx).x); }
+SHRANK_DEVICE int lane_index() { return thread_index() % kWarpSize; }
+SHRANK_DEVICE int warp_index() { return thread_index() / kWarpSize; }
+SHRANK_DEVICE int block_x() { return static_cast<int>(SHRANK_INDEX(blockIdx).x); }
+SHRANK_DEVICE int block_y() { return static_cast<int>(SHRANK_INDEX(blockIdx).y); }
+SHRANK_DEVICE int blocks_y() { return static_cast<int>(SHRANK_INDEX(gridDim).y); }
+#undef SHRANK_INDEX
 #endif
 
 }  // namespace shrank::arch

@@ -2,13 +2,12 @@
 // On a device these are instructions, on a host the emulator's versions of them.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define SHRANK_DEVICE __device__ __forceinline__
-#else
+#include "device.cuh"
+#ifndef __CUDACC__
 #include "../emulator/half.h"
-#define SHRANK_DEVICE inline
 #endif
 
 namespace shrank::arch {
@@ -65,15 +64,86 @@ template <> SHRANK_DEVICE float16 round_to<float16>(float value) {
 #endif
 }
 
+// Two numbers in one register, `low` in the lower half, as the tensor cores take them.
+template <typename T> SHRANK_DEVICE uint32_t round_to_pair(float low, float high);
+
+template <> SHRANK_DEVICE uint32_t round_to_pair<bfloat16>(float low, float high) {
+#ifdef __CUDACC__
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return emulator::round_to_bfloat16(low) | static_cast<uint32_t>(emulator::round_to_bfloat16(high)) << 16;
+#endif
+}
+
+template <> SHRANK_DEVICE uint32_t round_to_pair<float16>(float low, float high) {
+#ifdef __CUDACC__
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return emulator::round_to_float16(low) | static_cast<uint32_t>(emulator::round_to_float16(high)) << 16;
+#endif
+}
+
+// 2^x and 1/x, each to about 2 units in the last place of fp32 (PTX ISA, "ex2", "rcp"); tanh to 2^-11 of its value.
+SHRANK_DEVICE float exp2_approximate(float x) {
+#ifdef __CUDACC__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return std::exp2(x);
+#endif
+}
+
+SHRANK_DEVICE float reciprocal_approximate(float x) {
+#ifdef __CUDACC__
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return 1.0f / x;
+#endif
+}
+
+SHRANK_DEVICE float tanh_approximate(float x) {
+#ifdef __CUDACC__
+  float result;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return std::tanh(x);
+#endif
+}
+
 // Neighbours in memory that travel in one access; 16 bytes of them become one LDG.128 or STG.128.
 template <typename T, int Count> struct alignas(sizeof(T) * Count) Pack { T item[Count]; };
 
 template <typename T, int Count> SHRANK_DEVICE Pack<T, Count> load(const T* address) {
+#ifdef SHRANK_EMULATED
+  Pack<T, Count> pack;
+  emulator::load_global(&pack, address, sizeof pack);
+  return pack;
+#else
   return *reinterpret_cast<const Pack<T, Count>*>(address);
+#endif
 }
 
 template <typename T, int Count> SHRANK_DEVICE void store(T* address, const Pack<T, Count>& pack) {
+#ifdef SHRANK_EMULATED
+  emulator::store_global(address, &pack, sizeof pack);
+#else
   *reinterpret_cast<Pack<T, Count>*>(address) = pack;
+#endif
+}
+
+// The line of 128 bytes that holds the address is on its way to L2. A hint: it reads nothing.
+SHRANK_DEVICE void prefetch([[maybe_unused]] const void* address) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
+#endif
 }
 
 }  // namespace shrank::arch

@@ -8,6 +8,8 @@
 
 #include "../select/explain.h"
 #include "../select/select.h"
+#include "emulator.h"
+#include "linear.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -78,6 +80,32 @@ void bind_select(py::module_ m) {
       .def_readonly("blocks_n", &EpilogueTile::blocks_n)
       .def_readonly("blocks_m", &EpilogueTile::blocks_m);
 
+  py::class_<LinearTile>(m, "LinearTile")
+      .def(py::init([](int block_m, int max_rank) { return LinearTile{block_m, max_rank}; }), "block_m"_a, "max_rank"_a)
+      .def_readonly("block_m", &LinearTile::block_m)
+      .def_readonly("max_rank", &LinearTile::max_rank)
+      .def_property_readonly("fused", &LinearTile::fused)
+      .def_property_readonly("threads", &LinearTile::threads)
+      .def_property_readonly("down_stages", &LinearTile::down_stages)
+      .def_property_readonly("up_stages", &LinearTile::up_stages)
+      .def_property_readonly("shared_bytes", &LinearTile::shared_bytes)
+      .def("__repr__", [](const LinearTile& tile) {
+        return "LinearTile(" + std::to_string(tile.block_m) + ", " + std::to_string(tile.max_rank) + ")";
+      });
+
+  py::class_<LinearGrid>(m, "LinearGrid")
+      .def(py::init([](LinearTile tile, int64_t blocks_m, int blocks_n) { return LinearGrid{tile, blocks_m, blocks_n}; }),
+           "tile"_a, "blocks_m"_a, "blocks_n"_a)
+      .def_readonly("tile", &LinearGrid::tile)
+      .def_readonly("blocks_m", &LinearGrid::blocks_m)
+      .def_readonly("blocks_n", &LinearGrid::blocks_n);
+
+  m.attr("LINEAR_TILES") = std::vector<LinearTile>(kLinearTiles.begin(), kLinearTiles.end());
+  m.def("linear_why_not", &linear_why_not, "problem"_a, "device"_a, "fused"_a);
+  m.def("linear_grid", [](const Problem& p, const Device& d, bool fused) {
+    if (const char* why_not = linear_why_not(p, d, fused)) throw std::invalid_argument(why_not);
+    return linear_grid(p, d, fused).grid;
+  }, "problem"_a, "device"_a, "fused"_a);
   m.attr("ACTIVATIONS") = kActivationNames;
   m.attr("DTYPES") = kDtypeNames;
   m.def("devices", [] { return std::vector<Device>(kDevices.begin(), kDevices.end()); });
@@ -93,4 +121,8 @@ void bind_select(py::module_ m) {
 }  // namespace
 }  // namespace shrank
 
-PYBIND11_MODULE(shrank_dev, m) { shrank::bind_select(m.def_submodule("select", "(Problem, Device) -> kernel")); }
+PYBIND11_MODULE(shrank_dev, m) {
+  shrank::bind_select(m.def_submodule("select", "(Problem, Device) -> kernel"));
+  shrank::bind_emulator(m.def_submodule("emulator", "kernels on a CPU, watched"));
+  shrank::bind_linear(m.def_submodule("linear", "the matrix kernels in the emulator"));
+}

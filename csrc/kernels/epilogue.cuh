@@ -1,26 +1,13 @@
 // Each thread owns one pack of columns and strides over the rows.
 #pragma once
 
-#include <cmath>
 #include <type_traits>
 
 #include "../arch/position.cuh"
-#include "../arch/scalar.cuh"
+#include "activation.cuh"
 #include "epilogue.h"
 
 namespace shrank {
-
-template <Activation kind, typename C> SHRANK_DEVICE C activate(C z) {
-  constexpr C half = C(0.5);
-  if constexpr (kind == Activation::relu) return z < 0 ? C(0) : z;  // not fmax: NaN stays NaN, as in PyTorch
-  if constexpr (kind == Activation::gelu) return half * z * (1 + std::erf(z * C(0.70710678118654752440)));
-  if constexpr (kind == Activation::gelu_tanh) {
-    constexpr C root_two_over_pi = C(0.79788456080286535588), cubic = C(0.044715);
-    return half * z * (1 + std::tanh(root_two_over_pi * (z + cubic * z * z * z)));
-  }
-  if constexpr (kind == Activation::silu) return z / (1 + std::exp(-z));
-  return z;
-}
 
 template <typename T, int Count, Activation kind> struct Epilogue {
   using C = arch::compute_t<T>;
@@ -35,7 +22,7 @@ template <typename T, int Count, Activation kind> struct Epilogue {
       widen(arch::load<T, Count>(static_cast<const T*>(params.z) + offset), z);
       if (params.residual) widen(arch::load<T, Count>(static_cast<const T*>(params.residual) + offset), residual);
       Pack y;
-      for (int i = 0; i < Count; i++) y.item[i] = arch::round_to<T>(activate<kind>(z[i]) + residual[i]);
+      for (int i = 0; i < Count; i++) y.item[i] = arch::round_to<T>(activate<T, kind>(z[i]) + residual[i]);
       arch::store<T, Count>(static_cast<T*>(params.y) + offset, y);
     }
   }
@@ -47,21 +34,15 @@ template <typename T, int Count, Activation kind> struct Epilogue {
 
 // Calls visit with the Epilogue that the parameters and the tile name.
 template <typename Visit> void with_epilogue(const EpilogueParams& params, const EpilogueTile& tile, Visit visit) {
-  const auto with_activation = [&](auto element, auto count) {
-    using T = decltype(element);
-    constexpr int Count = decltype(count)::value;
-    switch (params.activation) {
-      case Activation::none: return visit(Epilogue<T, Count, Activation::none>{});
-      case Activation::relu: return visit(Epilogue<T, Count, Activation::relu>{});
-      case Activation::gelu: return visit(Epilogue<T, Count, Activation::gelu>{});
-      case Activation::gelu_tanh: return visit(Epilogue<T, Count, Activation::gelu_tanh>{});
-      case Activation::silu: return visit(Epilogue<T, Count, Activation::silu>{});
-    }
+  const auto with_kernel = [&](auto element, auto count) {
+    with_activation(params.activation, [&](auto kind) {
+      visit(Epilogue<decltype(element), decltype(count)::value, decltype(kind)::value>{});
+    });
   };
   const auto with_count = [&](auto element) {
     constexpr int widest = 16 / sizeof(element);
-    if (tile.vector == 1) with_activation(element, std::integral_constant<int, 1>{});
-    else with_activation(element, std::integral_constant<int, widest>{});
+    if (tile.vector == 1) with_kernel(element, std::integral_constant<int, 1>{});
+    else with_kernel(element, std::integral_constant<int, widest>{});
   };
   switch (params.dtype) {
     case Dtype::float32: return with_count(float{});

@@ -6,6 +6,7 @@
 #include <array>
 #include <sstream>
 #include <string>
+#include <vector>
 
 namespace shrank {
 namespace {
@@ -87,9 +88,57 @@ Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? ten
 bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
 struct Stages {
-  Tensor y, h;
-  std::optional<Tensor> z;
+  Tensor y;
+  std::optional<Tensor> h, z;
 };
+
+const void* data_of(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+void* mutable_data_of(const std::optional<Tensor>& tensor) { return tensor ? tensor->mutable_data_ptr() : nullptr; }
+
+std::optional<Tensor> as_contiguous(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional(as_contiguous(*tensor)) : std::nullopt;
+}
+
+// The arguments as kernels want them: row-major without gaps.
+struct Contiguous {
+  Tensor x, down, up;
+  std::optional<Tensor> bias, residual;
+
+  explicit Contiguous(const LowRankLinear& args)
+      : x(as_contiguous(args.x)), down(as_contiguous(args.down)), up(as_contiguous(args.up)),
+        bias(as_contiguous(args.bias)), residual(as_contiguous(args.residual)) {}
+
+  bool is_aligned() const {
+    return aligned(x.const_data_ptr()) && aligned(down.const_data_ptr()) && aligned(up.const_data_ptr()) &&
+           aligned(data_of(bias)) && aligned(data_of(residual));
+  }
+};
+
+// (..., columns) like x.
+Tensor rows_like(const Tensor& x, int64_t columns) {
+  std::vector<int64_t> sizes(x.dim());
+  for (int64_t i = 0; i < x.dim(); i++) sizes[i] = x.size(i);
+  sizes.back() = columns;
+  return torch::stable::new_empty(x, sizes);
+}
+
+// One kernel of ours, from x; or, given h, from that.
+Stages with_kernel(const Contiguous& args, const Problem& problem, const std::optional<Tensor>& given_h,
+                   const Backend& backend) {
+  const Tensor y = rows_like(args.x, problem.N);
+  std::optional<Tensor> h = given_h, z;
+  if (problem.training && !given_h) h.emplace(rows_like(args.x, problem.R));
+  if (keeps_preactivation(problem)) z.emplace(rows_like(args.x, problem.N));
+  const int index = y.get_device_index();
+  const Device& device = backend.device(index);
+  const LowRankLinearParams params{
+      args.x.const_data_ptr(), args.down.const_data_ptr(), args.up.const_data_ptr(), data_of(args.bias),
+      data_of(args.residual), mutable_data_of(h), mutable_data_of(z), y.mutable_data_ptr(), problem.M,
+      static_cast<int>(problem.K), static_cast<int>(problem.N), static_cast<int>(problem.R), problem.dtype,
+      problem.activation};
+  backend.linear(params, linear_grid(problem, device, !given_h).grid, device, index);
+  return {y, h, z};
+}
 
 // activation(z) + residual, in place of z unless training keeps it.
 Stages with_epilogue(const LowRankLinear& args, Problem& problem, const Tensor& h, const Backend& backend) {
@@ -109,13 +158,19 @@ Stages with_epilogue(const LowRankLinear& args, Problem& problem, const Tensor& 
 
 Stages run(const LowRankLinear& args, bool training, const Backend& backend) {
   Problem problem = checked_problem(args, training);
+  const Contiguous contiguous(args);
+  problem.aligned = contiguous.is_aligned();
+  const Kernel kernel = select(problem, backend.device(args.x.get_device_index())).kernel;
+  if (kernel == Kernel::fused) return with_kernel(contiguous, problem, std::nullopt, backend);
   const Tensor h = linear(args.x, args.down, std::nullopt);
-  switch (select(problem, backend.device(args.x.get_device_index())).kernel) {
+  switch (kernel) {
+    case Kernel::gemm_expand: return with_kernel(contiguous, problem, as_contiguous(h), backend);
+    case Kernel::two_gemms_epilogue: return with_epilogue(args, problem, h, backend);
     case Kernel::two_gemms:
       STD_TORCH_CHECK(problem.activation == Activation::none && !problem.residual,
                       "shrank::low_rank_linear: two GEMMs alone apply no activation and no residual");
       return {linear(h, args.up, args.bias), h, std::nullopt};
-    case Kernel::two_gemms_epilogue: return with_epilogue(args, problem, h, backend);
+    case Kernel::fused: break;
   }
   STD_TORCH_CHECK(false, "shrank::low_rank_linear: select chose an unknown kernel");
 }
@@ -127,7 +182,7 @@ Tensor low_rank_linear(const LowRankLinear& args, const Backend& backend) { retu
 std::tuple<Tensor, Tensor, Tensor> low_rank_linear_train(const LowRankLinear& args, const Backend& backend) {
   Stages stages = run(args, true, backend);
   if (!stages.z) stages.z = torch::stable::new_empty(stages.y, {0});
-  return {as_contiguous(stages.y), as_contiguous(stages.h), *stages.z};
+  return {as_contiguous(stages.y), as_contiguous(*stages.h), *stages.z};
 }
 
 }  // namespace shrank

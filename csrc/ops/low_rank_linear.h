@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "../kernels/epilogue.h"
+#include "../kernels/low_rank_linear.h"
 
 namespace shrank {
 
@@ -17,6 +18,7 @@ using torch::stable::Tensor;
 struct Backend {
   const Device& (*device)(int index);
   void (*epilogue)(const EpilogueParams& params, const EpilogueTile& tile, int index);
+  void (*linear)(const LowRankLinearParams& params, const LinearGrid& grid, const Device& device, int index);
 };
 
 struct LowRankLinear {

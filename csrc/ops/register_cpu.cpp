@@ -1,20 +1,31 @@
 // For C++ programs, where no Python registers the ops: their schemas, and kernels for the CPU.
 #include <torch/csrc/stable/library.h>
 
+#include <stdexcept>
+
 #include "low_rank_linear.h"
 
 namespace shrank {
 namespace {
 
-// The CPU's own figures do not matter: only the epilogue's tile is taken from the choice.
+// No tensor cores, so that select takes the GEMMs; its figures do not matter, as it then has no choice.
 const Device& device(int) {
-  static const Device& any = device_named("h200");
-  return any;
- }
+  static const Device cpu = [] {
+    Device any = device_named("h200");
+    any.name = any.reported_name = "CPU";
+    any.arch = 0;
+    return any;
+  }();
+  return cpu;
+}
 
 void epilogue(const EpilogueParams& params, const EpilogueTile& tile, int) { run_epilogue_on_host(params, tile); }
 
-constexpr Backend cpu{device, epilogue};
+void linear(const LowRankLinearParams&, const LinearGrid&, const Device&, int) {
+  throw std::logic_error("shrank::low_rank_linear: select chose a GPU's kernel on a CPU");
+}
+
+constexpr Backend cpu{device, epilogue, linear};
 
 }  // namespace
 }  // namespace shrank

@@ -12,15 +12,25 @@ extern "C" AOTITorchError __attribute__((weak)) aoti_torch_get_current_cuda_stre
 namespace shrank {
 namespace {
 
-void epilogue(const EpilogueParams& params, const EpilogueTile& tile, int index) {
+// Calls launch(stream) with the device current and its current stream.
+template <typename Launch> void on_device(int index, const Launch& launch) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-  if (torch::stable::accelerator::getCurrentDeviceIndex() == index) return launch_epilogue(params, tile, stream);
+  if (torch::stable::accelerator::getCurrentDeviceIndex() == index) return launch(stream);
   const torch::stable::accelerator::DeviceGuard guard(index);
-  launch_epilogue(params, tile, stream);
+  launch(stream);
 }
 
-constexpr Backend cuda{cuda_device, epilogue};
+void epilogue(const EpilogueParams& params, const EpilogueTile& tile, int index) {
+  on_device(index, [&](void* stream) { launch_epilogue(params, tile, stream); });
+}
+
+// Programmatic dependent launch begins with compute capability 9.0.
+void linear(const LowRankLinearParams& params, const LinearGrid& grid, const Device& device, int index) {
+  on_device(index, [&](void* stream) { launch_low_rank_linear(params, grid, device.arch >= 90, stream); });
+}
+
+constexpr Backend cuda{cuda_device, epilogue, linear};
 
 }  // namespace
 }  // namespace shrank

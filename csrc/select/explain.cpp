@@ -94,8 +94,10 @@ std::string json(const Candidate& c) {
 }  // namespace
 
 std::string explain(const Problem& p, const Device& d) {
-  auto all = candidates(p, d);
-  std::stable_sort(all.begin(), all.end(), [](const Candidate& a, const Candidate& b) {
+  const KernelChoice choice = select(p, d);
+  auto all = candidates(p, d);  // the decision, then the others that may run, the cheapest first
+  std::stable_sort(all.begin(), all.end(), [&](const Candidate& a, const Candidate& b) {
+    if (a.kernel == choice.kernel || b.kernel == choice.kernel) return a.kernel == choice.kernel && b.kernel != choice.kernel;
     return !a.why_not && (b.why_not || a.microseconds < b.microseconds);
   });
   std::string listed;
@@ -103,7 +105,7 @@ std::string explain(const Problem& p, const Device& d) {
   return Object()
       .add("problem", json(p))
       .add("device", json(d))
-      .add("decision", json(select(p, d)))
+      .add("decision", json(choice))
       .add("runner_up", all[1].why_not ? "null" : json(all[1]))
       .add("candidates", "[" + listed + "]")
       .add("floor_us", json(floor_us(p, d)))

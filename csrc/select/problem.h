@@ -76,7 +76,7 @@ struct Problem {
   bool bias = false;
   bool residual = false;
   bool training = false;  // h and the pre-activation are kept for the backward pass
-  bool aligned = true;    // rows of y and residual can be accessed 16 bytes at a time
+  bool aligned = true;    // every tensor begins at a multiple of 16 bytes
 };
 
 // Without an activation nothing before y is needed by the backward pass.

@@ -2,55 +2,14 @@
 
 #include <algorithm>
 
+#include "cost.h"
+
 namespace shrank {
 namespace {
-
-// ---- the machine
-
-double peak(const Device& d, Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float16:
-    case Dtype::bfloat16: return d.flops_half;
-    case Dtype::float32: return d.flops_float32;
-    case Dtype::float64: return d.flops_float64;
-  }
-  return d.flops_half;
-}
-
-double roofline_us(double flops, double numbers, Dtype dtype, const Device& d) {
-  return std::max(flops / peak(d, dtype), numbers * bytes(dtype) / d.bandwidth) * 1e6;
-}
-
-// cuBLAS computes 128x128 tiles: a product of fewer tiles than SMs leaves some idle. It answers with smaller tiles or
-// split-K, which takes 1.3 to 2 times the floor there: assumed, not measured.
-constexpr double kTile = 128.0 * 128.0;
-constexpr double kWorstFill = 2.0;
-
-// (m, k) x (k, n), `more` numbers read beside the operands, in a replayed graph.
-double gemm_us(double m, double n, double k, double more, Dtype dtype, const Device& d) {
-  const double busy = std::clamp(d.sms * kTile, m * n, kWorstFill * m * n);
-  return roofline_us(2 * busy * k, m * k + k * n + m * n + more, dtype, d) + d.node_us;
-}
-
-// An elementwise kernel that reads or writes (M, N) this many times, in DRAM: a y that is still in L2 is faster.
-double pass_us(const Problem& p, const Device& d, int times) {
-  return roofline_us(0, static_cast<double>(p.M) * static_cast<double>(p.N) * times, p.dtype, d) + d.node_us;
-}
-
-double bias_numbers(const Problem& p) { return p.bias ? static_cast<double>(p.N) : 0.0; }
-
-bool has_tail(const Problem& p) { return p.activation != Activation::none || p.residual; }
 
 // PyTorch: an activation reads and writes y, a residual reads two and writes one.
 double torch_tail_us(const Problem& p, const Device& d) {
   return (p.activation != Activation::none ? pass_us(p, d, 2) : 0) + (p.residual ? pass_us(p, d, 3) : 0);
-}
-
-// The bias is in the second. h counts as written and read; if L2 holds it, it may never see DRAM.
-double two_gemms_us(const Problem& p, const Device& d) {
-  const auto M = static_cast<double>(p.M), K = static_cast<double>(p.K), N = static_cast<double>(p.N),
-             R = static_cast<double>(p.R);
-  return gemm_us(M, R, K, 0, p.dtype, d) + gemm_us(M, N, R, bias_numbers(p), p.dtype, d);
 }
 
 // ---- the candidates: may it run, and only then what it costs
@@ -81,6 +40,29 @@ constexpr const char* kReason =
 
 }  // namespace two_gemms_epilogue
 
+namespace fused {
+
+const char* why_not(const Problem& p, const Device& d) { return linear_why_not(p, d, true); }
+
+double microseconds(const Problem& p, const Device& d) { return linear_grid(p, d, true).microseconds; }
+
+constexpr const char* kReason = "one launch: h stays in shared memory, and y is written once, finished";
+
+}  // namespace fused
+
+namespace gemm_expand {
+
+const char* why_not(const Problem& p, const Device& d) { return linear_why_not(p, d, false); }
+
+double microseconds(const Problem& p, const Device& d) {
+  const auto M = static_cast<double>(p.M), K = static_cast<double>(p.K), R = static_cast<double>(p.R);
+  return gemm_us(M, R, K, 0, p.dtype, d) + linear_grid(p, d, false).microseconds;
+}
+
+constexpr const char* kReason = "h by cuBLAS; the second product, bias, activation and residual in one kernel of ours";
+
+}  // namespace gemm_expand
+
 struct Row {
   Kernel kernel;
   std::string_view name;
@@ -91,6 +73,8 @@ struct Row {
 
 // In the order of the enum. At equal cost the earlier wins: it needs no more memory and rounds no more often.
 constexpr std::array<Row, kKernelCount> kRows{{
+    {Kernel::fused, "fused", fused::why_not, fused::microseconds, fused::kReason},
+    {Kernel::gemm_expand, "gemm_expand", gemm_expand::why_not, gemm_expand::microseconds, gemm_expand::kReason},
     {Kernel::two_gemms_epilogue, "two_gemms_epilogue", two_gemms_epilogue::why_not, two_gemms_epilogue::microseconds,
      two_gemms_epilogue::kReason},
     {Kernel::two_gemms, "two_gemms", two_gemms::why_not, two_gemms::microseconds, two_gemms::kReason},
@@ -112,12 +96,17 @@ std::array<Candidate, kKernelCount> candidates(const Problem& p, const Device& d
 }
 
 KernelChoice select(const Problem& p, const Device& d) {
-  const Candidate* best = nullptr;
-  const auto all = candidates(p, d);
-  for (const Candidate& each : all)
-    if (!each.why_not && (!best || each.microseconds < best->microseconds)) best = &each;
+  Problem training = p;
+  training.training = true;
+  const Row* best = nullptr;
+  double least = 0;
+  for (const Row& row : kRows) {
+    if (row.why_not(training, d)) continue;
+    const double cost = row.microseconds(training, d);
+    if (!best || cost < least) best = &row, least = cost;
+  }
   // Never null: two_gemms is always legal.
-  return {best->kernel, best->microseconds, kRows[static_cast<std::size_t>(best->kernel)].reason};
+  return {best->kernel, p.training ? least : best->microseconds(p, d), best->reason};
 }
 
 double floor_us(const Problem& p, const Device& d) {

@@ -6,16 +6,19 @@
 #include <string_view>
 
 #include "device.h"
+#include "linear_grid.h"
 #include "problem.h"
 
 namespace shrank {
 
 // A new kernel is one value here, and in select.cpp one row and the functions it names.
 enum class Kernel {
+  fused,               // one kernel of ours from x to y
+  gemm_expand,         // h by cuBLAS, then one kernel of ours: second product, bias, activation, residual
   two_gemms_epilogue,  // two cuBLAS GEMMs, the bias in the second, then one kernel of ours: activation, residual
   two_gemms,           // the same GEMMs, then PyTorch's own activation and residual kernels
 };
-inline constexpr int kKernelCount = 2;
+inline constexpr int kKernelCount = 4;
 
 std::string_view name_of(Kernel kernel);
 
@@ -33,7 +36,9 @@ struct KernelChoice {
 
 std::array<Candidate, kKernelCount> candidates(const Problem& p, const Device& d);
 
-// The cheapest candidate that may run. Called on every op call: allocates nothing.
+// The cheapest candidate that may run, if what training keeps is written too: the same for inference, so that a layer
+// gives the same bits either way. Two GEMMs write it anyway, so that inference is never slower than they are either.
+// Called on every op call: allocates nothing.
 KernelChoice select(const Problem& p, const Device& d);
 
 // What no kernel can beat: each input read once, each output written once, no FLOP wasted, no launch.

@@ -1,0 +1,33 @@
+// The matrix kernels for tests: tensors by their addresses.
+#include "linear.h"
+
+#include <pybind11/stl.h>
+
+#include "../kernels/low_rank_linear_emulated.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace shrank {
+namespace {
+
+using Address = std::uintptr_t;
+
+emulator::Result emulate(const LinearGrid& grid, int64_t M, int K, int N, int R, const std::string& dtype,
+                         const std::string& activation, Address x, Address down, Address up, Address bias,
+                         Address residual, Address h, Address z, Address y, uint64_t seed, bool copies_early) {
+  const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
+  const LowRankLinearParams params{pointer(x), pointer(down), pointer(up), pointer(bias), pointer(residual),
+                                   pointer(h), pointer(z), pointer(y), M, K, N, R, parse_dtype(dtype),
+                                   parse_activation(activation)};
+  return emulate_low_rank_linear(params, grid, {seed, copies_early});
+}
+
+}  // namespace
+
+void bind_linear(py::module_ m) {
+  m.def("emulate", &emulate, "grid"_a, "M"_a, "K"_a, "N"_a, "R"_a, "dtype"_a, "activation"_a, "x"_a = 0, "down"_a = 0,
+        "up"_a, "bias"_a = 0, "residual"_a = 0, "h"_a = 0, "z"_a = 0, "y"_a, "seed"_a = 0, "copies_early"_a = false);
+}
+
+}  // namespace shrank

@@ -1,0 +1,64 @@
+// Conversions, approximations and packed access to global memory: arch/scalar.cuh.
+#pragma once
+
+#include "case.cuh"
+
+namespace shrank::conformance {
+
+inline constexpr int kThreads = 64, kNumbers = 512;
+
+template <typename T> struct Widen : Case<Inputs::halves, kThreads, kNumbers / 2, kNumbers> {
+  SHRANK_DEVICE static void run(const Params& params) {
+    for (int i = arch::thread_index(); i < kNumbers; i += kThreads)
+      output<float>(params)[i] = arch::widen(input<T>(params)[i]);
+  }
+};
+
+template <typename T> struct RoundTo : Case<Inputs::floats, kThreads, kNumbers, kNumbers / 2> {
+  SHRANK_DEVICE static void run(const Params& params) {
+    for (int i = arch::thread_index(); i < kNumbers; i += kThreads)
+      output<T>(params)[i] = arch::round_to<T>(input<float>(params)[i]);
+  }
+};
+
+template <typename T> struct RoundToPair : Case<Inputs::floats, kThreads, kNumbers, kNumbers / 2> {
+  SHRANK_DEVICE static void run(const Params& params) {
+    const float* numbers = input<float>(params);
+    for (int i = arch::thread_index(); i < kNumbers / 2; i += kThreads)
+      words_out(params)[i] = arch::round_to_pair<T>(numbers[i * 2], numbers[i * 2 + 1]);
+  }
+};
+
+struct Exp2Approximate : Case<Inputs::exponents, kThreads, kNumbers, kNumbers> {
+  SHRANK_DEVICE static void run(const Params& params) {
+    for (int i = arch::thread_index(); i < kNumbers; i += kThreads)
+      output<float>(params)[i] = arch::exp2_approximate(input<float>(params)[i]);
+  }
+};
+
+struct ReciprocalApproximate : Case<Inputs::divisors, kThreads, kNumbers, kNumbers> {
+  SHRANK_DEVICE static void run(const Params& params) {
+    for (int i = arch::thread_index(); i < kNumbers; i += kThreads)
+      output<float>(params)[i] = arch::reciprocal_approximate(input<float>(params)[i]);
+  }
+};
+
+struct TanhApproximate : Case<Inputs::tangents, kThreads, kNumbers, kNumbers> {
+  SHRANK_DEVICE static void run(const Params& params) {
+    for (int i = arch::thread_index(); i < kNumbers; i += kThreads)
+      output<float>(params)[i] = arch::tanh_approximate(input<float>(params)[i]);
+  }
+};
+
+// Thread t moves pack t to place kWarp - 1 - t.
+template <typename T, int COUNT>
+struct LoadStore : Case<Inputs::bits, kWarp, kWarp * sizeof(T) * COUNT / 4, kWarp * sizeof(T) * COUNT / 4> {
+  SHRANK_DEVICE static void run(const Params& params) {
+    const int thread = arch::thread_index();
+    arch::prefetch(params.input);  // reads nothing: what can be seen is that it does no harm
+    const arch::Pack<T, COUNT> pack = arch::load<T, COUNT>(input<T>(params) + thread * COUNT);
+    arch::store(output<T>(params) + (kWarp - 1 - thread) * COUNT, pack);
+  }
+};
+
+}  // namespace shrank::conformance

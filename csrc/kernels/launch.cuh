@@ -1,0 +1,52 @@
+// How a kernel is launched: a struct with Params, kThreads, kSharedBytes and run(const Params&). nvcc only.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace shrank {
+
+// Two blocks an SM: a thread of a 128-thread block may use all of its 255 registers.
+template <typename Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads) entry(const __grid_constant__ typename Kernel::Params params) {
+  Kernel::run(params);
+}
+
+inline void check_launch(cudaError_t error, const char* kernel) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("shrank: the ") + kernel + " kernel was not launched: " +
+                           cudaGetErrorString(error));
+}
+
+// More than 48 KiB of shared memory must be asked for, once for each device.
+template <typename Kernel> void allow_shared(const char* name) {
+  static std::atomic<uint64_t> allowed{0};
+  int device = 0;
+  check_launch(cudaGetDevice(&device), name);
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (allowed.load(std::memory_order_relaxed) & bit) return;
+  check_launch(cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes),
+               name);
+  allowed.fetch_or(bit, std::memory_order_relaxed);
+}
+
+// `dependent`: the kernel waits by itself for the grids before it, and may be launched before they end.
+template <typename Kernel>
+void launch(const char* name, dim3 grid, const typename Kernel::Params& params, bool dependent, void* stream) {
+  allow_shared<Kernel>(name);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(Kernel::kThreads);
+  config.dynamicSmemBytes = Kernel::kSharedBytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = dependent ? 1 : 0;
+  check_launch(cudaLaunchKernelEx(&config, entry<Kernel>, params), name);
+}
+
+}  // namespace shrank

@@ -1,0 +1,55 @@
+#include "low_rank_linear_emulated.h"
+
+#include <stdexcept>
+#include <utility>
+
+#include "low_rank_linear.cuh"
+
+namespace shrank {
+namespace {
+
+std::vector<emulator::Buffer> buffers_of(const LowRankLinearParams& p, bool fused) {
+  const auto size = [&](int64_t rows, int64_t columns) {
+    return static_cast<std::size_t>(rows * columns * bytes(p.dtype));
+  };
+  std::vector<emulator::Buffer> buffers;
+  const auto add = [&](const char* name, const void* base, std::size_t bytes, bool writable) {
+    if (base) buffers.push_back({name, base, bytes, writable, true});
+  };
+  if (fused) {
+    add("x", p.x, size(p.M, p.K), false);
+    add("down", p.down, size(p.R, p.K), false);
+  }
+  add("up", p.up, size(p.N, p.R), false);
+  add("bias", p.bias, size(1, p.N), false);
+  add("residual", p.residual, size(p.M, p.N), false);
+  add("h", p.h, size(p.M, p.R), fused);
+  add("z", p.z, size(p.M, p.N), true);
+  add("y", p.y, size(p.M, p.N), true);
+  return buffers;
+}
+
+template <typename T, std::size_t... I>
+emulator::Result emulate(const LowRankLinearParams& params, const LinearGrid& grid, const emulator::Options& options,
+                         std::index_sequence<I...>) {
+  const emulator::Index3 blocks{static_cast<unsigned>(grid.blocks_m), static_cast<unsigned>(grid.blocks_n), 1};
+  emulator::Result result;
+  const bool found =
+      ((grid.tile == kLinearTiles[I] &&
+        (result = emulator::launch<LowRankLinear<T, kLinearTiles[I].block_m, kLinearTiles[I].max_rank>>(
+             "low_rank_linear", blocks, params, buffers_of(params, grid.tile.fused()), options), true)) || ...);
+  if (!found) throw std::invalid_argument("no low_rank_linear kernel has this tile");
+  return result;
+}
+
+}  // namespace
+
+emulator::Result emulate_low_rank_linear(const LowRankLinearParams& params, const LinearGrid& grid,
+                                         const emulator::Options& options) {
+  constexpr std::make_index_sequence<kLinearTiles.size()> tiles;
+  if (params.dtype == Dtype::bfloat16) return emulate<arch::bfloat16>(params, grid, options, tiles);
+  if (params.dtype == Dtype::float16) return emulate<arch::float16>(params, grid, options, tiles);
+  throw std::invalid_argument("low_rank_linear takes float16 and bfloat16");
+}
+
+}  // namespace shrank

@@ -1,0 +1,13 @@
+// The matrix kernels on a CPU, watched by the emulator.
+#pragma once
+
+#include "../emulator/launch.h"
+#include "low_rank_linear.h"
+
+namespace shrank {
+
+// As launch_low_rank_linear with `dependent`. Throws std::invalid_argument if the tile is not one that is compiled.
+emulator::Result emulate_low_rank_linear(const LowRankLinearParams& params, const LinearGrid& grid,
+                                         const emulator::Options& options);
+
+}  // namespace shrank

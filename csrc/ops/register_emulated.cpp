@@ -1,0 +1,30 @@
+// The ops as an H200 would run them, on the CPU: select's own choices, our kernels in the emulator. For tests: a kernel
+// that breaks a rule of its machine makes the op fail.
+#include <torch/csrc/stable/library.h>
+
+#include <stdexcept>
+
+#include "../kernels/low_rank_linear_emulated.h"
+#include "low_rank_linear.h"
+
+namespace shrank {
+namespace {
+
+const Device& device(int) {
+  static const Device& emulated = device_named("h200");
+  return emulated;
+}
+
+void epilogue(const EpilogueParams& params, const EpilogueTile& tile, int) { run_epilogue_on_host(params, tile); }
+
+void linear(const LowRankLinearParams& params, const LinearGrid& grid, const Device&, int) {
+  const emulator::Result result = emulate_low_rank_linear(params, grid, {});
+  if (!result.problems.empty()) throw std::runtime_error("shrank::low_rank_linear: " + result.problems.front());
+}
+
+constexpr Backend emulated{device, epilogue, linear};
+
+}  // namespace
+}  // namespace shrank
+
+STABLE_TORCH_LIBRARY_IMPL(shrank, CPU, library) { SHRANK_IMPL_LOW_RANK_LINEAR(library, shrank::emulated); }

@@ -1,0 +1,55 @@
+#include "cost.h"
+
+#include <algorithm>
+
+namespace shrank {
+namespace {
+
+double peak(const Device& d, Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float16:
+    case Dtype::bfloat16: return d.flops_half;
+    case Dtype::float32: return d.flops_float32;
+    case Dtype::float64: return d.flops_float64;
+  }
+  return d.flops_half;
+}
+
+// cuBLAS computes 128x128 tiles: a product of fewer tiles than SMs leaves some idle. It answers with smaller tiles or
+// split-K, which takes 1.3 to 2 times the floor there: assumed, not measured.
+constexpr double kTile = 128.0 * 128.0;
+constexpr double kWorstFill = 2.0;
+
+// A block walks k in steps of 64 numbers with three in flight; split-K keeps the walk to 16 steps: assumed.
+constexpr double kStep = 64, kInFlight = 3, kLongestWalk = 16;
+
+double walk_us(double k) { return std::min(k / kStep, kLongestWalk) * kDramLatencyUs / kInFlight; }
+
+}  // namespace
+
+double roofline_us(double flops, double numbers, Dtype dtype, const Device& d) {
+  return std::max(flops / peak(d, dtype), numbers * bytes(dtype) / d.bandwidth) * 1e6;
+}
+
+double gemm_us(double m, double n, double k, double more, Dtype dtype, const Device& d) {
+  const double busy = std::clamp(d.sms * kTile, m * n, kWorstFill * m * n);
+  const double work = roofline_us(2 * busy * k, m * k + k * n + m * n + more, dtype, d);
+  return std::max(work, walk_us(k)) + d.node_us;
+}
+
+double pass_us(const Problem& p, const Device& d, int times) {
+  return roofline_us(0, static_cast<double>(p.M) * static_cast<double>(p.N) * times, p.dtype, d) + d.node_us;
+}
+
+double bias_numbers(const Problem& p) { return p.bias ? static_cast<double>(p.N) : 0.0; }
+
+bool has_tail(const Problem& p) { return p.activation != Activation::none || p.residual; }
+
+// h counts as written and read; if L2 holds it, it may never see DRAM.
+double two_gemms_us(const Problem& p, const Device& d) {
+  const auto M = static_cast<double>(p.M), K = static_cast<double>(p.K), N = static_cast<double>(p.N),
+             R = static_cast<double>(p.R);
+  return gemm_us(M, R, K, 0, p.dtype, d) + gemm_us(M, N, R, bias_numbers(p), p.dtype, d);
+}
+
+}  // namespace shrank

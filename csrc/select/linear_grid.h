@@ -1,0 +1,22 @@
+// On which tile and grid the matrix kernels (kernels/low_rank_linear.cuh) run a problem, and what that costs.
+#pragma once
+
+#include "device.h"
+#include "linear_tile.h"
+#include "problem.h"
+
+namespace shrank {
+
+struct PlannedGrid {
+  LinearGrid grid;
+  double microseconds;  // of this kernel alone, in a replayed graph
+};
+
+// nullptr, or why the kernel cannot run. fused: from x; else expand: from an h that cuBLAS computes.
+const char* linear_why_not(const Problem& p, const Device& d, bool fused);
+
+// The cheapest for training and inference together, so that both give the same bits. The problem must be one that
+// linear_why_not allows.
+PlannedGrid linear_grid(const Problem& p, const Device& d, bool fused);
+
+}  // namespace shrank
