@@ -4,7 +4,9 @@
     benchmarks/run_gpu.sh --dry-run OUT    # the same code paths in miniature, on a CPU
 
 Each step is a process with a time limit of its own, and none depends on another. OUT gets results.json (the status,
-seconds and data of every step) and log.txt (all that the steps printed).
+seconds and data of every step), log.txt (all that the steps printed) and conformance.json, which belongs into
+benchmarks/results/conformance-<gpu>.json: the emulator's tests hold it to that. The conformance program is built
+beforehand, where nvcc is, and travels in build/cmake.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "cmake"
 PYTHON = sys.executable
 DATA = "DATA"  # stands for the file to which a step writes its JSON
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -35,6 +38,7 @@ class Step:
     command: Sequence[str]
     limit: int
     rehearsal: Sequence[str] = ()
+    file: str = ""  # its data become a file of this name in OUT, and not a part of results.json
 
 
 def module(name: str, *arguments: str) -> tuple[str, ...]:
@@ -46,9 +50,10 @@ def sanitized(tool: str) -> tuple[str, ...]:
             *module("benchmarks.sanitize_cases", "--device", "cuda"))
 
 
-# A conformance dump of csrc/arch will come first here, once there are instructions that only a GPU can confirm.
 STEPS = (
-    Step("environment", module("benchmarks.provenance", "--device", "cuda", "--out", DATA), 40,
+    Step("conformance", (str(BUILD / "conformance"), DATA), 20, (str(BUILD / "conformance_emulated"), DATA),
+         file="conformance.json"),
+    Step("environment", module("benchmarks.provenance", "--device", "cuda", "--out", DATA), 30,
          module("benchmarks.provenance", "--out", DATA)),
     Step("tests", module("pytest", "-m", "gpu", "tests/ops", "-p", "no:cacheprovider"), 130,
          module("pytest", "-m", "gpu", "tests/ops", "-p", "no:cacheprovider", "--collect-only", "-q")),
@@ -59,12 +64,12 @@ STEPS = (
     Step("grid", module("benchmarks.bench_low_rank_linear", "--device", "cuda", "--budget", "130", "--out", DATA), 150,
          module("benchmarks.bench_low_rank_linear", "--cases", "tiny", "--dtype", "float32", "--budget", "10", "--out",
                 DATA)),
-    Step("stacks", module("benchmarks.stacks", "--device", "cuda", "--out", DATA), 60,
+    Step("stacks", module("benchmarks.stacks", "--device", "cuda", "--out", DATA), 55,
          module("benchmarks.stacks", "--tiny", "--out", DATA)),
 )
 
 
-def carry_out(step: Step, dry: bool, log) -> dict[str, object]:
+def carry_out(step: Step, out: Path, dry: bool, log) -> dict[str, object]:
     """Run a step: its status, seconds, exit code, last lines and data."""
     command = step.rehearsal if dry else step.command
     if not command or not shutil.which(command[0]):
@@ -83,10 +88,13 @@ def carry_out(step: Step, dry: bool, log) -> dict[str, object]:
         log.write(output)
         log.flush()
         status = TIMEOUT if code is None else FAILED if code else OK
+        # What a step wrote before it failed or ran out of time counts too.
+        kept = data.exists() and not step.file
+        if data.exists() and step.file:
+            shutil.copy(data, out / step.file)
         return {"status": status, "seconds": round(time.monotonic() - started, 1), "exit_code": code,
                 "last_lines": output.splitlines()[-3:],
-                # What a step wrote before it failed or ran out of time counts too.
-                "data": json.loads(data.read_text()) if data.exists() else None}
+                "data": json.loads(data.read_text()) if kept else None}
 
 
 def run(steps: Sequence[Step], out: Path, dry: bool) -> int:
@@ -95,7 +103,7 @@ def run(steps: Sequence[Step], out: Path, dry: bool) -> int:
     results: dict[str, dict] = {}
     with open(out / "log.txt", "w") as log:
         for step in steps:
-            results[step.name] = carry_out(step, dry, log)
+            results[step.name] = carry_out(step, out, dry, log)
             # Written after every step: a machine that is taken away leaves what it had shown.
             (out / "results.json").write_text(json.dumps({"dry_run": dry, "steps": results}, indent=1) + "\n")
     for name, result in results.items():

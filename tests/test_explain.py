@@ -103,7 +103,7 @@ def test_the_real_op_answers_where_it_is_loaded() -> None:
         assert result.exit_code == FAILED
         return
     told = json.loads(result.stdout)
-    assert told["decision"]["kernel"] == "two_gemms_epilogue" and told["device"]["name"] == "H200"
+    assert told["decision"]["kernel"] == "fused" and told["device"]["name"] == "H200"
     assert explain.table(told).row_count >= 7
     wrong = run("--shape", "1,2,3,4", "--gpu", "abacus")
     assert wrong.exit_code == FAILED and "gpu is 'abacus', wanted one of A100" in " ".join(wrong.stderr.split())

@@ -19,7 +19,8 @@ def test_the_rehearsal_goes_through_every_step(tmp_path: Path) -> None:
         step.name: OK if step.rehearsal else NOT_HERE for step in STEPS}
     assert steps["grid"]["data"]["rows"] and steps["stacks"]["data"]["rows"] and steps["environment"]["data"]["torch"]
     assert all(name in ran.stdout for name in steps)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "log.txt"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "log.txt", "conformance.json"}
+    assert json.loads((tmp_path / "out/conformance.json").read_text())["results"]
 
 
 def test_no_step_stops_another(tmp_path: Path, capsys) -> None:

@@ -1,4 +1,4 @@
-// For C++ programs, where no Python registers the ops: their schemas, and kernels for the CPU.
+// The ops on a CPU, for C++ programs.
 #include <torch/csrc/stable/library.h>
 
 #include <stdexcept>
@@ -29,13 +29,5 @@ constexpr Backend cpu{device, epilogue, linear};
 
 }  // namespace
 }  // namespace shrank
-
-// The schemas of shrank/ops/schema.py, which defines them only where this has not; tests/ops/test_law.py compares them.
-STABLE_TORCH_LIBRARY_FRAGMENT(shrank, library) {
-  library.def("low_rank_linear(Tensor x, Tensor down, Tensor up, Tensor? bias=None, str activation='none', "
-              "Tensor? residual=None) -> Tensor");
-  library.def("low_rank_linear_train(Tensor x, Tensor down, Tensor up, Tensor? bias=None, str activation='none', "
-              "Tensor? residual=None) -> (Tensor y, Tensor h, Tensor z)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(shrank, CPU, library) { SHRANK_IMPL_LOW_RANK_LINEAR(library, shrank::cpu); }

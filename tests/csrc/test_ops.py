@@ -1,16 +1,22 @@
-"""The C++ implementation, on the CPU: the tests of tests/ops, in a process that loads it before shrank."""
+"""The C++ implementations, on the CPU: the tests of tests/ops, in a process that loads one before shrank."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from .conftest import BUILD
 
 
-def test_cpp_passes_the_tests_of_the_ops() -> None:
-    library = BUILD / "libshrank.so"
+@pytest.mark.parametrize("library", [
+    pytest.param(BUILD / "libshrank.so", id="for_the_cpu"),
+    pytest.param(BUILD / "libshrank_emulated.so", id="as_on_a_gpu_with_its_kernels_emulated"),
+])
+def test_cpp_passes_the_tests_of_the_ops(library: Path) -> None:
     assert library.exists(), "cmake -S . -B build/cmake && cmake --build build/cmake"
     ran = subprocess.run([sys.executable, "-m", "pytest", "tests/ops", "-p", "no:cacheprovider"], text=True,
                          capture_output=True, check=False, env={**os.environ, "SHRANK_TEST_LIBRARY": str(library)})
