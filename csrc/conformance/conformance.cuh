@@ -1,6 +1,7 @@
 // Every instruction of arch/, once, on fixed input: what a GPU answers is what the emulator must answer.
 #pragma once
 
+#include "hopper.cuh"
 #include "matrix.cuh"
 #include "scalar.cuh"
 #include "shared.cuh"
@@ -31,6 +32,12 @@ template <typename Visit> void for_each_case(const Visit& visit) {
   visit("load_matrices_transposed", LoadMatricesTransposed{});
   visit("multiply_add<bfloat16>", MultiplyAdd<arch::bfloat16>{});
   visit("multiply_add<float16>", MultiplyAdd<arch::float16>{});
+  visit("arrive", Arrive{});
+  visit("copy_tile_async", CopyTileAsync{});
+  visit("warpgroup_multiply_add<bfloat16, 64>", WarpgroupMultiplyAdd<arch::bfloat16, 64>{});
+  visit("warpgroup_multiply_add<float16, 64>", WarpgroupMultiplyAdd<arch::float16, 64>{});
+  visit("warpgroup_multiply_add<bfloat16, 128>", WarpgroupMultiplyAdd<arch::bfloat16, 128>{});
+  visit("warpgroup_multiply_add<float16, 128>", WarpgroupMultiplyAdd<arch::float16, 128>{});
 }
 
 }  // namespace shrank::conformance

@@ -1,6 +1,6 @@
 // conformance_emulated OUT.json: what a GPU is asked, asked of the emulator.
 #include <cstdio>
-#include <exception>
+#include <stdexcept>
 
 #include "conformance_emulated.h"
 

@@ -28,7 +28,6 @@ void copy_async_wait(int pending);
 
 void sync_threads();
 void sync_warp(uint32_t lanes);
-uint32_t shuffle_xor(uint32_t value, int lane_mask);
 void grid_dependency_wait();
 void grid_dependency_launch();
 

@@ -24,16 +24,12 @@ struct Problem {
 
 std::vector<Problem> problems;
 
-// "tile.cuh:88 (from low_rank_linear.cuh:51)": the first line of the kernel's own, and of the file that called it.
+// "tile.cuh:88 from low_rank_linear.cuh:51": the lines of the kernel's own, from the inside out.
 std::string described(const std::vector<std::string>& frames) {
-  std::string text, file;
+  std::string text;
   for (const std::string& frame : frames) {
-    if (frame.find("/csrc/arch/") != std::string::npos || frame.find("/csrc/emulator/") != std::string::npos) continue;
-    const std::string line = frame.substr(frame.rfind('/') + 1);
-    const std::string its_file = line.substr(0, line.find(':'));
-    if (text.empty()) text = line;
-    else if (its_file != file) return text + " (from " + line + ")";
-    file = its_file;
+    if (frame.find("/arch/") != std::string::npos || frame.find("/emulator/") != std::string::npos) continue;
+    text.append(text.empty() ? "" : " from ").append(frame.substr(frame.rfind('/') + 1));
   }
   return text.empty() ? "an unknown line" : text;
 }

@@ -42,7 +42,7 @@ void rendezvous(const char* doing, uint32_t lanes, void* arguments, Site site, v
     meeting.site = site;
     meeting.lanes = lanes;
   } else if (meeting.site != site || meeting.lanes != lanes) {
-    problem("divergent warp instruction", doing, site, "the lanes of a warp are at different instructions", meeting.site, "others at");
+    problem("divergent warp instruction", doing, site, "the lanes of a warp are at different instructions", meeting.site, "others");
     fatal("divergent warp instruction", doing, site, std::string("others are in ") + meeting.doing);
   }
   meeting.arrived |= 1u << thread.lane;
@@ -60,7 +60,7 @@ void sync_threads() {
   ++world.counts.barriers;
   if (barrier.arrived.empty()) barrier.site = site;
   else if (barrier.site != site) {
-    problem("divergent barrier", "sync_threads", site, "threads of a block are at different barriers", barrier.site, "others at");
+    problem("divergent barrier", "sync_threads", site, "threads of a block are at different barriers", barrier.site, "others");
   }
   barrier.arrived.push_back(world.running->number);
   if (barrier.arrived.size() < world.threads.size()) return block_here(site, "sync_threads");
@@ -82,21 +82,6 @@ void sync_warp(uint32_t lanes) {
     }
     meet(threads);
   });
-}
-
-uint32_t shuffle_xor(uint32_t value, int lane_mask) {
-  struct Arguments {
-    uint32_t value;
-    int lane_mask;
-    uint32_t result;
-  } mine{value, lane_mask, 0};
-  rendezvous("shuffle_xor", 0xffffffffu, &mine, SHRANK_SITE, [](void** lanes) {
-    for (int lane = 0; lane < kWarp; ++lane) {
-      auto& own = *static_cast<Arguments*>(lanes[lane]);
-      own.result = static_cast<Arguments*>(lanes[lane ^ own.lane_mask])->value;
-    }
-  });
-  return mine.result;
 }
 
 // ---- matrices: fragment layouts as in arch/matrix.cuh

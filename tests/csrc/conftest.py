@@ -19,7 +19,11 @@ def dev_module() -> ModuleType:
     if not found:
         raise FileNotFoundError(f"{BUILD}/shrank_dev{suffixes[0]} is missing: "
                                 "cmake -S . -B build/cmake && cmake --build build/cmake")
-    spec = importlib.util.spec_from_file_location("shrank_dev", found[0])
+    return load_module(found[0])
+
+
+def load_module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("shrank_dev", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

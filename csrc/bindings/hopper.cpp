@@ -1,0 +1,28 @@
+// A kernel for sm_90a on the emulator, for the emulator's own tests: matrices by their addresses.
+#include "hopper.h"
+
+#include <pybind11/stl.h>
+
+#include "../../tests/csrc/emulated/hopper_kernels.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace shrank {
+namespace {
+
+emulator::Result run(const std::string& mistake, const std::string& dtype, int M, int N, int K, std::uintptr_t a,
+                     std::uintptr_t b, std::uintptr_t c, uint64_t seed, bool copies_early) {
+  return tests::tiled_product(mistake, dtype, M, N, K, reinterpret_cast<const void*>(a),
+                              reinterpret_cast<const void*>(b), reinterpret_cast<void*>(c), {seed, copies_early});
+}
+
+}  // namespace
+
+void bind_hopper(py::module_ m) {
+  m.attr("MISTAKES") = tests::mistakes();
+  m.def("tiled_product", &run, "mistake"_a, "dtype"_a, "M"_a, "N"_a, "K"_a, "a"_a, "b"_a, "c"_a, "seed"_a = 0,
+        "copies_early"_a = false);
+}
+
+}  // namespace shrank
