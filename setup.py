@@ -70,10 +70,12 @@ def native_extension() -> dict:
     cpp_extension._check_cuda_version = lambda *_: None  # torch's own CUDA does not matter: the runtime is static
     defines = [f"-DTORCH_TARGET_VERSION={listed['torch_target_version']}",
                f'-DSHRANK_CUDA_ARCHS="{re.sub("[; ]+", ", ", archs)}"']
+    # Of CUDA 12.8 and later: the kernels take a third of the space.
+    smaller = ["--compress-mode=size"] if "--compress-mode" in nvcc_says(home, "--help") else []
     extension = cpp_extension.CUDAExtension(
         "shrank._C", listed["select"] + listed["ops"] + listed["cuda"], py_limited_api=True,
         extra_compile_args={"cxx": ["-O2", "-Wall", "-fvisibility=hidden", *defines],
-                            "nvcc": ["-O3", "-Xcompiler=-fvisibility=hidden", *defines]})
+                            "nvcc": ["-O3", "-Xcompiler=-fvisibility=hidden", *smaller, *defines]})
     # libtorch brings the CUDA libraries where there are any; a static runtime works with every CUDA of the same major.
     extension.libraries = ["torch", "torch_cpu", "cudart_static", "rt", "dl", "pthread"]
     extension.library_dirs.extend(str(home / folder) for folder in ("lib64", "lib"))

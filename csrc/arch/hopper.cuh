@@ -1,5 +1,5 @@
 // Instructions of sm_90a: barriers in shared memory, copies of whole tiles, products by four warps (a warpgroup).
-// Tiles are rows of 128 bytes, 64 numbers, with the 128-byte swizzle: 16 bytes at address a lie at a ^ (a / 128 % 8 * 16).
+// Tiles are rows of 128 bytes with the 128-byte swizzle: what belongs at address a lies at a ^ (a / 128 % 8 * 16).
 #pragma once
 
 #include "shared.cuh"

@@ -7,11 +7,12 @@
 
 namespace shrank::arch {
 
-// An operand in shared memory: 64 numbers a row, groups of 8 rows 1024 bytes apart, 128-byte swizzle. Its first row is at
-// a multiple of 1024 bytes; 16 columns further are 32 bytes on. PTX ISA, "Matrix descriptor".
+// An operand in shared memory: rows of 64 numbers, groups of 8 rows 1024 bytes apart, 128-byte swizzle. Its first row
+// is at a multiple of 1024 bytes; 16 columns further are 32 bytes on. PTX ISA, "Matrix descriptor".
 SHRANK_DEVICE uint64_t operand_at(SharedAddress address) {
   constexpr uint64_t kLeadingOffset = 1, kGroupOffset = 1024 / 16, kSwizzle128 = 1;  // the first is not used here
-  return static_cast<uint64_t>((address & 0x3ffff) / 16) | kLeadingOffset << 16 | kGroupOffset << 32 | kSwizzle128 << 62;
+  const uint64_t start = (address & 0x3ffff) / 16;
+  return start | kLeadingOffset << 16 | kGroupOffset << 32 | kSwizzle128 << 62;
 }
 
 // Before the first product, and before a product into sums that the threads have changed. The empty instructions here
@@ -46,8 +47,9 @@ template <int PENDING, int COUNT> SHRANK_DEVICE void warpgroup_wait([[maybe_unus
 #endif
 }
 
-// sum (64, N) += a (64, 16) b^T (N, 16), in fp32, in the background. Warp w of the four has rows 16 w to 16 w + 15; with
-// g = lane / 4 and t = lane % 4, sum[4 j] is at row g, column 8 j + 2 t; [4 j + 1] beside it, [4 j + 2], [.. + 3] 8 rows below.
+// sum (64, N) += a (64, 16) b (N, 16)^T, in fp32, in the background. Warp w of the four has rows 16 w to 16 w + 15. Of
+// these, with g = lane / 4 and t = lane % 4:
+//   sum[4 j], [4 j + 1]  row g, columns 8 j + 2 t and the next      sum[4 j + 2], [4 j + 3]  row g + 8
 template <typename T, int N>
 SHRANK_DEVICE void warpgroup_multiply_add(float (&sum)[N / 2], uint64_t a, uint64_t b);
 
@@ -56,6 +58,7 @@ SHRANK_DEVICE void warpgroup_multiply_add(float (&sum)[N / 2], uint64_t a, uint6
   "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3]), "+f"(sum[i + 4]), "+f"(sum[i + 5]),             \
       "+f"(sum[i + 6]), "+f"(sum[i + 7])
 #define SHRANK_SUMS_32(i) SHRANK_SUMS_8(i), SHRANK_SUMS_8(i + 8), SHRANK_SUMS_8(i + 16), SHRANK_SUMS_8(i + 24)
+#define SHRANK_SUMS_64 SHRANK_SUMS_32(0), SHRANK_SUMS_32(32)
 #define SHRANK_NAMES_32                                                                                               \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                            \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -73,11 +76,12 @@ SHRANK_DEVICE void warpgroup_multiply_add(float (&sum)[N / 2], uint64_t a, uint6
   }
 SHRANK_WARPGROUP_MULTIPLY_ADD(bfloat16, "bf16", 64, SHRANK_NAMES_32, "%32", "%33", SHRANK_SUMS_32(0))
 SHRANK_WARPGROUP_MULTIPLY_ADD(float16, "f16", 64, SHRANK_NAMES_32, "%32", "%33", SHRANK_SUMS_32(0))
-SHRANK_WARPGROUP_MULTIPLY_ADD(bfloat16, "bf16", 128, SHRANK_NAMES_64, "%64", "%65", SHRANK_SUMS_32(0), SHRANK_SUMS_32(32))
-SHRANK_WARPGROUP_MULTIPLY_ADD(float16, "f16", 128, SHRANK_NAMES_64, "%64", "%65", SHRANK_SUMS_32(0), SHRANK_SUMS_32(32))
+SHRANK_WARPGROUP_MULTIPLY_ADD(bfloat16, "bf16", 128, SHRANK_NAMES_64, "%64", "%65", SHRANK_SUMS_64)
+SHRANK_WARPGROUP_MULTIPLY_ADD(float16, "f16", 128, SHRANK_NAMES_64, "%64", "%65", SHRANK_SUMS_64)
 #undef SHRANK_WARPGROUP_MULTIPLY_ADD
 #undef SHRANK_NAMES_64
 #undef SHRANK_NAMES_32
+#undef SHRANK_SUMS_64
 #undef SHRANK_SUMS_32
 #undef SHRANK_SUMS_8
 #else

@@ -73,7 +73,8 @@ void bind_select(py::module_ m) {
   py::class_<KernelChoice>(m, "KernelChoice")
       .def_property_readonly("kernel", [](const KernelChoice& c) { return name_of(c.kernel); })
       .def_readonly("microseconds", &KernelChoice::microseconds)
-      .def_readonly("reason", &KernelChoice::reason);
+      .def_readonly("reason", &KernelChoice::reason)
+      .def_readonly("grid", &KernelChoice::grid);
 
   py::class_<EpilogueTile>(m, "EpilogueTile")
       .def_readonly("vector", &EpilogueTile::vector)
@@ -127,6 +128,6 @@ PYBIND11_MODULE(shrank_dev, m) {
   shrank::bind_select(m.def_submodule("select", "(Problem, Device) -> kernel"));
   shrank::bind_emulator(m.def_submodule("emulator", "kernels on a CPU, watched"));
   shrank::bind_linear(m.def_submodule("linear", "the matrix kernels in the emulator"));
-  shrank::bind_hopper(m.def_submodule("hopper", "a kernel for sm_90a in the emulator"));
+  shrank::bind_hopper(m.def_submodule("hopper", "kernels for sm_90a in the emulator"));
   shrank::bind_conformance(m.def_submodule("conformance", "every instruction of csrc/arch in the emulator"));
 }

@@ -1,4 +1,4 @@
-// conformance OUT.json: asks this machine's GPU. benchmarks/run_gpu.py runs it; the file is kept in benchmarks/results/.
+// conformance OUT.json: asks this machine's GPU. benchmarks/run_gpu.py runs it; benchmarks/results/ keeps the file.
 #include "conformance.cuh"
 
 #include <cstdio>

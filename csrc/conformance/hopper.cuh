@@ -64,7 +64,7 @@ struct Arrive : Case<Inputs::bits, 64, 64, 2 * 64 * 4, 64 * 16 + 8> {
   }
 };
 
-// sum (64, N) = a (64, 64) b (N, 64)^T; the input is a and then b. A thread stores its words of the sum one after the other.
+// sum (64, N) = a (64, 64) b (N, 64)^T; the input is a and then b. The output is what each thread holds, in its order.
 template <typename T, int N>
 struct WarpgroupMultiplyAdd : Case<kFactors<T>, 128, (64 + N) * 32, 64 * N, (64 + N) * 128> {
   using Base = Case<kFactors<T>, 128, (64 + N) * 32, 64 * N, (64 + N) * 128>;

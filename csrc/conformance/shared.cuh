@@ -41,7 +41,7 @@ struct LoadSharedFloats : Case<Inputs::bits, kWarp, kWarpWords, kWarpWords, kWar
   }
 };
 
-// Two groups of a chunk each. Of both, threads with an odd index pass 0 valid bytes, and an address that cannot be read.
+// Two groups of a chunk each. In both, odd threads pass 0 valid bytes and an address that cannot be read.
 struct CopyAsync : Case<Inputs::bits, kWarp, 2 * kWarpWords, 2 * kWarpWords, 2 * kWarpBytes> {
   SHRANK_DEVICE static void run(const Params& params) {
     const int thread = arch::thread_index();

@@ -19,6 +19,7 @@ struct Phased {
   int engine;                      // the copies that signal it have this clock
   bool fenced = false;
   std::vector<int> waiting;
+  std::vector<Site> landed, unseen;  // copies: in this phase; in those that ended since a thread last waited
 };
 
 struct TileCopy {
@@ -36,11 +37,13 @@ int me() { return world.running->number; }
 Phased& find(uint32_t address, const char* doing, Site site) {
   const auto found = barriers.find(address);
   if (found == barriers.end()) {
-    fatal("barrier without init_barrier", doing, site, "shared offset " + std::to_string(static_cast<int64_t>(address) - kSharedBase));
+    const auto offset = static_cast<int64_t>(address) - kSharedBase;
+    fatal("barrier without init_barrier", doing, site, "shared offset " + std::to_string(offset));
   }
   Phased& barrier = found->second;
   if (!happened_before(barrier.maker, barrier.made, me())) {
-    problem("race: barrier used in no order with its init_barrier", doing, site, "made by thread " + std::to_string(barrier.maker));
+    problem("race: barrier used in no order with its init_barrier", doing, site,
+            "made by thread " + std::to_string(barrier.maker));
   }
   return barrier;
 }
@@ -50,13 +53,17 @@ void end_phase_if_complete(Phased& barrier) {
   ++barrier.phase;
   barrier.missing = barrier.arrivals;
   barrier.released = barrier.gathered;
+  barrier.unseen.insert(barrier.unseen.end(), barrier.landed.begin(), barrier.landed.end());
+  barrier.landed.clear();
   for (int thread : barrier.waiting) wake(thread);
   barrier.waiting.clear();
 }
 
 void arrive_with(uint32_t address, int bytes, const char* doing, Site site) {
   Phased& barrier = find(address, doing, site);
-  if (!barrier.missing) return problem("too many arrivals at a barrier", doing, site, std::to_string(barrier.arrivals) + " expected");
+  if (!barrier.missing) {
+    return problem("too many arrivals at a barrier", doing, site, std::to_string(barrier.arrivals) + " expected");
+  }
   release(me(), barrier.gathered);
   barrier.bytes += bytes;
   --barrier.missing;
@@ -71,6 +78,7 @@ void land(const TileCopy& copy) {
   end_copy(barrier.engine, copy.to, bytes, copy.site);
   release(barrier.engine, barrier.gathered);
   barrier.bytes -= bytes;
+  barrier.landed.push_back(copy.site);
   end_phase_if_complete(barrier);
 }
 
@@ -115,7 +123,12 @@ bool step() {
 }
 
 void finish() {
-  for (const TileCopy& copy : queue) problem("copy never awaited", "copy_tile_async", copy.site, "");
+  const auto never_awaited = [](Site site) { problem("copy never awaited", "copy_tile_async", site, ""); };
+  for (const TileCopy& copy : queue) never_awaited(copy.site);
+  for (const auto& [address, barrier] : barriers) {
+    for (Site site : barrier.landed) never_awaited(site);
+    for (Site site : barrier.unseen) never_awaited(site);
+  }
 }
 
 [[maybe_unused]] const bool kRegistered = add_engine({reset, step, finish});
@@ -148,6 +161,7 @@ void await_barrier(uint32_t address, uint32_t parity) {
     barrier.waiting.push_back(me());
     block_here(site, "await_barrier");
   }
+  barrier.unseen.clear();
   acquire(me(), barrier.released);
 }
 

@@ -1,5 +1,5 @@
-// Products of four warps (PTX ISA, "wgmma"): issued now, done some time before the wait. Late, they are done in the wait,
-// and the sums hold NaN until then; early, at once. Their operands are read, for the checks, at both ends.
+// Products of four warps (PTX ISA, "wgmma"): issued now, done at some time before the wait. Late, they are done in the
+// wait, and the sums hold NaN until then; early, at once. For the checks their operands are read at both ends.
 #include <algorithm>
 #include <cstring>
 #include <map>
@@ -42,7 +42,8 @@ struct Operand {
 
   Operand(uint64_t bits, Site site)
       : start((bits & 0x3fff) << 4), group_bytes((bits >> 32 & 0x3fff) << 4) {
-    if (bits >> 62 != 1 || (bits >> 49 & 7)) fatal("operand refused", kDoing, site, "not of the 128-byte swizzle with base offset 0");
+    if (bits >> 62 != 1) fatal("operand refused", kDoing, site, "not of the 128-byte swizzle");
+    if (bits >> 49 & 7) fatal("operand refused", kDoing, site, "a base offset");
   }
 
   uint32_t at(int row, int column) const {
@@ -171,9 +172,10 @@ void reset() {
 
 void finish() {
   for (int i = 0; i < world.warps(); ++i) {
+    const std::string by = "by warp " + std::to_string(i);
     for (const auto& group : warps[i].groups)
-      for (const Product& product : group) problem("product never awaited", kDoing, product.site, "by warp " + std::to_string(i));
-    for (const Product& product : warps[i].open) problem("product never committed", kDoing, product.site, "by warp " + std::to_string(i));
+      for (const Product& product : group) problem("product never awaited", kDoing, product.site, by);
+    for (const Product& product : warps[i].open) problem("product never committed", kDoing, product.site, by);
     const auto group = of_groups.find(i / 4);
     if (group != of_groups.end() && group->second.size() != warps[i].issued) {
       problem("divergent warpgroup instruction", kDoing, nullptr, "warp " + std::to_string(i) + " issued " +

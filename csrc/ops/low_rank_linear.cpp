@@ -124,19 +124,18 @@ Tensor rows_like(const Tensor& x, int64_t columns) {
 
 // One kernel of ours, from x; or, given h, from that.
 Stages with_kernel(const Contiguous& args, const Problem& problem, const std::optional<Tensor>& given_h,
-                   const Backend& backend) {
+                   const LinearGrid& grid, const Backend& backend) {
   const Tensor y = rows_like(args.x, problem.N);
   std::optional<Tensor> h = given_h, z;
   if (problem.training && !given_h) h.emplace(rows_like(args.x, problem.R));
   if (keeps_preactivation(problem)) z.emplace(rows_like(args.x, problem.N));
   const int index = y.get_device_index();
-  const Device& device = backend.device(index);
   const LowRankLinearParams params{
       args.x.const_data_ptr(), args.down.const_data_ptr(), args.up.const_data_ptr(), data_of(args.bias),
       data_of(args.residual), mutable_data_of(h), mutable_data_of(z), y.mutable_data_ptr(), problem.M,
       static_cast<int>(problem.K), static_cast<int>(problem.N), static_cast<int>(problem.R), problem.dtype,
       problem.activation};
-  backend.linear(params, linear_grid(problem, device, !given_h).grid, device, index);
+  backend.linear(params, grid, backend.device(index), index);
   return {y, h, z};
 }
 
@@ -160,11 +159,11 @@ Stages run(const LowRankLinear& args, bool training, const Backend& backend) {
   Problem problem = checked_problem(args, training);
   const Contiguous contiguous(args);
   problem.aligned = contiguous.is_aligned();
-  const Kernel kernel = select(problem, backend.device(args.x.get_device_index())).kernel;
-  if (kernel == Kernel::fused) return with_kernel(contiguous, problem, std::nullopt, backend);
+  const KernelChoice choice = recall(problem, backend.device(args.x.get_device_index()));
+  if (choice.kernel == Kernel::fused) return with_kernel(contiguous, problem, std::nullopt, choice.grid, backend);
   const Tensor h = linear(args.x, args.down, std::nullopt);
-  switch (kernel) {
-    case Kernel::gemm_expand: return with_kernel(contiguous, problem, as_contiguous(h), backend);
+  switch (choice.kernel) {
+    case Kernel::gemm_expand: return with_kernel(contiguous, problem, as_contiguous(h), choice.grid, backend);
     case Kernel::two_gemms_epilogue: return with_epilogue(args, problem, h, backend);
     case Kernel::two_gemms:
       STD_TORCH_CHECK(problem.activation == Activation::none && !problem.residual,

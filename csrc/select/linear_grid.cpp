@@ -8,7 +8,7 @@ namespace shrank {
 namespace {
 
 constexpr int kMaxRank = 256;  // of h in shared memory
-constexpr int kMaxBlocksN = 16;
+constexpr int kMaxBlocksN = 64;
 
 // What mma.sync reaches of cuBLAS's rate. From sm_90 on, cuBLAS uses wgmma or tcgen05, which mma.sync cannot follow: 60
 // to 65 % is commonly seen on Hopper, far less on sm_100. Assumed, not measured.

@@ -77,6 +77,12 @@ struct Problem {
   bool residual = false;
   bool training = false;  // h and the pre-activation are kept for the backward pass
   bool aligned = true;    // every tensor begins at a multiple of 16 bytes
+
+  constexpr bool operator==(const Problem& other) const {
+    return M == other.M && K == other.K && N == other.N && R == other.R && dtype == other.dtype &&
+           activation == other.activation && bias == other.bias && residual == other.residual &&
+           training == other.training && aligned == other.aligned;
+  }
 };
 
 // Without an activation nothing before y is needed by the backward pass.

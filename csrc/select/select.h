@@ -32,14 +32,18 @@ struct KernelChoice {
   Kernel kernel;
   double microseconds;
   const char* reason;
+  LinearGrid grid;  // of fused and gemm_expand; the others have none
 };
 
 std::array<Candidate, kKernelCount> candidates(const Problem& p, const Device& d);
 
 // The cheapest candidate that may run, if what training keeps is written too: the same for inference, so that a layer
 // gives the same bits either way. Two GEMMs write it anyway, so that inference is never slower than they are either.
-// Called on every op call: allocates nothing.
 KernelChoice select(const Problem& p, const Device& d);
+
+// The same, remembered by the thread: a model asks of the same few problems again and again. Allocates nothing; a Device
+// is known by its address.
+const KernelChoice& recall(const Problem& p, const Device& d);
 
 // What no kernel can beat: each input read once, each output written once, no FLOP wasted, no launch.
 double floor_us(const Problem& p, const Device& d);

@@ -71,6 +71,55 @@ def test_a_mistake_is_found_under_every_seed(dev: ModuleType, mistake: str, shap
             assert not problems and not error < 0.02
 
 
+MICRO_FOUND = {
+    "product/none": "",
+    "product/no_proxy_fence": "stored operand without fence_async_proxy",
+    "product/proxy_fence_too_soon": "stored operand without fence_async_proxy",
+    "product/no_warpgroup_fence": "product without warpgroup_fence",
+    "product/read_before_wait": "",  # only the numbers show it, and only where the products are late
+    "product/never_awaited": "product never awaited",
+    "product/never_committed": "product never committed",
+    "product/stored_while_read": "race: write after unordered read|race: read after unordered write",
+    "product/one_warp_differs": "divergent warpgroup instruction",
+    "product/one_warp_less": "divergent warpgroup instruction .* issued 3 products",
+    "product/unswizzled_operand": "operand refused",
+    "tile/none": "",
+    "tile/never_awaited": "copy never awaited",
+    "tile/not_aligned": "tile copy refused .* not aligned",
+    "tile/past_the_matrix": "global memory out of bounds",
+    "tile/read_before_wait": "read of a copy in flight|read after unordered write",
+    "tile/arrives_twice": "too many arrivals|deadlock",
+    "tile/not_made": "barrier without init_barrier",
+}
+
+
+def run_micro(dev: ModuleType, name: str, seed: int, early: bool) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    """The complaints, the matrix given and the numbers that came out."""
+    given = torch.randn(64, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    out = torch.full((128,), torch.nan)
+    return dev.hopper.micro(name, given.data_ptr(), out.data_ptr(), seed, early).problems, given, out
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
+@pytest.mark.parametrize("name", MICRO_FOUND)
+def test_a_small_kernels_mistake_is_found_under_every_seed(dev: ModuleType, name: str, early: bool) -> None:
+    for seed in SEEDS:
+        problems, given, out = run_micro(dev, name, seed, early)
+        if MICRO_FOUND[name]:
+            assert any(re.search(MICRO_FOUND[name], problem) for problem in problems), problems
+            continue
+        assert not problems
+        product = given.double() @ given.double().T
+        thread = torch.arange(128)
+        answer = product[thread // 32 * 16 + thread % 32 // 4, thread % 4 * 2] if "product" in name else given[:, 0]
+        too_soon = name.endswith("read_before_wait") and not early
+        assert torch.isnan(out[0]) if too_soon else torch.allclose(out[:len(answer)].double(), answer.double())
+
+
+def test_all_small_kernels_are_run(dev: ModuleType) -> None:
+    assert set(dev.hopper.MICRO) == set(MICRO_FOUND)
+
+
 def test_a_report_names_both_lines(dev: ModuleType) -> None:
     problems, _ = run(dev, "early_release", (64, 64, 512), 0, True)
     assert re.search(r"copy_tile_async at hopper_kernels.cuh:\d+ .*read by thread \d+ at hopper_kernels.cuh:\d+",

@@ -11,7 +11,7 @@ import shrank
 from shrank.explain import explain
 from shrank.ops import reference
 from tests.common.cases import Case
-from tests.common.tolerances import assert_close
+from tests.common.tolerances import assert_close, assert_every_element_close
 from tests.ops.test_api import ops_of
 
 pytestmark = pytest.mark.gpu
@@ -105,3 +105,25 @@ def test_memory_of_one_call() -> None:
     y = op(*arguments)
     assert torch.cuda.max_memory_allocated() - before <= 1.1 * 2 * (M * N + M * R)
     assert y.is_cuda
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("M", [1, 33, 128, 1000, 4096])
+@pytest.mark.parametrize(("K", "N", "R"), [(768, 768, 64), (768, 3072, 96), (3072, 768, 128), (1024, 1032, 192),
+                                           (4096, 4096, 256), (768, 776, 40), (2048, 2048, 320)])
+def test_the_layers_of_models(M: int, K: int, N: int, R: int, dtype: torch.dtype) -> None:
+    for case in (Case((M,), K, N, R), Case((M,), K, N, R, True, "gelu", True), Case((M,), K, N, R, True, "silu")):
+        arguments = case.tensors(dtype, "cuda")
+        wide = tuple(a.double() if isinstance(a, torch.Tensor) else a for a in arguments)
+        wanted, torchs = reference.low_rank_linear(*wide), reference.low_rank_linear(*arguments)
+        for y in (op(*arguments), torch.ops.shrank.low_rank_linear_train(*arguments)[0]):
+            assert_close(y, wanted, torchs)
+            assert_every_element_close(y, wanted)
+
+
+def test_each_matrix_kernel_is_chosen_for_some_layer() -> None:
+    """Or the tests above would not be of them. By select's model of this GPU."""
+    kernels = {explain((M, K, N, R), gpu=None, activation=activation)["decision"]["kernel"]
+               for M in (1, 128, 1000, 4096) for K, N, R in [(768, 768, 64), (4096, 4096, 256), (2048, 2048, 320)]
+               for activation in ("none", "gelu")}
+    assert {"fused", "gemm_expand"} <= kernels

@@ -22,15 +22,18 @@ constexpr std::array kMistakes{
 };
 
 template <typename T, std::size_t... I>
-emulator::Result run(const std::string& mistake, const ProductParams& params, const std::vector<emulator::Buffer>& buffers,
-                     const emulator::Options& options, std::index_sequence<I...>) {
+emulator::Result run(const std::string& mistake, const ProductParams& params,
+                     const std::vector<emulator::Buffer>& buffers, const emulator::Options& options,
+                     std::index_sequence<I...>) {
   constexpr int kTile = TiledProduct<T>::kTile;
   const emulator::Index3 grid{static_cast<unsigned>((params.N + kTile - 1) / kTile),
                               static_cast<unsigned>((params.M + kTile - 1) / kTile), 1};
   emulator::Result result;
-  const bool found = ((mistake == kMistakes[I].first &&
-                       (result = emulator::launch<TiledProduct<T, kMistakes[I].second>>("tiled_product", grid, params,
-                                                                                       buffers, options), true)) || ...);
+  const auto launch = [&](auto kernel) {
+    result = emulator::launch<decltype(kernel)>("tiled_product", grid, params, buffers, options);
+    return true;
+  };
+  const bool found = ((mistake == kMistakes[I].first && launch(TiledProduct<T, kMistakes[I].second>{})) || ...);
   if (!found) throw std::invalid_argument("no mistake is called " + mistake);
   return result;
 }

@@ -1,5 +1,5 @@
-// c (M, N) = a (M, K) b (N, K)^T as kernels for sm_90a do it: a warp that only starts copies, four that only multiply, and
-// a ring of slots between them. And the same with a mistake in it, for the emulator to find.
+// c (M, N) = a (M, K) b (N, K)^T as kernels for sm_90a do it: a warp that only starts copies, four that only multiply,
+// and a ring of slots between them. And the same with a mistake in it, for the emulator to find.
 #pragma once
 
 #include "../../../csrc/arch/position.cuh"

@@ -1,0 +1,48 @@
+"""What the native kernels gain over two cuBLAS calls and PyTorch's own activation, by select's model of a GPU.
+
+python -m benchmarks.model_gains [--gpu h200] [--activation gelu]
+Not a measurement: bench_low_rank_linear.py measures. A dash: the model takes the two calls themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+from shrank.explain import explain
+
+TOKENS = (1, 16, 128, 512, 1024, 4096, 16384, 65536)
+LAYERS = [(768, 768, 48), (768, 768, 96), (768, 768, 192), (768, 3072, 96), (3072, 768, 96), (1024, 1024, 128),
+          (2048, 2048, 128), (4096, 4096, 128), (4096, 4096, 256), (4096, 14336, 256), (4096, 4096, 512)]
+
+
+def gain(M: int, layer: tuple[int, int, int], gpu: str, activation: str) -> tuple[float, str]:
+    """Predicted time of two calls over that of what select takes, and what that is."""
+    told = explain((M, *layer), gpu=gpu, activation=activation)
+    two = next(c["microseconds"] for c in told["candidates"] if c["kernel"] == "two_gemms")
+    return two / told["decision"]["microseconds"], told["decision"]["kernel"]
+
+
+def table(gpu: str, activation: str) -> Table:
+    shown = Table(title=f"predicted gain over two calls, {gpu}, bf16, activation {activation}")
+    for column in ("K, N, R", *(f"M {M}" for M in TOKENS)):
+        shown.add_column(column, justify="right")
+    for layer in LAYERS:
+        gains = [gain(M, layer, gpu, activation) for M in TOKENS]
+        shown.add_row(str(layer)[1:-1], *("-" if kernel == "two_gemms" else f"{ratio:.2f} {kernel.split('_')[-1]}"
+                                          for ratio, kernel in gains))
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", default="h200")
+    parser.add_argument("--activation", default="gelu")
+    given = parser.parse_args()
+    Console().print(table(given.gpu, given.activation))
+
+
+if __name__ == "__main__":
+    main()
