@@ -9,7 +9,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # so that every te
 
 import torch
 
-from tests.common.cases import DTYPES, ENDS, SHAPES
+from tests.common.cases import DTYPES, ENDS, MATRICES, SHAPES
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     device = parser.parse_args().device
     calls = 0
-    for case in [*ENDS, *SHAPES]:
+    for case in [*ENDS, *SHAPES, *MATRICES]:
         for dtype in DTYPES:
             for training in (False, True):
                 y = torch.ops.shrank.low_rank_linear(*case.tensors(dtype, device, requires_grad=training))

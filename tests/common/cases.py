@@ -50,3 +50,6 @@ SHAPES = [Case(batch, K, N, R, True, "gelu", True) for batch, K, N, R in [
     ((5,), 7, 3, 2), ((2, 3, 4), 24, 40, 16), ((1, 1, 1, 2), 16, 8, 4), ((3,), 16, 1032, 8), ((300,), 16, 8, 8),
     ((4,), 0, 8, 4), ((4,), 16, 0, 4), ((4,), 16, 8, 0), ((129,), 130, 257, 33),
 ]]
+# Whole 16-byte rows, sizes off every tile: the matrix kernels' own, fused and, beyond rank 256, from h.
+MATRICES = [Case((130,), 200, 264, 120, True, "silu", True), Case((3, 171), 768, 776, 96, True, "gelu_tanh"),
+            Case((70,), 520, 520, 320, False, "gelu", True), Case((65,), 128, 136, 64)]

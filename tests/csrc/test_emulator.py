@@ -100,8 +100,8 @@ def test_a_race_is_reported_with_both_sides(dev) -> None:
     report = micro(dev, "written_again_too_soon")[0].problems[0]
     here = line_of("written_again_too_soon")
     assert re.fullmatch(r"race: write after unordered read \| kernel written_again_too_soon \| store_shared at "
-                        rf"micro_kernels.cuh:{here} from .*? \| block 0,0 thread \d+ \| shared offset \d+ \| read by thread "
-                        rf"\d+ at micro_kernels.cuh:{here - 1} from .*", report), report
+                        rf"micro_kernels.cuh:{here} from .*? \| block 0,0 thread \d+ \| shared offset \d+ \| "
+                        rf"read by thread \d+ at micro_kernels.cuh:{here - 1} from .*", report), report
 
 
 def test_an_early_copy_shows_what_it_overwrites_and_a_late_one_what_is_missing(dev) -> None:

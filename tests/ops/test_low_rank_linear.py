@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from shrank.ops import reference
-from tests.common.cases import DTYPES, ENDS, SHAPES, Case
+from tests.common.cases import DTYPES, ENDS, MATRICES, SHAPES, Case
 from tests.common.tolerances import assert_close
 
 op = torch.ops.shrank.low_rank_linear
@@ -27,7 +27,7 @@ def assert_as_good_as_torch(actual: Tensor, arguments: tuple) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ENDS + SHAPES, ids=str)
+@pytest.mark.parametrize("case", ENDS + SHAPES + MATRICES, ids=str)
 def test_values(case: Case, dtype: torch.dtype, device: str) -> None:
     arguments = case.tensors(dtype, device)
     y = op(*arguments)
@@ -36,7 +36,7 @@ def test_values(case: Case, dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ENDS + SHAPES, ids=str)
+@pytest.mark.parametrize("case", ENDS + SHAPES + MATRICES, ids=str)
 def test_gradients(case: Case, dtype: torch.dtype, device: str) -> None:
     arguments = case.tensors(dtype, device, requires_grad=True)
     inputs = [a for a in arguments if isinstance(a, Tensor)]
