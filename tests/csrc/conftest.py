@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+GPUS = ("A100", "L40S", "RTX 4090", "H100", "H200", "B200")  # that select knows
 BUILD = Path(__file__).parents[2] / "build" / "cmake"
 
 
@@ -32,3 +33,8 @@ def load_module(path: Path) -> ModuleType:
 @pytest.fixture(scope="session")
 def dev() -> ModuleType:
     return dev_module()
+
+
+@pytest.fixture(params=GPUS)
+def gpu(dev, request):
+    return dev.select.device(request.param)
