@@ -87,7 +87,7 @@ void bind_select(py::module_ m) {
       .def(py::init([](int block_m, int max_rank) { return LinearTile{block_m, max_rank}; }), "block_m"_a, "max_rank"_a)
       .def_readonly("block_m", &LinearTile::block_m)
       .def_readonly("max_rank", &LinearTile::max_rank)
-      .def_property_readonly("fused", &LinearTile::fused)
+      .def_property_readonly("holds_h", &LinearTile::holds_h)
       .def_property_readonly("threads", &LinearTile::threads)
       .def_property_readonly("down_stages", &LinearTile::down_stages)
       .def_property_readonly("up_stages", &LinearTile::up_stages)

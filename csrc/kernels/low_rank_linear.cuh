@@ -1,5 +1,5 @@
-// y = activation(h up^T + bias) + residual with h = x down^T. A block owns rows of y and walks the columns: its rows of h
-// never leave shared memory (fused), or come from global memory panel by panel (expand).
+// y = activation(h up^T + bias) + residual with h = x down^T. A block owns rows of y and walks the columns. Its rows of h
+// stay in shared memory, computed from x or read once; or, of any rank, they come from global memory panel by panel.
 #pragma once
 
 #include "activation.cuh"
@@ -12,17 +12,17 @@ template <typename T, int BLOCK_M, int MAX_RANK> struct LowRankLinear {
   using Params = LowRankLinearParams;
   using Chunk = arch::Pack<T, kChunk>;
   static constexpr LinearTile kTile{BLOCK_M, MAX_RANK};
-  static constexpr bool kFused = kTile.fused();
+  static constexpr bool kHoldsH = kTile.holds_h();
   static constexpr int kThreads = kTile.threads(), kSharedBytes = kTile.shared_bytes();
   static constexpr int BLOCK_N = LinearTile::kBlockN, kWarpsN = kTile.warps_n(), kWarps = kThreads / arch::kWarpSize;
   static constexpr int kPanelBytes = BLOCK_M * kPanelRow;  // of BLOCK_M rows: of x, of h
   static constexpr int kHPanels = kTile.h_panels(), kHBytes = kTile.h_bytes();
-  static constexpr int kUpOffset = kFused ? 0 : kPanelBytes;  // of up in a slot: behind h, where h is streamed
+  static constexpr int kUpOffset = kHoldsH ? 0 : kPanelBytes;  // of up in a slot: behind h, where h is streamed
   static constexpr int kStagingOffset = kTile.up_stages() * kTile.up_stage_bytes();
   static constexpr int kStagingBytes = kTile.staging_bytes() / kWarps;  // of a warp
 
   static constexpr int kFragmentsM = BLOCK_M / LinearTile::kWarpsM / 16;
-  using DownSums = Sums<kFragmentsM, kFused ? MAX_RANK / kWarpsN / 8 : 2>;
+  using DownSums = Sums<kFragmentsM, kHoldsH ? MAX_RANK / kWarpsN / 8 : 2>;
   using UpSums = Sums<kFragmentsM, BLOCK_N / kWarpsN / 8>;
   using DownPipeline = Pipeline<kTile.down_stages(), kTile.down_stage_bytes()>;
   using UpPipeline = Pipeline<kTile.up_stages(), kTile.up_stage_bytes()>;
@@ -38,20 +38,28 @@ template <typename T, int BLOCK_M, int MAX_RANK> struct LowRankLinear {
     const SharedAddress shared = arch::dynamic_shared(), slots = shared + kHBytes;
     const LowRankLinear block{params, static_cast<int64_t>(arch::block_x()) * BLOCK_M, warp / kWarpsN, warp % kWarpsN,
                               shared, slots, slots + kStagingOffset + warp * kStagingBytes};
+    if (block.first_tile() >= block.tiles()) return;  // the shares of others leave it none
     arch::grid_dependency_wait();
-    if constexpr (kFused) {
-      DownSums h;
+    if constexpr (!kHoldsH) return block.expand([] {});
+    DownSums h;
+    if (params.x) {
       block.contract(h);
       arch::sync_threads();  // all are done with the panels of x and down: those of up take their place
-      block.expand([&] {
-        round_into_panels<T>(block.h_panels, kPanelBytes, h, block.warp_row * DownSums::kRows,
-                             block.warp_column * DownSums::kColumns);
-        if (params.h && arch::block_y() == 0) block.save_h();
-      });
     } else {
-      block.expand([] {});
+      block.load_h();
     }
+    block.expand([&] {
+      if (!params.x) return;
+      round_into_panels<T>(block.h_panels, kPanelBytes, h, block.warp_row * DownSums::kRows,
+                           block.warp_column * DownSums::kColumns);
+      if (params.h && arch::block_y() == 0) block.save_h();
+    });
   }
+
+  // Of columns; those of a block are neighbours.
+  SHRANK_DEVICE int tiles() const { return ceil_div(params.N, BLOCK_N); }
+  SHRANK_DEVICE int share() const { return ceil_div(tiles(), arch::blocks_y()); }
+  SHRANK_DEVICE int first_tile() const { return arch::block_y() * share(); }
 
   // h = x down^T, this warp's part of it.
   SHRANK_DEVICE void contract(DownSums& h) const {
@@ -69,18 +77,26 @@ template <typename T, int BLOCK_M, int MAX_RANK> struct LowRankLinear {
     }
   }
 
+  // The copies are one group, the oldest: they have landed when the first panel of up has.
+  SHRANK_DEVICE void load_h() const {
+    const Matrix<T> h{static_cast<const T*>(params.h), params.M, params.R};
+#pragma unroll
+    for (int panel = 0; panel < kHPanels; panel++)
+      load_panel<BLOCK_M, kThreads>(h_panels + panel * kPanelBytes, h, row, panel * kPanel);
+    arch::copy_async_commit();
+  }
+
   // y = h up^T and its end, one tile of columns after the other, one pipeline running through all of them.
   // `prepare_h` runs while the first panels of up are on their way; the first step's barrier shows its work to all.
   template <typename PrepareH> SHRANK_DEVICE void expand(const PrepareH& prepare_h) const {
     const Matrix<T> h{static_cast<const T*>(params.h), params.M, params.R};
     const Matrix<T> up{static_cast<const T*>(params.up), params.N, params.R};
-    const int tiles = ceil_div(params.N, BLOCK_N), share = ceil_div(tiles, arch::blocks_y());
-    const int first = arch::block_y() * share, last = min_of(first + share, tiles);
-    const int rank_panels = kFused ? kHPanels : ceil_div(params.R, kPanel);
+    const int first = first_tile(), last = min_of(first + share(), tiles());
+    const int rank_panels = kHoldsH ? kHPanels : ceil_div(params.R, kPanel);
     const UpPipeline panels{slots, (last - first) * rank_panels};
     const auto load = [&](int step, SharedAddress slot) {
       const int column = (first + step / rank_panels) * BLOCK_N, rank = step % rank_panels * kPanel;
-      if constexpr (!kFused) load_panel<BLOCK_M, kThreads>(slot, h, row, rank);
+      if constexpr (!kHoldsH) load_panel<BLOCK_M, kThreads>(slot, h, row, rank);
       load_panel<BLOCK_N, kThreads>(slot + kUpOffset, up, column, rank);
     };
     panels.start(load);
@@ -94,9 +110,9 @@ template <typename T, int BLOCK_M, int MAX_RANK> struct LowRankLinear {
 #pragma unroll
       for (int panel = 0; panel < rank_panels; panel++) {
         const SharedAddress slot = panels.advance(step++, load);
-        multiply_panels<T>(sums, kFused ? h_panels + panel * kPanelBytes : slot, warp_row * UpSums::kRows,
+        multiply_panels<T>(sums, kHoldsH ? h_panels + panel * kPanelBytes : slot, warp_row * UpSums::kRows,
                            slot + kUpOffset, warp_column * UpSums::kColumns,
-                           min_of(ceil_div((kFused ? MAX_RANK : params.R) - panel * kPanel, 16), kPanel / 16));
+                           min_of(ceil_div((kHoldsH ? MAX_RANK : params.R) - panel * kPanel, 16), kPanel / 16));
       }
       finish(sums, column);
     }

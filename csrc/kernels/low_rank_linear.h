@@ -8,12 +8,12 @@ namespace shrank {
 
 // All row-major, contiguous and aligned to 16 bytes; K, N and R are multiples of 8.
 struct LowRankLinearParams {
-  const void* x;         // (M, K)  fused only
-  const void* down;      // (R, K)  fused only
+  const void* x;         // (M, K) or null: from h
+  const void* down;      // (R, K) or null, as x
   const void* up;        // (N, R)
   const void* bias;      // (N) or null
   const void* residual;  // (M, N) or null
-  void* h;               // (M, R)  fused: written unless null; expand: read
+  void* h;               // (M, R)  from x: written unless null; from h: read
   void* z;               // (M, N) or null: h @ up.T + bias, rounded, for the backward pass
   void* y;               // (M, N)
   int64_t M;

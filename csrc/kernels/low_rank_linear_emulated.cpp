@@ -8,7 +8,7 @@
 namespace shrank {
 namespace {
 
-std::vector<emulator::Buffer> buffers_of(const LowRankLinearParams& p, bool fused) {
+std::vector<emulator::Buffer> buffers_of(const LowRankLinearParams& p) {
   const auto size = [&](int64_t rows, int64_t columns) {
     return static_cast<std::size_t>(rows * columns * bytes(p.dtype));
   };
@@ -16,14 +16,14 @@ std::vector<emulator::Buffer> buffers_of(const LowRankLinearParams& p, bool fuse
   const auto add = [&](const char* name, const void* base, std::size_t bytes, bool writable) {
     if (base) buffers.push_back({name, base, bytes, writable, true});
   };
-  if (fused) {
+  if (p.x) {
     add("x", p.x, size(p.M, p.K), false);
     add("down", p.down, size(p.R, p.K), false);
   }
   add("up", p.up, size(p.N, p.R), false);
   add("bias", p.bias, size(1, p.N), false);
   add("residual", p.residual, size(p.M, p.N), false);
-  add("h", p.h, size(p.M, p.R), fused);
+  add("h", p.h, size(p.M, p.R), p.x != nullptr);
   add("z", p.z, size(p.M, p.N), true);
   add("y", p.y, size(p.M, p.N), true);
   return buffers;
@@ -37,7 +37,7 @@ emulator::Result emulate(const LowRankLinearParams& params, const LinearGrid& gr
   const bool found =
       ((grid.tile == kLinearTiles[I] &&
         (result = emulator::launch<LowRankLinear<T, kLinearTiles[I].block_m, kLinearTiles[I].max_rank>>(
-             "low_rank_linear", blocks, params, buffers_of(params, grid.tile.fused()), options), true)) || ...);
+             "low_rank_linear", blocks, params, buffers_of(params), options), true)) || ...);
   if (!found) throw std::invalid_argument("no low_rank_linear kernel has this tile");
   return result;
 }

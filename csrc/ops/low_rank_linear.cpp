@@ -131,7 +131,8 @@ Stages with_kernel(const Contiguous& args, const Problem& problem, const std::op
   if (keeps_preactivation(problem)) z.emplace(rows_like(args.x, problem.N));
   const int index = y.get_device_index();
   const LowRankLinearParams params{
-      args.x.const_data_ptr(), args.down.const_data_ptr(), args.up.const_data_ptr(), data_of(args.bias),
+      given_h ? nullptr : args.x.const_data_ptr(), given_h ? nullptr : args.down.const_data_ptr(),
+      args.up.const_data_ptr(), data_of(args.bias),
       data_of(args.residual), mutable_data_of(h), mutable_data_of(z), y.mutable_data_ptr(), problem.M,
       static_cast<int>(problem.K), static_cast<int>(problem.N), static_cast<int>(problem.R), problem.dtype,
       problem.activation};

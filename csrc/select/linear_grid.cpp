@@ -7,7 +7,7 @@
 namespace shrank {
 namespace {
 
-constexpr int kMaxRank = 256;  // of h in shared memory
+constexpr int kMaxRank = 256;  // of an h that a block holds
 constexpr int kMaxBlocksN = 64;
 
 // What mma.sync reaches of cuBLAS's rate. From sm_90 on, cuBLAS uses wgmma or tcgen05, which mma.sync cannot follow: 60
@@ -29,45 +29,45 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool fits(const LinearTile& tile, const Device& d) { return tile.shared_bytes() <= d.smem_per_block; }
 
-bool suits(const LinearTile& tile, const Problem& p, const Device& d, bool fused) {
-  return tile.fused() == fused && (!fused || tile.max_rank >= p.R) && fits(tile, d);
-}
-
 // The smallest rank that is compiled and holds p.R: a larger one would only multiply zeros.
-int rank_of_tile(const Problem& p) {
-  int least = kMaxRank;
+int rank_held(const Problem& p) {
+  int least = 0;
   for (const LinearTile& tile : kLinearTiles)
-    if (tile.fused() && tile.max_rank >= p.R) least = std::min(least, tile.max_rank);
+    if (tile.max_rank >= p.R && (least == 0 || tile.max_rank < least)) least = tile.max_rank;
   return least;
 }
 
-double microseconds(const LinearGrid& grid, const Problem& p, const Device& d) {
+bool suits(const LinearTile& tile, const Problem& p, const Device& d, bool fused) {
+  return (tile.holds_h() ? tile.max_rank == rank_held(p) : !fused) && fits(tile, d);
+}
+
+double microseconds(const LinearGrid& grid, const Problem& p, const Device& d, bool fused) {
   const LinearTile& tile = grid.tile;
   const auto M = static_cast<double>(p.M), K = static_cast<double>(p.K), N = static_cast<double>(p.N),
              R = static_cast<double>(p.R);
   const double blocks = static_cast<double>(grid.blocks_m) * grid.blocks_n, sms = d.sms;
-  const double rank = tile.fused() ? tile.max_rank : static_cast<double>(ceil_div(p.R, 16) * 16);
+  const double rank = tile.holds_h() ? tile.max_rank : static_cast<double>(ceil_div(p.R, 16) * 16);
   const double columns = static_cast<double>(ceil_div(ceil_div(p.N, LinearTile::kBlockN), grid.blocks_n)) *
                          LinearTile::kBlockN;  // of a block that has most
 
   // The SM with most blocks ends last.
   const double rounds = static_cast<double>(ceil_div(static_cast<int64_t>(blocks), d.sms));
-  const double flops = 2.0 * tile.block_m * rank * ((tile.fused() ? K : 0) + columns);
+  const double flops = 2.0 * tile.block_m * rank * ((fused ? K : 0) + columns);
   const double arithmetic = rounds * flops / (d.flops_half * mma_share(d.arch) / sms);
 
-  const double read = (tile.fused() ? M * K + R * K : M * R) + N * R + bias_numbers(p) + (p.residual ? M * N : 0);
-  const double written = M * N + (keeps_preactivation(p) ? M * N : 0) + (tile.fused() && p.training ? M * R : 0);
+  const double read = (fused ? M * K + R * K : M * R) + N * R + bias_numbers(p) + (p.residual ? M * N : 0);
+  const double written = M * N + (keeps_preactivation(p) ? M * N : 0) + (fused && p.training ? M * R : 0);
   const double tails = 1.0 + (p.residual ? 1 : 0) + (keeps_preactivation(p) ? 1 : 0);
-  const double of_block = tile.block_m * ((tile.fused() ? K : R) + columns * tails);
+  const double of_block = tile.block_m * ((fused ? K : R) + columns * tails);
   const double dram = std::max((read + written) / d.bandwidth, rounds * of_block / (kDrawOfOneSm * d.bandwidth / sms)) *
                       bytes(p.dtype);
 
   const double tiles = columns / LinearTile::kBlockN;
-  const double from_l2 = bytes(p.dtype) * ((tile.fused() ? (tile.block_m + R) * K : tile.block_m * R * tiles) +
+  const double from_l2 = bytes(p.dtype) * ((fused ? (tile.block_m + R) * K : tile.block_m * R * (tile.holds_h() ? 1 : tiles)) +
                                            columns * (R + (p.residual ? tile.block_m : 0)));  // of a block
   const double l2 = std::max(blocks * from_l2 / (sms * kL2PerSm), rounds * from_l2 / kL2OfOneSm);
 
-  const double down_steps = tile.fused() ? static_cast<double>(ceil_div(p.K, LinearTile::kPanel)) : 0;
+  const double down_steps = fused ? static_cast<double>(ceil_div(p.K, LinearTile::kPanel)) : 0;
   const double up_steps = tiles * static_cast<double>(ceil_div(p.R, LinearTile::kPanel));
   const double walk = down_steps * kDramLatencyUs / (tile.down_stages() - 1) +
                       up_steps * kL2LatencyUs / (tile.up_stages() - 1);
@@ -93,19 +93,18 @@ PlannedGrid linear_grid(const Problem& p, const Device& d, bool fused) {
   Problem training = p, inference = p;
   training.training = true;
   inference.training = false;
-  const int rank = fused ? rank_of_tile(p) : 0;
   PlannedGrid best{};
   double least = 0;
   for (const LinearTile& tile : kLinearTiles) {
-    if (tile.max_rank != rank || !suits(tile, p, d, fused)) continue;
+    if (!suits(tile, p, d, fused)) continue;
     const int64_t tiles_n = ceil_div(p.N, LinearTile::kBlockN);
     for (int blocks_n = 1; blocks_n <= std::min<int64_t>(kMaxBlocksN, tiles_n); blocks_n *= 2) {
       const LinearGrid grid{tile, ceil_div(p.M, tile.block_m), blocks_n};
-      const double cost = microseconds(grid, training, d) + microseconds(grid, inference, d);
+      const double cost = microseconds(grid, training, d, fused) + microseconds(grid, inference, d, fused);
       if (best.grid.blocks_n == 0 || cost < least) best = {grid, 0}, least = cost;
     }
   }
-  best.microseconds = microseconds(best.grid, p, d);
+  best.microseconds = microseconds(best.grid, p, d, fused);
   return best;
 }
 

@@ -6,18 +6,18 @@
 
 namespace shrank {
 
-// A block computes block_m rows of y. With a max_rank (fused) it computes their h first, from x, and keeps it in shared
-// memory; without (expand) it reads h from global memory panel by panel, whatever its rank.
+// A block computes block_m rows of y. With a max_rank it holds their h in shared memory, computed from x or read once;
+// without, it reads h from global memory panel by panel, again for each column tile, whatever the rank.
 struct LinearTile {
   int block_m;   // 32, 64 or 128
-  int max_rank;  // a multiple of 32, at most 256; 0: expand
+  int max_rank;  // of an h that is held: a multiple of 32, at most 256; or 0
 
   static constexpr int kBlockN = 128;  // columns of y at a time
   static constexpr int kPanel = 64;    // numbers of a panel row: 128 bytes of 16-bit numbers
   static constexpr int kPanelRow = 128;
   static constexpr int kWarpsM = 2;
 
-  constexpr bool fused() const { return max_rank > 0; }
+  constexpr bool holds_h() const { return max_rank > 0; }
 
   // A thread's sums of either stage must fit its registers: at most 128 of them.
   constexpr int warps_n() const { return block_m == 128 && max_rank > 128 ? 4 : 2; }
@@ -26,20 +26,20 @@ struct LinearTile {
   constexpr int h_panels() const { return (max_rank + kPanel - 1) / kPanel; }
   constexpr int h_bytes() const { return h_panels() * block_m * kPanelRow; }
   constexpr int down_stage_bytes() const { return (block_m + max_rank) * kPanelRow; }
-  constexpr int up_stage_bytes() const { return ((fused() ? 0 : block_m) + kBlockN) * kPanelRow; }
+  constexpr int up_stage_bytes() const { return ((holds_h() ? 0 : block_m) + kBlockN) * kPanelRow; }
   // Sums of 16 rows per warp, in fp32, on their way to global memory.
   constexpr int staging_bytes() const { return kWarpsM * 16 * kBlockN * 4; }
 
   // Two to four steps in flight, as many as fit the 99 KiB of an sm_89; then two blocks share the 227 KiB of an sm_90.
   constexpr int down_stages() const {
-    const int room = fused() ? (99 * 1024 - h_bytes()) / down_stage_bytes() : 2;
+    const int room = holds_h() ? (99 * 1024 - h_bytes()) / down_stage_bytes() : 2;
     return room < 2 ? 2 : room > 4 ? 4 : room;
   }
   constexpr int up_stages() const { return 3; }
 
   // Panels of x and down, then in the same place panels of up and the staged sums.
   constexpr int shared_bytes() const {
-    const int down = fused() ? down_stages() * down_stage_bytes() : 0;
+    const int down = holds_h() ? down_stages() * down_stage_bytes() : 0;
     const int up = up_stages() * up_stage_bytes() + staging_bytes();
     return h_bytes() + (down > up ? down : up);
   }

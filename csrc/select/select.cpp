@@ -96,17 +96,22 @@ std::array<Candidate, kKernelCount> candidates(const Problem& p, const Device& d
 }
 
 KernelChoice select(const Problem& p, const Device& d) {
-  Problem training = p;
+  Problem training = p, inference = p;
   training.training = true;
+  inference.training = false;
+  // They are always legal, and nothing may be slower, in training or in inference.
+  const double slowest[] = {two_gemms::microseconds(training, d), two_gemms::microseconds(inference, d)};
   const Row* best = nullptr;
-  double least = 0;
+  double least = 0, predicted = 0;
   for (const Row& row : kRows) {
-    if (row.why_not(training, d)) continue;
-    const double cost = row.microseconds(training, d);
-    if (!best || cost < least) best = &row, least = cost;
+    if (row.why_not(p, d)) continue;
+    const double cost[] = {row.microseconds(training, d), row.microseconds(inference, d)};
+    if (cost[0] > slowest[0] || cost[1] > slowest[1] || (best && cost[0] + cost[1] >= least)) continue;
+    best = &row;
+    least = cost[0] + cost[1];
+    predicted = cost[p.training ? 0 : 1];
   }
-  // Never null: two_gemms is always legal.
-  KernelChoice choice{best->kernel, p.training ? least : best->microseconds(p, d), best->reason, {}};
+  KernelChoice choice{best->kernel, predicted, best->reason, {}};
   if (choice.kernel == Kernel::fused || choice.kernel == Kernel::gemm_expand)
     choice.grid = linear_grid(p, d, choice.kernel == Kernel::fused).grid;
   return choice;

@@ -37,8 +37,8 @@ struct KernelChoice {
 
 std::array<Candidate, kKernelCount> candidates(const Problem& p, const Device& d);
 
-// The cheapest candidate that may run, if what training keeps is written too: the same for inference, so that a layer
-// gives the same bits either way. Two GEMMs write it anyway, so that inference is never slower than they are either.
+// The cheapest candidate for training and inference together, so that a layer gives the same bits either way; of those
+// that are slower than two GEMMs in neither.
 KernelChoice select(const Problem& p, const Device& d);
 
 // The same, remembered by the thread: a model asks of the same few problems again and again. Allocates nothing; a Device

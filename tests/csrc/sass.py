@@ -95,7 +95,7 @@ def table(tiles: list) -> str:
             fits = tile.shared_bytes <= SHARED_OF_BLOCK[arch] * 1024
             cells.append(f"{kernel.registers}, {blocks}" if fits else "does not fit")
         matrix = kernels("sm_90a")["bfloat16", tile.block_m, tile.max_rank].instructions["HMMA"]
-        rows.append(f"| {tile.block_m} | {tile.max_rank or 'expand'} | {tile.threads} | {tile.shared_bytes / 1024:g} | "
+        rows.append(f"| {tile.block_m} | {tile.max_rank or 'any'} | {tile.threads} | {tile.shared_bytes / 1024:g} | "
                     f"{' | '.join(cells)} | {matrix} |")
     return "\n".join(rows)
 

@@ -49,7 +49,7 @@ def test_every_kernel_fits_where_select_lets_it_run(dev, arch) -> None:
         if tile.shared_bytes > card.smem_per_block:
             continue
         legal += 1
-        assert dev.select.linear_why_not(problem, card, tile.fused) is None
+        assert dev.select.linear_why_not(problem, card, tile.holds_h) is None
         for dtype in DTYPES:
             kernel = sass.kernels(arch)[dtype, tile.block_m, tile.max_rank]
             assert sass.blocks_per_sm(arch, kernel, tile.threads, tile.shared_bytes) >= 1

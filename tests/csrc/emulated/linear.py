@@ -19,7 +19,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 @dataclass(frozen=True)
 class Run:
-    """One launch: sizes, end of the layer, tile and grid. max_rank 0: from h, else from x."""
+    """One launch: sizes, end of the layer, tile and grid. From x, or from h, as a tile of max_rank 0 always."""
 
     block_m: int
     max_rank: int
@@ -33,11 +33,15 @@ class Run:
     training: bool = False
     blocks_n: int = 1
     dtype: torch.dtype = BF16
+    from_h: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "from_h", self.from_h or self.max_rank == 0)
 
     def __str__(self) -> str:
         end = [self.activation] + [name for name in ("bias", "residual", "training") if getattr(self, name)]
-        return (f"{self.block_m}x{self.max_rank}-M{self.M}-K{self.K}-N{self.N}-R{self.R}-by{self.blocks_n}-"
-                f"{'-'.join(end)}-{str(self.dtype)[6:]}")
+        return (f"{self.block_m}x{self.max_rank}{'-from-h' * self.from_h}-M{self.M}-K{self.K}-N{self.N}-R{self.R}-"
+                f"by{self.blocks_n}-{'-'.join(end)}-{str(self.dtype)[6:]}")
 
     def arguments(self) -> tuple:
         case = Case((self.M,), self.K, self.N, self.R, self.bias, self.activation, self.residual)
@@ -55,15 +59,14 @@ class Outcome:
 
 def emulate(dev: ModuleType, run: Run, arguments: tuple, seed: int = 0, copies_early: bool = False) -> Outcome:
     x, down, up, bias, activation, residual = arguments
-    fused = run.max_rank > 0
-    h = torch.full((run.M, run.R), torch.nan, dtype=run.dtype) if fused else x @ down.T
+    h = x @ down.T if run.from_h else torch.full((run.M, run.R), torch.nan, dtype=run.dtype)
     y = torch.full((run.M, run.N), torch.nan, dtype=run.dtype)
     z = torch.full_like(y, torch.nan) if run.training else None
     tensors = {"up": up, "bias": bias, "residual": residual, "z": z, "y": y}
-    if fused:
-        tensors |= {"x": x, "down": down, "h": h if run.training else None}
-    else:
+    if run.from_h:
         tensors |= {"h": h}
+    else:
+        tensors |= {"x": x, "down": down, "h": h if run.training else None}
     grid = dev.select.LinearGrid(dev.select.LinearTile(run.block_m, run.max_rank), -(-run.M // run.block_m),
                                  run.blocks_n)
     result = dev.linear.emulate(grid, run.M, run.K, run.N, run.R, str(run.dtype)[6:], activation, seed=seed,
@@ -104,5 +107,6 @@ def runs() -> list[Run]:
     ends = [Run(32, max_rank, 37, 72, 72, 40, bias, activation, residual, training, dtype=dtype)
             for activation, bias, residual, training in product(reference.ACTIVATIONS, *[(False, True)] * 3)
             for max_rank, dtype in [(64, BF16), (64, FP16)]]
-    expanding_ends = [replace(run, block_m=64, max_rank=0) for run in ends if run.bias != run.residual]
-    return every_tile + steps_of_down + steps_of_up + rows + ranks + columns + ends + expanding_ends
+    expanding_ends = [replace(run, block_m=64, max_rank=0, from_h=True) for run in ends if run.bias != run.residual]
+    holding = [replace(run, from_h=True) for run in every_tile + steps_of_up + rows + ranks if run.max_rank]
+    return every_tile + steps_of_down + steps_of_up + rows + ranks + columns + ends + expanding_ends + holding
