@@ -95,24 +95,9 @@ struct Stages {
 const void* data_of(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 void* mutable_data_of(const std::optional<Tensor>& tensor) { return tensor ? tensor->mutable_data_ptr() : nullptr; }
 
-std::optional<Tensor> as_contiguous(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional(as_contiguous(*tensor)) : std::nullopt;
-}
-
-// The arguments as kernels want them: row-major without gaps.
-struct Contiguous {
-  Tensor x, down, up;
-  std::optional<Tensor> bias, residual;
-
-  explicit Contiguous(const LowRankLinear& args)
-      : x(as_contiguous(args.x)), down(as_contiguous(args.down)), up(as_contiguous(args.up)),
-        bias(as_contiguous(args.bias)), residual(as_contiguous(args.residual)) {}
-
-  bool is_aligned() const {
-    return aligned(x.const_data_ptr()) && aligned(down.const_data_ptr()) && aligned(up.const_data_ptr()) &&
-           aligned(data_of(bias)) && aligned(data_of(residual));
-  }
-};
+// As the matrix kernels want it: row-major without gaps, from a multiple of 16 bytes on.
+bool is_plain(const Tensor& tensor) { return tensor.is_contiguous() && aligned(tensor.const_data_ptr()); }
+bool is_plain(const std::optional<Tensor>& tensor) { return !tensor || is_plain(*tensor); }
 
 // (..., columns) like x.
 Tensor rows_like(const Tensor& x, int64_t columns) {
@@ -123,7 +108,7 @@ Tensor rows_like(const Tensor& x, int64_t columns) {
 }
 
 // One kernel of ours, from x; or, given h, from that.
-Stages with_kernel(const Contiguous& args, const Problem& problem, const std::optional<Tensor>& given_h,
+Stages with_kernel(const LowRankLinear& args, const Problem& problem, const std::optional<Tensor>& given_h,
                    const LinearGrid& grid, const Backend& backend) {
   const Tensor y = rows_like(args.x, problem.N);
   std::optional<Tensor> h = given_h, z;
@@ -158,13 +143,13 @@ Stages with_epilogue(const LowRankLinear& args, Problem& problem, const Tensor& 
 
 Stages run(const LowRankLinear& args, bool training, const Backend& backend) {
   Problem problem = checked_problem(args, training);
-  const Contiguous contiguous(args);
-  problem.aligned = contiguous.is_aligned();
+  problem.aligned = is_plain(args.x) && is_plain(args.down) && is_plain(args.up) && is_plain(args.bias) &&
+                    is_plain(args.residual);
   const KernelChoice choice = recall(problem, backend.device(args.x.get_device_index()));
-  if (choice.kernel == Kernel::fused) return with_kernel(contiguous, problem, std::nullopt, choice.grid, backend);
+  if (choice.kernel == Kernel::fused) return with_kernel(args, problem, std::nullopt, choice.grid, backend);
   const Tensor h = linear(args.x, args.down, std::nullopt);
   switch (choice.kernel) {
-    case Kernel::gemm_expand: return with_kernel(contiguous, problem, as_contiguous(h), choice.grid, backend);
+    case Kernel::gemm_expand: return with_kernel(args, problem, as_contiguous(h), choice.grid, backend);
     case Kernel::two_gemms_epilogue: return with_epilogue(args, problem, h, backend);
     case Kernel::two_gemms:
       STD_TORCH_CHECK(problem.activation == Activation::none && !problem.residual,

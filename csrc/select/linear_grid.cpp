@@ -82,7 +82,7 @@ const char* linear_why_not(const Problem& p, const Device& d, bool fused) {
   if (p.M == 0 || p.K == 0 || p.N == 0 || p.R == 0) return "a size is zero";
   if (p.M >= int64_t{1} << 31 || p.K >= int64_t{1} << 31 || p.N >= int64_t{1} << 31) return "a size is 2^31 or more";
   if (p.K % 8 || p.N % 8 || p.R % 8) return "K, N and R must be multiples of 8: rows are read 16 bytes at a time";
-  if (!p.aligned) return "a tensor does not begin at a multiple of 16 bytes";
+  if (!p.aligned) return "a tensor has gaps or does not begin at a multiple of 16 bytes";
   if (fused && p.R > kMaxRank) return "R is above 256: h does not fit in shared memory";
   for (const LinearTile& tile : kLinearTiles)
     if (suits(tile, p, d, fused)) return nullptr;

@@ -76,7 +76,7 @@ struct Problem {
   bool bias = false;
   bool residual = false;
   bool training = false;  // h and the pre-activation are kept for the backward pass
-  bool aligned = true;    // every tensor begins at a multiple of 16 bytes
+  bool aligned = true;    // every tensor is contiguous and begins at a multiple of 16 bytes
 
   constexpr bool operator==(const Problem& other) const {
     return M == other.M && K == other.K && N == other.N && R == other.R && dtype == other.dtype &&
