@@ -77,13 +77,12 @@ template <typename T, int BLOCK_M, int MAX_RANK> struct LowRankLinear {
     }
   }
 
-  // The copies are one group, the oldest: they have landed when the first panel of up has.
+  // The copies join the group of the first panel of up, and have landed when that has.
   SHRANK_DEVICE void load_h() const {
     const Matrix<T> h{static_cast<const T*>(params.h), params.M, params.R};
 #pragma unroll
     for (int panel = 0; panel < kHPanels; panel++)
       load_panel<BLOCK_M, kThreads>(h_panels + panel * kPanelBytes, h, row, panel * kPanel);
-    arch::copy_async_commit();
   }
 
   // y = h up^T and its end, one tile of columns after the other, one pipeline running through all of them.

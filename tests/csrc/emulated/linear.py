@@ -95,7 +95,8 @@ def runs() -> list[Run]:
     steps_of_up = [Run(block_m, max_rank, 17, 72, 128 * tiles - 8 * (tiles % 2), R, blocks_n=blocks, dtype=dtype)
                    for (block_m, max_rank, R), dtype in zip([(32, 64, 64), (32, 96, 72), (64, 0, 136), (64, 0, 56)],
                                                             [BF16, FP16, BF16, FP16], strict=True)
-                   for tiles, blocks in [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (5, 2), (5, 4), (6, 3), (7, 7)]]
+                   for tiles, blocks in
+                   [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (5, 2), (5, 4), (6, 3), (6, 4), (7, 7)]]
     rows = [Run(block_m, max_rank, M, 72, 136, 24, bias=True)
             for block_m, max_rank in [(32, 64), (64, 64), (128, 64), (64, 0), (128, 0)]
             for M in (1, 15, block_m - 1, block_m, block_m + 1, 2 * block_m + 5)]
