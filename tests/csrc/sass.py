@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import nvidia
-
 from shrank import _native
 
 README = Path(__file__).parents[2] / "csrc" / "kernels" / "README.md"
@@ -38,7 +36,9 @@ class Kernel:
 
 
 def tool(name: str) -> Path:
-    """One of NVIDIA's binary tools, from their package on PyPI; they find each other on PATH."""
+    """One of NVIDIA's binary tools, from their package on PyPI, which is there for Linux only."""
+    import nvidia
+
     return next(path for folder in nvidia.__path__ for path in Path(folder).glob(f"*/bin/{name}"))
 
 
