@@ -48,6 +48,9 @@ def table(facts: dict) -> Table:
     shown.add_row("gpu", facts["device"]["name"])
     shown.add_row("kernel", decision["kernel"])
     shown.add_row("because", decision["reason"])
+    if grid := decision["grid"]:
+        held = f"h of rank up to {grid['max_rank']} held" if grid["max_rank"] else "h streamed"
+        shown.add_row("blocks", f"{grid['blocks_m']} x {grid['blocks_n']}, of {grid['block_m']} tokens, {held}")
     shown.add_row("predicted", _us(predicted))
     shown.add_row("floor", f"{_us(facts['floor_us'])}; predicted is {predicted / facts['floor_us']:.2f}x that")
     shown.add_row("runner-up", f"{runner_up['kernel']}, {_beside(runner_up['microseconds'], predicted)}" if runner_up

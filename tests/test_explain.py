@@ -15,7 +15,8 @@ FACTS = {
     "problem": {"M": 16384, "K": 768, "N": 3072, "R": 96, "dtype": "bfloat16", "activation": "gelu", "bias": True,
                 "residual": True, "training": False, "aligned": True},
     "device": {"name": "H200", "source": "measured on a Tuesday"},
-    "decision": {"kernel": "fast", "microseconds": 50.0, "reason": "it is faster"},
+    "decision": {"kernel": "fast", "microseconds": 50.0, "reason": "it is faster",
+                 "grid": {"block_m": 64, "max_rank": 96, "blocks_m": 256, "blocks_n": 2}},
     "runner_up": {"kernel": "slow", "legal": True, "microseconds": 1250.0},
     "candidates": [{"kernel": "fast", "legal": True, "microseconds": 50.0},
                    {"kernel": "slow", "legal": True, "microseconds": 1250.0},
@@ -57,7 +58,8 @@ def test_the_table_holds_the_decision_and_what_it_is_compared_with(asked) -> Non
     assert shown.exit_code == 0, shown.stderr
     lines = [" ".join(line.replace("│", " ").split()) for line in shown.stdout.splitlines()]
     for line in ("layer M 16384, K 768, N 3072, R 96", "bfloat16, gelu, bias, residual", "gpu H200", "kernel fast",
-                 "because it is faster", "predicted 50 us", "floor 40.1 us; predicted is 1.25x that",
+                 "because it is faster", "blocks 256 x 2, of 64 tokens, h of rank up to 96 held", "predicted 50 us",
+                 "floor 40.1 us; predicted is 1.25x that",
                  "runner-up slow, 1,250 us: 25.00x the predicted time", "not possible odd: N is odd",
                  "dense layer 25 us: 0.50x the predicted time", "figures model; not measured",
                  "H200: measured on a Tuesday"):

@@ -108,17 +108,18 @@ Tensor rows_like(const Tensor& x, int64_t columns) {
 }
 
 // One kernel of ours, from x; or, given h, from that.
-Stages with_kernel(const LowRankLinear& args, const Problem& problem, const std::optional<Tensor>& given_h,
-                   const LinearGrid& grid, const Backend& backend) {
+Stages with_kernel(const LowRankLinear& args, const Problem& problem, std::optional<Tensor> h, const LinearGrid& grid,
+                   const Backend& backend) {
   const Tensor y = rows_like(args.x, problem.N);
-  std::optional<Tensor> h = given_h, z;
-  if (problem.training && !given_h) h.emplace(rows_like(args.x, problem.R));
-  if (keeps_preactivation(problem)) z.emplace(rows_like(args.x, problem.N));
+  const bool from_h = h.has_value();
+  if (problem.training && !from_h) h = rows_like(args.x, problem.R);
+  std::optional<Tensor> z;
+  if (keeps_preactivation(problem)) z = rows_like(args.x, problem.N);
   const int index = y.get_device_index();
   const LowRankLinearParams params{
-      given_h ? nullptr : args.x.const_data_ptr(), given_h ? nullptr : args.down.const_data_ptr(),
-      args.up.const_data_ptr(), data_of(args.bias),
-      data_of(args.residual), mutable_data_of(h), mutable_data_of(z), y.mutable_data_ptr(), problem.M,
+      from_h ? nullptr : args.x.const_data_ptr(), from_h ? nullptr : args.down.const_data_ptr(),
+      args.up.const_data_ptr(), data_of(args.bias), data_of(args.residual),
+      mutable_data_of(h), mutable_data_of(z), y.mutable_data_ptr(), problem.M,
       static_cast<int>(problem.K), static_cast<int>(problem.N), static_cast<int>(problem.R), problem.dtype,
       problem.activation};
   backend.linear(params, grid, backend.device(index), index);

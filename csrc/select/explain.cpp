@@ -75,11 +75,23 @@ std::string json(const Device& d) {
       .text();
 }
 
+// null for a kernel that has none.
+std::string json(const LinearGrid& g) {
+  if (g.blocks_n == 0) return "null";
+  return Object()
+      .add("block_m", json(g.tile.block_m))
+      .add("max_rank", json(g.tile.max_rank))
+      .add("blocks_m", json(g.blocks_m))
+      .add("blocks_n", json(g.blocks_n))
+      .text();
+}
+
 std::string json(const KernelChoice& c) {
   return Object()
       .add("kernel", json(name_of(c.kernel)))
       .add("microseconds", json(c.microseconds))
       .add("reason", json(c.reason))
+      .add("grid", json(c.grid))
       .text();
 }
 

@@ -58,9 +58,9 @@ inline constexpr std::array<LinearTile, 17> kLinearTiles{{
 // How a tile covers a problem: blocks_m blocks of rows, each row block shared by blocks_n blocks, which compute the
 // same h and take one run of column tiles each.
 struct LinearGrid {
-  LinearTile tile;
-  int64_t blocks_m;
-  int blocks_n;
+  LinearTile tile{};
+  int64_t blocks_m = 0;
+  int blocks_n = 0;
 };
 
 }  // namespace shrank

@@ -221,7 +221,11 @@ def test_unknown_names_are_refused_with_the_known_ones(dev, wrong, message) -> N
 def test_explain_says_what_select_decides(dev, gpu) -> None:
     for problem in problems(dev):
         told, chosen = json.loads(dev.select.explain(problem, gpu)), dev.select.select(problem, gpu)
-        assert told["decision"] == {name: getattr(chosen, name) for name in ("kernel", "microseconds", "reason")}
+        grid = {"block_m": chosen.grid.tile.block_m, "max_rank": chosen.grid.tile.max_rank,
+                "blocks_m": chosen.grid.blocks_m, "blocks_n": chosen.grid.blocks_n}
+        assert told["decision"] == {"kernel": chosen.kernel, "microseconds": chosen.microseconds,
+                                    "reason": chosen.reason, "grid": grid if grid["blocks_n"] else None}
+        assert (grid["blocks_n"] > 0) == (chosen.kernel in ("fused", "gemm_expand"))
         assert told["floor_us"] == dev.select.floor_us(problem, gpu)
         assert told["dense_us"] == dev.select.dense_us(problem, gpu)
         assert told["problem"] == {name: getattr(problem, name) for name in told["problem"]}
