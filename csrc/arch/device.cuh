@@ -1,7 +1,7 @@
 // How a function of the device is spelled, for the three compilers of kernel source:
 //   nvcc                        the GPU
 //   g++ -DSHRANK_EMULATED       the emulator, which checks every access and every instruction
-//   g++                         a plain loop over threads, for kernels without shared memory (kernels/epilogue_host.cpp)
+//   g++                         a plain loop over threads, for kernels without barriers (kernels/epilogue_host.cpp)
 #pragma once
 
 #include <cstdint>

@@ -22,8 +22,10 @@ void bind_emulator(py::module_ m) {
       .def_readonly("problems", &Result::problems)
       .def_readonly("counts", &Result::counts);
   m.attr("MICRO") = micro::names();
-  m.def("micro", [](const std::string& name, std::uintptr_t input, std::uintptr_t output, uint64_t seed, bool copies_early) {
-    return micro::run(name, reinterpret_cast<const uint32_t*>(input), reinterpret_cast<uint32_t*>(output), {seed, copies_early});
+  using Address = std::uintptr_t;
+  m.def("micro", [](const std::string& name, Address input, Address output, uint64_t seed, bool copies_early) {
+    return micro::run(name, reinterpret_cast<const uint32_t*>(input), reinterpret_cast<uint32_t*>(output),
+                      {seed, copies_early});
   }, "name"_a, "input"_a, "output"_a, "seed"_a = 0, "copies_early"_a = false);
 }
 

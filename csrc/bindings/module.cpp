@@ -97,7 +97,9 @@ void bind_select(py::module_ m) {
       });
 
   py::class_<LinearGrid>(m, "LinearGrid")
-      .def(py::init([](LinearTile tile, int64_t blocks_m, int blocks_n) { return LinearGrid{tile, blocks_m, blocks_n}; }),
+      .def(py::init([](LinearTile tile, int64_t blocks_m, int blocks_n) {
+             return LinearGrid{tile, blocks_m, blocks_n};
+           }),
            "tile"_a, "blocks_m"_a, "blocks_n"_a)
       .def_readonly("tile", &LinearGrid::tile)
       .def_readonly("blocks_m", &LinearGrid::blocks_m)

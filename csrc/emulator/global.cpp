@@ -35,7 +35,8 @@ std::size_t find_buffer(const char* address, int bytes, bool write, const char* 
     nearest = distance;
     found = buffer.name + " at byte " + std::to_string(address - low) + " of " + std::to_string(buffer.bytes);
   }
-  fatal("global memory out of bounds", doing, site, std::string(write ? "write" : "read") + " of " + std::to_string(bytes) + " bytes: " + found);
+  fatal("global memory out of bounds", doing, site,
+        std::string(write ? "write" : "read") + " of " + std::to_string(bytes) + " bytes: " + found);
 }
 
 }  // namespace

@@ -118,7 +118,8 @@ void end_block(const std::vector<AsyncEngine>& engines) {
     const auto is_pending = [](const std::vector<Copy>& group) { return !group.empty(); };
     const auto group = std::find_if(thread.copy_groups.begin(), thread.copy_groups.end(), is_pending);
     const std::vector<Copy>& left = group != thread.copy_groups.end() ? *group : thread.open_copies;
-    if (!left.empty()) problem("copy never awaited", "copy_async", left.front().site, "by thread " + std::to_string(thread.number));
+    if (left.empty()) continue;
+    problem("copy never awaited", "copy_async", left.front().site, "by thread " + std::to_string(thread.number));
   }
   for (const AsyncEngine& engine : engines) engine.finish();
 }
@@ -154,7 +155,10 @@ Result run(const Launch& launch, const std::vector<Buffer>& buffers, const Optio
   world.random = options.seed * 0x9E3779B97F4A7C15ull + 0x1234567;
   clear_problems();
   const std::size_t threads = std::size_t{launch.block.x} * launch.block.y * launch.block.z;
-  if (threads > kMaxThreads) return {{"launch refused | kernel " + launch.kernel + " | " + std::to_string(threads) + " threads, at most 1024"}, {}};
+  if (threads > kMaxThreads) {
+    return {{"launch refused | kernel " + launch.kernel + " | " + std::to_string(threads) + " threads, at most " +
+             std::to_string(kMaxThreads)}, {}};
+  }
   if (launch.shared_bytes > kMaxShared) {
     return {{"launch refused | kernel " + launch.kernel + " | " + std::to_string(launch.shared_bytes) +
              " bytes of shared memory, at most " + std::to_string(kMaxShared)}, {}};

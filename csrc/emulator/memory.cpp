@@ -45,8 +45,12 @@ void store_global(void* address, const void* from, int bytes) {
 void copy_async(uint32_t to, const void* from, int valid) {
   const Site site = SHRANK_SITE;
   Thread& thread = *world.running;
-  if (valid != 0 && valid != 16) fatal("copy_async of a part", "copy_async", site, std::to_string(valid) + " of 16 bytes");
-  if (reinterpret_cast<uintptr_t>(from) % 16) fatal("misaligned global access", "copy_async", site, "source of 16 bytes");
+  if (valid != 0 && valid != 16) {
+    fatal("copy_async of a part", "copy_async", site, std::to_string(valid) + " of 16 bytes");
+  }
+  if (reinterpret_cast<uintptr_t>(from) % 16) {
+    fatal("misaligned global access", "copy_async", site, "source of 16 bytes");
+  }
   Copy copy{to, {}, site};
   if (valid) {
     access_global(from, 16, false, "copy_async", site);
@@ -122,8 +126,12 @@ SHRANK_ACCESS(4)
 SHRANK_ACCESS(8)
 SHRANK_ACCESS(16)
 #undef SHRANK_ACCESS
-void __tsan_read_range(void* address, std::size_t bytes) { plain_access(address, static_cast<int>(bytes), false, SHRANK_SITE); }
-void __tsan_write_range(void* address, std::size_t bytes) { plain_access(address, static_cast<int>(bytes), true, SHRANK_SITE); }
+void __tsan_read_range(void* address, std::size_t bytes) {
+  plain_access(address, static_cast<int>(bytes), false, SHRANK_SITE);
+}
+void __tsan_write_range(void* address, std::size_t bytes) {
+  plain_access(address, static_cast<int>(bytes), true, SHRANK_SITE);
+}
 void __tsan_vptr_update(void*, void*) {}
 void __tsan_vptr_read(void*) {}
 void __tsan_func_entry(void*) {}

@@ -40,8 +40,8 @@ void look_up(const std::vector<Site>& sites, std::map<Site, std::string>& known)
   if (sites.empty() || !dladdr(sites.front(), &library)) return;
   std::ostringstream command;
   command << "addr2line -a -i -e '" << library.dli_fname << "'";
-  for (Site site : sites)
-    command << " " << std::hex << "0x" << (static_cast<const char*>(site) - static_cast<const char*>(library.dli_fbase) - 1);
+  const auto* const base = static_cast<const char*>(library.dli_fbase);
+  for (Site site : sites) command << " 0x" << std::hex << static_cast<const char*>(site) - base - 1;
   const std::unique_ptr<FILE, int (*)(FILE*)> pipe(popen(command.str().c_str(), "r"), pclose);
   if (!pipe) throw std::runtime_error("the emulator needs addr2line (binutils) to name source lines");
   char buffer[1024];

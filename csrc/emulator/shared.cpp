@@ -38,7 +38,8 @@ std::string by(int thread) { return "by thread " + std::to_string(thread); }
 
 void check_overwrite(int thread, Cell& cell, Reader* of, std::size_t offset, const char* doing, Site site) {
   if (cell.content == Content::in_flight) {
-    problem("write over a copy in flight", doing, site, place(offset), cell.write_site, ("copied " + by(cell.writer)).c_str());
+    problem("write over a copy in flight", doing, site, place(offset), cell.write_site,
+            ("copied " + by(cell.writer)).c_str());
   } else if (cell.content == Content::present && !happened_before(cell.writer, cell.written, thread)) {
     problem("race: write after unordered write", doing, site, place(offset), cell.write_site,
             ("written " + by(cell.writer)).c_str());
@@ -76,7 +77,8 @@ unsigned char* shared_at(uint32_t address) { return memory + (address - kSharedB
 void check_shared(uint32_t address, int bytes, const char* doing, Site site) {
   const int64_t offset = static_cast<int64_t>(address) - kSharedBase;
   if (offset < 0 || offset + bytes > static_cast<int64_t>(total_bytes)) {
-    fatal("shared memory out of bounds", doing, site, "offset " + std::to_string(offset) + " of " + std::to_string(total_bytes));
+    fatal("shared memory out of bounds", doing, site,
+          "offset " + std::to_string(offset) + " of " + std::to_string(total_bytes));
   }
   if (address % bytes) fatal("misaligned shared access", doing, site, "offset " + std::to_string(offset));
 }
@@ -85,7 +87,8 @@ void read_shared(int thread, uint32_t address, int bytes, const char* doing, Sit
   check_shared(address, bytes, doing, site);
   for_cells(address, bytes, [&](Cell& cell, Reader* of, std::size_t offset) {
     if (cell.content == Content::in_flight) {
-      problem("read of a copy in flight", doing, site, place(offset), cell.write_site, ("copied " + by(cell.writer)).c_str());
+      problem("read of a copy in flight", doing, site, place(offset), cell.write_site,
+              ("copied " + by(cell.writer)).c_str());
     } else if (cell.content == Content::uninitialised) {
       problem("read of uninitialised shared memory", doing, site, place(offset));
     } else if (!happened_before(cell.writer, cell.written, thread)) {
@@ -169,7 +172,8 @@ void count_lane_access(uint32_t address, int bytes, Site site) {
 
 void finish_counting() {
   for (const auto& [site, of_site] : accesses)
-    for (const auto& [occurrence, access] : of_site) count_conflicts(access.addresses.data(), access.lanes, access.bytes);
+    for (const auto& [occurrence, access] : of_site)
+      count_conflicts(access.addresses.data(), access.lanes, access.bytes);
   accesses.clear();
 }
 

@@ -42,7 +42,8 @@ void rendezvous(const char* doing, uint32_t lanes, void* arguments, Site site, v
     meeting.site = site;
     meeting.lanes = lanes;
   } else if (meeting.site != site || meeting.lanes != lanes) {
-    problem("divergent warp instruction", doing, site, "the lanes of a warp are at different instructions", meeting.site, "others");
+    problem("divergent warp instruction", doing, site, "the lanes of a warp are at different instructions",
+            meeting.site, "others");
     fatal("divergent warp instruction", doing, site, std::string("others are in ") + meeting.doing);
   }
   meeting.arrived |= 1u << thread.lane;
@@ -60,7 +61,8 @@ void sync_threads() {
   ++world.counts.barriers;
   if (barrier.arrived.empty()) barrier.site = site;
   else if (barrier.site != site) {
-    problem("divergent barrier", "sync_threads", site, "threads of a block are at different barriers", barrier.site, "others");
+    problem("divergent barrier", "sync_threads", site, "threads of a block are at different barriers", barrier.site,
+            "others");
   }
   barrier.arrived.push_back(world.running->number);
   if (barrier.arrived.size() < world.threads.size()) return block_here(site, "sync_threads");

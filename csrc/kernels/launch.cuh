@@ -8,8 +8,8 @@
 
 namespace shrank {
 
-// One block an SM is enough to promise: then ptxas uses the registers there are, and two blocks of 128 threads fit anyway.
-// Left to itself it aims at more blocks, and spills (nvcc 13.0, sm_90a).
+// One block an SM is enough to promise: then ptxas uses the registers there are, and two blocks of 128 threads fit
+// anyway. Left to itself it aims at more blocks, and spills (nvcc 13.0, sm_90a).
 template <typename Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, 1)
     entry(const __grid_constant__ typename Kernel::Params params) {

@@ -1,5 +1,5 @@
-// y = activation(h up^T + bias) + residual with h = x down^T. A block owns rows of y and walks the columns. Its rows of h
-// stay in shared memory, computed from x or read once; or, of any rank, they come from global memory panel by panel.
+// y = activation(h up^T + bias) + residual with h = x down^T. A block owns rows of y and walks the columns. Its rows of
+// h stay in shared memory, computed from x or read once; or, of any rank, they come from global memory panel by panel.
 #pragma once
 
 #include "activation.cuh"
@@ -134,7 +134,8 @@ template <typename T, int BLOCK_M, int MAX_RANK> struct LowRankLinear {
   SHRANK_DEVICE void prefetch_residual(int column) const {
     for (int at = arch::lane_index(); at < UpSums::kRows; at += arch::kWarpSize) {
       const int64_t m = row + warp_row * UpSums::kRows + at;
-      if (m < params.M && column < params.N) arch::prefetch(static_cast<const T*>(params.residual) + m * params.N + column);
+      const T* line = static_cast<const T*>(params.residual) + m * params.N + column;
+      if (m < params.M && column < params.N) arch::prefetch(line);
     }
   }
 

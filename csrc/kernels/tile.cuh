@@ -131,8 +131,8 @@ SHRANK_DEVICE void round_into_panels(SharedAddress panels, int panel_bytes, cons
 
 // Rows and columns change hands: from the fragments of multiply_add to 8 neighbouring columns a lane, which is one
 // access of 16 bytes when they are rounded. 16 rows of the warp at a time pass through its part of shared memory, in
-// fp32; a row's pieces of 8 columns are permuted by the row, and halves of pieces are read in an order of the lane's, so
-// that no access has a bank conflict.
+// fp32; a row's pieces of 8 columns are permuted by the row, and halves of pieces are read in an order of the lane's,
+// so that no access has a bank conflict.
 // visit(row, column, values) gets the first of the 8 columns, counted from the warp's first row and column.
 template <int FragmentsM, int FragmentsN, typename Visit>
 SHRANK_DEVICE void for_each_chunk(SharedAddress staging, const Sums<FragmentsM, FragmentsN>& sums, const Visit& visit) {

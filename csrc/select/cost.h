@@ -1,4 +1,4 @@
-// What things cost on a GPU, by a model. Every constant says where it comes from; none is measured but the H200's rates.
+// What things cost on a GPU, by a model. Every constant says where it comes from; only the H200's rates are measured.
 #pragma once
 
 #include "device.h"
@@ -21,8 +21,8 @@ double two_gemms_us(const Problem& p, const Device& d);
 double bias_numbers(const Problem& p);
 bool has_tail(const Problem& p);
 
-// From asking to having: a panel that comes from DRAM, and one that other blocks have brought into L2. Around 500 to 600
-// and 250 cycles on an A100 or H100, as microbenchmarks report them, and the barrier of a step: assumed.
+// From asking to having: a panel that comes from DRAM, and one that other blocks have brought into L2. Around 500 to
+// 600 and 250 cycles on an A100 or H100, as microbenchmarks report them, and the barrier of a step: assumed.
 inline constexpr double kDramLatencyUs = 0.4;
 inline constexpr double kL2LatencyUs = 0.2;
 

@@ -109,7 +109,8 @@ std::string explain(const Problem& p, const Device& d) {
   const KernelChoice choice = select(p, d);
   auto all = candidates(p, d);  // the decision, then the others that may run, the cheapest first
   std::stable_sort(all.begin(), all.end(), [&](const Candidate& a, const Candidate& b) {
-    if (a.kernel == choice.kernel || b.kernel == choice.kernel) return a.kernel == choice.kernel && b.kernel != choice.kernel;
+    if (a.kernel == choice.kernel) return b.kernel != choice.kernel;
+    if (b.kernel == choice.kernel) return false;
     return !a.why_not && (b.why_not || a.microseconds < b.microseconds);
   });
   std::string listed;

@@ -63,8 +63,8 @@ double microseconds(const LinearGrid& grid, const Problem& p, const Device& d, b
                       bytes(p.dtype);
 
   const double tiles = columns / LinearTile::kBlockN;
-  const double from_l2 = bytes(p.dtype) * ((fused ? (tile.block_m + R) * K : tile.block_m * R * (tile.holds_h() ? 1 : tiles)) +
-                                           columns * (R + (p.residual ? tile.block_m : 0)));  // of a block
+  const double for_h = fused ? (tile.block_m + R) * K : tile.block_m * R * (tile.holds_h() ? 1 : tiles);
+  const double from_l2 = bytes(p.dtype) * (for_h + columns * (R + (p.residual ? tile.block_m : 0)));  // of a block
   const double l2 = std::max(blocks * from_l2 / (sms * kL2PerSm), rounds * from_l2 / kL2OfOneSm);
 
   const double down_steps = fused ? static_cast<double>(ceil_div(p.K, LinearTile::kPanel)) : 0;
@@ -77,7 +77,8 @@ double microseconds(const LinearGrid& grid, const Problem& p, const Device& d, b
 }  // namespace
 
 const char* linear_why_not(const Problem& p, const Device& d, bool fused) {
-  if (p.dtype != Dtype::bfloat16 && p.dtype != Dtype::float16) return "the tensor core kernels take bfloat16 and float16";
+  if (p.dtype != Dtype::bfloat16 && p.dtype != Dtype::float16)
+    return "the tensor core kernels take bfloat16 and float16";
   if (d.arch < 80) return "the tensor core kernels need compute capability 8.0";
   if (p.M == 0 || p.K == 0 || p.N == 0 || p.R == 0) return "a size is zero";
   if (p.M >= int64_t{1} << 31 || p.K >= int64_t{1} << 31 || p.N >= int64_t{1} << 31) return "a size is 2^31 or more";

@@ -41,8 +41,8 @@ std::array<Candidate, kKernelCount> candidates(const Problem& p, const Device& d
 // that are slower than two GEMMs in neither.
 KernelChoice select(const Problem& p, const Device& d);
 
-// The same, remembered by the thread: a model asks of the same few problems again and again. Allocates nothing; a Device
-// is known by its address.
+// The same, remembered by the thread: a model asks of the same few problems again and again. Allocates nothing; a
+// Device is known by its address.
 const KernelChoice& recall(const Problem& p, const Device& d);
 
 // What no kernel can beat: each input read once, each output written once, no FLOP wasted, no launch.
