@@ -48,6 +48,7 @@ struct World {
   Index3 block;
   std::vector<Thread> threads;
   Thread* running = nullptr;
+  const Thread* blamed = nullptr;  // whom reports name in place of the running thread, which acts for its warp
   void* main_stack_pointer = nullptr;
   std::vector<uint32_t> ready;  // lanes of each warp that can go on
   int alive = 0;

@@ -98,12 +98,20 @@ void plain_access(void* address, int bytes, bool write, Site site) {
   if (within(at, params, params + world.launch->params_bytes)) return;
   if (within(at, world.threads.data(), world.threads.data() + world.threads.size())) return;  // threadIdx
   if (within(at, world.launch, world.launch + 1)) return;                                     // blockDim, gridDim
-  if (within(at, &__ehdr_start, &_end)) return;                                               // constants, blockIdx
+  if (!write && within(at, &__ehdr_start, &_end)) return;                                     // constants, blockIdx
   access_global(address, bytes, write, write ? "store" : "load", site);
 }
 
+// A struct of any size, in the widest pieces that its address and size allow.
+void plain_range(void* address, std::size_t bytes, bool write, Site site) {
+  const std::size_t both = reinterpret_cast<uintptr_t>(address) | bytes | 16, piece = both & -both;
+  for (std::size_t i = 0; i < bytes; i += piece)
+    plain_access(static_cast<char*>(address) + i, static_cast<int>(piece), write, site);
+}
+
 void undefined(const char* what, Site site) {
-  if (world.running) return problem("undefined behaviour", what, site, "");
+  // Fatal: the access or division that follows would harm the emulator's own process.
+  if (world.running) fatal("undefined behaviour", what, site, "");
   std::fprintf(stderr, "undefined behaviour outside a kernel: %s\n", what);
   std::abort();
 }
@@ -112,6 +120,7 @@ void undefined(const char* what, Site site) {
 }  // namespace shrank::emulator
 
 using shrank::emulator::plain_access;
+using shrank::emulator::plain_range;
 using shrank::emulator::undefined;
 
 extern "C" {
@@ -126,12 +135,8 @@ SHRANK_ACCESS(4)
 SHRANK_ACCESS(8)
 SHRANK_ACCESS(16)
 #undef SHRANK_ACCESS
-void __tsan_read_range(void* address, std::size_t bytes) {
-  plain_access(address, static_cast<int>(bytes), false, SHRANK_SITE);
-}
-void __tsan_write_range(void* address, std::size_t bytes) {
-  plain_access(address, static_cast<int>(bytes), true, SHRANK_SITE);
-}
+void __tsan_read_range(void* address, std::size_t bytes) { plain_range(address, bytes, false, SHRANK_SITE); }
+void __tsan_write_range(void* address, std::size_t bytes) { plain_range(address, bytes, true, SHRANK_SITE); }
 void __tsan_vptr_update(void*, void*) {}
 void __tsan_vptr_read(void*) {}
 void __tsan_func_entry(void*) {}

@@ -82,7 +82,8 @@ void problem(const std::string& kind, const char* doing, Site site, const std::s
   const auto same = [&](const Problem& p) { return p.kind == kind && p.site == site && p.other == other; };
   if (problems.size() >= kMostProblems || std::any_of(problems.begin(), problems.end(), same)) return;
   std::string where = "block " + std::to_string(world.block.x) + "," + std::to_string(world.block.y);
-  if (world.running) where += " thread " + std::to_string(world.running->number);
+  const Thread* const thread = world.blamed ? world.blamed : world.running;
+  if (thread) where += " thread " + std::to_string(thread->number);
   problems.push_back({kind, doing, detail, other_did, site, other, where});
 }
 

@@ -17,15 +17,15 @@ struct Cell {
   Site write_site = nullptr, read_site = nullptr;
 };
 
-struct Reader {
-  uint32_t clock = 0;  // 0: nobody
-  int16_t thread = 0;
+// The lanes of a warp that read at the newest of their times; between two barriers all lanes have one time.
+struct Readers {
+  uint32_t clock = 0, lanes = 0;
 };
 
 alignas(1024) unsigned char memory[kMaxShared];
 std::size_t total_bytes;
 std::vector<Cell> cells;
-std::vector<Reader> readers;  // of each cell, the last of each warp
+std::vector<Readers> readers;  // of each cell, by warp
 
 template <typename Visit> void for_cells(uint32_t address, int bytes, const Visit& visit) {
   const std::size_t first = (address - kSharedBase) / kGranule, last = (address - kSharedBase + bytes - 1) / kGranule;
@@ -36,7 +36,7 @@ std::string place(std::size_t offset) { return "shared offset " + std::to_string
 
 std::string by(int thread) { return "by thread " + std::to_string(thread); }
 
-void check_overwrite(int thread, Cell& cell, Reader* of, std::size_t offset, const char* doing, Site site) {
+void check_overwrite(int thread, Cell& cell, Readers* of, std::size_t offset, const char* doing, Site site) {
   if (cell.content == Content::in_flight) {
     problem("write over a copy in flight", doing, site, place(offset), cell.write_site,
             ("copied " + by(cell.writer)).c_str());
@@ -45,12 +45,13 @@ void check_overwrite(int thread, Cell& cell, Reader* of, std::size_t offset, con
             ("written " + by(cell.writer)).c_str());
   }
   for (int warp = 0; warp < world.warps(); ++warp) {
-    Reader& reader = of[warp];
-    if (reader.clock && reader.thread != thread && !happened_before(reader.thread, reader.clock, thread)) {
+    for (uint32_t lanes = of[warp].lanes; lanes; lanes &= lanes - 1) {
+      const int reader = warp * kWarp + __builtin_ctz(lanes);
+      if (reader == thread || happened_before(reader, of[warp].clock, thread)) continue;
       problem("race: write after unordered read", doing, site, place(offset), cell.read_site,
-              ("read " + by(reader.thread)).c_str());
+              ("read " + by(reader)).c_str());
     }
-    reader.clock = 0;
+    of[warp] = {};
   }
 }
 
@@ -85,7 +86,7 @@ void check_shared(uint32_t address, int bytes, const char* doing, Site site) {
 
 void read_shared(int thread, uint32_t address, int bytes, const char* doing, Site site) {
   check_shared(address, bytes, doing, site);
-  for_cells(address, bytes, [&](Cell& cell, Reader* of, std::size_t offset) {
+  for_cells(address, bytes, [&](Cell& cell, Readers* of, std::size_t offset) {
     if (cell.content == Content::in_flight) {
       problem("read of a copy in flight", doing, site, place(offset), cell.write_site,
               ("copied " + by(cell.writer)).c_str());
@@ -95,14 +96,16 @@ void read_shared(int thread, uint32_t address, int bytes, const char* doing, Sit
       problem("race: read after unordered write", doing, site, place(offset), cell.write_site,
               ("written " + by(cell.writer)).c_str());
     }
-    of[thread / kWarp] = {clock_of(thread), static_cast<int16_t>(thread)};
+    Readers& known = of[thread / kWarp];
+    if (known.clock != clock_of(thread)) known = {clock_of(thread), 0};
+    known.lanes |= 1u << thread % kWarp;
     cell.read_site = site;
   });
 }
 
 void write_shared(int thread, uint32_t address, int bytes, const char* doing, Site site) {
   check_shared(address, bytes, doing, site);
-  for_cells(address, bytes, [&](Cell& cell, Reader* of, std::size_t offset) {
+  for_cells(address, bytes, [&](Cell& cell, Readers* of, std::size_t offset) {
     check_overwrite(thread, cell, of, offset, doing, site);
     mark(thread, cell, Content::present, site);
   });
@@ -110,14 +113,14 @@ void write_shared(int thread, uint32_t address, int bytes, const char* doing, Si
 
 void begin_copy(int thread, uint32_t address, int bytes, const char* doing, Site site) {
   check_shared(address, bytes, doing, site);
-  for_cells(address, bytes, [&](Cell& cell, Reader* of, std::size_t offset) {
+  for_cells(address, bytes, [&](Cell& cell, Readers* of, std::size_t offset) {
     check_overwrite(thread, cell, of, offset, doing, site);
     mark(thread, cell, Content::in_flight, site);
   });
 }
 
 void end_copy(int thread, uint32_t address, int bytes, Site site) {
-  for_cells(address, bytes, [&](Cell& cell, Reader*, std::size_t) { mark(thread, cell, Content::present, site); });
+  for_cells(address, bytes, [&](Cell& cell, Readers*, std::size_t) { mark(thread, cell, Content::present, site); });
 }
 
 Writer last_writer(uint32_t address) {

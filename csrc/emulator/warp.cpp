@@ -25,6 +25,11 @@ Barrier block_barrier;
 
 int first_of_warp() { return world.running->warp * kWarp; }
 
+uint32_t lanes_of_warp() {
+  const int count = static_cast<int>(world.threads.size()) - first_of_warp();
+  return count < kWarp ? (1u << count) - 1 : 0xffffffffu;
+}
+
 }  // namespace
 
 void reset_meetings() {
@@ -35,8 +40,9 @@ void reset_meetings() {
 void rendezvous(const char* doing, uint32_t lanes, void* arguments, Site site, void (*execute)(void** arguments)) {
   const Thread& thread = *world.running;
   Meeting& meeting = meetings[thread.warp];
-  const int in_warp = static_cast<int>(world.threads.size()) - first_of_warp();
-  if (in_warp < kWarp) lanes &= (1u << in_warp) - 1;
+  if (lanes & ~lanes_of_warp()) {
+    fatal("warp instruction in a part of a warp", doing, site, "the block's last warp has fewer lanes");
+  }
   if (!meeting.arrived) {
     meeting.doing = doing;
     meeting.site = site;
@@ -75,13 +81,11 @@ void sync_threads() {
 
 void sync_warp(uint32_t lanes) {
   static uint32_t met;
-  met = lanes;
-  rendezvous("sync_warp", lanes, nullptr, SHRANK_SITE, [](void**) {
+  met = lanes & lanes_of_warp();
+  rendezvous("sync_warp", met, nullptr, SHRANK_SITE, [](void**) {
     std::vector<int> threads;
-    for (int lane = 0; lane < kWarp; ++lane) {
-      const int thread = first_of_warp() + lane;
-      if ((met >> lane & 1) && thread < static_cast<int>(world.threads.size())) threads.push_back(thread);
-    }
+    for (int lane = 0; lane < kWarp; ++lane)
+      if (met >> lane & 1) threads.push_back(first_of_warp() + lane);
     meet(threads);
   });
 }
@@ -95,6 +99,7 @@ void load_matrices(uint32_t (&fragment)[4], uint32_t row, bool transposed) {
     bool transposed;
     Site site;
   } mine{fragment, row, transposed, SHRANK_SITE};
+  check_shared(row, 16, "load_matrices", mine.site);  // by the lane whose address it is
   rendezvous("load_matrices", 0xffffffffu, &mine, mine.site, [](void** lanes) {
     uint16_t rows[kWarp][8];
     uint32_t addresses[kWarp];
@@ -102,9 +107,11 @@ void load_matrices(uint32_t (&fragment)[4], uint32_t row, bool transposed) {
     for (int lane = 0; lane < kWarp; ++lane) {
       const auto& own = *static_cast<Arguments*>(lanes[lane]);
       addresses[lane] = own.row;
+      world.blamed = &world.threads[first_of_warp() + lane];
       read_shared(first_of_warp() + lane, own.row, 16, "load_matrices", own.site);
       std::memcpy(rows[lane], shared_at(own.row), 16);
     }
+    world.blamed = nullptr;
     count_conflicts(addresses, 0xffffffffu, 16);
     for (int lane = 0; lane < kWarp; ++lane) {
       const auto& own = *static_cast<Arguments*>(lanes[lane]);

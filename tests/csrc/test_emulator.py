@@ -41,6 +41,12 @@ MISTAKES = {  # kernel: the kind of the report, and the instruction in it
     "reads_the_output": ("read of uninitialised global memory", "load"),
     "one_place_two_threads": ("race: write after unordered write", "store"),
     "register_array_overrun": ("undefined behaviour", "out_of_bounds"),
+    "register_array_overrun_far": ("undefined behaviour", "out_of_bounds"),
+    "divides_by_zero": ("undefined behaviour", "divrem_overflow"),
+    "writes_the_host": ("global memory out of bounds", "store"),
+    "read_by_two_lanes": ("race: ", "_shared"),  # as no_barrier
+    "one_lane_past_shared": ("shared memory out of bounds", "load_matrices"),
+    "half_a_warp": ("warp instruction in a part of a warp", "multiply_add"),
     "two_blocks_one_place": ("two blocks write one place", "store"),
     "before_the_grid_before": ("access before grid_dependency_wait", "load"),
     "never_waits_for_the_grid_before": ("access before grid_dependency_wait", "load"),
@@ -70,7 +76,7 @@ def neighbours(numbers: torch.Tensor, of: int) -> torch.Tensor:
 
 
 def test_every_kernel_is_tested(dev) -> None:
-    clean = {"through_shared", "within_a_warp", "by_copies", "copy_of_nothing_is_zero"}
+    clean = {"through_shared", "within_a_warp", "by_copies", "copy_of_nothing_is_zero", "copies_an_odd_struct"}
     assert set(dev.emulator.MICRO) == clean | set(MISTAKES) | set(REFUSED) | set(CONFLICTS)
     marked = set(re.findall(r"// BUG (\w+)$", SOURCE.read_text(), re.MULTILINE))
     assert marked == set(MISTAKES)
@@ -115,6 +121,16 @@ def test_a_copy_of_no_bytes_writes_zeros(dev) -> None:
     assert result.problems == [] and (output[:256] == 0).all()
 
 
+def test_a_struct_that_is_no_power_of_two_may_be_copied(dev) -> None:
+    result, numbers, output = micro(dev, "copies_an_odd_struct")
+    assert result.problems == [] and torch.equal(output[:192], numbers[:192]) and (output[192:] == -1).all()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_report_of_a_warp_names_the_lane_at_fault(dev, seed) -> None:
+    assert "| block 0,0 thread 37 |" in micro(dev, "one_lane_past_shared", seed)[0].problems[0]
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_launch_that_no_gpu_would_take_is_refused(dev, name) -> None:
     assert micro(dev, name)[0].problems == [f"launch refused | kernel {name} | {REFUSED[name]}"]
@@ -128,7 +144,7 @@ def test_bank_conflicts_are_counted(dev, name, seed) -> None:
 
 
 def test_the_emulator_is_as_good_as_new_after_a_failure(dev) -> None:
-    for name in ("skipped_barrier", "past_shared", "divergent_lanes", "register_array_overrun"):
+    for name in ("skipped_barrier", "past_shared", "divergent_lanes", "register_array_overrun_far", "divides_by_zero"):
         assert micro(dev, name)[0].problems
         assert micro(dev, "through_shared")[0].problems == []
 

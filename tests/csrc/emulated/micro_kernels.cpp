@@ -4,7 +4,7 @@
 #include <map>
 #include <stdexcept>
 
-#include "micro_kernels.cuh"
+#include "micro_banks.cuh"
 
 namespace shrank::micro {
 namespace {
@@ -35,6 +35,9 @@ std::map<std::string, Run> kernels() {
       SHRANK_KERNEL(misaligned_shared), SHRANK_KERNEL(past_the_input), SHRANK_KERNEL(one_past_the_output),
       SHRANK_KERNEL(copy_past_the_input), SHRANK_KERNEL(misaligned_global), SHRANK_KERNEL(writes_the_input),
       SHRANK_KERNEL(reads_the_output), SHRANK_KERNEL(one_place_two_threads), SHRANK_KERNEL(register_array_overrun),
+      SHRANK_KERNEL(register_array_overrun_far), SHRANK_KERNEL(divides_by_zero), SHRANK_KERNEL(writes_the_host),
+      SHRANK_KERNEL(read_by_two_lanes), SHRANK_KERNEL(one_lane_past_shared), SHRANK_KERNEL(copies_an_odd_struct),
+      SHRANK_KERNEL(half_a_warp),
       SHRANK_KERNEL(two_blocks_one_place), SHRANK_KERNEL(before_the_grid_before),
       SHRANK_KERNEL(never_waits_for_the_grid_before), SHRANK_KERNEL(too_much_shared), SHRANK_KERNEL(too_many_threads),
       SHRANK_KERNEL(matrix_rows_in_one_bank_group), SHRANK_KERNEL(matrix_rows_side_by_side),

@@ -235,6 +235,53 @@ SHRANK_MICRO(register_array_overrun) {
   p.output[me()] = registers[4 + me() * 0];  // BUG register_array_overrun
 }
 
+SHRANK_MICRO(register_array_overrun_far) {
+  uint32_t registers[4] = {};
+  for (int i = 0; i < 200000; i++) registers[i] = 1;  // BUG register_array_overrun_far
+  p.output[me()] = registers[0];
+}
+
+SHRANK_MICRO(divides_by_zero) {
+  p.output[me()] = static_cast<uint32_t>(5 / (me() - me()));  // BUG divides_by_zero
+}
+
+SHRANK_MICRO(writes_the_host) {
+  [[maybe_unused]] static uint32_t of_the_host;
+  of_the_host = 1;  // BUG writes_the_host
+}
+
+// The other lane's read is not forgotten for the later one of the lane that writes.
+SHRANK_MICRO(read_by_two_lanes) {
+  if (me() < 4) arch::store_shared(arch::dynamic_shared() + me() * 4, 0u);
+  arch::sync_threads();
+  if (me() >= 2) return;
+  arch::load_shared_words(chunk(0));
+  if (me() == 1) arch::store_shared(chunk(0), 1u);  // BUG read_by_two_lanes
+}
+
+SHRANK_MICRO(one_lane_past_shared) {
+  uint32_t fragment[4];
+  put(chunk(me()), mine(p));
+  arch::sync_threads();
+  arch::load_matrices(fragment, chunk(me() == 37 ? kSharedBytes / 16 : me()));  // BUG one_lane_past_shared
+}
+
+struct Odd { uint32_t word[3]; };
+
+SHRANK_MICRO(copies_an_odd_struct) {
+  reinterpret_cast<Odd*>(p.output)[me()] = reinterpret_cast<const Odd*>(p.input)[me()];
+}
+
+struct half_a_warp : Micro {
+  static constexpr int kThreads = 48;
+  static void run(const Params& p) {
+    float sum[4] = {};
+    const uint32_t a[4] = {};
+    arch::multiply_add<arch::bfloat16>(sum, a, 0, 0);  // BUG half_a_warp
+    p.output[me()] = static_cast<uint32_t>(sum[0]);
+  }
+};
+
 struct two_blocks_one_place : Micro {
   static constexpr int kBlocks = 2;
   static void run(const Params& p) {
@@ -264,37 +311,5 @@ struct too_many_threads : Micro {
   static constexpr int kThreads = 1056;
   static void run(const Params&) {}
 };
-
-// ---- banks: each by one warp of the two, so that conflicts can be counted by hand
-
-SHRANK_MICRO(matrix_rows_in_one_bank_group) {
-  uint32_t fragment[4];
-  if (me() >= 32) return;
-  for (int i = 0; i < 4; i++) arch::store_shared(arch::dynamic_shared() + me() * 128 + i * 4, 0u);
-  arch::sync_warp();
-  arch::load_matrices(fragment, arch::dynamic_shared() + me() * 128);
-}
-
-SHRANK_MICRO(matrix_rows_side_by_side) {
-  uint32_t fragment[4];
-  if (me() >= 32) return;
-  for (int i = 0; i < 4; i++) arch::store_shared(arch::dynamic_shared() + i * 128 + me() * 4, 0u);
-  arch::sync_warp();
-  arch::load_matrices(fragment, chunk(me()));
-}
-
-SHRANK_MICRO(pairs_side_by_side) {
-  if (me() < 32) arch::store_shared(arch::dynamic_shared() + me() * 8, arch::Pack<float, 2>{{1, 2}});
-}
-
-SHRANK_MICRO(pairs_with_gaps) {
-  if (me() < 32) arch::store_shared(arch::dynamic_shared() + me() * 16, arch::Pack<float, 2>{{1, 2}});
-}
-
-SHRANK_MICRO(copies_into_one_bank_group) {
-  if (me() < 32) arch::copy_async(arch::dynamic_shared() + me() * 128, p.input, 16);
-  arch::copy_async_commit();
-  arch::copy_async_wait<0>();
-}
 
 }  // namespace shrank::micro
