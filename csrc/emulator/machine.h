@@ -53,7 +53,6 @@ struct World {
   std::vector<uint32_t> ready;  // lanes of each warp that can go on
   int alive = 0;
   bool aborted = false;
-  bool any_awaited = false;
   uint64_t random = 0;
   Counts counts;
 
@@ -76,7 +75,6 @@ void problem(const std::string& kind, const char* doing, Site site, const std::s
              const char* other_did = "");
 [[noreturn]] void fatal(const std::string& kind, const char* doing, Site site, const std::string& detail);
 void clear_problems();
-bool has_problems();
 std::vector<std::string> take_problems();
 
 // ---- order of events (clocks.cpp): a vector clock for each thread

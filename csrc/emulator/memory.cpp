@@ -80,7 +80,7 @@ void copy_async_wait(int pending) {
   }
 }
 
-void grid_dependency_wait() { world.running->awaited = world.any_awaited = true; }
+void grid_dependency_wait() { world.running->awaited = true; }
 void grid_dependency_launch() {}
 
 namespace {

@@ -75,7 +75,6 @@ std::string in_words(const Problem& p, std::map<Site, std::string>& lines) {
 }  // namespace
 
 void clear_problems() { problems.clear(); }
-bool has_problems() { return !problems.empty(); }
 
 void problem(const std::string& kind, const char* doing, Site site, const std::string& detail, Site other,
              const char* other_did) {
