@@ -33,6 +33,16 @@ SHRANK_DEVICE void store_shared(SharedAddress address, const Pack<float, 2>& val
 #endif
 }
 
+SHRANK_DEVICE void store_shared(SharedAddress address, const Pack<uint32_t, 4>& value) {
+#ifdef __CUDACC__
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
+               ::"r"(address), "r"(value.item[0]), "r"(value.item[1]), "r"(value.item[2]), "r"(value.item[3])
+               : "memory");
+#else
+  emulator::store_shared(address, &value, sizeof value);
+#endif
+}
+
 SHRANK_DEVICE Pack<float, 4> load_shared_floats(SharedAddress address) {
   Pack<float, 4> value;
 #ifdef __CUDACC__
@@ -62,6 +72,16 @@ SHRANK_DEVICE Pack<uint32_t, 4> load_shared_words(SharedAddress address) {
 SHRANK_DEVICE void copy_async(SharedAddress to, const void* from, int valid) {
 #ifdef __CUDACC__
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(valid) : "memory");
+#else
+  emulator::copy_async(to, from, valid);
+#endif
+}
+
+// The same for bytes that the SM will ask for again: they may stay in its L1.
+SHRANK_DEVICE void copy_async_reused(SharedAddress to, const void* from, int valid) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;"
                ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(valid) : "memory");
 #else
   emulator::copy_async(to, from, valid);

@@ -9,6 +9,7 @@
 #include "../select/explain.h"
 #include "../select/select.h"
 #include "conformance.h"
+#include "conv.h"
 #include "emulator.h"
 #include "hopper.h"
 #include "linear.h"
@@ -127,9 +128,12 @@ void bind_select(py::module_ m) {
 }  // namespace shrank
 
 PYBIND11_MODULE(shrank_dev, m) {
-  shrank::bind_select(m.def_submodule("select", "(Problem, Device) -> kernel"));
+  py::module_ select = m.def_submodule("select", "(Problem, Device) -> kernel");
+  shrank::bind_select(select);
+  shrank::bind_select_conv(select);
   shrank::bind_emulator(m.def_submodule("emulator", "kernels on a CPU, watched"));
   shrank::bind_linear(m.def_submodule("linear", "the matrix kernels in the emulator"));
+  shrank::bind_conv(m.def_submodule("conv", "the convolution kernels in the emulator"));
   shrank::bind_hopper(m.def_submodule("hopper", "kernels for sm_90a in the emulator"));
   shrank::bind_conformance(m.def_submodule("conformance", "every instruction of csrc/arch in the emulator"));
 }

@@ -24,7 +24,9 @@ template <typename Visit> void for_each_case(const Visit& visit) {
   visit("load_store<float, 2>", LoadStore<float, 2>{});
   visit("load_shared_words", LoadSharedWords{});
   visit("load_shared_floats", LoadSharedFloats{});
-  visit("copy_async", CopyAsync{});
+  visit("store_shared_words", StoreSharedWords{});
+  visit("copy_async", CopyAsync<false>{});
+  visit("copy_async_reused", CopyAsync<true>{});
   visit("sync_threads", SyncThreads{});
   visit("grid_dependency", GridDependency{});
   visit("position", Positions{});

@@ -41,21 +41,37 @@ struct LoadSharedFloats : Case<Inputs::bits, kWarp, kWarpWords, kWarpWords, kWar
   }
 };
 
+struct StoreSharedWords : Case<Inputs::bits, kWarp, kWarpWords, kWarpWords, kWarpBytes> {
+  SHRANK_DEVICE static void run(const Params& params) {
+    const int thread = arch::thread_index();
+    arch::store_shared(arch::dynamic_shared() + thread * 16,
+                       arch::load<uint32_t, 4>(words_in(params) + thread * kChunkWords));
+    arch::sync_warp();
+    arch::store(words_out(params) + thread * kChunkWords,
+                arch::load_shared_words(arch::dynamic_shared() + (kWarp - 1 - thread) * 16));
+  }
+};
+
 // Two groups of a chunk each. In both, odd threads pass 0 valid bytes and an address that cannot be read.
-struct CopyAsync : Case<Inputs::bits, kWarp, 2 * kWarpWords, 2 * kWarpWords, 2 * kWarpBytes> {
+template <bool REUSED> struct CopyAsync : Case<Inputs::bits, kWarp, 2 * kWarpWords, 2 * kWarpWords, 2 * kWarpBytes> {
   SHRANK_DEVICE static void run(const Params& params) {
     const int thread = arch::thread_index();
     const arch::SharedAddress first = arch::dynamic_shared() + thread * 16, second = first + kWarpBytes;
     const uint32_t* from = thread % 2 ? nullptr : words_in(params) + thread * kChunkWords;
     const int valid = thread % 2 ? 0 : 16;
-    arch::copy_async(first, from, valid);
+    copy(first, from, valid);
     arch::copy_async_commit();
-    arch::copy_async(second, from ? from + kWarpWords : nullptr, valid);
+    copy(second, from ? from + kWarpWords : nullptr, valid);
     arch::copy_async_commit();
     arch::copy_async_wait<1>();
     arch::store(words_out(params) + thread * kChunkWords, arch::load_shared_words(first));
     arch::copy_async_wait<0>();
     arch::store(words_out(params) + kWarpWords + thread * kChunkWords, arch::load_shared_words(second));
+  }
+
+  SHRANK_DEVICE static void copy(arch::SharedAddress to, const void* from, int valid) {
+    if constexpr (REUSED) arch::copy_async_reused(to, from, valid);
+    else arch::copy_async(to, from, valid);
   }
 };
 

@@ -2,6 +2,8 @@
 // sums on their way to global memory.
 #pragma once
 
+#include <climits>
+
 #include "../arch/matrix.cuh"
 #include "../arch/position.cuh"
 #include "../arch/sync.cuh"
@@ -32,9 +34,10 @@ SHRANK_DEVICE SharedAddress chunk_at(SharedAddress panel, int row, int chunk) {
   return panel + row * kPanelRow + ((chunk ^ (row % kPanelChunks)) * 16);
 }
 
-// Starts to copy rows [row, row + Rows) and columns [column, column + 64) into a panel; what lies outside is zero.
+// Starts to copy rows [row, row + Rows) and columns [column, column + 64) into a panel; what lies outside of the matrix
+// or before row `begin` of it is zero.
 template <int Rows, int Threads, typename T>
-SHRANK_DEVICE void load_panel(SharedAddress panel, const Matrix<T>& from, int64_t row, int column) {
+SHRANK_DEVICE void load_panel(SharedAddress panel, const Matrix<T>& from, int64_t row, int column, int64_t begin = 0) {
   constexpr int kRowsAtOnce = Threads / kPanelChunks;
   static_assert(Rows % kRowsAtOnce == 0);
   const int first = arch::thread_index() / kPanelChunks, chunk = arch::thread_index() % kPanelChunks;
@@ -42,7 +45,7 @@ SHRANK_DEVICE void load_panel(SharedAddress panel, const Matrix<T>& from, int64_
   const T* source = from.data + (row + first) * from.columns + column + chunk * kChunk;
 #pragma unroll 4
   for (int i = 0; i < Rows; i += kRowsAtOnce) {
-    const bool inside = in_columns && row + first + i < from.rows;
+    const bool inside = in_columns && row + first + i < from.rows && row + first + i >= begin;
     arch::copy_async(chunk_at(panel, first + i, chunk), inside ? source : from.data, inside ? 16 : 0);
     source += static_cast<int64_t>(kRowsAtOnce) * from.columns;
   }
@@ -83,10 +86,12 @@ template <int FragmentsM, int FragmentsN> struct Sums {
   float item[FragmentsM][FragmentsN][4] = {};
 };
 
-// sums += a b^T over 16 `steps` columns of two panels; the warp's rows of a begin at a_row, those of b at b_row.
+// sums += a b^T over 16 `steps` columns of two panels; the warp's rows of a begin at a_row, those of b at b_row. Of b,
+// only rows [begin, end) of the panel differ from zero.
 template <typename T, int FragmentsM, int FragmentsN>
 SHRANK_DEVICE void multiply_panels(Sums<FragmentsM, FragmentsN>& sums, SharedAddress a_panel, int a_row,
-                                   SharedAddress b_panel, int b_row, int steps = kPanel / 16) {
+                                   SharedAddress b_panel, int b_row, int steps = kPanel / 16, int begin = 0,
+                                   int end = INT_MAX) {
   const int lane = arch::lane_index();
   const int a_lane_row = lane % 16, a_lane_chunk = lane / 16;                         // matrices: rows, then columns
   const int b_lane_row = lane % 8 + lane / 16 * 8, b_lane_chunk = lane / 8 % 2;       // matrices: columns, then rows
@@ -99,6 +104,7 @@ SHRANK_DEVICE void multiply_panels(Sums<FragmentsM, FragmentsN>& sums, SharedAdd
       arch::load_matrices(a[m], chunk_at(a_panel, a_row + m * 16 + a_lane_row, step * 2 + a_lane_chunk));
 #pragma unroll
     for (int n = 0; n < FragmentsN; n += 2) {
+      if (b_row + n * 8 + 16 <= begin || b_row + n * 8 >= end) continue;
       uint32_t b[4];
       arch::load_matrices(b, chunk_at(b_panel, b_row + n * 8 + b_lane_row, step * 2 + b_lane_chunk));
 #pragma unroll
@@ -129,6 +135,17 @@ SHRANK_DEVICE void round_into_panels(SharedAddress panels, int panel_bytes, cons
   }
 }
 
+// 8 neighbouring fp32 numbers in two accesses, of which `half` comes first.
+SHRANK_DEVICE void load_eight(float (&values)[kChunk], SharedAddress at, int half) {
+  const arch::Pack<float, 4> first = arch::load_shared_floats(at + half * 16);
+  const arch::Pack<float, 4> second = arch::load_shared_floats(at + (1 - half) * 16);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    values[i] = half ? second.item[i] : first.item[i];
+    values[i + 4] = half ? first.item[i] : second.item[i];
+  }
+}
+
 // Rows and columns change hands: from the fragments of multiply_add to 8 neighbouring columns a lane, which is one
 // access of 16 bytes when they are rounded. 16 rows of the warp at a time pass through its part of shared memory, in
 // fp32; a row's pieces of 8 columns are permuted by the row, and halves of pieces are read in an order of the lane's,
@@ -154,15 +171,8 @@ SHRANK_DEVICE void for_each_chunk(SharedAddress staging, const Sums<FragmentsM, 
     const int piece = lane % FragmentsN, half = lane / 4 % 2;
 #pragma unroll 1
     for (int row = lane / FragmentsN; row < 16; row += kRowsAtOnce) {
-      const SharedAddress at = piece_at(row, piece);
-      const arch::Pack<float, 4> first = arch::load_shared_floats(at + half * 16);
-      const arch::Pack<float, 4> second = arch::load_shared_floats(at + (1 - half) * 16);
       float values[kChunk];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        values[i] = half ? second.item[i] : first.item[i];
-        values[i + 4] = half ? first.item[i] : second.item[i];
-      }
+      load_eight(values, piece_at(row, piece), half);
       visit(m * 16 + row, piece * kChunk, values);
     }
   }

@@ -37,11 +37,12 @@ struct LinearTile {
   }
   constexpr int up_stages() const { return 3; }
 
+  constexpr int up_bytes() const { return up_stages() * up_stage_bytes() + staging_bytes(); }
+
   // Panels of x and down, then in the same place panels of up and the staged sums.
   constexpr int shared_bytes() const {
     const int down = holds_h() ? down_stages() * down_stage_bytes() : 0;
-    const int up = up_stages() * up_stage_bytes() + staging_bytes();
-    return h_bytes() + (down > up ? down : up);
+    return h_bytes() + (down > up_bytes() ? down : up_bytes());
   }
 
   constexpr bool operator==(const LinearTile& other) const {

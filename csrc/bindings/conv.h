@@ -1,0 +1,10 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace shrank {
+
+void bind_conv(pybind11::module_ m);
+void bind_select_conv(pybind11::module_ m);  // into the module `select`
+
+}  // namespace shrank

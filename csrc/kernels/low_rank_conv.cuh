@@ -1,0 +1,61 @@
+// y = activation(h up^T + bias) + residual with h the convolution of x with the filters in down, on tensor cores: the
+// windows of x are the rows of a matrix that is never written. Either stage may have groups.
+#pragma once
+
+#include "expand.cuh"
+#include "gather.cuh"
+
+namespace shrank {
+
+template <typename T, Gather HOW, int BLOCK_M, int MAX_RANK> struct LowRankConv {
+  using Params = LowRankConvParams;
+  using Block = shrank::Block<T, BLOCK_M, MAX_RANK, Params, true>;
+  static constexpr ConvTile kTile{HOW, {BLOCK_M, MAX_RANK}};
+  static constexpr int kThreads = Block::kThreads, kSharedBytes = kTile.shared_bytes(), kOrigins = kTile.origins();
+  using DownSums = Sums<Block::kFragmentsM, MAX_RANK / Block::kWarpsN / 8>;
+  using DownPipeline = Pipeline<kTile.tile.down_stages(), kTile.tile.down_stage_bytes()>;
+
+  SHRANK_DEVICE static void run(const Params& params) {
+    const Block block = Block::here(params);
+    if (block.is_idle()) return;
+    const SharedAddress origins = arch::dynamic_shared() + kOrigins;
+    find_origins<BLOCK_M, kThreads>(origins, params.window, block.row, params.M);
+    arch::sync_threads();
+    arch::grid_dependency_wait();
+    DownSums h;
+    contract(block, origins, h);
+    arch::sync_threads();  // all are done with the panels of x and down: those of up take their place
+    block.expand([&] {
+      round_into_panels<T>(block.h_panels, Block::kPanelBytes, h, block.warp_row * DownSums::kRows,
+                           block.warp_column * DownSums::kColumns);
+      if (params.h && block.share == 0) block.save_h();
+    });
+  }
+
+  // This warp's part of h: the columns of one group of the first stage after the other.
+  SHRANK_DEVICE static void contract(const Block& block, SharedAddress origins, DownSums& h) {
+    const Params& params = block.params;
+    const int steps = ceil_div(params.K, kPanel), columns = params.R / params.segments;  // of a segment
+    const T* const down = static_cast<const T*>(params.down) + static_cast<int64_t>(block.group) * params.R * params.K;
+    Windows<T, HOW, BLOCK_M, kThreads> windows{params, origins};
+    int next = 0, segment = 0;
+    const auto load = [&](int, SharedAddress slot) {
+      const int begin = segment * columns, group = (block.group * params.R + begin) / params.down_rank;
+      if (next == 0) windows.restart();
+      windows.load(slot, group * params.group_channels);
+      windows.template load_down<MAX_RANK>(slot + Block::kPanelBytes, {down, begin + columns, params.K}, next * kPanel,
+                                           begin);
+      if (++next == steps) next = 0, segment++;
+    };
+    const DownPipeline panels{block.slots, steps * params.segments};
+    panels.start(load);
+    for (int step = 0; step < panels.steps; step++) {
+      const SharedAddress slot = panels.advance(step, load);
+      const int begin = step / steps * columns;
+      multiply_panels<T>(h, slot, block.warp_row * DownSums::kRows, slot + Block::kPanelBytes,
+                         block.warp_column * DownSums::kColumns, kPanel / 16, begin, begin + columns);
+    }
+  }
+};
+
+}  // namespace shrank

@@ -1,0 +1,3 @@
+#include "low_rank_conv_launch.cuh"
+
+template void shrank::launch_conv<shrank::arch::bfloat16>(const LowRankConvParams&, const ConvGrid&, bool, void*);

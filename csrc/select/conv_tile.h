@@ -1,0 +1,56 @@
+// The shapes in which the convolution kernels are compiled: what select may choose, what kernels/low_rank_conv.cuh and
+// depthwise.cuh take.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string_view>
+
+#include "linear_tile.h"
+
+namespace shrank {
+
+// How the first stage reads x.
+enum class Gather {
+  chunks,     // 8 channels at a time, in the background, for the tensor cores
+  numbers,    // one by one, for the tensor cores: any number of channels
+  depthwise,  // a filter for each channel, which the tensor cores cannot help with
+};
+inline constexpr std::array<std::string_view, 3> kGatherNames{"chunks", "numbers", "depthwise"};
+constexpr std::string_view name_of(Gather gather) { return kGatherNames[static_cast<std::size_t>(gather)]; }
+
+struct ConvTile {
+  Gather gather;
+  LinearTile tile;  // that holds h; of any rank up to 1024, where it is depthwise
+
+  // A filter's taps for 64 channels, in fp32, where panels of up come later.
+  static constexpr int kMostTaps = 256;
+
+  // Where each row's window begins, 16 bytes, behind all else.
+  constexpr int origins() const {
+    return gather == Gather::depthwise ? tile.h_bytes() + tile.up_bytes() : tile.shared_bytes();
+  }
+  constexpr int shared_bytes() const { return origins() + tile.block_m * 16; }
+
+  constexpr bool operator==(const ConvTile& other) const { return gather == other.gather && tile == other.tile; }
+};
+
+inline constexpr std::array<ConvTile, 21> kConvTiles{{
+    {Gather::chunks, {32, 64}}, {Gather::chunks, {32, 128}}, {Gather::chunks, {32, 256}},
+    {Gather::chunks, {64, 32}}, {Gather::chunks, {64, 64}}, {Gather::chunks, {64, 96}}, {Gather::chunks, {64, 128}},
+    {Gather::chunks, {64, 256}},
+    {Gather::chunks, {128, 32}}, {Gather::chunks, {128, 64}}, {Gather::chunks, {128, 96}}, {Gather::chunks, {128, 128}},
+    {Gather::numbers, {64, 64}}, {Gather::numbers, {64, 128}}, {Gather::numbers, {64, 256}},
+    {Gather::depthwise, {32, 256}}, {Gather::depthwise, {32, 512}}, {Gather::depthwise, {32, 1024}},
+    {Gather::depthwise, {64, 256}}, {Gather::depthwise, {64, 512}}, {Gather::depthwise, {64, 1024}},
+}};
+
+// How a tile covers a problem: blocks_m blocks of pixels by blocks_n for each group of the second stage, which compute
+// the same h and take one run of column tiles each.
+struct ConvGrid {
+  ConvTile tile{};
+  int64_t blocks_m = 0;
+  int blocks_n = 0;
+};
+
+}  // namespace shrank
