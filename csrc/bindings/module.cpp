@@ -66,10 +66,10 @@ void bind_select(py::module_ m) {
       .def_readonly("source", &Device::source)
       .def("__repr__", [](const Device& d) { return "Device(" + std::string(d.name) + ")"; });
 
-  py::class_<Candidate>(m, "Candidate")
-      .def_property_readonly("kernel", [](const Candidate& c) { return name_of(c.kernel); })
-      .def_readonly("why_not", &Candidate::why_not)
-      .def_readonly("microseconds", &Candidate::microseconds);
+  py::class_<Candidate<Kernel>>(m, "Candidate")
+      .def_property_readonly("kernel", [](const Candidate<Kernel>& c) { return name_of(c.kernel); })
+      .def_readonly("why_not", &Candidate<Kernel>::why_not)
+      .def_readonly("microseconds", &Candidate<Kernel>::microseconds);
 
   py::class_<KernelChoice>(m, "KernelChoice")
       .def_property_readonly("kernel", [](const KernelChoice& c) { return name_of(c.kernel); })

@@ -41,6 +41,18 @@ double pass_us(const Problem& p, const Device& d, int times) {
   return roofline_us(0, static_cast<double>(p.M) * static_cast<double>(p.N) * times, p.dtype, d) + d.node_us;
 }
 
+double torch_tail_us(const Problem& p, const Device& d) {
+  return (p.activation != Activation::none ? pass_us(p, d, 2) : 0) + (p.residual ? pass_us(p, d, 3) : 0);
+}
+
+double epilogue_us(const Problem& p, const Device& d) { return pass_us(p, d, p.residual ? 3 : 2); }
+
+double mma_share(int arch) {
+  if (arch >= 100 && arch < 120) return 0.2;
+  if (arch >= 90 && arch < 100) return 0.6;
+  return 0.85;
+}
+
 double bias_numbers(const Problem& p) { return p.bias ? static_cast<double>(p.N) : 0.0; }
 
 bool has_tail(const Problem& p) { return p.activation != Activation::none || p.residual; }

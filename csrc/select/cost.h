@@ -15,6 +15,12 @@ double gemm_us(double m, double n, double k, double more, Dtype dtype, const Dev
 // An elementwise kernel that reads or writes (M, N) this many times, in DRAM: a y that is still in L2 is faster.
 double pass_us(const Problem& p, const Device& d, int times);
 
+// PyTorch's own: an activation reads and writes y, a residual reads two and writes one.
+double torch_tail_us(const Problem& p, const Device& d);
+
+// Our epilogue kernel: one read, one write, and the residual read; in place, or beside where training keeps both.
+double epilogue_us(const Problem& p, const Device& d);
+
 // The two products of a low-rank layer by cuBLAS; the bias is in the second.
 double two_gemms_us(const Problem& p, const Device& d);
 
@@ -25,5 +31,16 @@ bool has_tail(const Problem& p);
 // 600 and 250 cycles on an A100 or H100, as microbenchmarks report them, and the barrier of a step: assumed.
 inline constexpr double kDramLatencyUs = 0.4;
 inline constexpr double kL2LatencyUs = 0.2;
+
+// What mma.sync reaches of cuBLAS's rate. From sm_90 on, cuBLAS uses wgmma or tcgen05, which mma.sync cannot follow: 60
+// to 65 % is commonly seen on Hopper, far less on sm_100. Assumed, not measured.
+double mma_share(int arch);
+
+// Reads from L2, in bytes/s: what 132 SMs draw at the 790 TFLOP/s measured on an H200, if cuBLAS computes 128x256 tiles
+// in clusters of two there (6.2 TB/s), and what a single SM can draw: 64 bytes a clock, at 1.7 GHz. Assumed for all.
+inline constexpr double kL2PerSm = 6.2e12 / 132, kL2OfOneSm = 64 * 1.7e9;
+
+// What an SM can draw from DRAM when few of them are at work, in shares of an even distribution: assumed.
+inline constexpr double kDrawOfOneSm = 2.0;
 
 }  // namespace shrank

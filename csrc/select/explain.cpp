@@ -95,7 +95,7 @@ std::string json(const KernelChoice& c) {
       .text();
 }
 
-std::string json(const Candidate& c) {
+template <typename Kernel> std::string json(const Candidate<Kernel>& c) {
   Object shown;
   shown.add("kernel", json(name_of(c.kernel))).add("legal", json(c.why_not == nullptr));
   if (c.why_not) shown.add("why_not", json(c.why_not));
@@ -108,13 +108,13 @@ std::string json(const Candidate& c) {
 std::string explain(const Problem& p, const Device& d) {
   const KernelChoice choice = select(p, d);
   auto all = candidates(p, d);  // the decision, then the others that may run, the cheapest first
-  std::stable_sort(all.begin(), all.end(), [&](const Candidate& a, const Candidate& b) {
+  std::stable_sort(all.begin(), all.end(), [&](const auto& a, const auto& b) {
     if (a.kernel == choice.kernel) return b.kernel != choice.kernel;
     if (b.kernel == choice.kernel) return false;
     return !a.why_not && (b.why_not || a.microseconds < b.microseconds);
   });
   std::string listed;
-  for (const Candidate& each : all) listed.append(listed.empty() ? "" : ", ").append(json(each));
+  for (const auto& each : all) listed.append(listed.empty() ? "" : ", ").append(json(each));
   return Object()
       .add("problem", json(p))
       .add("device", json(d))

@@ -10,21 +10,6 @@ namespace {
 constexpr int kMaxRank = 256;  // of an h that a block holds
 constexpr int kMaxBlocksN = 64;
 
-// What mma.sync reaches of cuBLAS's rate. From sm_90 on, cuBLAS uses wgmma or tcgen05, which mma.sync cannot follow: 60
-// to 65 % is commonly seen on Hopper, far less on sm_100. Assumed, not measured.
-double mma_share(int arch) {
-  if (arch >= 100 && arch < 120) return 0.2;
-  if (arch >= 90 && arch < 100) return 0.6;
-  return 0.85;
-}
-
-// Reads from L2, in bytes/s: what 132 SMs draw at the 790 TFLOP/s measured on an H200, if cuBLAS computes 128x256 tiles
-// in clusters of two there (6.2 TB/s), and what a single SM can draw: 64 bytes a clock, at 1.7 GHz. Assumed for all.
-constexpr double kL2PerSm = 6.2e12 / 132, kL2OfOneSm = 64 * 1.7e9;
-
-// What an SM can draw from DRAM when few of them are at work, in shares of an even distribution: assumed.
-constexpr double kDrawOfOneSm = 2.0;
-
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool fits(const LinearTile& tile, const Device& d) { return tile.shared_bytes() <= d.smem_per_block; }

@@ -7,11 +7,6 @@
 namespace shrank {
 namespace {
 
-// PyTorch: an activation reads and writes y, a residual reads two and writes one.
-double torch_tail_us(const Problem& p, const Device& d) {
-  return (p.activation != Activation::none ? pass_us(p, d, 2) : 0) + (p.residual ? pass_us(p, d, 3) : 0);
-}
-
 // ---- the candidates: may it run, and only then what it costs
 
 namespace two_gemms {
@@ -30,10 +25,7 @@ const char* why_not(const Problem& p, const Device&) {
   return has_tail(p) ? nullptr : "no activation and no residual: the second GEMM adds the bias for free";
 }
 
-// One read, one write, and the residual read; in place, or beside the GEMM's output where training keeps that.
-double microseconds(const Problem& p, const Device& d) {
-  return two_gemms_us(p, d) + pass_us(p, d, p.residual ? 3 : 2);
-}
+double microseconds(const Problem& p, const Device& d) { return two_gemms_us(p, d) + epilogue_us(p, d); }
 
 constexpr const char* kReason =
     "activation and residual in one pass over y, in fp32; the bias is free in the second GEMM";
@@ -63,16 +55,8 @@ constexpr const char* kReason = "h by cuBLAS; the second product, bias, activati
 
 }  // namespace gemm_expand
 
-struct Row {
-  Kernel kernel;
-  std::string_view name;
-  const char* (*why_not)(const Problem&, const Device&);
-  double (*microseconds)(const Problem&, const Device&);
-  const char* reason;
-};
-
 // In the order of the enum. At equal cost the earlier wins: it needs no more memory and rounds no more often.
-constexpr std::array<Row, kKernelCount> kRows{{
+constexpr std::array<Way<Kernel, Problem>, kKernelCount> kWays{{
     {Kernel::fused, "fused", fused::why_not, fused::microseconds, fused::kReason},
     {Kernel::gemm_expand, "gemm_expand", gemm_expand::why_not, gemm_expand::microseconds, gemm_expand::kReason},
     {Kernel::two_gemms_epilogue, "two_gemms_epilogue", two_gemms_epilogue::why_not, two_gemms_epilogue::microseconds,
@@ -84,52 +68,25 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-std::string_view name_of(Kernel kernel) { return kRows[static_cast<std::size_t>(kernel)].name; }
+std::string_view name_of(Kernel kernel) { return kWays[static_cast<std::size_t>(kernel)].name; }
 
-std::array<Candidate, kKernelCount> candidates(const Problem& p, const Device& d) {
-  std::array<Candidate, kKernelCount> all;
-  for (std::size_t i = 0; i < kRows.size(); ++i) {
-    const char* why_not = kRows[i].why_not(p, d);
-    all[i] = {kRows[i].kernel, why_not, why_not ? 0.0 : kRows[i].microseconds(p, d)};
-  }
-  return all;
+std::array<Candidate<Kernel>, kKernelCount> candidates(const Problem& p, const Device& d) {
+  return candidates_of(kWays, p, d);
 }
 
 KernelChoice select(const Problem& p, const Device& d) {
-  Problem training = p, inference = p;
-  training.training = true;
-  inference.training = false;
-  // They are always legal, and nothing may be slower, in training or in inference.
-  const double slowest[] = {two_gemms::microseconds(training, d), two_gemms::microseconds(inference, d)};
-  const Row* best = nullptr;
-  double least = 0, predicted = 0;
-  for (const Row& row : kRows) {
-    if (row.why_not(p, d)) continue;
-    const double cost[] = {row.microseconds(training, d), row.microseconds(inference, d)};
-    if (cost[0] > slowest[0] || cost[1] > slowest[1] || (best && cost[0] + cost[1] >= least)) continue;
-    best = &row;
-    least = cost[0] + cost[1];
-    predicted = cost[p.training ? 0 : 1];
-  }
-  KernelChoice choice{best->kernel, predicted, best->reason, {}};
+  const auto [way, predicted] = choose(kWays, p, d);
+  KernelChoice choice{way.kernel, predicted, way.reason, {}};
   if (choice.kernel == Kernel::fused || choice.kernel == Kernel::gemm_expand)
     choice.grid = linear_grid(p, d, choice.kernel == Kernel::fused).grid;
   return choice;
 }
 
 const KernelChoice& recall(const Problem& p, const Device& d) {
-  struct Memory {
-    Problem problem{};
-    const Device* device = nullptr;
-    KernelChoice choice{};
-  };
-  constexpr std::size_t kMemories = 64;  // of 64 problems at most, those whose numbers collide push each other out
-  thread_local std::array<Memory, kMemories> memories;
+  thread_local Memory<Problem, KernelChoice> memory;
   const auto mix = static_cast<uint64_t>(p.M * 31 + p.K * 7 + p.N * 5 + p.R * 3 + static_cast<int>(p.activation) * 2 +
                                          p.training + p.residual * 11);
-  Memory& memory = memories[(mix * 0x9E3779B97F4A7C15ull) >> 58];
-  if (memory.device != &d || !(memory.problem == p)) memory = {p, &d, select(p, d)};
-  return memory.choice;
+  return memory.recall(p, mix, d, select);
 }
 
 double floor_us(const Problem& p, const Device& d) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string_view>
 
+#include "choose.h"
 #include "device.h"
 #include "linear_grid.h"
 #include "problem.h"
@@ -22,12 +23,6 @@ inline constexpr int kKernelCount = 4;
 
 std::string_view name_of(Kernel kernel);
 
-struct Candidate {
-  Kernel kernel;
-  const char* why_not;  // nullptr: it may run
-  double microseconds;  // predicted, in a replayed CUDA graph; 0 if it may not run
-};
-
 struct KernelChoice {
   Kernel kernel;
   double microseconds;
@@ -35,7 +30,7 @@ struct KernelChoice {
   LinearGrid grid;  // of fused and gemm_expand; the others have none
 };
 
-std::array<Candidate, kKernelCount> candidates(const Problem& p, const Device& d);
+std::array<Candidate<Kernel>, kKernelCount> candidates(const Problem& p, const Device& d);
 
 // The cheapest candidate for training and inference together, so that a layer gives the same bits either way; of those
 // that are slower than two GEMMs in neither.
