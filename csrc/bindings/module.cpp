@@ -116,8 +116,8 @@ void bind_select(py::module_ m) {
   m.attr("DTYPES") = kDtypeNames;
   m.def("devices", [] { return std::vector<Device>(kDevices.begin(), kDevices.end()); });
   m.def("device", &device_named, "name"_a);
-  m.def("candidates", &candidates, "problem"_a, "device"_a);
-  m.def("select", &shrank::select, "problem"_a, "device"_a);
+  m.def("candidates", [](const Problem& p, const Device& d) { return candidates(p, d); }, "problem"_a, "device"_a);
+  m.def("select", [](const Problem& p, const Device& d) { return shrank::select(p, d); }, "problem"_a, "device"_a);
   m.def("floor_us", &floor_us, "problem"_a, "device"_a);
   m.def("dense_us", &dense_us, "problem"_a, "device"_a);
   m.def("epilogue_tile", &epilogue_tile, "problem"_a, "device"_a);

@@ -1,8 +1,8 @@
 // What select knows of convolutions, for tests.
 #include <pybind11/stl.h>
 
-#include "../select/conv_problem.h"
-#include "../select/conv_tile.h"
+#include "../select/conv_cost.h"
+#include "../select/conv_select.h"
 #include "conv.h"
 
 namespace py = pybind11;
@@ -60,6 +60,27 @@ void bind_select_conv(py::module_ m) {
       .def_readonly("blocks_m", &ConvGrid::blocks_m)
       .def_readonly("blocks_n", &ConvGrid::blocks_n);
 
+  py::class_<Candidate<ConvKernel>>(m, "ConvCandidate")
+      .def_property_readonly("kernel", [](const Candidate<ConvKernel>& c) { return name_of(c.kernel); })
+      .def_readonly("why_not", &Candidate<ConvKernel>::why_not)
+      .def_readonly("microseconds", &Candidate<ConvKernel>::microseconds);
+
+  py::class_<ConvChoice>(m, "ConvChoice")
+      .def_property_readonly("kernel", [](const ConvChoice& c) { return name_of(c.kernel); })
+      .def_readonly("microseconds", &ConvChoice::microseconds)
+      .def_readonly("reason", &ConvChoice::reason)
+      .def_readonly("grid", &ConvChoice::grid)
+      .def_readonly("expand_grid", &ConvChoice::expand_grid);
+
+  m.def("conv_why_not", &conv_why_not, "problem"_a, "device"_a);
+  m.def("conv_grid", [](const ConvProblem& p, const Device& d) {
+    if (const char* why_not = conv_why_not(p, d)) throw std::invalid_argument(why_not);
+    return conv_grid(p, d).grid;
+  }, "problem"_a, "device"_a);
+  m.def("candidates", [](const ConvProblem& p, const Device& d) { return candidates(p, d); }, "problem"_a, "device"_a);
+  m.def("select", [](const ConvProblem& p, const Device& d) { return select(p, d); }, "problem"_a, "device"_a);
+  m.def("floor_us", [](const ConvProblem& p, const Device& d) { return floor_us(p, d); }, "problem"_a, "device"_a);
+  m.def("dense_us", [](const ConvProblem& p, const Device& d) { return dense_us(p, d); }, "problem"_a, "device"_a);
   m.attr("CONV_TILES") = std::vector<ConvTile>(kConvTiles.begin(), kConvTiles.end());
 }
 

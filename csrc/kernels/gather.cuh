@@ -28,15 +28,16 @@ SHRANK_DEVICE void find_origins(SharedAddress origins, const ConvWindow& w, int6
   }
 }
 
-// A place in a filter: a tap, and a channel of the group.
+// A place in a filter: a tap, which of them, and a channel.
 struct Tap {
-  int channel = 0, at[3] = {};
+  int channel = 0, index = 0, at[3] = {};
 
   SHRANK_DEVICE void advance(const ConvWindow& w, int channels, int by) {
     for (channel += by; channel >= channels; channel -= channels) next(w);
   }
 
   SHRANK_DEVICE void next(const ConvWindow& w) {
+    index++;
     if (++at[2] < w.kernel[2]) return;
     at[2] = 0;
     if (++at[1] < w.kernel[1]) return;
@@ -65,7 +66,7 @@ struct Reach {
   }
 };
 
-// Walks a matrix of windows, 64 columns a step: those of one group of channels.
+// Walks a matrix of windows and that of the filters, 64 columns a step: tap after tap, of each `run_channels` channels.
 template <typename T, Gather HOW, int Rows, int Threads> struct Windows {
   static constexpr int kRowsAtOnce = Threads / kPanelChunks;
   static_assert(Rows % kRowsAtOnce == 0);
@@ -77,15 +78,23 @@ template <typename T, Gather HOW, int Rows, int Threads> struct Windows {
   // To the first column. A thread has the same chunk of 8 columns in all rows.
   SHRANK_DEVICE void restart() {
     tap = {};
-    tap.advance(params.window, params.group_channels, arch::thread_index() % kPanelChunks * kChunk);
+    tap.advance(params.window, params.run_channels, arch::thread_index() % kPanelChunks * kChunk);
   }
 
-  // The next 64 columns of the group whose first channel this is.
-  SHRANK_DEVICE void load(SharedAddress panel, int channel) {
+  SHRANK_DEVICE void advance() { tap.advance(params.window, params.run_channels, kPanel); }
+
+  // Of the channels of x from this one on.
+  SHRANK_DEVICE void load(SharedAddress panel, int channel) const {
     const T* const x = static_cast<const T*>(params.x) + channel;
     if constexpr (HOW == Gather::chunks) copy_chunks(panel, x);
     else read_numbers(panel, x);
-    tap.advance(params.window, params.group_channels, kPanel);
+  }
+
+  // Of the channels of the filters in rows [begin, rows) from this one on; other rows are zero.
+  template <int DownRows>
+  SHRANK_DEVICE void load_down(SharedAddress panel, const Matrix<T>& down, int begin, int channel) const {
+    if constexpr (HOW == Gather::chunks) copy_down<DownRows>(panel, down, begin, channel);
+    else read_down<DownRows>(panel, down, begin, channel);
   }
 
   SHRANK_DEVICE void copy_chunks(SharedAddress panel, const T* x) const {
@@ -110,24 +119,39 @@ template <typename T, Gather HOW, int Rows, int Threads> struct Windows {
       write_chunk(chunk_at(panel, first + i, chunk), [&](int) {
         const Reach reach(at, params.window);
         const T* const from = x + at.channel + reach.pixel(origin) * params.channels;
-        at.advance(params.window, params.group_channels, 1);
+        at.advance(params.window, params.run_channels, 1);
         return reach.is_inside(origin, params.window) ? arch::load<T, 1>(from).item[0] : T{};
       });
     }
   }
 
-  // Rows [begin, rows) of the filters, 64 columns from `column` on; other rows are zero.
   template <int DownRows>
-  SHRANK_DEVICE static void load_down(SharedAddress panel, const Matrix<T>& down, int column, int begin) {
-    if constexpr (HOW == Gather::chunks) return load_panel<DownRows, Threads>(panel, down, 0, column, begin);
+  SHRANK_DEVICE void copy_down(SharedAddress panel, const Matrix<T>& down, int begin, int channel) const {
+    const int first = arch::thread_index() / kPanelChunks, chunk = arch::thread_index() % kPanelChunks;
+    const bool in_filter = tap.at[0] < params.window.kernel[0];
+    const T* from = down.data + static_cast<int64_t>(first) * down.columns + tap.index * params.group_channels +
+                    channel + tap.channel;
+#pragma unroll 4
+    for (int row = first; row < DownRows; row += kRowsAtOnce) {
+      const bool inside = in_filter && row >= begin && row < down.rows;
+      arch::copy_async(chunk_at(panel, row, chunk), inside ? from : down.data, inside ? 16 : 0);
+      from += static_cast<int64_t>(kRowsAtOnce) * down.columns;
+    }
+  }
+
+  template <int DownRows>
+  SHRANK_DEVICE void read_down(SharedAddress panel, const Matrix<T>& down, int begin, int channel) const {
     const int chunk = arch::thread_index() % kPanelChunks;
 #pragma unroll 1
     for (int row = arch::thread_index() / kPanelChunks; row < DownRows; row += kRowsAtOnce) {
       const bool exists = row >= begin && row < down.rows;
-      write_chunk(chunk_at(panel, row, chunk), [&](int i) {
-        const int at = column + chunk * kChunk + i;
-        const T* const from = down.data + static_cast<int64_t>(row) * down.columns + at;
-        return exists && at < down.columns ? arch::load<T, 1>(from).item[0] : T{};
+      Tap at = tap;
+      write_chunk(chunk_at(panel, row, chunk), [&](int) {
+        const bool inside = exists && at.at[0] < params.window.kernel[0];
+        const T* const from = down.data + static_cast<int64_t>(row) * down.columns +
+                              at.index * params.group_channels + channel + at.channel;
+        at.advance(params.window, params.run_channels, 1);
+        return inside ? arch::load<T, 1>(from).item[0] : T{};
       });
     }
   }

@@ -32,26 +32,31 @@ template <typename T, Gather HOW, int BLOCK_M, int MAX_RANK> struct LowRankConv 
     });
   }
 
-  // This warp's part of h: the columns of one group of the first stage after the other.
+  // This warp's part of h: one group of the first stage after the other; of each, one run of channels after the other
+  // with all taps, so that most of what a tap reads of x is still in L1 from the taps before.
   SHRANK_DEVICE static void contract(const Block& block, SharedAddress origins, DownSums& h) {
     const Params& params = block.params;
-    const int steps = ceil_div(params.K, kPanel), columns = params.R / params.segments;  // of a segment
+    const int runs = params.group_channels / params.run_channels, columns = params.R / params.segments;
+    const int steps = ceil_div(params.window.taps() * params.run_channels, kPanel);
     const T* const down = static_cast<const T*>(params.down) + static_cast<int64_t>(block.group) * params.R * params.K;
     Windows<T, HOW, BLOCK_M, kThreads> windows{params, origins};
-    int next = 0, segment = 0;
+    int next = 0, run = 0, segment = 0;
     const auto load = [&](int, SharedAddress slot) {
-      const int begin = segment * columns, group = (block.group * params.R + begin) / params.down_rank;
+      const int begin = segment * columns, channel = run * params.run_channels;
+      const int group = (block.group * params.R + begin) / params.down_rank;
       if (next == 0) windows.restart();
-      windows.load(slot, group * params.group_channels);
-      windows.template load_down<MAX_RANK>(slot + Block::kPanelBytes, {down, begin + columns, params.K}, next * kPanel,
-                                           begin);
-      if (++next == steps) next = 0, segment++;
+      windows.load(slot, group * params.group_channels + channel);
+      windows.template load_down<MAX_RANK>(slot + Block::kPanelBytes, {down, begin + columns, params.K}, begin,
+                                           channel);
+      windows.advance();
+      if (++next == steps) next = 0, run++;
+      if (run == runs) run = 0, segment++;
     };
-    const DownPipeline panels{block.slots, steps * params.segments};
+    const DownPipeline panels{block.slots, steps * runs * params.segments};
     panels.start(load);
     for (int step = 0; step < panels.steps; step++) {
       const SharedAddress slot = panels.advance(step, load);
-      const int begin = step / steps * columns;
+      const int begin = step / (steps * runs) * columns;
       multiply_panels<T>(h, slot, block.warp_row * DownSums::kRows, slot + Block::kPanelBytes,
                          block.warp_column * DownSums::kColumns, kPanel / 16, begin, begin + columns);
     }

@@ -1,6 +1,7 @@
 // The whole low-rank convolution in one kernel, channels last.
 #pragma once
 
+#include "../arch/device.cuh"
 #include "../select/conv_problem.h"
 #include "../select/conv_tile.h"
 
@@ -9,6 +10,8 @@ namespace shrank {
 // Depth, height and width; 1 where a convolution has fewer dimensions.
 struct ConvWindow {
   int in[3], out[3], kernel[3], stride[3], begin[3], dilation[3];  // begin: padding before the first number
+
+  SHRANK_BOTH int taps() const { return kernel[0] * kernel[1] * kernel[2]; }
 };
 
 // Every tensor as (pixels, channels): row-major, contiguous, aligned to 16 bytes. M pixels of y, all images together.
@@ -26,8 +29,9 @@ struct LowRankConvParams {
   void* y;               // (M, N * up_groups)
   int64_t M;
   int channels, group_channels, K, N, R, up_groups, segments;
-  int down_rank;  // columns of h that one group of the first stage makes
-  int blocks_n;   // of one group
+  int down_rank;     // columns of h that one group of the first stage makes
+  int run_channels;  // of a group that are read at a time, through all taps: a divisor of group_channels
+  int blocks_n;      // of one group
   ConvWindow window;
   Dtype dtype;  // float16 or bfloat16
   Activation activation;
@@ -46,6 +50,7 @@ inline LowRankConvParams params_of(const ConvProblem& p, const ConvGrid& grid) {
   params.up_groups = number(p.up_groups);
   params.segments = number(p.segments());
   params.down_rank = number(p.R / p.groups);
+  params.run_channels = number(run_channels(p));
   params.blocks_n = grid.blocks_n;
   params.dtype = p.dtype;
   params.activation = p.activation;

@@ -34,10 +34,9 @@ SHRANK_DEVICE SharedAddress chunk_at(SharedAddress panel, int row, int chunk) {
   return panel + row * kPanelRow + ((chunk ^ (row % kPanelChunks)) * 16);
 }
 
-// Starts to copy rows [row, row + Rows) and columns [column, column + 64) into a panel; what lies outside of the matrix
-// or before row `begin` of it is zero.
+// Starts to copy rows [row, row + Rows) and columns [column, column + 64) into a panel; what lies outside is zero.
 template <int Rows, int Threads, typename T>
-SHRANK_DEVICE void load_panel(SharedAddress panel, const Matrix<T>& from, int64_t row, int column, int64_t begin = 0) {
+SHRANK_DEVICE void load_panel(SharedAddress panel, const Matrix<T>& from, int64_t row, int column) {
   constexpr int kRowsAtOnce = Threads / kPanelChunks;
   static_assert(Rows % kRowsAtOnce == 0);
   const int first = arch::thread_index() / kPanelChunks, chunk = arch::thread_index() % kPanelChunks;
@@ -45,7 +44,7 @@ SHRANK_DEVICE void load_panel(SharedAddress panel, const Matrix<T>& from, int64_
   const T* source = from.data + (row + first) * from.columns + column + chunk * kChunk;
 #pragma unroll 4
   for (int i = 0; i < Rows; i += kRowsAtOnce) {
-    const bool inside = in_columns && row + first + i < from.rows && row + first + i >= begin;
+    const bool inside = in_columns && row + first + i < from.rows;
     arch::copy_async(chunk_at(panel, first + i, chunk), inside ? source : from.data, inside ? 16 : 0);
     source += static_cast<int64_t>(kRowsAtOnce) * from.columns;
   }

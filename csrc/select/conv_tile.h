@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string_view>
 
+#include "conv_problem.h"
 #include "linear_tile.h"
 
 namespace shrank {
@@ -19,9 +20,16 @@ enum class Gather {
 inline constexpr std::array<std::string_view, 3> kGatherNames{"chunks", "numbers", "depthwise"};
 constexpr std::string_view name_of(Gather gather) { return kGatherNames[static_cast<std::size_t>(gather)]; }
 
+// Channels of a group that a kernel reads at a time, through all taps: a panel's width, or all if that does not divide
+// them.
+constexpr int64_t run_channels(const ConvProblem& p) {
+  const int64_t channels = p.C / p.groups;
+  return channels % LinearTile::kPanel == 0 ? int64_t{LinearTile::kPanel} : channels;
+}
+
 struct ConvTile {
   Gather gather;
-  LinearTile tile;  // that holds h; of any rank up to 1024, where it is depthwise
+  LinearTile tile;  // that holds h; of any rank up to 1536, where it is depthwise
 
   // A filter's taps for 64 channels, in fp32, where panels of up come later.
   static constexpr int kMostTaps = 256;
@@ -35,14 +43,15 @@ struct ConvTile {
   constexpr bool operator==(const ConvTile& other) const { return gather == other.gather && tile == other.tile; }
 };
 
-inline constexpr std::array<ConvTile, 21> kConvTiles{{
+inline constexpr std::array<ConvTile, 22> kConvTiles{{
     {Gather::chunks, {32, 64}}, {Gather::chunks, {32, 128}}, {Gather::chunks, {32, 256}},
     {Gather::chunks, {64, 32}}, {Gather::chunks, {64, 64}}, {Gather::chunks, {64, 96}}, {Gather::chunks, {64, 128}},
     {Gather::chunks, {64, 256}},
     {Gather::chunks, {128, 32}}, {Gather::chunks, {128, 64}}, {Gather::chunks, {128, 96}}, {Gather::chunks, {128, 128}},
     {Gather::numbers, {64, 64}}, {Gather::numbers, {64, 128}}, {Gather::numbers, {64, 256}},
-    {Gather::depthwise, {32, 256}}, {Gather::depthwise, {32, 512}}, {Gather::depthwise, {32, 1024}},
-    {Gather::depthwise, {64, 256}}, {Gather::depthwise, {64, 512}}, {Gather::depthwise, {64, 1024}},
+    {Gather::depthwise, {128, 128}}, {Gather::depthwise, {64, 256}}, {Gather::depthwise, {128, 256}},
+    {Gather::depthwise, {32, 512}}, {Gather::depthwise, {64, 512}},
+    {Gather::depthwise, {64, 1024}}, {Gather::depthwise, {32, 1536}},
 }};
 
 // How a tile covers a problem: blocks_m blocks of pixels by blocks_n for each group of the second stage, which compute

@@ -86,7 +86,7 @@ const KernelChoice& recall(const Problem& p, const Device& d) {
   thread_local Memory<Problem, KernelChoice> memory;
   const auto mix = static_cast<uint64_t>(p.M * 31 + p.K * 7 + p.N * 5 + p.R * 3 + static_cast<int>(p.activation) * 2 +
                                          p.training + p.residual * 11);
-  return memory.recall(p, mix, d, select);
+  return memory.recall(p, mix, d, [](const Problem& q, const Device& e) { return select(q, e); });
 }
 
 double floor_us(const Problem& p, const Device& d) {

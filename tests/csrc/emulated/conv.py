@@ -18,7 +18,7 @@ from .linear import BF16, FP16, Outcome
 TILES = (*(("chunks", block_m, rank) for block_m, ranks in ((32, (64, 128, 256)), (64, (32, 64, 96, 128, 256)),
                                                             (128, (32, 64, 96, 128))) for rank in ranks),
          *(("numbers", 64, rank) for rank in (64, 128, 256)),
-         *(("depthwise", block_m, rank) for block_m in (32, 64) for rank in (256, 512, 1024)))
+         *(("depthwise", *tile) for tile in ((128, 128), (64, 256), (128, 256), (32, 512), (64, 512), (64, 1024), (32, 1536))))
 Sizes = tuple[int, ...]
 
 
@@ -118,7 +118,7 @@ def exact(run: ConvRun, arguments: dict[str, Tensor | None]) -> reference.Stages
 SMALL = ("chunks", 64, 64)
 TINY = ("chunks", 32, 64)
 BY_NUMBER = ("numbers", 64, 64)
-DEPTHWISE = ("depthwise", 32, 256)
+DEPTHWISE = ("depthwise", 64, 256)
 
 
 def runs() -> list[ConvRun]:
@@ -189,13 +189,15 @@ def _tails() -> list[ConvRun]:
              for n, by in ((1, 1), (2, 1), (3, 2), (5, 4), (6, 4), (7, 7))]
     pixels = [ConvRun(tile, (n + 2,), (3,), C, 72, C, 1, groups=groups, bias=True)
               for tile, C, groups in ((TINY, 16, 1), (SMALL, 16, 1), (BY_NUMBER, 8, 1), (DEPTHWISE, 16, 16),
-                                      (("depthwise", 64, 256), 16, 16), (("chunks", 128, 64), 16, 1))
+                                      (("depthwise", 128, 256), 16, 16), (("chunks", 128, 64), 16, 1))
               for n in (1, tile[1] - 1, tile[1], tile[1] + 1, 2 * tile[1] + 5)]
     ranks = [ConvRun(tile, (20,), (3,), 16, 24, R, 1, training=True) for tile, R in (
         (TINY, 8), (TINY, 16), (TINY, 56), (TINY, 64), (("chunks", 64, 32), 24), (("chunks", 64, 96), 80),
         (("chunks", 32, 256), 200), (("numbers", 64, 128), 104))]
-    ranks += [ConvRun(("depthwise", 32, rank), (20,), (3,), R, 24, R, 1, groups=R, training=True)
-              for rank, R in ((256, 64), (256, 72), (512, 200), (1024, 640))]
+    ranks += [ConvRun(("depthwise", *tile), (20,), (3,), R, 24, R, 1, groups=R, training=True)
+              for tile, R in (((64, 256), 64), ((64, 256), 72), ((32, 512), 200), ((32, 1536), 640))]
+    ranks += [ConvRun(TINY, (20,), (3,), C, 24, 48, 1, groups=groups)  # runs of 64 channels, and of all
+              for C, groups in ((128, 1), (192, 3), (256, 2), (72, 1), (80, 1), (200, 1))]
     return steps + tiles + pixels + ranks
 
 
