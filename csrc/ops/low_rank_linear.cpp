@@ -1,48 +1,13 @@
 #include "low_rank_linear.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <array>
-#include <sstream>
-#include <string>
 #include <vector>
+
+#include "../select/select.h"
 
 namespace shrank {
 namespace {
 
-using torch::headeronly::ScalarType;
-
-// [2, 3]
-std::string shape(const Tensor& tensor) {
-  std::ostringstream text;
-  const char* separator = "[";
-  for (const int64_t size : tensor.sizes()) {
-    text << separator << size;
-    separator = ", ";
-  }
-  text << (tensor.dim() ? "]" : "[]");
-  return text.str();
-}
-
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Half: return Dtype::float16;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    case ScalarType::Double: return Dtype::float64;
-    default: break;
-  }
-  STD_TORCH_CHECK(false, "shrank::low_rank_linear: x is ", torch::headeronly::toString(x.scalar_type()),
-                  ", wanted float32, float16, bfloat16 or float64");
-}
-
-void check_like(const char* name, const Tensor& tensor, const Tensor& x) {
-  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), "shrank::low_rank_linear: ", name, " is ",
-                  torch::headeronly::toString(tensor.scalar_type()), ", wanted the ",
-                  torch::headeronly::toString(x.scalar_type()), " of x");
-  STD_TORCH_CHECK(tensor.device() == x.device(), "shrank::low_rank_linear: ", name, " is on another device than x");
-}
+constexpr const char* kOp = "shrank::low_rank_linear";
 
 // The law of schema.py, which eager calls do not pass through; tests/ops/test_law.py holds both to one table.
 Problem checked_problem(const LowRankLinear& args, bool training) {
@@ -55,13 +20,13 @@ Problem checked_problem(const LowRankLinear& args, bool training) {
   STD_TORCH_CHECK(up.dim() == 2 && up.size(1) == R, "shrank::low_rank_linear: up is ", shape(up), ", wanted (N, ", R,
                   ")");
   const int64_t N = up.size(0);
-  const Dtype dtype = dtype_of(x);
-  check_like("down", down, x);
-  check_like("up", up, x);
+  const Dtype dtype = dtype_of(kOp, x);
+  check_like(kOp, "down", down, x);
+  check_like(kOp, "up", up, x);
   if (bias) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == N, "shrank::low_rank_linear: bias is ", shape(*bias),
                     ", wanted (", N, ")");
-    check_like("bias", *bias, x);
+    check_like(kOp, "bias", *bias, x);
   }
   int64_t M = 1;
   for (int64_t i = 0; i + 1 < x.dim(); i++) M *= x.size(i);
@@ -70,36 +35,20 @@ Problem checked_problem(const LowRankLinear& args, bool training) {
     for (int64_t i = 0; fits && i + 1 < x.dim(); i++) fits = residual->size(i) == x.size(i);
     STD_TORCH_CHECK(fits, "shrank::low_rank_linear: residual is ", shape(*residual), ", wanted the shape of x ",
                     shape(x), " with ", N, " columns");
-    check_like("residual", *residual, x);
+    check_like(kOp, "residual", *residual, x);
   }
   return {M, K, N, R, dtype, parse_activation(activation), bias.has_value(), residual.has_value(), training};
 }
 
-// Through torch's dispatcher: cuBLAS with PyTorch's own choices (TF32, determinism, workspaces), any shape and stride.
+// By cuBLAS, with PyTorch's own choices (TF32, determinism, workspaces).
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return call_aten("aten::linear", x, weight, bias);
 }
-
-Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
 struct Stages {
   Tensor y;
   std::optional<Tensor> h, z;
 };
-
-const void* data_of(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
-void* mutable_data_of(const std::optional<Tensor>& tensor) { return tensor ? tensor->mutable_data_ptr() : nullptr; }
-
-// As the matrix kernels want it: row-major without gaps, from a multiple of 16 bytes on.
-bool is_plain(const Tensor& tensor) { return tensor.is_contiguous() && aligned(tensor.const_data_ptr()); }
-bool is_plain(const std::optional<Tensor>& tensor) { return !tensor || is_plain(*tensor); }
 
 // (..., columns) like x.
 Tensor rows_like(const Tensor& x, int64_t columns) {

@@ -1,25 +1,14 @@
 // shrank::low_rank_linear and shrank::low_rank_linear_train (schemas and law: shrank/ops/schema.py).
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
 #include <string_view>
 #include <tuple>
 
-#include "../kernels/epilogue.h"
-#include "../kernels/low_rank_linear.h"
+#include "backend.h"
+#include "tensors.h"
 
 namespace shrank {
-
-using torch::stable::Tensor;
-
-// What differs between devices. `index` is the device's; `select` is told of it.
-struct Backend {
-  const Device& (*device)(int index);
-  void (*epilogue)(const EpilogueParams& params, const EpilogueTile& tile, int index);
-  void (*linear)(const LowRankLinearParams& params, const LinearGrid& grid, const Device& device, int index);
-};
 
 struct LowRankLinear {
   const Tensor& x;

@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 
+#include "low_rank_conv.h"
 #include "low_rank_linear.h"
 
 namespace shrank {
@@ -25,9 +26,16 @@ void linear(const LowRankLinearParams&, const LinearGrid&, const Device&, int) {
   throw std::logic_error("shrank::low_rank_linear: select chose a GPU's kernel on a CPU");
 }
 
-constexpr Backend cpu{device, epilogue, linear};
+void conv(const LowRankConvParams&, const ConvGrid&, const Device&, int) {
+  throw std::logic_error("shrank::low_rank_conv: select chose a GPU's kernel on a CPU");
+}
+
+constexpr Backend cpu{device, epilogue, linear, conv};
 
 }  // namespace
 }  // namespace shrank
 
-STABLE_TORCH_LIBRARY_IMPL(shrank, CPU, library) { SHRANK_IMPL_LOW_RANK_LINEAR(library, shrank::cpu); }
+STABLE_TORCH_LIBRARY_IMPL(shrank, CPU, library) {
+  SHRANK_IMPL_LOW_RANK_LINEAR(library, shrank::cpu);
+  SHRANK_IMPL_LOW_RANK_CONV(library, shrank::cpu);
+}

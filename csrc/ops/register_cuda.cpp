@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cuda_device.h"
+#include "low_rank_conv.h"
 #include "low_rank_linear.h"
 
 // Weak: a torch built for CPUs lacks it, and the extension must load there too.
@@ -30,9 +31,16 @@ void linear(const LowRankLinearParams& params, const LinearGrid& grid, const Dev
   on_device(index, [&](void* stream) { launch_low_rank_linear(params, grid, device.arch >= 90, stream); });
 }
 
-constexpr Backend cuda{cuda_device, epilogue, linear};
+void conv(const LowRankConvParams& params, const ConvGrid& grid, const Device& device, int index) {
+  on_device(index, [&](void* stream) { launch_low_rank_conv(params, grid, device.arch >= 90, stream); });
+}
+
+constexpr Backend cuda{cuda_device, epilogue, linear, conv};
 
 }  // namespace
 }  // namespace shrank
 
-STABLE_TORCH_LIBRARY_IMPL(shrank, CUDA, library) { SHRANK_IMPL_LOW_RANK_LINEAR(library, shrank::cuda); }
+STABLE_TORCH_LIBRARY_IMPL(shrank, CUDA, library) {
+  SHRANK_IMPL_LOW_RANK_LINEAR(library, shrank::cuda);
+  SHRANK_IMPL_LOW_RANK_CONV(library, shrank::cuda);
+}

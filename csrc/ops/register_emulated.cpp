@@ -4,7 +4,9 @@
 
 #include <stdexcept>
 
+#include "../kernels/low_rank_conv_emulated.h"
 #include "../kernels/low_rank_linear_emulated.h"
+#include "low_rank_conv.h"
 #include "low_rank_linear.h"
 
 namespace shrank {
@@ -22,9 +24,17 @@ void linear(const LowRankLinearParams& params, const LinearGrid& grid, const Dev
   if (!result.problems.empty()) throw std::runtime_error("shrank::low_rank_linear: " + result.problems.front());
 }
 
-constexpr Backend emulated{device, epilogue, linear};
+void conv(const LowRankConvParams& params, const ConvGrid& grid, const Device&, int) {
+  const emulator::Result result = emulate_low_rank_conv(params, grid, {});
+  if (!result.problems.empty()) throw std::runtime_error("shrank::low_rank_conv: " + result.problems.front());
+}
+
+constexpr Backend emulated{device, epilogue, linear, conv};
 
 }  // namespace
 }  // namespace shrank
 
-STABLE_TORCH_LIBRARY_IMPL(shrank, CPU, library) { SHRANK_IMPL_LOW_RANK_LINEAR(library, shrank::emulated); }
+STABLE_TORCH_LIBRARY_IMPL(shrank, CPU, library) {
+  SHRANK_IMPL_LOW_RANK_LINEAR(library, shrank::emulated);
+  SHRANK_IMPL_LOW_RANK_CONV(library, shrank::emulated);
+}

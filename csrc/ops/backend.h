@@ -1,0 +1,18 @@
+// What differs between the devices that the ops run on.
+#pragma once
+
+#include "../kernels/epilogue.h"
+#include "../kernels/low_rank_conv.h"
+#include "../kernels/low_rank_linear.h"
+
+namespace shrank {
+
+// `index` is the device's; `select` is told of it.
+struct Backend {
+  const Device& (*device)(int index);
+  void (*epilogue)(const EpilogueParams& params, const EpilogueTile& tile, int index);
+  void (*linear)(const LowRankLinearParams& params, const LinearGrid& grid, const Device& device, int index);
+  void (*conv)(const LowRankConvParams& params, const ConvGrid& grid, const Device& device, int index);
+};
+
+}  // namespace shrank

@@ -1,0 +1,44 @@
+#include "tensors.h"
+
+#include <sstream>
+
+namespace shrank {
+
+using torch::headeronly::ScalarType;
+
+std::string shape(const std::vector<int64_t>& sizes) {
+  std::ostringstream text;
+  const char* separator = "[";
+  for (const int64_t size : sizes) {
+    text << separator << size;
+    separator = ", ";
+  }
+  text << (sizes.empty() ? "[]" : "]");
+  return text.str();
+}
+
+std::string shape(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return shape(std::vector<int64_t>(sizes.begin(), sizes.end()));
+}
+
+Dtype dtype_of(const char* op, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Double: return Dtype::float64;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, op, ": x is ", torch::headeronly::toString(x.scalar_type()),
+                  ", wanted float32, float16, bfloat16 or float64");
+}
+
+void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
+  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, " is ",
+                  torch::headeronly::toString(tensor.scalar_type()), ", wanted the ",
+                  torch::headeronly::toString(x.scalar_type()), " of x");
+  STD_TORCH_CHECK(tensor.device() == x.device(), op, ": ", name, " is on another device than x");
+}
+
+}  // namespace shrank

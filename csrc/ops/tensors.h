@@ -1,0 +1,52 @@
+// What the ops ask of tensors and make of them, on the LibTorch stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../select/problem.h"
+
+namespace shrank {
+
+using torch::stable::Tensor;
+
+// "[2, 3]"
+std::string shape(const Tensor& tensor);
+std::string shape(const std::vector<int64_t>& sizes);
+
+// The element type, if it is one of ours; else an error that names the op.
+Dtype dtype_of(const char* op, const Tensor& x);
+
+// An error unless the tensor has the element type of x and lies on its device.
+void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& x);
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
+
+// As the matrix kernels want it: row-major without gaps, from a multiple of 16 bytes on.
+inline bool is_plain(const Tensor& tensor) { return tensor.is_contiguous() && aligned(tensor.const_data_ptr()); }
+inline bool is_plain(const std::optional<Tensor>& tensor) { return !tensor || is_plain(*tensor); }
+
+inline const void* data_of(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+inline void* mutable_data_of(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->mutable_data_ptr() : nullptr;
+}
+
+// An operator with one result through torch's dispatcher: with PyTorch's own choices, any shape and stride.
+template <typename... Arguments> Tensor call_aten(const char* name, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace shrank
