@@ -6,7 +6,7 @@ from .auto_fact import auto_fact
 from .ced import CED
 from .checkpoint import load, save
 from .led import LED
-from .ops.api import Backend, backend, low_rank_linear, why_not
+from .ops.api import Backend, backend, low_rank_conv, low_rank_linear, why_not
 from .plan import LayerPlan, RankPlan
 from .planning import PlanOptions, make_plan
 from .rank import Energy
@@ -26,6 +26,7 @@ __all__ = [
            "backend",
            "describe",
            "load",
+           "low_rank_conv",
            "low_rank_linear",
            "make_plan",
            "merge",

@@ -42,3 +42,10 @@ def set_stages(stages: nn.Sequential, down: Tensor, up: Tensor, bias: Tensor | N
                 raise ValueError(f"{name} of stage {stage} has shape {tuple(value.shape)}, wanted {tuple(expected)}")
             # A parameter is kept as it is: a bias may be shared with another module.
             setattr(stages[stage], name, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
+
+
+def is_untouched(stage: nn.Module) -> bool:
+    """Whether running the stage is no more than its operator: one of PyTorch's own types, not hooked, not patched."""
+    own = stage.__dict__
+    return type(stage).__module__.startswith("torch.nn.modules.") and "forward" not in own and not (
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])

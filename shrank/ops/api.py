@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from functools import cache
@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import _native
 from . import reference
+from .conv import check_low_rank_conv
+from .reference import Window
 from .schema import DTYPES, check_low_rank_linear
 
 OLDEST_CAPABILITY = (8, 0)
@@ -70,15 +72,64 @@ def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = N
     Raises ValueError on shapes and names, TypeError on dtypes, RuntimeError on devices that do not fit, and with
     backend NATIVE a RuntimeError with every reason why the native kernels cannot run.
     """
+    if _runs_native(backend, x, down, up, bias, residual):
+        return torch.ops.shrank.low_rank_linear(x, down, up, bias, activation, residual)
+    if activation != "none" or residual is not None:  # else PyTorch's own law is as strict
+        check_low_rank_linear(x, down, up, bias, activation, residual)
+    return reference.low_rank_linear(x, down, up, bias, activation, residual)
+
+
+def low_rank_conv(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, stride: int | Sequence[int] = 1,
+                  padding: int | str | Sequence[int] = 0, dilation: int | Sequence[int] = 1, groups: int = 1,
+                  up_groups: int = 1, activation: str = "none", residual: Tensor | None = None, *,
+                  backend: Backend | str | None = None) -> Tensor:
+    """activation(up * (down * x) + bias) + residual, where * is a convolution and up a pointwise one
+
+    x: (B, C, *in) or (C, *in)  down: (R, C/groups, *kernel)  up: (N, R/up_groups, 1, ...)  bias: (N,)
+    residual: as y  ->  y: (B, N, *out) or (N, *out), with its channels last if those of x are.
+    1 to 3 dimensions. padding: zeros on both sides of each dimension, or before and after each in turn (twice as many
+    numbers), or "same" or "valid". activation, backend, rounding and errors: as low_rank_linear.
+    """
+    d = down.dim() - 2
+    if d >= 1 and x.dim() == d + 1:
+        y = low_rank_conv(x[None], down, up, bias, stride, padding, dilation, groups, up_groups, activation,
+                          None if residual is None else residual[None], backend=backend)
+        return y[0]
+    stride, dilation = _sizes(stride, d), _sizes(dilation, d)
+    window = Window(stride, _paddings(padding, stride, dilation, down), dilation, groups, up_groups)
+    if _runs_native(backend, x, down, up, bias, residual):
+        return torch.ops.shrank.low_rank_conv(x, down, up, bias, *window, activation, residual)
+    check_low_rank_conv(x, down, up, bias, window, activation, residual)
+    return reference.low_rank_conv(x, down, up, bias, window, activation, residual)
+
+
+def _sizes(value: int | Sequence[int], d: int) -> list[int]:
+    return [value] * d if isinstance(value, int) else list(value)
+
+
+def _paddings(padding: int | str | Sequence[int], stride: list[int], dilation: list[int], down: Tensor) -> list[int]:
+    d = len(stride)
+    if not isinstance(padding, str):
+        return _sizes(padding, d)
+    if padding == "valid":
+        return [0] * d
+    if padding != "same":
+        raise ValueError(f"shrank::low_rank_conv: padding is {padding!r}, wanted numbers, 'same' or 'valid'")
+    if any(each != 1 for each in stride):
+        raise ValueError(f"shrank::low_rank_conv: padding is 'same' with stride {stride}, wanted stride 1")
+    totals = [each * (size - 1) for each, size in zip(dilation, down.shape[2:], strict=True)]
+    return [side for total in totals for side in (total // 2, total - total // 2)]
+
+
+def _runs_native(backend: Backend | str | None, *tensors: Tensor | None) -> bool:
+    """Whether the op runs, and not PyTorch; RuntimeError with every reason if it was insisted on and cannot."""
     chosen = setting.backend if backend is None else _parse(backend, "backend")
-    reasons = [] if chosen is Backend.TORCH else why_not(x, down, up, bias, residual)
+    if chosen is Backend.TORCH:
+        return False
+    reasons = why_not(*tensors)
     if reasons and chosen is Backend.NATIVE:
         raise RuntimeError("backend is native, but the native kernels cannot run:\n- " + "\n- ".join(reasons))
-    if chosen is Backend.TORCH or reasons:
-        if activation != "none" or residual is not None:  # else PyTorch's own law is as strict
-            check_low_rank_linear(x, down, up, bias, activation, residual)
-        return reference.low_rank_linear(x, down, up, bias, activation, residual)
-    return torch.ops.shrank.low_rank_linear(x, down, up, bias, activation, residual)
+    return not reasons
 
 
 def why_not(x: Tensor | None = None, down: Tensor | None = None, up: Tensor | None = None, bias: Tensor | None = None,

@@ -86,3 +86,110 @@ def low_rank_linear_backward(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, 
         bias=flat_dz.sum(0) if needs.bias else None,
         residual=grad if needs.residual else None,
     )
+
+
+# ---- convolutions
+
+
+class Window(NamedTuple):
+    """How a convolution moves: a number of stride and dilation for each dimension; of padding one for each, or two, for
+    before and after; groups of either stage."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int = 1
+    up_groups: int = 1
+
+    def pads(self) -> list[tuple[int, int]]:
+        """Zeros before and after each dimension."""
+        padding = list(self.padding)
+        if len(padding) == len(self.stride):
+            return [(each, each) for each in padding]
+        return list(zip(padding[::2], padding[1::2], strict=True))
+
+
+def output_sizes(x: Tensor, down: Tensor, window: Window) -> list[int]:
+    return [(x.size(2 + i) + begin + end - window.dilation[i] * (down.size(2 + i) - 1) - 1) // window.stride[i] + 1
+            for i, (begin, end) in enumerate(window.pads())]
+
+
+def channels_last(x: Tensor, down: Tensor) -> bool:
+    """Whether outputs are channels last, innermost and without gaps: as x; where x may be read either way, as down."""
+    return _is_channels_last(x) and (not x.is_contiguous() or (_is_channels_last(down) and not down.is_contiguous()))
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.movedim(1, -1).is_contiguous()
+
+
+def in_format(tensor: Tensor, last: bool) -> Tensor:
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if last else tensor.contiguous()
+
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def low_rank_conv(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, window: Window, activation: str = "none",
+                  residual: Tensor | None = None) -> Tensor:
+    """activation(conv(x, down) convolved with up, a point, + bias) + residual
+
+    x: (B, C, *in)  down: (R, C/groups, *kernel)  up: (N, R/up_groups, 1, ...)  bias: (N,)  residual: (B, N, *out)
+    ->  (B, N, *out)
+    """
+    return low_rank_conv_stages(x, down, up, bias, window, activation, residual).y
+
+
+def low_rank_conv_stages(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, window: Window, activation: str,
+                         residual: Tensor | None) -> Stages:
+    """low_rank_conv with what lies between; h is (B, R, *out)."""
+    convolve = _CONVOLUTIONS[down.dim() - 2]
+    x, padding = _padded(x, window)
+    h = convolve(x, down, None, window.stride, padding, window.dilation, window.groups)
+    z = convolve(h, up, bias, groups=window.up_groups)
+    y = ACTIVATIONS[activation](z)
+    if residual is not None:
+        y = y + residual
+    return Stages(y, h, z if activation != "none" else z.new_empty(0))
+
+
+def _padded(x: Tensor, window: Window) -> tuple[Tensor, list[int]]:
+    """x with the padding that PyTorch's convolutions cannot do, and the padding that is left to them."""
+    pads = window.pads()
+    if all(begin == end for begin, end in pads):
+        return x, [begin for begin, _ in pads]
+    return F.pad(x, [each for pair in reversed(pads) for each in pair]), [0] * len(pads)
+
+
+def low_rank_conv_backward(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, h: Tensor, z: Tensor, window: Window,
+                           activation: str, needs: Grads) -> Grads:
+    """The gradients for which `needs` is true, from grad (B, N, *out) of y and the forward pass's h and z."""
+    dz = _BACKWARD[activation](grad, z)
+    dh, dup, dbias = _pointwise_backward(dz, h, up, window.up_groups, needs)
+    dx = ddown = None
+    if needs.x or needs.down:
+        padded, padding = _padded(x, window)
+        d = len(padding)
+        dx, ddown, _ = torch.ops.aten.convolution_backward(
+            dh, padded, down, None, window.stride, padding, window.dilation, False, [0] * d, window.groups,
+            [bool(needs.x), bool(needs.down), False])
+        if needs.x and padded is not x:
+            for i, (begin, _) in enumerate(window.pads()):
+                dx = dx.narrow(2 + i, begin, x.size(2 + i))
+    return Grads(dx, ddown, dup, dbias, grad if needs.residual else None)
+
+
+def _pointwise_backward(dz: Tensor, h: Tensor, up: Tensor, groups: int,
+                        needs: Grads) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dh, dup and dbias of the second stage. With channels last, and no groups, pixels are rows of matrices."""
+    needs_h = bool(needs.x or needs.down)
+    if groups > 1 or not _is_channels_last(dz) or not _is_channels_last(h):
+        ones = [1] * (dz.dim() - 2)
+        zeros = [0] * len(ones)
+        return torch.ops.aten.convolution_backward(
+            dz, h, up, [up.size(0)] if needs.bias else None, ones, zeros, ones, False, zeros, groups,
+            [needs_h, bool(needs.up), bool(needs.bias)])
+    dz_rows, h_rows = dz.movedim(1, -1), h.movedim(1, -1)
+    flat_dz, flat_h = dz_rows.reshape(-1, dz.size(1)), h_rows.reshape(-1, h.size(1))
+    dh = (dz_rows @ up.flatten(1)).movedim(-1, 1) if needs_h else None
+    return dh, (flat_dz.mT @ flat_h).view_as(up) if needs.up else None, flat_dz.sum(0) if needs.bias else None

@@ -2,9 +2,12 @@
 
 `shrank::low_rank_linear` is what layers call. Its autograd kernel calls `shrank::low_rank_linear_train`, which also
 returns what the backward pass needs. Both run reference.py on every device; the native extension adds kernels for CUDA.
+conv.py has the same of `shrank::low_rank_conv`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,8 +21,14 @@ SCHEMAS = {
     "low_rank_linear_train":
         "(Tensor x, Tensor down, Tensor up, Tensor? bias=None, str activation='none', Tensor? residual=None)"
         " -> (Tensor y, Tensor h, Tensor z)",
+    "low_rank_conv":
+        "(Tensor x, Tensor down, Tensor up, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups=1,"
+        " int up_groups=1, str activation='none', Tensor? residual=None) -> Tensor",
+    "low_rank_conv_train":
+        "(Tensor x, Tensor down, Tensor up, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups=1,"
+        " int up_groups=1, str activation='none', Tensor? residual=None) -> (Tensor y, Tensor h, Tensor z)",
 }
-_library = torch.library.Library("shrank", "FRAGMENT")
+library = torch.library.Library("shrank", "FRAGMENT")
 
 
 def check_low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str,
@@ -37,15 +46,20 @@ def check_low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | No
         raise ValueError(_law(f"bias is {_shape(bias)}, wanted ({up.size(0)},) for up {_shape(up)}"))
     if residual is not None and residual.shape != (*x.shape[:-1], up.size(0)):
         raise ValueError(_law(f"residual is {_shape(residual)}, wanted {(*x.shape[:-1], up.size(0))}"))
+    check_alike("low_rank_linear", x, down=down, up=up, bias=bias, residual=residual)
+
+
+def check_alike(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Raise TypeError unless all are of one of DTYPES, the same; RuntimeError unless all are on the device of x."""
     if x.dtype not in DTYPES:
-        raise TypeError(_law(f"x is {x.dtype}, wanted one of {', '.join(map(str, DTYPES))}"))
-    for name, tensor in (("down", down), ("up", up), ("bias", bias), ("residual", residual)):
+        raise TypeError(f"shrank::{op}: x is {x.dtype}, wanted one of {', '.join(map(str, DTYPES))}")
+    for name, tensor in others.items():
         if tensor is None:
             continue
         if tensor.dtype != x.dtype:
-            raise TypeError(_law(f"{name} is {tensor.dtype}, wanted the {x.dtype} of x"))
+            raise TypeError(f"shrank::{op}: {name} is {tensor.dtype}, wanted the {x.dtype} of x")
         if tensor.device != x.device:
-            raise RuntimeError(_law(f"{name} is on {tensor.device}, wanted the {x.device} of x"))
+            raise RuntimeError(f"shrank::{op}: {name} is on {tensor.device}, wanted the {x.device} of x")
 
 
 def _law(complaint: str) -> str:
@@ -61,7 +75,7 @@ def _define() -> None:
     namespace = torch.ops.shrank
     for name, schema in SCHEMAS.items():
         if not hasattr(namespace, name):
-            _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+            library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
 
 
 def _forward(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: str = "none",
@@ -122,24 +136,36 @@ def low_rank_linear_autograd(x: Tensor, down: Tensor, up: Tensor, bias: Tensor |
         return torch.ops.shrank.low_rank_linear.default(x, down, up, bias, activation, residual)
 
 
-def _autocast(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: str = "none",
-              residual: Tensor | None = None) -> Tensor:
-    """As autocast treats F.linear; a wider residual is added after, so that it keeps its precision."""
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether an op on these must be recorded."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def run_in_autocast(op: Callable[..., Tensor], x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None,
+                    residual: Tensor | None) -> Tensor:
+    """As autocast treats F.linear and F.conv: `op` gets all five in the narrow dtype. A wider residual is added after,
+    so that it keeps its precision."""
     dtype = torch.get_autocast_dtype(x.device.type)
     x, down, up, bias = (t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
                          for t in (x, down, up, bias))
     fused = residual if residual is not None and residual.dtype == x.dtype else None
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
                                            | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
-        y = torch.ops.shrank.low_rank_linear(x, down, up, bias, activation, fused)
+        y = op(x, down, up, bias, fused)
     return y if fused is residual else y + residual
 
 
+def _autocast(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: str = "none",
+              residual: Tensor | None = None) -> Tensor:
+    return run_in_autocast(lambda x, down, up, bias, residual: torch.ops.shrank.low_rank_linear(
+        x, down, up, bias, activation, residual), x, down, up, bias, residual)
+
+
 _define()
-_library.impl("low_rank_linear", _forward, "CompositeExplicitAutograd")
-_library.impl("low_rank_linear_train", _forward_train, "CompositeExplicitAutograd")
-_library.impl("low_rank_linear", low_rank_linear_autograd, "Autograd")
+library.impl("low_rank_linear", _forward, "CompositeExplicitAutograd")
+library.impl("low_rank_linear_train", _forward_train, "CompositeExplicitAutograd")
+library.impl("low_rank_linear", low_rank_linear_autograd, "Autograd")
 for _key in ("AutocastCPU", "AutocastCUDA"):
-    _library.impl("low_rank_linear", _autocast, _key)
-torch.library.register_fake("shrank::low_rank_linear", _fake, lib=_library)
-torch.library.register_fake("shrank::low_rank_linear_train", _fake_train, lib=_library)
+    library.impl("low_rank_linear", _autocast, _key)
+torch.library.register_fake("shrank::low_rank_linear", _fake, lib=library)
+torch.library.register_fake("shrank::low_rank_linear_train", _fake_train, lib=library)
