@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.utils import parametrizations
 
 from .ced import CED, CONVOLUTIONS
 from .led import LED, LEDConv1D
@@ -170,7 +171,9 @@ def why_not(module: nn.Module) -> list[str]:
     extra = [n for n, _ in module.named_parameters() if n not in ("weight", "bias")]
     if extra := extra + [n for n, _ in module.named_buffers()]:
         reasons.append(f"it carries extra state: {', '.join(extra)}")
-    if module._state_dict_hooks or module._load_state_dict_pre_hooks:
+    # weight_norm leaves one of torch behind when its parametrization goes; it only renames entries of old checkpoints.
+    loading = [h for h in module._load_state_dict_pre_hooks.values() if h.hook.__module__ != parametrizations.__name__]
+    if module._state_dict_hooks or loading:
         reasons.append("it has state-dict hooks, made for a dense weight")
     if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
         reasons.append("its forward was patched on the instance")
