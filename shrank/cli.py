@@ -41,11 +41,12 @@ EnergyOption = Annotated[float | None, typer.Option(help="Share of the squared s
 Include = Annotated[list[str] | None, typer.Option(help="Only layers whose name matches this glob; repeatable.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Not layers whose name matches this glob; repeatable.")]
 RoundTo = Annotated[int, typer.Option(help="Ranks become multiples of this.")]
+AllowSlower = Annotated[bool, typer.Option(help="Also convolutions that a CPU computes no faster than before.")]
 
 
 @app.command()
 def plan(source: Source, rank: Rank = None, keep: Keep = None, energy: EnergyOption = None, include: Include = None,
-         exclude: Exclude = None, round_to: RoundTo = 1,
+         exclude: Exclude = None, round_to: RoundTo = 1, allow_slower: AllowSlower = False,
          save: Annotated[Path | None, typer.Option(help="Write the plan to this JSON file.")] = None,
          as_json: Json = False) -> None:
     """Show what would happen to every layer and why; changes nothing."""
@@ -53,7 +54,8 @@ def plan(source: Source, rank: Rank = None, keep: Keep = None, energy: EnergyOpt
         from .hf import load_model
 
         rule = _one_of(rank=rank, keep=keep, energy=energy)
-        made = make_plan(load_model(source), rule, include=include, exclude=exclude, round_to=round_to)
+        made = make_plan(load_model(source), rule, include=include, exclude=exclude, round_to=round_to,
+                         allow_slower=allow_slower)
         if save:
             made.save(save)
     _show(made.to_dict(), made.table(), as_json, made.summary)
@@ -63,8 +65,8 @@ def plan(source: Source, rank: Rank = None, keep: Keep = None, energy: EnergyOpt
 @app.command()
 def compress(source: Source, out: Out, rank: Rank = None, keep: Keep = None, energy: EnergyOption = None,
              plan: Annotated[Path | None, typer.Option(help="A plan as JSON, from `shrank plan --save`.")] = None,
-             include: Include = None, exclude: Exclude = None, round_to: RoundTo = 1, force: Force = False,
-             as_json: Json = False) -> None:
+             include: Include = None, exclude: Exclude = None, round_to: RoundTo = 1, allow_slower: AllowSlower = False,
+             force: Force = False, as_json: Json = False) -> None:
     """Write a low-rank copy of a model that from_pretrained loads after `import shrank`."""
     _require_free(out, force)
     with _errors():
@@ -73,7 +75,7 @@ def compress(source: Source, out: Out, rank: Rank = None, keep: Keep = None, ene
         rule = _one_of(rank=rank, keep=keep, energy=energy, plan=plan)
         model = load_model(source)
         made = RankPlan.load(plan) if plan else make_plan(
-            model, rule, include=include, exclude=exclude, round_to=round_to, errors=False)
+            model, rule, include=include, exclude=exclude, round_to=round_to, allow_slower=allow_slower, errors=False)
     _require_layers(made)
     with _errors():
         model = auto_fact(model, made)

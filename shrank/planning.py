@@ -29,7 +29,8 @@ class PlanOptions:
     layers may change. groups_out, skip_high_groups: see `auto_fact`. fact_led_unit: open low-rank layers and factorise
     their stages again. round_to: ranks become multiples of it. min_rank, max_rank: bounds on every rank.
     min_features: layers whose smaller side is below stay dense. allow_growth: permit ranks that store more than the
-    dense layer. errors: compute the expected error of every layer.
+    dense layer. allow_slower: permit convolutions that a CPU computes no faster than the dense layer, as allow_growth
+    does too. errors: compute the expected error of every layer.
     """
 
     groups_out: bool = False
@@ -43,6 +44,7 @@ class PlanOptions:
     max_rank: int | None = None
     min_features: int = 16
     allow_growth: bool = False
+    allow_slower: bool = False
     errors: bool = True
 
     def __post_init__(self) -> None:
@@ -149,7 +151,15 @@ def _fit(rank: int | None, found: Target, options: PlanOptions) -> tuple[int, Sh
     rank = _round(min(rank, shape.max_rank), shape, options)
     if shape.low_rank_params(rank) >= shape.dense_params and not options.allow_growth:
         raise _StaysDense(f"rank {rank} saves nothing (break-even rank {shape.break_even_rank})")
+    if found.taps > 1 and not (options.allow_slower or options.allow_growth):
+        _check_faster(rank, shape)
     return rank, shape
+
+
+def _check_faster(rank: int, shape: Shape) -> None:
+    if shape.convolution_flops(rank) >= shape.convolution_flops(None):
+        raise _StaysDense(f"rank {rank} computes as {shape.channels_computed(rank)} of its "
+                          f"{shape.channels_computed(None)} channels: no faster than dense (allow_slower)")
 
 
 def _round(rank: int, shape: Shape, options: PlanOptions) -> int:

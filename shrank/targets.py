@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.utils import parametrizations
 
 from .ced import CED, CONVOLUTIONS
 from .led import LED, LEDConv1D
@@ -25,6 +26,7 @@ class Target:
     """One eligible module, seen as the matrix that its low-rank twin approximates."""
 
     kind: ClassVar[str]
+    taps = 1  # positions of a kernel
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -57,15 +59,13 @@ class LinearTarget(Target):
     kind = "Linear"
 
     def shape(self) -> Shape:
-        out_features, in_features = self.module.weight.shape
-        return Shape(out_features, in_features)
+        return Shape(*self.module.weight.shape)
 
     def matrices(self, shape: Shape) -> Tensor:
         return self.module.weight.detach()[None]
 
     def twin(self, rank: int, shape: Shape) -> LED:
-        bias = self.module.bias is not None
-        return LED(shape.in_features, shape.out_features, rank, bias, **self._meta())
+        return LED(shape.in_features, shape.out_features, rank, self.module.bias is not None, **self._meta())
 
 
 class HFConv1DTarget(Target):
@@ -74,8 +74,7 @@ class HFConv1DTarget(Target):
     kind = "Conv1D"
 
     def shape(self) -> Shape:
-        in_features, out_features = self.module.weight.shape
-        return Shape(out_features, in_features)
+        return Shape(*self.module.weight.mT.shape)
 
     def matrices(self, shape: Shape) -> Tensor:
         return self.module.weight.detach().mT[None]
@@ -90,6 +89,10 @@ class ConvTarget(Target):
     @property
     def kind(self) -> str:
         return type(self.module).__name__
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.module.kernel_size)
 
     def shape(self) -> Shape:
         conv = self.module
@@ -129,10 +132,9 @@ class ConvTarget(Target):
             up = torch.block_diag(*up)                                      # (out, rank), zero across groups
         else:
             up = up.transpose(0, 1).flatten(1)                              # column blocks: (out, rank)
-        down = factors.down.flatten(0, 1).reshape(twin.down.shape)
-        layout = memory_format(self.module.weight)
-        twin.set_factors(down.contiguous(memory_format=layout),
-                         up.reshape(twin.up.shape).contiguous(memory_format=layout), self.module.bias)
+        down, up = factors.down.flatten(0, 1).reshape(twin.down.shape), up.reshape(twin.up.shape)
+        layout = {"memory_format": memory_format(self.module.weight)}
+        twin.set_factors(down.contiguous(**layout), up.contiguous(**layout), self.module.bias)
 
 
 ADAPTERS: dict[type, type[Target]] = {nn.Linear: LinearTarget, **{c: ConvTarget for c in CONVOLUTIONS.values()}}
@@ -166,17 +168,16 @@ def why_not(module: nn.Module) -> list[str]:
         reasons.append("its weight is on the meta device (offloaded or not loaded)")
     elif weight.dtype not in _DTYPES:
         reasons.append(f"its weight is {weight.dtype}")
-    if extra := [n for n, _ in module.named_parameters() if n not in ("weight", "bias")] + [
-        n for n, _ in module.named_buffers()
-    ]:
+    extra = [n for n, _ in module.named_parameters() if n not in ("weight", "bias")]
+    if extra := extra + [n for n, _ in module.named_buffers()]:
         reasons.append(f"it carries extra state: {', '.join(extra)}")
-    if module._state_dict_hooks or module._load_state_dict_pre_hooks:
+    # weight_norm leaves one of torch behind when its parametrization goes; it only renames entries of old checkpoints.
+    loading = [h for h in module._load_state_dict_pre_hooks.values() if h.hook.__module__ != parametrizations.__name__]
+    if module._state_dict_hooks or loading:
         reasons.append("it has state-dict hooks, made for a dense weight")
     if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
         reasons.append("its forward was patched on the instance")
-    if reasons:
-        return reasons
-    return _why_not_shape(target(module).shape())
+    return reasons or _why_not_shape(target(module).shape())
 
 
 def _why_not_type(module: nn.Module) -> str:
@@ -238,11 +239,9 @@ def _dense_groups(layer: CED, weight: Tensor) -> tuple[int, Tensor]:
 
 def memory_format(weight: Tensor) -> torch.memory_format:
     """channels_last where the tensor is stored so and not contiguous as well, else contiguous."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    wanted = formats.get(weight.dim())
-    if wanted and not weight.is_contiguous() and weight.is_contiguous(memory_format=wanted):
-        return wanted
-    return torch.contiguous_format
+    wanted = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
+    unlike = wanted and not weight.is_contiguous() and weight.is_contiguous(memory_format=wanted)
+    return wanted if unlike else torch.contiguous_format
 
 
 def _is_hf_conv1d(kind: type) -> bool:

@@ -61,7 +61,7 @@ def low_rank(build, options: dict | None) -> nn.Module:
     model = seeded(build)
     if options is None:
         return model
-    model = shrank.auto_fact(model, **{"rank": 0.8, "groups_out": False} | options | {"fact_led_unit": False})
+    model = shrank.auto_fact(model, **{"rank": 0.8, "allow_slower": True} | options | {"fact_led_unit": False})
     return shrank.auto_fact(model, 0.5, fact_led_unit=True) if "fact_led_unit" in options else model
 
 

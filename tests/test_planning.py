@@ -10,6 +10,7 @@ from torch import nn
 
 import shrank
 from shrank import Energy
+from shrank.ced import CONVOLUTIONS
 
 
 def model() -> nn.Module:
@@ -76,8 +77,31 @@ def test_rounding_and_bounds() -> None:
 
 def test_rank_is_a_multiple_of_the_groups() -> None:
     net = nn.Conv2d(32, 64, 3, groups=8)
-    assert shrank.make_plan(net, 12, min_features=1)[""].rank == 8
+    assert shrank.make_plan(net, 12, min_features=1, allow_slower=True)[""].rank == 8
     assert shrank.make_plan(net, 12, min_features=1, round_to=3, allow_growth=True)[""].rank == 24
+
+
+@pytest.mark.parametrize(("channels", "kernel", "groups", "rank", "computed"), [
+    ((128, 16), (64, 1), 1, 7, "16 of its 16"),
+    ((64, 64), (3, 3), 1, 50, "64 of its 64"),
+    ((64, 128), (3,), 8, 8, "128 of its 128"),
+    ((64, 24), (3, 3), 1, 20, "32 of its 32"),
+    ((64, 64), (2,), 1, 40, "48 of its 64"),
+])
+def test_convolutions_that_a_cpu_computes_no_faster_stay_dense(channels: tuple, kernel: tuple, groups: int, rank: int,
+                                                               computed: str) -> None:
+    net = nn.Sequential(CONVOLUTIONS[len(kernel)](*channels, kernel, groups=groups))
+    plan = shrank.make_plan(net, rank, min_features=1)
+    assert plan["0"].reason == f"rank {rank} computes as {computed} channels: no faster than dense (allow_slower)"
+    for permission in ("allow_slower", "allow_growth"):
+        permitted = shrank.make_plan(net, rank, min_features=1, **{permission: True})
+        assert permitted["0"].rank == rank
+        assert type(shrank.auto_fact(copy.deepcopy(net), permitted)[0]) is shrank.CED  # a plan is carried out as it is
+
+
+def test_convolutions_that_gain_a_block_of_channels_are_replaced() -> None:
+    assert shrank.make_plan(nn.Conv2d(64, 32, 3), 14)[""].rank == 14
+    assert shrank.make_plan(nn.Conv2d(64, 16, 1), 7)[""].rank == 7  # one tap: a linear layer
 
 
 def test_growth_needs_permission_and_stops_at_full_rank() -> None:

@@ -224,7 +224,7 @@ def test_accelerate_hooks_move_to_the_twin_and_come_off():
 
 def test_a_low_rank_model_can_be_offloaded():
     model, x = nn.Sequential(mlp(), nn.Unflatten(1, (16, 2)), nn.Conv1d(16, 16, 2)), draw(2, WIDTH)
-    shrank.auto_fact(model, 0.5)
+    shrank.auto_fact(model, 0.5, allow_slower=True)
     expected = model(x)
     cpu_offload(model, execution_device="cpu")
     assert all(p.is_meta for p in model.parameters())

@@ -32,7 +32,7 @@ class Net(nn.Module):
 @pytest.fixture
 def small() -> nn.Module:
     torch.manual_seed(0)
-    model = shrank.auto_fact(Net().eval(), 8)
+    model = shrank.auto_fact(Net().eval(), 8, allow_slower=True)
     assert len(model.shrank_plan.low_rank) == 3
     return model
 
@@ -132,7 +132,7 @@ def test_copies_and_pickles(small: nn.Module, x: Tensor) -> None:
 
 def test_state_dict_round_trip(small: nn.Module, x: Tensor) -> None:
     torch.manual_seed(5)
-    other = shrank.auto_fact(Net().eval(), 8)
+    other = shrank.auto_fact(Net().eval(), 8, allow_slower=True)
     assert not torch.equal(other(x), small(x))
     other.load_state_dict(small.state_dict())
     assert torch.equal(other(x), small(x))
