@@ -156,10 +156,17 @@ def _fit(rank: int | None, found: Target, options: PlanOptions) -> tuple[int, Sh
     return rank, shape
 
 
+# A second pass over the output costs what its arithmetic does not show. Measured with torch 2.13 on 1 and 2 threads, both
+# memory formats, 64 to 512 channels of 3x3: where the twin counts 0.83 of the dense arithmetic it takes 0.7 to 1.0 of the
+# time, at 0.90 0.9 to 1.0, at 0.96 1.0 to 1.1, and beyond up to 1.8 times.
+FASTER_BELOW = 0.85
+
+
 def _check_faster(rank: int, shape: Shape) -> None:
-    if shape.convolution_flops(rank) >= shape.convolution_flops(None):
+    if shape.convolution_flops(rank) > FASTER_BELOW * shape.convolution_flops(None):
         raise _StaysDense(f"rank {rank} computes as {shape.channels_computed(rank)} of its "
-                          f"{shape.channels_computed(None)} channels: no faster than dense (allow_slower)")
+                          f"{shape.channels_computed(None)} channels, and a second stage: no faster than dense on a "
+                          "CPU (allow_slower)")
 
 
 def _round(rank: int, shape: Shape, options: PlanOptions) -> int:
