@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 from shrank import _native
 
@@ -20,15 +21,15 @@ ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100")
 REGISTERS = 65536  # of an SM, and shared memory: CUDA C++ Programming Guide, technical specifications
 SHARED_OF_BLOCK = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90a": 227, "sm_100": 227}  # KiB
 SHARED_OF_SM = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90a": 228, "sm_100": 228}
-_KERNEL = re.compile(r"13LowRankLinearINS_4arch\d+(\w+?)ELi(\d+)ELi(\d+)EE")
+_KERNEL = re.compile(r"\d+LowRank(Linear|Conv|Depthwise)INS_4arch\d+(\w+?)E(?:LNS_6GatherE(\d)E)?Li(\d+)ELi(\d+)EE")
+_GATHERS = ("chunks", "numbers")
+LINEAR = "linear"
+Name = tuple[str, str, int, int]  # kind: linear, or how a convolution gathers; dtype, block_m, max_rank
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 @dataclass
 class Kernel:
-    dtype: str
-    block_m: int
-    max_rank: int
     registers: int = 0
     stack: int = 0
     local: int = 0
@@ -48,22 +49,32 @@ def dump(*arguments: str) -> str:
                           env={"PATH": f"{tool('nvdisasm').parent}:/usr/bin:/bin"}).stdout
 
 
+def name_in(line: str) -> Name | None:
+    if not (named := _KERNEL.search(line)):
+        return None
+    kind = {"Linear": LINEAR, "Conv": _GATHERS[int(named[3] or 0)], "Depthwise": "depthwise"}[named[1]]
+    return kind, named[2], int(named[4]), int(named[5])
+
+
+def name_of(tile: object, dtype: str) -> Name:
+    """Of a LinearTile or a ConvTile."""
+    return getattr(tile, "gather", LINEAR), dtype, tile.block_m, tile.max_rank
+
+
 @cache
-def kernels(arch: str) -> dict[tuple[str, int, int], Kernel]:
-    """The matrix kernels for one architecture, by dtype, block_m and max_rank."""
-    found: dict[tuple[str, int, int], Kernel] = {}
+def kernels(arch: str) -> dict[Name, Kernel]:
+    """The matrix kernels for one architecture."""
+    found: dict[Name, Kernel] = {}
     current = None
     for line in dump("--dump-resource-usage", "-arch", arch).splitlines():
-        if named := _KERNEL.search(line):
-            current = Kernel(named[1], int(named[2]), int(named[3]))
-            found[current.dtype, current.block_m, current.max_rank] = current
+        if name := name_in(line):
+            current = found[name] = Kernel()
         elif current and (used := _RESOURCES.search(line)):
             current.registers, current.stack, current.local = int(used[1]), int(used[2]), int(used[4])
             current = None
     for line in dump("--dump-sass", "-arch", arch).splitlines():
         if "Function :" in line:
-            named = _KERNEL.search(line)
-            current = found[named[1], int(named[2]), int(named[3])] if named else None
+            current = found.get(name_in(line))
         elif current and (opcode := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", line)):
             current.instructions[opcode[1].split(".")[0]] += 1
     return found
@@ -83,21 +94,25 @@ def nvcc_version() -> str | None:
 
 
 def table(tiles: list) -> str:
-    columns = ["block_m", "max_rank", "threads", "shared KiB", *(f"{arch}: registers, blocks per SM" for arch in ARCHS),
-               "HMMA, sm_90a"]
+    columns = ["kernel", "block_m", "max_rank", "threads", "shared KiB",
+               *(f"{arch}: registers, blocks per SM" for arch in ARCHS), "HMMA, sm_90a"]
     rows = [f"By nvcc {nvcc_version()}, in bfloat16; float16 differs by a few registers. No kernel spills.", "",
             f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for tile in tiles:
-        cells = []
+        name, cells = name_of(tile, "bfloat16"), []
         for arch in ARCHS:
-            kernel = kernels(arch)["bfloat16", tile.block_m, tile.max_rank]
+            kernel = kernels(arch)[name]
             blocks = blocks_per_sm(arch, kernel, tile.threads, tile.shared_bytes)
             fits = tile.shared_bytes <= SHARED_OF_BLOCK[arch] * 1024
             cells.append(f"{kernel.registers}, {blocks}" if fits else "does not fit")
-        matrix = kernels("sm_90a")["bfloat16", tile.block_m, tile.max_rank].instructions["HMMA"]
-        rows.append(f"| {tile.block_m} | {tile.max_rank or 'any'} | {tile.threads} | {tile.shared_bytes / 1024:g} | "
-                    f"{' | '.join(cells)} | {matrix} |")
+        matrix = kernels("sm_90a")[name].instructions["HMMA"]
+        rows.append(f"| {name[0]} | {tile.block_m} | {tile.max_rank or 'any'} | {tile.threads} | "
+                    f"{tile.shared_bytes / 1024:g} | {' | '.join(cells)} | {matrix} |")
     return "\n".join(rows)
+
+
+def tiles_of(dev: ModuleType) -> list:
+    return [*dev.select.LINEAR_TILES, *dev.select.CONV_TILES]
 
 
 def written(text: str, tiles: list) -> str:
@@ -108,5 +123,5 @@ def written(text: str, tiles: list) -> str:
 if __name__ == "__main__":
     from .conftest import dev_module
 
-    README.write_text(written(README.read_text(), dev_module().select.LINEAR_TILES))
+    README.write_text(written(README.read_text(), tiles_of(dev_module())))
     sys.exit(0)
