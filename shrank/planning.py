@@ -156,9 +156,9 @@ def _fit(rank: int | None, found: Target, options: PlanOptions) -> tuple[int, Sh
     return rank, shape
 
 
-# A second pass over the output costs what its arithmetic does not show. Measured with torch 2.13 on 1 and 2 threads, both
-# memory formats, 64 to 512 channels of 3x3: where the twin counts 0.83 of the dense arithmetic it takes 0.7 to 1.0 of the
-# time, at 0.90 0.9 to 1.0, at 0.96 1.0 to 1.1, and beyond up to 1.8 times.
+# The second stage's pass over the output costs what its arithmetic does not show. Measured with torch 2.13 on 1 and 2
+# threads, in both memory formats, 64 to 512 channels of 3x3: a twin that counts 0.83 of the dense arithmetic takes 0.7
+# to 1.0 of the time; 0.90 takes 0.9 to 1.0, 0.96 takes 1.0 to 1.1, and more takes up to 1.8.
 FASTER_BELOW = 0.85
 
 

@@ -1,4 +1,4 @@
-// What the matrix kernels share: a block owns rows of y and walks the columns, y = activation(h up^T + bias) + residual.
+// What the matrix kernels share: a block owns rows of y = activation(h up^T + bias) + residual and walks the columns.
 // Its rows of h lie in shared memory, whoever put them there; or, of any rank, they come from global memory in panels.
 #pragma once
 

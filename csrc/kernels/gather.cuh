@@ -90,11 +90,10 @@ template <typename T, Gather HOW, int Rows, int Threads> struct Windows {
     else read_numbers(panel, x);
   }
 
-  // Of the channels of the filters in rows [begin, rows) from this one on; other rows are zero.
-  template <int DownRows>
+  // Of the channels of the filters from this one on: the rows that multiply_panels loads to multiply [begin, rows).
   SHRANK_DEVICE void load_down(SharedAddress panel, const Matrix<T>& down, int begin, int channel) const {
-    if constexpr (HOW == Gather::chunks) copy_down<DownRows>(panel, down, begin, channel);
-    else read_down<DownRows>(panel, down, begin, channel);
+    if constexpr (HOW == Gather::chunks) copy_down(panel, down, begin, channel);
+    else read_down(panel, down, begin, channel);
   }
 
   SHRANK_DEVICE void copy_chunks(SharedAddress panel, const T* x) const {
@@ -125,26 +124,23 @@ template <typename T, Gather HOW, int Rows, int Threads> struct Windows {
     }
   }
 
-  template <int DownRows>
   SHRANK_DEVICE void copy_down(SharedAddress panel, const Matrix<T>& down, int begin, int channel) const {
     const int first = arch::thread_index() / kPanelChunks, chunk = arch::thread_index() % kPanelChunks;
     const bool in_filter = tap.at[0] < params.window.kernel[0];
-    const T* from = down.data + static_cast<int64_t>(first) * down.columns + tap.index * params.group_channels +
-                    channel + tap.channel;
+    const T* const from = down.data + tap.index * params.group_channels + channel + tap.channel;
 #pragma unroll 4
-    for (int row = first; row < DownRows; row += kRowsAtOnce) {
-      const bool inside = in_filter && row >= begin && row < down.rows;
-      arch::copy_async(chunk_at(panel, row, chunk), inside ? from : down.data, inside ? 16 : 0);
-      from += static_cast<int64_t>(kRowsAtOnce) * down.columns;
+    for (int row = first_row(begin) + first; row < end_row(down); row += kRowsAtOnce) {
+      const bool inside = in_filter && row < down.rows;
+      arch::copy_async(chunk_at(panel, row, chunk), inside ? from + static_cast<int64_t>(row) * down.columns : from,
+                       inside ? 16 : 0);
     }
   }
 
-  template <int DownRows>
   SHRANK_DEVICE void read_down(SharedAddress panel, const Matrix<T>& down, int begin, int channel) const {
-    const int chunk = arch::thread_index() % kPanelChunks;
+    const int first = arch::thread_index() / kPanelChunks, chunk = arch::thread_index() % kPanelChunks;
 #pragma unroll 1
-    for (int row = arch::thread_index() / kPanelChunks; row < DownRows; row += kRowsAtOnce) {
-      const bool exists = row >= begin && row < down.rows;
+    for (int row = first_row(begin) + first; row < end_row(down); row += kRowsAtOnce) {
+      const bool exists = row < down.rows;
       Tap at = tap;
       write_chunk(chunk_at(panel, row, chunk), [&](int) {
         const bool inside = exists && at.at[0] < params.window.kernel[0];
@@ -155,6 +151,9 @@ template <typename T, Gather HOW, int Rows, int Threads> struct Windows {
       });
     }
   }
+
+  SHRANK_DEVICE static int first_row(int begin) { return begin / 16 * 16; }
+  SHRANK_DEVICE static int end_row(const Matrix<T>& down) { return ceil_div(static_cast<int>(down.rows), 16) * 16; }
 
   // Of the numbers next(0), ..., next(7), asked for in order.
   template <typename Next> SHRANK_DEVICE static void write_chunk(SharedAddress to, const Next& next) {

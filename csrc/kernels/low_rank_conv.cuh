@@ -46,8 +46,7 @@ template <typename T, Gather HOW, int BLOCK_M, int MAX_RANK> struct LowRankConv 
       const int group = (block.group * params.R + begin) / params.down_rank;
       if (next == 0) windows.restart();
       windows.load(slot, group * params.group_channels + channel);
-      windows.template load_down<MAX_RANK>(slot + Block::kPanelBytes, {down, begin + columns, params.K}, begin,
-                                           channel);
+      windows.load_down(slot + Block::kPanelBytes, {down, begin + columns, params.K}, begin, channel);
       windows.advance();
       if (++next == steps) next = 0, run++;
       if (run == runs) run = 0, segment++;

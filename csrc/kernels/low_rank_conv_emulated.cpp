@@ -13,7 +13,8 @@ std::vector<emulator::Buffer> buffers_of(const LowRankConvParams& p) {
   const int64_t images = p.M / (int64_t{w.out[0]} * w.out[1] * w.out[2]);
   std::vector<emulator::Buffer> buffers;
   const auto add = [&](const char* name, const void* base, int64_t rows, int64_t columns, bool writable) {
-    if (base) buffers.push_back({name, base, static_cast<std::size_t>(rows * columns * bytes(p.dtype)), writable, true});
+    const auto size = static_cast<std::size_t>(rows * columns * bytes(p.dtype));
+    if (base) buffers.push_back({name, base, size, writable, true});
   };
   add("x", p.x, images * w.in[0] * w.in[1] * w.in[2], p.channels, false);
   add("down", p.down, R, p.K, false);

@@ -86,7 +86,7 @@ template <int FragmentsM, int FragmentsN> struct Sums {
 };
 
 // sums += a b^T over 16 `steps` columns of two panels; the warp's rows of a begin at a_row, those of b at b_row. Of b,
-// only rows [begin, end) of the panel differ from zero.
+// only rows [begin, end) of the panel take part, by eights: what is zero times infinity must not reach their sums.
 template <typename T, int FragmentsM, int FragmentsN>
 SHRANK_DEVICE void multiply_panels(Sums<FragmentsM, FragmentsN>& sums, SharedAddress a_panel, int a_row,
                                    SharedAddress b_panel, int b_row, int steps = kPanel / 16, int begin = 0,
@@ -103,13 +103,14 @@ SHRANK_DEVICE void multiply_panels(Sums<FragmentsM, FragmentsN>& sums, SharedAdd
       arch::load_matrices(a[m], chunk_at(a_panel, a_row + m * 16 + a_lane_row, step * 2 + a_lane_chunk));
 #pragma unroll
     for (int n = 0; n < FragmentsN; n += 2) {
-      if (b_row + n * 8 + 16 <= begin || b_row + n * 8 >= end) continue;
+      const auto takes_part = [&](int fragment) { return begin <= b_row + fragment * 8 && b_row + fragment * 8 < end; };
+      if (!takes_part(n) && !takes_part(n + 1)) continue;
       uint32_t b[4];
       arch::load_matrices(b, chunk_at(b_panel, b_row + n * 8 + b_lane_row, step * 2 + b_lane_chunk));
 #pragma unroll
       for (int m = 0; m < FragmentsM; m++) {
-        arch::multiply_add<T>(sums.item[m][n], a[m], b[0], b[1]);
-        arch::multiply_add<T>(sums.item[m][n + 1], a[m], b[2], b[3]);
+        if (takes_part(n)) arch::multiply_add<T>(sums.item[m][n], a[m], b[0], b[1]);
+        if (takes_part(n + 1)) arch::multiply_add<T>(sums.item[m][n + 1], a[m], b[2], b[3]);
       }
     }
   }

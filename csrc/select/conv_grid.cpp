@@ -135,6 +135,8 @@ const char* conv_why_not(const ConvProblem& p, const Device& d) {
   if (!whole_groups(p)) return "a group of the second stage reads parts of several groups of the first";
   if (p.N / p.up_groups % 8 || p.R / p.up_groups % 8)
     return "the rank and the outputs of each group of the second stage must be multiples of 8";
+  if (!p.is_depthwise() && p.R / p.up_groups / p.segments() % 8)
+    return "the rank of each group of the first stage must be a multiple of 8";
   if (p.up_groups * kMaxBlocksN > 65535) return "the second stage has more groups than a grid has blocks";
   if (p.is_depthwise() && p.taps() > ConvTile::kMostTaps) return "a depthwise filter has more than 256 taps";
   if (p.R / p.up_groups > (p.is_depthwise() ? kMaxDepthwiseRank : kMaxRank))

@@ -1,5 +1,5 @@
-// One low-rank convolution as numbers: h = x convolved with down, y = activation(h convolved with up, a point, + bias) +
-// residual.
+// One low-rank convolution as numbers: h = x convolved with down, y = activation(h convolved with up, a point, + bias)
+// + residual.
 #pragma once
 
 #include <array>

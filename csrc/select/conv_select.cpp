@@ -12,7 +12,9 @@ namespace two_convs {
 
 const char* why_not(const ConvProblem&, const Device&) { return nullptr; }
 
-double microseconds(const ConvProblem& p, const Device& d) { return two_convs_us(p, d) + torch_tail_us(pointwise(p), d); }
+double microseconds(const ConvProblem& p, const Device& d) {
+  return two_convs_us(p, d) + torch_tail_us(pointwise(p), d);
+}
 
 constexpr const char* kReason = "cuDNN's two convolutions, which add the bias for free; nothing else is left to fuse";
 
@@ -21,7 +23,8 @@ constexpr const char* kReason = "cuDNN's two convolutions, which add the bias fo
 namespace two_convs_epilogue {
 
 const char* why_not(const ConvProblem& p, const Device&) {
-  return has_tail(pointwise(p)) ? nullptr : "no activation and no residual: the second convolution adds the bias for free";
+  if (has_tail(pointwise(p))) return nullptr;
+  return "no activation and no residual: the second convolution adds the bias for free";
 }
 
 double microseconds(const ConvProblem& p, const Device& d) { return two_convs_us(p, d) + epilogue_us(pointwise(p), d); }

@@ -1,4 +1,4 @@
-"""`shrank::low_rank_conv` as torch knows it: what schema.py has of the linear op, for convolutions of 1 to 3 dimensions."""
+"""`shrank::low_rank_conv` as torch knows it: what schema.py has of the linear op, for 1 to 3 dimensions."""
 
 from __future__ import annotations
 

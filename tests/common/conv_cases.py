@@ -77,9 +77,11 @@ _WINDOWS = [
     ConvCase((9,), (4,), 8, 16, 8, padding=(1, 2)), ConvCase((30,), (16,), 1, 8, 8, stride=(4,)),
     ConvCase((16,), (3,), 24, 8, 8, dilation=(3,)), ConvCase((5,), (8,), 8, 8, 8, padding=(2,)),
     ConvCase((6, 7), (1, 1), 16, 24, 8), ConvCase((9, 8), (7, 7), 3, 16, 8, stride=(2, 2), padding=(3, 3)),
-    ConvCase((6, 5), (2, 3), 8, 8, 8, padding=(0, 1, 2, 0)), ConvCase((40, 1), (16, 1), 16, 16, 8, padding=(7, 8, 0, 0)),
+    ConvCase((6, 5), (2, 3), 8, 8, 8, padding=(0, 1, 2, 0)),
+    ConvCase((40, 1), (16, 1), 16, 16, 8, padding=(7, 8, 0, 0)),
     ConvCase((8, 9), (3, 2), 8, 8, 8, stride=(3, 1), dilation=(1, 2)), ConvCase((1, 1), (1, 1), 8, 8, 8),
-    ConvCase((4, 5, 6), (3, 2, 1), 8, 8, 8, padding=(1, 0, 0)), ConvCase((4, 8, 8), (2, 4, 4), 3, 16, 8, stride=(2, 4, 4)),
+    ConvCase((4, 5, 6), (3, 2, 1), 8, 8, 8, padding=(1, 0, 0)),
+    ConvCase((4, 8, 8), (2, 4, 4), 3, 16, 8, stride=(2, 4, 4)),
 ]
 _GROUPS = [
     ConvCase((11,), (3,), 32, 32, 16, groups=4), ConvCase((11,), (3,), 32, 32, 32, groups=4, up_groups=4),

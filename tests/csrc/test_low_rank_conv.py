@@ -65,3 +65,15 @@ def test_nan_and_inf_reach_the_windows_that_see_them(dev, special, tile, C, grou
     y, torchs = emulate(dev, run, arguments).y, in_pytorch(run, arguments).y
     assert torch.equal(y.isnan(), torchs.isnan()) and torch.equal(y.isinf(), torchs.isinf())
     assert y[:4].isfinite().all() and y[7:].isfinite().all()
+
+
+@pytest.mark.parametrize("up_groups", [1, 4])
+def test_infinity_stays_in_its_group(dev, up_groups) -> None:
+    """Groups of 8 ranks share fragments of 16 with their neighbours."""
+    run = ConvRun(TINY, (12,), (3,), 32, 32, 32, 1, begin=(1,), groups=4, up_groups=up_groups, training=True)
+    arguments = run.arguments(dev)
+    arguments["x"][0, 0, 0, 5, 9] = float("inf")
+    outcome, torchs = emulate(dev, run, arguments), in_pytorch(run, arguments)
+    for found, wanted in ((outcome.h, torchs.h), (outcome.y, torchs.y)):
+        assert torch.equal(found.isnan(), wanted.isnan()) and torch.equal(found.isinf(), wanted.isinf())
+    assert outcome.h[:, :8].isfinite().all() and outcome.h[:, 16:].isfinite().all()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from itertools import product
 from types import ModuleType
@@ -18,7 +17,8 @@ from .linear import BF16, FP16, Outcome
 TILES = (*(("chunks", block_m, rank) for block_m, ranks in ((32, (64, 128, 256)), (64, (32, 64, 96, 128, 256)),
                                                             (128, (32, 64, 96, 128))) for rank in ranks),
          *(("numbers", 64, rank) for rank in (64, 128, 256)),
-         *(("depthwise", *tile) for tile in ((128, 128), (64, 256), (128, 256), (32, 512), (64, 512), (64, 1024), (32, 1536))))
+         *(("depthwise", *tile) for tile in ((128, 128), (64, 256), (128, 256), (32, 512), (64, 512), (64, 1024),
+                                             (32, 1536))))
 Sizes = tuple[int, ...]
 
 
@@ -143,16 +143,17 @@ def _windows() -> list[ConvRun]:
         dict(input=(130,), kernel=(64,), begin=(31,), end=(32,)), dict(input=(90,), kernel=(16,), stride=(7,)),
         dict(input=(30,), kernel=(4,), dilation=(5,), begin=(9,)), dict(input=(33,), kernel=(1,)),
         dict(input=(12,), kernel=(12,)), dict(input=(6,), kernel=(9,), begin=(4,)),
-        dict(input=(9, 11), kernel=(3, 3), begin=(1, 1)), dict(input=(14, 9), kernel=(7, 7), stride=(2, 2), begin=(3, 3)),
+        dict(input=(9, 11), kernel=(3, 3), begin=(1, 1)),
+        dict(input=(14, 9), kernel=(7, 7), stride=(2, 2), begin=(3, 3)),
         dict(input=(8, 10), kernel=(1, 1)), dict(input=(8, 10), kernel=(1, 1), stride=(2, 3)),
         dict(input=(9, 8), kernel=(3, 2), stride=(1, 3), begin=(2, 0), end=(0, 1)),
-        dict(input=(11, 12), kernel=(3, 3), dilation=(2, 3), begin=(2, 3)), dict(input=(40, 1), kernel=(16, 1),
-                                                                                begin=(7, 0), end=(8, 0)),
+        dict(input=(11, 12), kernel=(3, 3), dilation=(2, 3), begin=(2, 3)),
+        dict(input=(40, 1), kernel=(16, 1), begin=(7, 0), end=(8, 0)),
         dict(input=(1, 1), kernel=(3, 3), begin=(1, 1)), dict(input=(3, 130), kernel=(2, 3), begin=(0, 1)),
-        dict(input=(4, 5, 6), kernel=(2, 3, 3), begin=(0, 1, 1)), dict(input=(4, 8, 8), kernel=(2, 4, 4),
-                                                                      stride=(2, 4, 4)),
-        dict(input=(3, 4, 5), kernel=(3, 1, 1), begin=(1, 0, 0)), dict(input=(5, 4, 6), kernel=(2, 2, 2),
-                                                                      dilation=(2, 1, 3), stride=(1, 2, 1), begin=(1, 0, 2)),
+        dict(input=(4, 5, 6), kernel=(2, 3, 3), begin=(0, 1, 1)),
+        dict(input=(4, 8, 8), kernel=(2, 4, 4), stride=(2, 4, 4)),
+        dict(input=(3, 4, 5), kernel=(3, 1, 1), begin=(1, 0, 0)),
+        dict(input=(5, 4, 6), kernel=(2, 2, 2), dilation=(2, 1, 3), stride=(1, 2, 1), begin=(1, 0, 2)),
         dict(input=(2, 3, 4), kernel=(1, 1, 1)),
     ]
     return [replace(ConvRun(tile, **shape, C=C, N=N, R=R, groups=groups), dtype=dtype)
@@ -169,9 +170,10 @@ def _groups() -> list[ConvRun]:
                         bias=True)
                 for groups, up, R, N, wide, tile in [
                     (2, 1, 48, 40, 1, TINY), (4, 1, 64, 40, 3, TINY), (2, 2, 80, 136, 1, TINY), (4, 2, 64, 24, 2, TINY),
-                    (8, 1, 64, 40, 1, TINY), (8, 1, 40, 40, 1, TINY), (16, 1, 64, 24, 1, SMALL), (3, 1, 72, 40, 1, ("chunks", 64, 96)),
-                    (1, 2, 96, 40, 5, TINY), (2, 4, 96, 24, 2, SMALL), (4, 4, 256, 72, 6, SMALL), (16, 16, 384, 48, 2, TINY),
-                    (4, 1, 256, 72, 2, ("chunks", 32, 256)), (8, 2, 256, 72, 1, ("chunks", 64, 128))]]
+                    (8, 1, 64, 40, 1, TINY), (2, 1, 16, 40, 1, TINY), (16, 1, 128, 24, 1, ("chunks", 64, 128)),
+                    (3, 1, 72, 40, 1, ("chunks", 64, 96)), (1, 2, 96, 40, 5, TINY), (2, 4, 96, 24, 2, SMALL),
+                    (4, 4, 256, 72, 6, SMALL), (16, 16, 384, 48, 2, TINY), (4, 1, 256, 72, 2, ("chunks", 32, 256)),
+                    (8, 2, 256, 72, 1, ("chunks", 64, 128))]]
     by_number = [ConvRun(BY_NUMBER, **base, C=groups * wide, N=24 * up, R=R, groups=groups, up_groups=up, bias=True)
                  for groups, up, R, wide in [(2, 1, 48, 3), (4, 4, 96, 1), (3, 1, 24, 5), (1, 2, 32, 6), (8, 1, 64, 1)]]
     depthwise = [ConvRun(DEPTHWISE, **base, C=R, N=40 * up, R=R, groups=R, up_groups=up, bias=True, training=True)
