@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import product
 from types import ModuleType
@@ -53,6 +54,10 @@ class ConvRun:
         return (f"{self.tile[0]}{self.tile[1]}x{self.tile[2]}-{self.batch}x{self.C}x{'x'.join(map(str, self.input))}-"
                 f"k{'x'.join(map(str, self.kernel))}{window}-R{self.R}-N{self.N}-g{self.groups}.{self.up_groups}-"
                 f"by{self.blocks_n}-{'-'.join(end)}-{str(self.dtype)[6:]}")
+
+    def multiply_adds(self) -> int:
+        """About as many as it has."""
+        return self.batch * math.prod(self.input) * (math.prod(self.kernel) * self.C + self.N) * self.R
 
     def padded(self, sizes: Sizes, fill: int) -> Sizes:
         """As select has it: depth, height, width."""
