@@ -48,8 +48,8 @@ class CED(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.ced_unit
         native = first.weight.is_cuda or setting.backend is Backend.NATIVE
-        convolution = CONVOLUTIONS.get(x.dim() - 2), CONVOLUTIONS.get(x.dim() - 1)  # batched, unbatched
-        if not native or not (type(first) in convolution and is_untouched(first) and is_untouched(second)):
+        own = CONVOLUTIONS.get(x.dim() - 2), CONVOLUTIONS.get(x.dim() - 1)  # batched, unbatched
+        if not native or not all(type(stage) in own and is_untouched(stage) for stage in (first, second)):
             # Also where another tool replaced, patched or hooked a stage: it is asked to run itself.
             return second(first(x))
         padding = first.padding

@@ -45,7 +45,7 @@ def set_stages(stages: nn.Sequential, down: Tensor, up: Tensor, bias: Tensor | N
 
 
 def is_untouched(stage: nn.Module) -> bool:
-    """Whether running the stage is no more than its operator: one of PyTorch's own types, not hooked, not patched."""
+    """Whether a module of one of PyTorch's own types does nothing beside its operator: not hooked, not patched."""
     own = stage.__dict__
-    return type(stage).__module__.startswith("torch.nn.modules.") and "forward" not in own and not (
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
+    return "forward" not in own and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
+                                         or own["_backward_pre_hooks"])
