@@ -47,9 +47,9 @@ class CED(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.ced_unit
-        native = first.weight.is_cuda or setting.backend is Backend.NATIVE
         own = CONVOLUTIONS.get(x.dim() - 2), CONVOLUTIONS.get(x.dim() - 1)  # batched, unbatched
-        if not native or not all(type(stage) in own and is_untouched(stage) for stage in (first, second)):
+        if not all(type(stage) in own and is_untouched(stage) for stage in (first, second)) or not (
+                first.weight.is_cuda or setting.backend is Backend.NATIVE):
             # Also where another tool replaced, patched or hooked a stage: it is asked to run itself.
             return second(first(x))
         padding = first.padding
