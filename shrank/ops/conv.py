@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import reference
 from .reference import Window, channels_last, output_sizes
-from .schema import check_alike, library, run_in_autocast, wants_grad
+from .schema import check_alike, register, run_in_autocast, wants_grad
 
 
 def check_low_rank_conv(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, window: Window, activation: str,
@@ -155,10 +155,4 @@ def _autocast(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, stride: 
         x, down, up, bias, *window, activation, residual), x, down, up, bias, residual)
 
 
-library.impl("low_rank_conv", _forward, "CompositeExplicitAutograd")
-library.impl("low_rank_conv_train", _forward_train, "CompositeExplicitAutograd")
-library.impl("low_rank_conv", low_rank_conv_autograd, "Autograd")
-for _key in ("AutocastCPU", "AutocastCUDA"):
-    library.impl("low_rank_conv", _autocast, _key)
-torch.library.register_fake("shrank::low_rank_conv", _fake, lib=library)
-torch.library.register_fake("shrank::low_rank_conv_train", _fake_train, lib=library)
+register("low_rank_conv", low_rank_conv_autograd, _autocast, (_forward, _forward_train), (_fake, _fake_train))

@@ -78,6 +78,17 @@ def _define() -> None:
             library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
 
 
+def register(name: str, autograd: Callable, autocast: Callable, forwards: tuple[Callable, Callable],
+             fakes: tuple[Callable, Callable]) -> None:
+    """Make these what torch runs for the op and, of the pairs, for the op that also returns what training needs."""
+    library.impl(name, autograd, "Autograd")
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        library.impl(name, autocast, key)
+    for each, forward, fake in zip((name, f"{name}_train"), forwards, fakes, strict=True):
+        library.impl(each, forward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"shrank::{each}", fake, lib=library)
+
+
 def _forward(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: str = "none",
              residual: Tensor | None = None) -> Tensor:
     check_low_rank_linear(x, down, up, bias, activation, residual)
@@ -162,10 +173,4 @@ def _autocast(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, a
 
 
 _define()
-library.impl("low_rank_linear", _forward, "CompositeExplicitAutograd")
-library.impl("low_rank_linear_train", _forward_train, "CompositeExplicitAutograd")
-library.impl("low_rank_linear", low_rank_linear_autograd, "Autograd")
-for _key in ("AutocastCPU", "AutocastCUDA"):
-    library.impl("low_rank_linear", _autocast, _key)
-torch.library.register_fake("shrank::low_rank_linear", _fake, lib=library)
-torch.library.register_fake("shrank::low_rank_linear_train", _fake_train, lib=library)
+register("low_rank_linear", low_rank_linear_autograd, _autocast, (_forward, _forward_train), (_fake, _fake_train))
