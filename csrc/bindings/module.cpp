@@ -121,7 +121,7 @@ void bind_select(py::module_ m) {
   m.def("floor_us", &floor_us, "problem"_a, "device"_a);
   m.def("dense_us", &dense_us, "problem"_a, "device"_a);
   m.def("epilogue_tile", &epilogue_tile, "problem"_a, "device"_a);
-  m.def("explain", &explain, "problem"_a, "device"_a);
+  m.def("explain", [](const Problem& p, const Device& d) { return explain(p, d); }, "problem"_a, "device"_a);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include "../select/conv_cost.h"
 #include "../select/conv_select.h"
+#include "../select/explain.h"
 #include "conv.h"
 
 namespace py = pybind11;
@@ -72,6 +73,7 @@ void bind_select_conv(py::module_ m) {
       .def_readonly("grid", &ConvChoice::grid)
       .def_readonly("expand_grid", &ConvChoice::expand_grid);
 
+  m.def("explain", [](const ConvProblem& p, const Device& d) { return explain(p, d); }, "problem"_a, "device"_a);
   m.def("conv_why_not", &conv_why_not, "problem"_a, "device"_a);
   m.def("conv_grid", [](const ConvProblem& p, const Device& d) {
     if (const char* why_not = conv_why_not(p, d)) throw std::invalid_argument(why_not);

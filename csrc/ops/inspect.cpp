@@ -3,8 +3,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include <charconv>
+#include <stdexcept>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "../select/explain.h"
 #include "cuda_device.h"
@@ -43,6 +45,24 @@ std::string explain_for(int64_t M, int64_t K, int64_t N, int64_t R, std::string_
   return explain(problem, device_of(gpu));
 }
 
+using Sizes = std::vector<int64_t>;
+
+Size3 three(const char* name, const Sizes& sizes) {
+  if (sizes.size() != 3) throw std::invalid_argument(std::string(name) + ": wanted depth, height and width");
+  return {sizes[0], sizes[1], sizes[2]};
+}
+
+std::string explain_conv(int64_t batch, int64_t C, int64_t N, int64_t R, const Sizes& input, const Sizes& kernel,
+                         const Sizes& stride, const Sizes& begin, const Sizes& end, const Sizes& dilation,
+                         int64_t groups, int64_t up_groups, std::string_view dtype, std::string_view activation,
+                         bool bias, bool residual, bool training, bool channels_last, std::string_view gpu) {
+  const ConvProblem problem{batch, C, N, R, three("input", input), three("kernel", kernel), three("stride", stride),
+                            three("begin", begin), three("end", end), three("dilation", dilation), groups, up_groups,
+                            parse_dtype(dtype), parse_activation(activation), bias, residual, training,
+                            channels_last};
+  return explain(problem, device_of(gpu));
+}
+
 }  // namespace
 }  // namespace shrank
 
@@ -50,9 +70,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(shrank, library) {
   library.def("build_info() -> str");
   library.def("explain(int M, int K, int N, int R, str dtype, str activation, bool bias, bool residual, bool training, "
               "str gpu) -> str");
+  library.def("explain_conv(int batch, int C, int N, int R, int[] input, int[] kernel, int[] stride, int[] begin, "
+              "int[] end, int[] dilation, int groups, int up_groups, str dtype, str activation, bool bias, "
+              "bool residual, bool training, bool channels_last, str gpu) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(shrank, CompositeExplicitAutograd, library) {
   library.impl("build_info", TORCH_BOX(&shrank::build_info));
   library.impl("explain", TORCH_BOX(&shrank::explain_for));
+  library.impl("explain_conv", TORCH_BOX(&shrank::explain_conv));
 }

@@ -1,47 +1,16 @@
 #include "explain.h"
 
 #include <algorithm>
-#include <array>
-#include <charconv>
-#include <string_view>
 
+#include "conv_cost.h"
+#include "conv_select.h"
+#include "json.h"
 #include "select.h"
 
 namespace shrank {
 namespace {
 
-// The few words of JSON that are needed here.
-std::string json(std::string_view text) {
-  std::string quoted = "\"";
-  for (char c : text) {
-    if (c == '"' || c == '\\') quoted += '\\';
-    quoted += static_cast<unsigned char>(c) < ' ' ? ' ' : c;
-  }
-  return quoted + '"';
-}
-
-std::string json(const char* text) { return json(std::string_view(text)); }
-std::string json(bool value) { return value ? "true" : "false"; }
-std::string json(int value) { return std::to_string(value); }
-std::string json(int64_t value) { return std::to_string(value); }
-
-std::string json(double value) {
-  std::array<char, 32> digits;  // the shortest that reads back as the same number; no locale has a say
-  return {digits.data(), std::to_chars(digits.data(), digits.data() + digits.size(), value).ptr};
-}
-
-class Object {
- public:
-  Object& add(const char* key, const std::string& value) {
-    members_.append(members_.empty() ? "" : ", ").append(json(key)).append(": ").append(value);
-    return *this;
-  }
-
-  std::string text() const { return "{" + members_ + "}"; }
-
- private:
-  std::string members_;
-};
+using shrank::json;
 
 std::string json(const Problem& p) {
   return Object()
@@ -55,6 +24,30 @@ std::string json(const Problem& p) {
       .add("residual", json(p.residual))
       .add("training", json(p.training))
       .add("aligned", json(p.aligned))
+      .text();
+}
+
+std::string json(const ConvProblem& p) {
+  return Object()
+      .add("batch", json(p.batch))
+      .add("C", json(p.C))
+      .add("N", json(p.N))
+      .add("R", json(p.R))
+      .add("input", json_list(p.in))
+      .add("output", json_list(p.out()))
+      .add("kernel", json_list(p.kernel))
+      .add("stride", json_list(p.stride))
+      .add("begin", json_list(p.begin))
+      .add("end", json_list(p.end))
+      .add("dilation", json_list(p.dilation))
+      .add("groups", json(p.groups))
+      .add("up_groups", json(p.up_groups))
+      .add("dtype", json(name_of(p.dtype)))
+      .add("activation", json(name_of(p.activation)))
+      .add("bias", json(p.bias))
+      .add("residual", json(p.residual))
+      .add("training", json(p.training))
+      .add("channels_last", json(p.channels_last))
       .text();
 }
 
@@ -86,12 +79,28 @@ std::string json(const LinearGrid& g) {
       .text();
 }
 
-std::string json(const KernelChoice& c) {
+std::string json(const ConvGrid& g) {
+  if (g.blocks_n == 0) return "null";
+  return Object()
+      .add("gather", json(name_of(g.tile.gather)))
+      .add("block_m", json(g.tile.tile.block_m))
+      .add("max_rank", json(g.tile.tile.max_rank))
+      .add("blocks_m", json(g.blocks_m))
+      .add("blocks_n", json(g.blocks_n))
+      .text();
+}
+
+std::string grid_of(const KernelChoice& c) { return json(c.grid); }
+std::string grid_of(const ConvChoice& c) {
+  return c.kernel == ConvKernel::conv_expand ? json(c.expand_grid) : json(c.grid);
+}
+
+template <typename Choice> std::string json_choice(const Choice& c) {
   return Object()
       .add("kernel", json(name_of(c.kernel)))
       .add("microseconds", json(c.microseconds))
       .add("reason", json(c.reason))
-      .add("grid", json(c.grid))
+      .add("grid", grid_of(c))
       .text();
 }
 
@@ -103,10 +112,8 @@ template <typename Kernel> std::string json(const Candidate<Kernel>& c) {
   return shown.text();
 }
 
-}  // namespace
-
-std::string explain(const Problem& p, const Device& d) {
-  const KernelChoice choice = select(p, d);
+template <typename P> std::string explain_any(const P& p, const Device& d) {
+  const auto choice = select(p, d);
   auto all = candidates(p, d);  // the decision, then the others that may run, the cheapest first
   std::stable_sort(all.begin(), all.end(), [&](const auto& a, const auto& b) {
     if (a.kernel == choice.kernel) return b.kernel != choice.kernel;
@@ -118,7 +125,7 @@ std::string explain(const Problem& p, const Device& d) {
   return Object()
       .add("problem", json(p))
       .add("device", json(d))
-      .add("decision", json(choice))
+      .add("decision", json_choice(choice))
       .add("runner_up", all[1].why_not ? "null" : json(all[1]))
       .add("candidates", "[" + listed + "]")
       .add("floor_us", json(floor_us(p, d)))
@@ -126,5 +133,10 @@ std::string explain(const Problem& p, const Device& d) {
       .add("status", json("model; not measured"))
       .text();
 }
+
+}  // namespace
+
+std::string explain(const Problem& p, const Device& d) { return explain_any(p, d); }
+std::string explain(const ConvProblem& p, const Device& d) { return explain_any(p, d); }
 
 }  // namespace shrank

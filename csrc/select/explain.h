@@ -3,11 +3,13 @@
 
 #include <string>
 
+#include "conv_problem.h"
 #include "device.h"
 #include "problem.h"
 
 namespace shrank {
 
 std::string explain(const Problem& p, const Device& d);
+std::string explain(const ConvProblem& p, const Device& d);
 
 }  // namespace shrank
