@@ -42,6 +42,8 @@ Include = Annotated[list[str] | None, typer.Option(help="Only layers whose name 
 Exclude = Annotated[list[str] | None, typer.Option(help="Not layers whose name matches this glob; repeatable.")]
 RoundTo = Annotated[int, typer.Option(help="Ranks become multiples of this.")]
 AllowSlower = Annotated[bool, typer.Option(help="Also convolutions that a CPU computes no faster than before.")]
+PerDimension = Annotated[str, typer.Option(help="Of a convolution: one number, or one for each dimension: 2x1.")]
+Padding = Annotated[str, typer.Option(help="Of a convolution: likewise, or before:after: 3:0x1:1.")]
 
 
 @app.command()
@@ -153,16 +155,20 @@ def _plot(path: Path, as_json: bool) -> None:
 
 
 @app.command()
-def explain(shape: Annotated[str, typer.Option(help="M,K,N,R: tokens, in_features, out_features, rank.")],
-            dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32 or fp64.")] = "bf16",
+def explain(shape: Annotated[str | None, typer.Option(help="M,K,N,R: tokens, in_features, out_features, rank.")] = None,
+            conv: Annotated[str | None, typer.Option(help="B,C,INPUT,KERNEL,N,R: 32,64,56x56,3x3,64,16.")] = None,
+            stride: PerDimension = "1", padding: Padding = "0", dilation: PerDimension = "1", groups: int = 1,
+            up_groups: int = 1, dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32 or fp64.")] = "bf16",
             gpu: Annotated[str | None, typer.Option(help="Such as H200; without it, the one in this machine.")] = None,
             activation: Annotated[str, typer.Option(help="none, relu, gelu, gelu_tanh or silu.")] = "none",
             bias: bool = True, residual: bool = False, training: bool = False, as_json: Json = False) -> None:
     """Which kernel a low-rank layer takes on a GPU, why, and its predicted time; needs no GPU."""
     with _errors():
-        from .explain import explain, parse_shape, table
+        from .explain import explain, parse_conv, parse_shape, table
 
-        facts = explain(parse_shape(shape), dtype, gpu, activation, bias, residual, training)
+        _one_of(shape=shape, conv=conv)
+        layer = parse_shape(shape) if conv is None else parse_conv(conv, stride, padding, dilation, groups, up_groups)
+        facts = explain(layer, dtype, gpu, activation, bias, residual, training)
     _show(facts, table(facts), as_json)
 
 

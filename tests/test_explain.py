@@ -109,3 +109,55 @@ def test_the_real_op_answers_where_it_is_loaded() -> None:
     assert explain.table(told).row_count >= 7
     wrong = run("--shape", "1,2,3,4", "--gpu", "abacus")
     assert wrong.exit_code == FAILED and "gpu is 'abacus', wanted one of A100" in " ".join(wrong.stderr.split())
+
+
+CONV = {"problem": {"batch": 2, "C": 8, "N": 16, "R": 4, "input": [1, 9, 7], "output": [1, 5, 7], "kernel": [1, 3, 1],
+                    "stride": [1, 2, 1], "begin": [0, 1, 0], "end": [0, 1, 0], "dilation": [1, 1, 1], "groups": 2,
+                    "up_groups": 1, "dtype": "bfloat16", "activation": "none", "bias": True, "residual": False,
+                    "training": False, "channels_last": True},
+        "decision": {**FACTS["decision"], "grid": {"gather": "chunks", "block_m": 64, "max_rank": 32, "blocks_m": 2,
+                                                   "blocks_n": 1}}}
+
+
+@pytest.fixture
+def asked_of_convolutions(asked, monkeypatch) -> list[tuple]:
+    def op(*arguments: object) -> str:
+        asked.append(arguments)
+        return json.dumps(FACTS | CONV)
+
+    monkeypatch.setattr(explain.torch.ops.shrank, "explain_conv", op, raising=False)
+    return asked
+
+
+def test_a_convolution_reaches_its_op_in_three_dimensions(asked_of_convolutions) -> None:
+    assert run("--conv", "2,8,9x7,3x1,16,4", "--stride", "2x1", "--padding", "1:2x0", "--groups", 2, "--gpu", "h200",
+               "--activation", "silu").exit_code == 0
+    assert run("--conv", "1,8,9,4,16,8", "--padding", "3:0", "--dilation", "2", "--up-groups", 4).exit_code == 0
+    assert asked_of_convolutions == [
+        (2, 8, 16, 4, (1, 9, 7), (1, 3, 1), (1, 2, 1), (0, 1, 0), (0, 2, 0), (1, 1, 1), 2, 1, "bf16", "silu", True,
+         False, False, True, "h200"),
+        (1, 8, 16, 8, (1, 1, 9), (1, 1, 4), (1, 1, 1), (0, 0, 3), (0, 0, 0), (1, 1, 2), 1, 4, "bf16", "none", True,
+         False, False, True, "cuda:1")]
+
+
+def test_the_table_of_a_convolution_shows_its_window(asked_of_convolutions) -> None:
+    shown = " ".join(run("--conv", "2,8,9x7,3x1,16,4", "--gpu", "h200").stdout.replace("│", " ").split())
+    for piece in ("2 of 8 channels, 1x9x7", "kernel 1x3x1", "stride 1x2x1", "padding 0:0x1:1x0:0", "R 4, N 16",
+                  "64 pixels, read by chunks"):
+        assert piece in shown
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["--conv", "2,8,9x7,3x3,16"], "B,C,INPUT"), (["--conv", "2,8,9x7,3,16,4"], "as many kernel"),
+    (["--conv", "2,8,9x9x9x9,1x1x1x1,16,4"], "at most 3"), (["--conv", "2,8,0,3,16,4"], "from 1 on"),
+    (["--conv", "2,8,9,3,16,4", "--stride", "1x1"], "--stride"),
+    (["--conv", "2,8,9,3,16,4", "--stride", "0"], "--stride"),
+    (["--conv", "2,8,9,3,16,4", "--padding", "1:2:3"], "--padding"), (["--conv", "2,8,9,30,16,4"], "reaches over 30"),
+    (["--conv", "2,8,9,3,16,4", "--groups", "3"], "divisor of C 8"),
+    (["--conv", "2,8,9,3,16,4", "--up-groups", "0"], "divisor of R 4"), ([], "--shape"),
+    (["--conv", "2,8,9,3,16,4", "--shape", "1,2,3,4"], "--shape"),
+])
+def test_a_bad_convolution_is_refused_by_name(arguments: list, named: str, asked_of_convolutions) -> None:
+    refused = run(*arguments, "--gpu", "h200")
+    assert refused.exit_code in (FAILED, USAGE) and named in " ".join(refused.stderr.split())
+    assert asked_of_convolutions == []
