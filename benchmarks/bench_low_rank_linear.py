@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from benchmarks import shapes
-from benchmarks.low_rank_linear import MODEL_GPU, draw, measure, two_calls, why_not_native
+from benchmarks.low_rank_linear import LINEAR, MODEL_GPU, Family, draw, measure, two_calls, why_not_native
 from benchmarks.provenance import ROOT, provenance
 from shrank.roofline import Roof, measure_roof
 
@@ -52,7 +52,7 @@ def roof_of(device: str, dtype: str) -> Roof:
     return measure_roof(device, getattr(torch, dtype))
 
 
-def run(cases: list[shapes.Case], device: str, budget: float, results: Results) -> None:
+def run(cases: list, device: str, budget: float, results: Results, family: Family = LINEAR) -> None:
     """Measure the cases in order, as long as the next one, at the slowest pace of late, ends within the budget.
 
     budget: seconds. Raises RuntimeError if the device no longer works after an error.
@@ -64,7 +64,7 @@ def run(cases: list[shapes.Case], device: str, budget: float, results: Results) 
             break
         roof = roof_of(device, case.dtype)
         try:
-            rows = measure(case, device, roof)
+            rows = measure(case, device, roof, family=family)
         except torch.OutOfMemoryError as error:
             print(f"{case}: {error}")
             continue
@@ -102,20 +102,20 @@ def bench_low_rank_linear(case: shapes.Case, results: Results, benchmark, report
     benchmark(partial(two_calls, draw(case, "cpu"), case.layer.activation))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(about: str = __doc__, cases: dict = CASES, family: Family = LINEAR) -> int:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--cases", choices=CASES, default="grid")
+    parser.add_argument("--cases", choices=cases, default="grid")
     parser.add_argument("--budget", type=float, default=200, help="seconds; whole cases only, most telling first")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    cases = CASES[arguments.cases](arguments.dtype)
-    results = Results(arguments.out, arguments.device, len(cases))
+    listed = cases[arguments.cases](arguments.dtype)
+    results = Results(arguments.out, arguments.device, len(listed))
     for reason in results.data["why_not_native"]:
         print(f"native is absent: {reason}")
-    run(cases, arguments.device, arguments.budget, results)
-    print(f"{results.data['cases_done']} of {len(cases)} cases, {results.errors} errors: {arguments.out}")
+    run(listed, arguments.device, arguments.budget, results, family)
+    print(f"{results.data['cases_done']} of {len(listed)} cases, {results.errors} errors: {arguments.out}")
     return 1 if results.errors else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -58,12 +59,24 @@ def native(inputs: Inputs, activation: str) -> Tensor:
                                   backend="native")
 
 
-def providers(device: str) -> dict[str, Provider]:
-    """By name; native only where it can run. Compiled for each shape anew: the strongest that torch.compile does."""
-    torch.compiler.reset()
-    found: dict[str, Provider] = {"dense": dense, BASELINE: two_calls,
-                                  "compiled": torch.compile(two_calls, fullgraph=True, dynamic=False)}
-    return found if why_not_native(device) else {**found, "native": native}
+@dataclass(frozen=True)
+class Family:
+    """A kind of layer: how a case of it is drawn, who computes it, and what is said of it."""
+
+    draw: Callable[[Case, str], Inputs]
+    dense: Provider
+    two_calls: Provider
+    native: Provider
+    work: Callable[[Case, bool], Work]
+    describe: Callable[[Case], dict[str, object]]
+    explained: Callable[[Case, str | None], dict]
+
+    def providers(self, device: str) -> dict[str, Provider]:
+        """By name; native only where it can run. Compiled for each shape anew: torch.compile at its strongest."""
+        torch.compiler.reset()
+        found: dict[str, Provider] = {"dense": self.dense, BASELINE: self.two_calls,
+                                      "compiled": torch.compile(self.two_calls, fullgraph=True, dynamic=False)}
+        return found if why_not_native(device) else {**found, "native": self.native}
 
 
 def why_not_native(device: str) -> list[str]:
@@ -82,13 +95,13 @@ def draw(case: Case, device: str) -> Inputs:
                   normal(layer.N) if layer.bias else None, normal(case.M, layer.N) if layer.residual else None)
 
 
-def check(found: dict[str, Provider], inputs: Inputs, activation: str) -> dict[str, str]:
+def check(found: dict[str, Provider], inputs: Inputs, activation: str, family: Family) -> dict[str, str]:
     """What is wrong with each provider that cannot run, or strays further from fp64 than PyTorch does."""
     exact = inputs.copy(Tensor.double)
-    expected = {two_calls: two_calls(exact, activation), dense: dense(exact, activation)}
+    expected = {call: call(exact, activation) for call in (family.two_calls, family.dense)}
     wrong = {}
     for name, provider in found.items():
-        meant = dense if name == "dense" else two_calls
+        meant = family.dense if name == "dense" else family.two_calls
         try:
             assert_close(provider(inputs, activation), expected[meant], baseline=meant(inputs, activation))
         except (AssertionError, RuntimeError) as error:
@@ -97,15 +110,17 @@ def check(found: dict[str, Provider], inputs: Inputs, activation: str) -> dict[s
 
 
 @torch.inference_mode()
-def measure(case: Case, device: str, roof: Roof, rounds: int | None = None) -> list[dict]:
+def measure(case: Case, device: str, roof: Roof, rounds: int | None = None,
+            family: Family | None = None) -> list[dict]:
     """One row per provider: its median time in microseconds over the floor of what it computes, or its error.
 
     Each is checked once; those that pass are timed in turns, on sets of tensors that together outgrow the cache.
     """
     torch.manual_seed(0)
-    inputs, found, activation = draw(case, device), providers(device), case.layer.activation
-    wrong = check(found, inputs, activation)
-    works = {name: work(case, dense=name == "dense") for name in found}
+    family = family or LINEAR
+    inputs, found, activation = family.draw(case, device), family.providers(device), case.layer.activation
+    wrong = check(found, inputs, activation, family)
+    works = {name: family.work(case, name == "dense") for name in found}
     least = works[BASELINE]
     copies = copies_beyond_cache(least.bytes, device)
     repeats = math.ceil(SEQUENCE_SECONDS / (copies * roof.floor(least).seconds))
@@ -113,12 +128,12 @@ def measure(case: Case, device: str, roof: Roof, rounds: int | None = None) -> l
     timings = time_in_turns({name: [partial(provider, each, activation) for each in sets] * repeats
                              for name, provider in found.items() if name not in wrong},
                             device, rounds or ROUNDS[torch.device(device).type], held=copies)
-    chosen, rows = choice(case, device), []
+    chosen, rows = choice(case, device, family), []
     for name in found:
         result = {"error": wrong[name]} if name in wrong else {
             "median_us": 1e6 * timings[name].seconds, "spread": timings[name].spread,
             **_over(roof.floor(works[name]), timings[name].seconds)}
-        rows.append({**describe(case), "provider": name, "flops": works[name].flops, "bytes": works[name].bytes,
+        rows.append({**family.describe(case), "provider": name, "flops": works[name].flops, "bytes": works[name].bytes,
                      **result, **chosen})
     return rows
 
@@ -135,12 +150,18 @@ def describe(case: Case) -> dict[str, object]:
             "dtype": case.dtype, "activation": layer.activation, "bias": layer.bias, "residual": layer.residual}
 
 
-def choice(case: Case, device: str) -> dict[str, object]:
-    """The kernel that select takes for the native op, and its predicted time; nothing where select is not loaded."""
+def explained(case: Case, gpu: str | None) -> dict:
     layer = case.layer
+    return explain((case.M, layer.K, layer.N, case.R), case.dtype, gpu, layer.activation, layer.bias, layer.residual)
+
+
+LINEAR = Family(draw, dense, two_calls, native, work, describe, explained)
+
+
+def choice(case: Case, device: str, family: Family = LINEAR) -> dict[str, object]:
+    """The kernel that select takes for the native op, and its predicted time; nothing where select is not loaded."""
     try:
-        facts = explain((case.M, layer.K, layer.N, case.R), case.dtype, MODEL_GPU if device == "cpu" else None,
-                        layer.activation, layer.bias, layer.residual)
+        facts = family.explained(case, MODEL_GPU if device == "cpu" else None)
     except RuntimeError as error:
         return {"choice": None, "why_no_choice": str(error)}
     return {"choice": facts["decision"]["kernel"], "predicted_us": facts["decision"]["microseconds"]}

@@ -61,9 +61,12 @@ STEPS = (
     Step("racecheck", sanitized("racecheck"), 60),
     Step("sanitized cases", module("benchmarks.sanitize_cases", "--device", "cuda"), 30,
          module("benchmarks.sanitize_cases", "--device", "cpu")),
-    Step("grid", module("benchmarks.bench_low_rank_linear", "--device", "cuda", "--budget", "130", "--out", DATA), 150,
+    Step("grid", module("benchmarks.bench_low_rank_linear", "--device", "cuda", "--budget", "90", "--out", DATA), 110,
          module("benchmarks.bench_low_rank_linear", "--cases", "tiny", "--dtype", "float32", "--budget", "10", "--out",
                 DATA)),
+    Step("convolutions", module("benchmarks.bench_low_rank_conv", "--device", "cuda", "--budget", "40", "--out", DATA),
+         55, module("benchmarks.bench_low_rank_conv", "--cases", "tiny", "--dtype", "float32", "--budget", "10",
+                    "--out", DATA)),
     Step("stacks", module("benchmarks.stacks", "--device", "cuda", "--out", DATA), 55,
          module("benchmarks.stacks", "--tiny", "--out", DATA)),
 )

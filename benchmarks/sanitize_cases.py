@@ -1,4 +1,4 @@
-"""A few calls of the op that reach every path and tail of its kernel, for compute-sanitizer."""
+"""A few calls of the ops that reach every path and tail of their kernels, for compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # so that every te
 
 import torch
 
+from tests.common import conv_cases
 from tests.common.cases import DTYPES, ENDS, MATRICES, SHAPES
 
 
@@ -17,10 +18,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     device = parser.parse_args().device
     calls = 0
-    for case in [*ENDS, *SHAPES, *MATRICES]:
+    ops = torch.ops.shrank
+    linear = [(ops.low_rank_linear, case) for case in [*ENDS, *SHAPES, *MATRICES]]
+    convolutions = [(ops.low_rank_conv, case) for case in [*conv_cases.ENDS[::3], *conv_cases.SHAPES]]
+    for op, case in linear + convolutions:
         for dtype in DTYPES:
             for training in (False, True):
-                y = torch.ops.shrank.low_rank_linear(*case.tensors(dtype, device, requires_grad=training))
+                y = op(*case.tensors(dtype, device, requires_grad=training))
                 if training:
                     y.sum().backward()
                 calls += 1

@@ -53,11 +53,13 @@ template <typename T, Gather HOW, int BLOCK_M, int MAX_RANK> struct LowRankConv 
     };
     const DownPipeline panels{block.slots, steps * runs * params.segments};
     panels.start(load);
-    for (int step = 0; step < panels.steps; step++) {
-      const SharedAddress slot = panels.advance(step, load);
-      const int begin = step / (steps * runs) * columns;
-      multiply_panels<T>(h, slot, block.warp_row * DownSums::kRows, slot + Block::kPanelBytes,
-                         block.warp_column * DownSums::kColumns, kPanel / 16, begin, begin + columns);
+    int step = 0;
+    for (int begin = 0; begin < params.R; begin += columns) {
+      for (int i = 0; i < steps * runs; i++) {
+        const SharedAddress slot = panels.advance(step++, load);
+        multiply_panels<T>(h, slot, block.warp_row * DownSums::kRows, slot + Block::kPanelBytes,
+                           block.warp_column * DownSums::kColumns, kPanel / 16, begin, begin + columns);
+      }
     }
   }
 };

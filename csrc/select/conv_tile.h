@@ -43,11 +43,11 @@ struct ConvTile {
   constexpr bool operator==(const ConvTile& other) const { return gather == other.gather && tile == other.tile; }
 };
 
-inline constexpr std::array<ConvTile, 22> kConvTiles{{
+inline constexpr std::array<ConvTile, 21> kConvTiles{{
     {Gather::chunks, {32, 64}}, {Gather::chunks, {32, 128}}, {Gather::chunks, {32, 256}},
     {Gather::chunks, {64, 32}}, {Gather::chunks, {64, 64}}, {Gather::chunks, {64, 96}}, {Gather::chunks, {64, 128}},
     {Gather::chunks, {64, 256}},
-    {Gather::chunks, {128, 32}}, {Gather::chunks, {128, 64}}, {Gather::chunks, {128, 96}}, {Gather::chunks, {128, 128}},
+    {Gather::chunks, {128, 32}}, {Gather::chunks, {128, 64}}, {Gather::chunks, {128, 128}},
     {Gather::numbers, {64, 64}}, {Gather::numbers, {64, 128}}, {Gather::numbers, {64, 256}},
     {Gather::depthwise, {128, 128}}, {Gather::depthwise, {64, 256}}, {Gather::depthwise, {128, 256}},
     {Gather::depthwise, {32, 512}}, {Gather::depthwise, {64, 512}},

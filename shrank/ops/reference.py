@@ -144,7 +144,7 @@ def low_rank_conv_stages(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | Non
                          residual: Tensor | None) -> Stages:
     """low_rank_conv with what lies between; h is (B, R, *out)."""
     convolve = _CONVOLUTIONS[down.dim() - 2]
-    x, padding = _padded(x, window)
+    x, padding = padded(x, window)
     h = convolve(x, down, None, window.stride, padding, window.dilation, window.groups)
     z = convolve(h, up, bias, groups=window.up_groups)
     y = ACTIVATIONS[activation](z)
@@ -153,7 +153,7 @@ def low_rank_conv_stages(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | Non
     return Stages(y, h, z if activation != "none" else z.new_empty(0))
 
 
-def _padded(x: Tensor, window: Window) -> tuple[Tensor, list[int]]:
+def padded(x: Tensor, window: Window) -> tuple[Tensor, list[int]]:
     """x with the padding that PyTorch's convolutions cannot do, and the padding that is left to them."""
     pads = window.pads()
     if all(begin == end for begin, end in pads):
@@ -168,12 +168,12 @@ def low_rank_conv_backward(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, h:
     dh, dup, dbias = _pointwise_backward(dz, h, up, window.up_groups, needs)
     dx = ddown = None
     if needs.x or needs.down:
-        padded, padding = _padded(x, window)
+        wide, padding = padded(x, window)
         d = len(padding)
         dx, ddown, _ = torch.ops.aten.convolution_backward(
-            dh, padded, down, None, window.stride, padding, window.dilation, False, [0] * d, window.groups,
+            dh, wide, down, None, window.stride, padding, window.dilation, False, [0] * d, window.groups,
             [bool(needs.x), bool(needs.down), False])
-        if needs.x and padded is not x:
+        if needs.x and wide is not x:
             for i, (begin, _) in enumerate(window.pads()):
                 dx = dx.narrow(2 + i, begin, x.size(2 + i))
     return Grads(dx, ddown, dup, dbias, grad if needs.residual else None)

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import bench_low_rank_linear, low_rank_linear, shapes
 from benchmarks.bench_low_rank_linear import Results, run
-from benchmarks.low_rank_linear import check, choice, dense, draw, measure, two_calls
+from benchmarks.low_rank_linear import LINEAR, check, choice, dense, draw, measure, two_calls
 from shrank import _native, bench_plot
 from shrank.roofline import Roof
 
@@ -20,7 +20,8 @@ ROOF = Roof(bandwidth=1e10, flops=1e11, launch=1e-5)
 @pytest.fixture
 def short(monkeypatch) -> None:
     """No compiler, short sequences, small caches."""
-    monkeypatch.setattr(low_rank_linear, "providers", lambda device: {"dense": dense, "torch": two_calls})
+    monkeypatch.setattr(low_rank_linear.Family, "providers", lambda family, device: {
+        "dense": family.dense, "torch": family.two_calls})
     monkeypatch.setattr(low_rank_linear, "SEQUENCE_SECONDS", 1e-6)
     monkeypatch.setattr(low_rank_linear, "copies_beyond_cache", lambda size, device: 3)
     monkeypatch.setattr(bench_low_rank_linear, "roof_of", lambda device, dtype: ROOF)
@@ -39,13 +40,13 @@ def test_who_computes_something_else_is_found(case: shapes.Case) -> None:
 
     found = {"dense": dense, "torch": two_calls, "without bias": without_bias, "unfinished": unfinished,
              "broken": broken}
-    wrong = check(found, draw(case, "cpu"), case.layer.activation)
+    wrong = check(found, draw(case, "cpu"), case.layer.activation, LINEAR)
     assert wrong.keys() == {"without bias", "unfinished", "broken"}
     assert "relative error" in wrong["without bias"] and "no such kernel" in wrong["broken"]
 
 
 def test_the_dense_layer_is_held_to_its_own_weight() -> None:
-    wrong = check({"dense": two_calls, "torch": dense}, draw(CASES[0], "cpu"), CASES[0].layer.activation)
+    wrong = check({"dense": two_calls, "torch": dense}, draw(CASES[0], "cpu"), CASES[0].layer.activation, LINEAR)
     assert wrong.keys() == {"dense", "torch"}
 
 
@@ -66,7 +67,7 @@ def test_who_is_wrong_is_not_timed(short, monkeypatch) -> None:
         return two_calls(inputs, activation) + 1
 
     wrong.calls = 0
-    monkeypatch.setattr(low_rank_linear, "providers", lambda device: {"torch": two_calls, "native": wrong})
+    monkeypatch.setattr(low_rank_linear.Family, "providers", lambda *_: {"torch": two_calls, "native": wrong})
     torch_row, native_row = measure(CASES[0], "cpu", ROOF, rounds=2)
     assert wrong.calls == 1 and "relative error" in native_row["error"] and "median_us" not in native_row
     assert torch_row["median_us"] > 0
@@ -95,10 +96,10 @@ def test_a_run_stops_between_cases_and_its_file_can_be_shown(short, tmp_path, mo
 
 
 def test_a_case_that_does_not_fit_is_left_out(short, tmp_path, monkeypatch, capsys) -> None:
-    def measure_or_not(case, device, roof):
+    def measure_or_not(case, device, roof, family):
         if case is CASES[0]:
             raise torch.OutOfMemoryError("too large")
-        return measure(case, device, roof)
+        return measure(case, device, roof, family=family)
 
     monkeypatch.setattr(bench_low_rank_linear, "measure", measure_or_not)
     results = Results(tmp_path / "results.json", "cpu", 2)

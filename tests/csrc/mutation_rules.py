@@ -99,4 +99,7 @@ EQUIVALENT = {  # (rule, a piece of the line): why nothing changes
     ("no left side of an and", "arch::prefetch"): "a hint, which reads nothing",
     ("no right side of an and", "arch::prefetch"): "a hint, which reads nothing",
     ("< becomes <=", "for (int at = arch::lane_index(); at < UpSums::kRows"): "a hint, which reads nothing",
+    ("< becomes <=", "in_filter(tap.at[0] < w.kernel[0])"): "x of one tap more, which meets zeros of down",
+    ("filters never end", "in_filter(tap.at[0] < w.kernel[0])"): "x of taps beyond the last, which meet zeros of down",
+    ("high and low numbers swapped", "low | high << 16"): "x and down swap alike, and the order of a sum is free",
 }

@@ -16,7 +16,7 @@ from shrank.ops import reference
 from .linear import BF16, FP16, Outcome
 
 TILES = (*(("chunks", block_m, rank) for block_m, ranks in ((32, (64, 128, 256)), (64, (32, 64, 96, 128, 256)),
-                                                            (128, (32, 64, 96, 128))) for rank in ranks),
+                                                            (128, (32, 64, 128))) for rank in ranks),
          *(("numbers", 64, rank) for rank in (64, 128, 256)),
          *(("depthwise", *tile) for tile in ((128, 128), (64, 256), (128, 256), (32, 512), (64, 512), (64, 1024),
                                              (32, 1536))))
@@ -203,6 +203,9 @@ def _tails() -> list[ConvRun]:
         (("chunks", 32, 256), 200), (("numbers", 64, 128), 104))]
     ranks += [ConvRun(("depthwise", *tile), (20,), (3,), R, 24, R, 1, groups=R, training=True)
               for tile, R in (((64, 256), 64), ((64, 256), 72), ((32, 512), 200), ((32, 1536), 640))]
+    ranks += [ConvRun(("depthwise", *tile), (20,), (3,), tile[1], 24, tile[1], 1, groups=tile[1])  # all that it holds
+              for tile in ((128, 128), (64, 256))]
+    ranks += [ConvRun(DEPTHWISE, (258,), (256,), 16, 24, 16, 1, groups=16)]  # the most taps
     ranks += [ConvRun(TINY, (20,), (3,), C, 24, 48, 1, groups=groups)  # runs of 64 channels, and of all
               for C, groups in ((128, 1), (192, 3), (256, 2), (72, 1), (80, 1), (200, 1))]
     return steps + tiles + pixels + ranks
