@@ -16,7 +16,7 @@ ALLOWED = {
     "__launch_bounds__": "how many threads it has",
     "__grid_constant__": "where its parameters stay",
     "__attribute__": "weak symbols of torch, a host's business",
-    "__FILE__": "C++", "__LINE__": "C++",
+    "__FILE__": "C++", "__LINE__": "C++", "__VA_ARGS__": "C++",
     "__repr__": "Python's, in the bindings",
 }
 # attributes of a launch on the host side, of dim3 and of cudaLaunchConfig_t
