@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 
 from benchmarks import bench_low_rank_linear
-from benchmarks.bench_low_rank_linear import roof_of
+from benchmarks.bench_low_rank_linear import report_rows, roof_of
 from benchmarks.low_rank_conv import CONV, Case, cpu_subset, draw, grid, tiny, two_calls
 from benchmarks.low_rank_linear import measure
 
@@ -22,12 +22,7 @@ CASES = {"grid": grid, "cpu": cpu_subset, "tiny": tiny}
 def bench_low_rank_conv(case: Case, benchmark, report) -> None:
     """Every provider that runs on a CPU, checked and timed in turns."""
     rows = measure(case, "cpu", roof_of("cpu", case.dtype), family=CONV)
-    for row in rows:
-        assert "error" not in row, f"{row['provider']}: {row['error']}"
-    by_name = {row["provider"]: row for row in rows}
-    report("torch, microseconds", by_name["torch"]["median_us"], "-")
-    report("torch over floor", by_name["torch"]["over_floor"], "-")
-    report("torch, times faster than dense", by_name["dense"]["median_us"] / by_name["torch"]["median_us"], "-")
+    report_rows(rows, report)
     benchmark(partial(two_calls, draw(case, "cpu"), case.layer.activation))
 
 

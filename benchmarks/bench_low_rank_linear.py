@@ -80,6 +80,16 @@ def _short(row: dict) -> str:
         f"{row['provider']} {row['median_us']:.1f} us ({row['over_floor']:.2f} x floor)")
 
 
+def report_rows(rows: list[dict], report) -> None:
+    """Fails if a provider is wrong; else PyTorch's two calls, over the floor and over the dense layer."""
+    for row in rows:
+        assert "error" not in row, f"{row['provider']}: {row['error']}"
+    by_name = {row["provider"]: row for row in rows}
+    report("torch, microseconds", by_name["torch"]["median_us"], "-")
+    report("torch over floor", by_name["torch"]["over_floor"], "-")
+    report("torch, times faster than dense", by_name["dense"]["median_us"] / by_name["torch"]["median_us"], "-")
+
+
 @pytest.fixture(scope="module")
 def results() -> Results:
     made = Results(OUT, "cpu", len(shapes.cpu_subset()))
@@ -93,12 +103,7 @@ def bench_low_rank_linear(case: shapes.Case, results: Results, benchmark, report
     roof = roof_of("cpu", case.dtype)
     rows = measure(case, "cpu", roof)
     results.add(rows, roof)
-    for row in rows:
-        assert "error" not in row, f"{row['provider']}: {row['error']}"
-    by_name = {row["provider"]: row for row in rows}
-    report("torch, microseconds", by_name["torch"]["median_us"], "-")
-    report("torch over floor", by_name["torch"]["over_floor"], "-")
-    report("torch, times faster than dense", by_name["dense"]["median_us"] / by_name["torch"]["median_us"], "-")
+    report_rows(rows, report)
     benchmark(partial(two_calls, draw(case, "cpu"), case.layer.activation))
 
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import shrank
 from benchmarks.low_rank_linear import Family
@@ -20,7 +19,6 @@ from shrank.ops.reference import Window, output_sizes
 from shrank.roofline import Work
 
 Sizes = tuple[int, ...]
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def dense(inputs: Inputs, activation: str) -> Tensor:
         return two_calls(inputs, activation)
     x, window = inputs.x, inputs.window
     x, padding = reference.padded(x, window)
-    y = _CONVOLUTIONS[x.dim() - 2](x, inputs.weight, inputs.bias, window.stride, padding, window.dilation)
+    y = reference.CONVOLUTIONS[x.dim() - 2](x, inputs.weight, inputs.bias, window.stride, padding, window.dilation)
     y = reference.ACTIVATIONS[activation](y)
     return y if inputs.residual is None else y + inputs.residual
 
@@ -125,10 +123,9 @@ def work(case: Case, dense: bool = False) -> Work:
     down = torch.empty(layer.rank, layer.C // layer.groups, *layer.kernel, device="meta")
     pixels = layer.batch * math.prod(output_sizes(x, down, layer.window))
     rank = None if dense and layer.groups == 1 else layer.rank
-    twin = replace(layer.shape, up_groups=1)
-    moved = x.numel() + pixels * layer.N * (2 if layer.residual else 1) + twin.params(rank) + (
+    moved = x.numel() + pixels * layer.N * (2 if layer.residual else 1) + layer.shape.params(rank) + (
         layer.N if layer.bias else 0)
-    return Work(pixels * twin.flops(rank), getattr(torch, case.dtype).itemsize * moved)
+    return Work(pixels * layer.shape.flops(rank), getattr(torch, case.dtype).itemsize * moved)
 
 
 def describe(case: Case) -> dict[str, object]:

@@ -127,7 +127,7 @@ def in_format(tensor: Tensor, last: bool) -> Tensor:
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if last else tensor.contiguous()
 
 
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def low_rank_conv(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, window: Window, activation: str = "none",
@@ -143,7 +143,7 @@ def low_rank_conv(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, wind
 def low_rank_conv_stages(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, window: Window, activation: str,
                          residual: Tensor | None) -> Stages:
     """low_rank_conv with what lies between; h is (B, R, *out)."""
-    convolve = _CONVOLUTIONS[down.dim() - 2]
+    convolve = CONVOLUTIONS[down.dim() - 2]
     x, padding = padded(x, window)
     h = convolve(x, down, None, window.stride, padding, window.dilation, window.groups)
     z = convolve(h, up, bias, groups=window.up_groups)
