@@ -12,24 +12,27 @@ namespace {
 
 using shrank::json;
 
-std::string json(const Problem& p) {
-  return Object()
-      .add("M", json(p.M))
-      .add("K", json(p.K))
-      .add("N", json(p.N))
-      .add("R", json(p.R))
-      .add("dtype", json(name_of(p.dtype)))
+// What a linear layer and a convolution have in common.
+template <typename P> Object& add_end(Object& object, const P& p) {
+  return object.add("dtype", json(name_of(p.dtype)))
       .add("activation", json(name_of(p.activation)))
       .add("bias", json(p.bias))
       .add("residual", json(p.residual))
-      .add("training", json(p.training))
-      .add("aligned", json(p.aligned))
-      .text();
+      .add("training", json(p.training));
+}
+
+std::string json(const Problem& p) {
+  Object object;
+  object.add("M", json(p.M))
+      .add("K", json(p.K))
+      .add("N", json(p.N))
+      .add("R", json(p.R));
+  return add_end(object, p).add("aligned", json(p.aligned)).text();
 }
 
 std::string json(const ConvProblem& p) {
-  return Object()
-      .add("batch", json(p.batch))
+  Object object;
+  object.add("batch", json(p.batch))
       .add("C", json(p.C))
       .add("N", json(p.N))
       .add("R", json(p.R))
@@ -41,14 +44,8 @@ std::string json(const ConvProblem& p) {
       .add("end", json_list(p.end))
       .add("dilation", json_list(p.dilation))
       .add("groups", json(p.groups))
-      .add("up_groups", json(p.up_groups))
-      .add("dtype", json(name_of(p.dtype)))
-      .add("activation", json(name_of(p.activation)))
-      .add("bias", json(p.bias))
-      .add("residual", json(p.residual))
-      .add("training", json(p.training))
-      .add("channels_last", json(p.channels_last))
-      .text();
+      .add("up_groups", json(p.up_groups));
+  return add_end(object, p).add("channels_last", json(p.channels_last)).text();
 }
 
 std::string json(const Device& d) {
