@@ -3,12 +3,16 @@
 from . import transformers_hook as transformers_hook
 from .apply import apply, describe, merge
 from .auto_fact import auto_fact
+from .budget import Budget
+from .calibration import Calibration, calibrate
 from .ced import CED
 from .checkpoint import load, save
+from .fitting import PlanOptions
+from .latency import LatencyTable
 from .led import LED
 from .ops.api import Backend, backend, low_rank_conv, low_rank_linear, why_not
 from .plan import LayerPlan, RankPlan
-from .planning import PlanOptions, make_plan
+from .planning import make_plan
 from .rank import Energy
 from .version import __version__
 
@@ -16,7 +20,10 @@ __all__ = [
            "CED",
            "LED",
            "Backend",
+           "Budget",
+           "Calibration",
            "Energy",
+           "LatencyTable",
            "LayerPlan",
            "PlanOptions",
            "RankPlan",
@@ -24,6 +31,7 @@ __all__ = [
            "apply",
            "auto_fact",
            "backend",
+           "calibrate",
            "describe",
            "load",
            "low_rank_conv",

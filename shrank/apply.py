@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from . import surgery
+from .calibration import Calibration
 from .ced import CED
+from .dense import dense_twin
 from .led import LEDConv1D
-from .linalg import FactorizationError, Factors, Shape, factorize
+from .linalg import FactorizationError, Factors, Shape, factorize, factorize_weighted, pivoted
 from .parallel import in_parallel, workers_for
 from .plan import LayerPlan, RankPlan
 from .progress import track
 from .surgery import Site, walk
-from .targets import LOW_RANK, dense_twin, target, why_not, with_groups
+from .targets import LOW_RANK, target, why_not, with_groups
 
 PLAN_ATTRIBUTE = "shrank_plan"
 _log = logging.getLogger("shrank")
@@ -27,16 +29,17 @@ _log = logging.getLogger("shrank")
 
 @torch.inference_mode(False)  # its results must stay trainable wherever it is called
 @torch.no_grad()
-def apply(model: nn.Module, plan: RankPlan) -> nn.Module:
+def apply(model: nn.Module, plan: RankPlan, calibration: Calibration | None = None) -> nn.Module:
     """Replace the planned layers in place, initialised from their weights, and return the root.
 
-    The plan that was carried out, with the errors found, becomes `model.shrank_plan`. Raises ValueError, before
-    anything is changed, if the plan does not fit the model. A layer whose factorisation fails stays dense, with a
-    warning.
+    calibration: what `calibrate` found of this model; the factors are then those that keep the layers' outputs best on
+    that data, and biases make up for the mean error. The plan that was carried out, with the errors found, becomes
+    `model.shrank_plan`. Raises ValueError, before anything is changed, if the plan does not fit the model. A layer
+    whose factorisation fails stays dense, with a warning.
     """
     done = {layer.fqn: layer for layer in plan}
     jobs = _resolve(model, plan)
-    results = _factorized(jobs)
+    results = _factorized(jobs, calibration)
     for (site, layer), factors in zip(track(jobs, "factorising"), results, strict=True):
         if isinstance(factors, FactorizationError):
             warnings.warn(f"{layer.fqn} stays dense: {factors}", stacklevel=2)
@@ -44,7 +47,8 @@ def apply(model: nn.Module, plan: RankPlan) -> nn.Module:
             continue
         found = target(site.module)
         twin = found.twin(layer.rank, layer.shape)
-        found.set_factors(twin, factors)
+        bias = site.module.bias if factors.shift is None else _shifted(site.module.bias, factors.shift)
+        found.set_factors(twin, pivoted(factors) if layer.shape.pivoted else factors, bias)
         done[layer.fqn] = replace(layer, error=factors.relative_error)
         model = surgery.replace(model, site, twin)
     done = replace(plan, layers=tuple(done.values()))
@@ -93,17 +97,24 @@ def merge(model: nn.Module) -> nn.Module:
     return surgery.finish(model, **{PLAN_ATTRIBUTE: None})
 
 
-def _factorized(jobs: list[tuple[Site, LayerPlan]]) -> Iterator[Factors | FactorizationError]:
+def _factorized(jobs: list[tuple[Site, LayerPlan]],
+                calibration: Calibration | None) -> Iterator[Factors | FactorizationError]:
     """The factors of each layer, or why it has none, in order."""
 
     def factors(job: tuple[Site, LayerPlan]) -> Factors | FactorizationError:
         site, layer = job
+        matrices, rank = target(site.module).matrices(layer.shape), layer.rank // layer.shape.down_groups
+        metric = calibration and calibration.metric(site.fqn, matrices, site.module.bias is not None)
         try:
-            return factorize(target(site.module).matrices(layer.shape), layer.rank // layer.shape.down_groups)
+            return factorize(matrices, rank) if metric is None else factorize_weighted(matrices, metric, rank)
         except FactorizationError as error:
             return error
 
     return in_parallel(factors, jobs, workers_for(site.module.weight for site, _ in jobs))
+
+
+def _shifted(bias: nn.Parameter, shift: Tensor) -> nn.Parameter:
+    return nn.Parameter((bias + shift.flatten()).to(bias.dtype), bias.requires_grad)
 
 
 def _describe_layer(site: Site) -> LayerPlan:
@@ -111,10 +122,10 @@ def _describe_layer(site: Site) -> LayerPlan:
     if isinstance(layer, CED):
         kind = f"Conv{len(layer.kernel_size)}d"
         shape = Shape(layer.out_channels, layer.in_channels * math.prod(layer.kernel_size), layer.dense_groups,
-                      layer.down_groups, layer.up_groups)
+                      layer.down_groups, layer.up_groups, layer.pivoted)
     else:
         kind = "Conv1D" if isinstance(layer, LEDConv1D) else "Linear"
-        shape = Shape(layer.out_features, layer.in_features)
+        shape = Shape(layer.out_features, layer.in_features, pivoted=layer.pivoted)
     return LayerPlan(site.fqn, kind, shape.dense_params, shape, layer.rank)
 
 
@@ -161,7 +172,7 @@ def _misfit(site: Site, layer: LayerPlan, loading: bool) -> str:
         return "; ".join(reasons)
     if found.kind != layer.kind:
         return f"it is a {found.kind} here and a {layer.kind} in the plan"
-    shape = with_groups(found.shape(), layer.rank, layer.shape.up_groups > 1)
+    shape = with_groups(found.shape(), layer.rank, layer.shape.up_groups > 1, layer.shape.pivoted)
     if reason := found.why_not_grouped(shape):
         return reason
     if shape != layer.shape:

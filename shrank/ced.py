@@ -10,7 +10,16 @@ from torch.nn import functional as F
 
 from .merged_weight import merged_weight
 from .ops.api import Backend, low_rank_conv, setting
-from .stages import checked_rank, is_untouched, reset_stages, set_stages
+from .stages import (
+    Pivots,
+    checked_rank,
+    is_pivoted,
+    is_untouched,
+    merged_bias,
+    reset_stages,
+    run_stages,
+    set_stages,
+)
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -19,7 +28,8 @@ class CED(nn.Module):
     """A k-dimensional convolution into `rank` channels, then a pointwise one; x: (batch, in_channels, *spatial).
 
     `kernel_size` is a tuple whose length (1, 2 or 3) sets the dimension. The first stage has min(rank, groups) groups;
-    the second one as many if `groups_out`, else one. Raises ValueError on a rank, kernel or grouping that does not fit.
+    the second one as many if `groups_out`, else one. pivot: as for LED, within every group; both stages must have the
+    same groups. Raises ValueError on a rank, kernel or grouping that does not fit.
     Source: Winata et al., ICASSP 2020 (convolutional encoder-decoder: Cahyawijaya et al., Greenformer, 2021).
     """
 
@@ -28,30 +38,37 @@ class CED(nn.Module):
                  padding: int | tuple[int, ...] | str = 0, dilation: int | tuple[int, ...] = 1, groups: int = 1,
                  groups_out: bool = False, padding_mode: str = "zeros", bias: bool = True,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
-                 r: int | None = None) -> None:
+                 r: int | None = None, pivot: bool = False) -> None:
         super().__init__()
-        rank = checked_rank(rank, r)
+        rank = checked_rank(rank, r, out_channels if pivot else None)
         if not isinstance(kernel_size, tuple | list) or len(kernel_size) not in CONVOLUTIONS:
             raise ValueError(f"kernel_size must be a tuple of 1, 2 or 3 sizes, got {kernel_size!r}")
         convolution = CONVOLUTIONS[len(kernel_size)]
         self.dense_groups = groups
         groups = min(rank, groups)
+        up_groups = groups if groups_out else 1
+        if pivot and up_groups != groups:
+            raise ValueError(f"pivots need the same groups in both stages, got {groups} and {up_groups} (groups_out)")
+        made = {"device": device, "dtype": dtype}
         self.ced_unit = nn.Sequential(
-            convolution(in_channels, rank, tuple(kernel_size), stride, padding, dilation, groups, False,
-                        padding_mode, device=device, dtype=dtype),
-            convolution(rank, out_channels, 1, groups=groups if groups_out else 1, bias=bias, device=device,
-                        dtype=dtype),
+            convolution(in_channels, rank, tuple(kernel_size), stride, padding, dilation, groups, False, padding_mode,
+                        **made),
+            convolution(rank, out_channels - rank if pivot else out_channels, 1, groups=up_groups, bias=bias, **made),
         )
+        if pivot:
+            self.ced_unit.append(Pivots(rank, out_channels, 1, bias, **made))
         fan_in = in_channels // groups * math.prod(kernel_size)
         reset_stages(self.ced_unit, fan_in=fan_in, rank=rank // self.up_groups)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.pivoted:
+            unbatched = x.dim() == len(self.kernel_size) + 1
+            return run_stages(self.ced_unit, x[None])[0] if unbatched else run_stages(self.ced_unit, x)
         first, second = self.ced_unit
         own = CONVOLUTIONS.get(x.dim() - 2), CONVOLUTIONS.get(x.dim() - 1)  # batched, unbatched
         if not all(type(stage) in own and is_untouched(stage) for stage in (first, second)) or not (
                 first.weight.is_cuda or setting.backend is Backend.NATIVE):
-            # Also where another tool replaced, patched or hooked a stage: it is asked to run itself.
-            return second(first(x))
+            return run_stages(self.ced_unit, x)
         padding = first.padding
         if first.padding_mode != "zeros":
             x, padding = F.pad(x, first._reversed_padding_repeated_twice, first.padding_mode), 0
@@ -65,12 +82,16 @@ class CED(nn.Module):
 
     @property
     def up(self) -> Tensor:
-        """The second factor (out_channels, rank / up_groups, 1, ...)."""
+        """The second factor (out_channels, rank / up_groups, 1, ...), with pivots (out_channels - rank, ...)."""
         return self.ced_unit[1].weight
 
     @property
+    def pivoted(self) -> bool:
+        return is_pivoted(self.ced_unit)
+
+    @property
     def bias(self) -> Tensor | None:
-        return self.ced_unit[1].bias
+        return merged_bias(self.ced_unit)
 
     @property
     def rank(self) -> int:
@@ -82,7 +103,7 @@ class CED(nn.Module):
 
     @property
     def out_channels(self) -> int:
-        return self.ced_unit[1].out_channels
+        return self.ced_unit[1].out_channels + (self.rank if self.pivoted else 0)
 
     @property
     def down_groups(self) -> int:
@@ -139,14 +160,18 @@ class CED(nn.Module):
             kernel = (up.unflatten(0, (G, -1)) @ down).flatten(0, 1)        # (out, in/G * kernel)
         else:
             kernel = torch.einsum("ogr,grk->ogk", up.unflatten(1, (G, -1)), down).flatten(1)
+        if self.pivoted:
+            kernel = torch.cat((self.down.flatten(1), kernel)).index_select(0, self.ced_unit[2].order)
         return kernel.reshape(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
-    def set_factors(self, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
-        """Make down (rank, in/groups, *kernel), up (out, rank/up_groups, 1, ...) and bias the parameters, uncopied."""
-        set_stages(self.ced_unit, down, up, bias)
+    def set_factors(self, down: Tensor, up: Tensor, bias: Tensor | None, order: Tensor | None = None) -> None:
+        """Make down (rank, in/groups, *kernel), up (out, rank/up_groups, 1, ...) and bias the parameters, uncopied;
+        with pivots up has out - rank channels and order (out,) gives every output's place in down and then up."""
+        set_stages(self.ced_unit, down, up, bias, order)
 
     def __getitem__(self, stage: int) -> nn.Module:
         return self.ced_unit[stage]
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, rank={self.rank}, kernel_size={self.kernel_size}"
+        pivoted = ", pivoted" if self.pivoted else ""
+        return f"{self.in_channels}, {self.out_channels}, rank={self.rank}, kernel_size={self.kernel_size}{pivoted}"

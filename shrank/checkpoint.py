@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import tensor_file
 from .apply import attach_empty, describe, expected_state, indented
 from .ced import CONVOLUTIONS
-from .files import replacing
 from .plan import RankPlan
 from .targets import memory_format
 
@@ -43,8 +40,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         raise ValueError(f"on the meta device, without data: {', '.join(empty[:5])}")
     tensors, aliases = _without_aliases(state)
     metadata = {"plan": describe(model).to_dict(), "aliases": aliases}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(metadata)})
+    tensor_file.write(path, tensors, {METADATA_KEY: json.dumps(metadata)})
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
@@ -59,8 +55,8 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         raise ValueError(f"{path}: {error}") from error
     stored = header.shapes | {alias: header.shapes[name] for alias, name in header.aliases.items()}
     _check_names_and_shapes(path, expected, stored)
-    with safe_open(path, framework="pt") as file:
-        state = {name: file.get_tensor(header.aliases.get(name, name)) for name in expected}
+    held = tensor_file.read(path, {header.aliases.get(name, name) for name in expected})
+    state = {name: held[header.aliases.get(name, name)] for name in expected}
     if wrong := [f"{name}: {state[name].dtype} in the file, {expected[name].dtype} in the model" for name in expected
                  if state[name].is_floating_point() != expected[name].is_floating_point()]:
         raise ValueError(f"{path}: does not fit the model:{indented(wrong)}")
@@ -74,7 +70,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 def read_header(path: str | os.PathLike) -> Header:
     """The plan and the tensor table of a checkpoint that `save` wrote; ValueError says what is wrong with the file."""
-    shapes, metadata = _read_table(path)
+    shapes, metadata = tensor_file.read_table(path)
     if METADATA_KEY not in metadata:
         raise ValueError(f"{path}: holds no plan; it was not written by shrank.save")
     try:
@@ -94,8 +90,7 @@ def inspect_file(path: str | os.PathLike) -> tuple[RankPlan, list[str]]:
     header = read_header(path)
     missing = _missing_factors(header.plan, header.shapes)
     problems = [f"{name}: missing, or not of the planned shape" for name in missing]
-    with safe_open(path, framework="pt") as file:
-        return header.plan, problems + not_finite({name: file.get_tensor(name) for name in header.shapes})
+    return header.plan, problems + not_finite(tensor_file.read(path, header.shapes))
 
 
 def not_finite(state: dict[str, Tensor]) -> list[str]:
@@ -104,19 +99,9 @@ def not_finite(state: dict[str, Tensor]) -> list[str]:
             if tensor.is_floating_point() and not tensor.isfinite().all()]
 
 
-def _read_table(path: str | os.PathLike) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Shapes by name, and the metadata, of any safetensors file; ValueError if it is damaged or is none."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
-            return shapes, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({_looks_like(path)}{error})") from error
-
-
 def tensor_names(path: str | os.PathLike) -> list[str]:
     """Names of the tensors in any safetensors file; ValueError if it is damaged or is none."""
-    return list(_read_table(path)[0])
+    return list(tensor_file.read_table(path)[0])
 
 
 def _as_parameters(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -151,12 +136,6 @@ def _check_names_and_shapes(path, expected: dict[str, Tensor], stored: dict[str,
                  for name in expected if name in stored and tuple(expected[name].shape) != stored[name]]
     if problems:
         raise ValueError(f"{path}: does not fit the model:{indented(problems)}")
-
-
-def _looks_like(path: str | os.PathLike) -> str:
-    with Path(path).open("rb") as file:
-        start = file.read(2)
-    return "it looks like a pickle, which shrank never reads: " if start in (b"PK", b"\x80\x02", b"\x80\x04") else ""
 
 
 def _missing_factors(plan: RankPlan, shapes: dict[str, tuple[int, ...]]) -> list[str]:

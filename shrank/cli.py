@@ -40,7 +40,7 @@ Keep = Annotated[float | None, typer.Option(help="Share of each replaced layer's
 EnergyOption = Annotated[float | None, typer.Option(help="Share of the squared singular values to keep, in (0, 1].")]
 Include = Annotated[list[str] | None, typer.Option(help="Only layers whose name matches this glob; repeatable.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Not layers whose name matches this glob; repeatable.")]
-RoundTo = Annotated[int, typer.Option(help="Ranks become multiples of this.")]
+RoundTo = Annotated[int | None, typer.Option(help="Ranks become multiples of this.")]
 AllowSlower = Annotated[bool, typer.Option(help="Also convolutions that a CPU computes no faster than before.")]
 PerDimension = Annotated[str, typer.Option(help="Of a convolution: one number, or one for each dimension: 2x1.")]
 Padding = Annotated[str, typer.Option(help="Of a convolution: likewise, or before:after: 3:0x1:1.")]
@@ -48,7 +48,7 @@ Padding = Annotated[str, typer.Option(help="Of a convolution: likewise, or befor
 
 @app.command()
 def plan(source: Source, rank: Rank = None, keep: Keep = None, energy: EnergyOption = None, include: Include = None,
-         exclude: Exclude = None, round_to: RoundTo = 1, allow_slower: AllowSlower = False,
+         exclude: Exclude = None, round_to: RoundTo = None, allow_slower: AllowSlower = False,
          save: Annotated[Path | None, typer.Option(help="Write the plan to this JSON file.")] = None,
          as_json: Json = False) -> None:
     """Show what would happen to every layer and why; changes nothing."""
@@ -67,8 +67,8 @@ def plan(source: Source, rank: Rank = None, keep: Keep = None, energy: EnergyOpt
 @app.command()
 def compress(source: Source, out: Out, rank: Rank = None, keep: Keep = None, energy: EnergyOption = None,
              plan: Annotated[Path | None, typer.Option(help="A plan as JSON, from `shrank plan --save`.")] = None,
-             include: Include = None, exclude: Exclude = None, round_to: RoundTo = 1, allow_slower: AllowSlower = False,
-             force: Force = False, as_json: Json = False) -> None:
+             include: Include = None, exclude: Exclude = None, round_to: RoundTo = None,
+             allow_slower: AllowSlower = False, force: Force = False, as_json: Json = False) -> None:
     """Write a low-rank copy of a model that from_pretrained loads after `import shrank`."""
     _require_free(out, force)
     with _errors():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,15 +14,17 @@ from rich.table import Table
 
 from .linalg import Shape
 
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, 2)
 
 
 @dataclass(frozen=True)
 class LayerPlan:
     """One layer: its rank, or None to stay dense, and the reason.
 
-    `size` counts its weights now, `error` is the expected relative error of the weight in Frobenius norm (None: not
-    computed); `shape` is None for layers of unsupported types.
+    `size` counts its weights now, `error` is the expected relative error of the weight in Frobenius norm, or with a
+    calibration of the outputs (None: not computed), `measured` that of the outputs on other data. `spectrum`: singular
+    values over the largest, at evenly spaced ranks. `shape` is None for layers of unsupported types.
     """
 
     fqn: str
@@ -32,6 +34,8 @@ class LayerPlan:
     rank: int | None = None
     error: float | None = None
     reason: str = ""
+    measured: float | None = None
+    spectrum: tuple[float, ...] = ()
 
     @property
     def params_after(self) -> int:
@@ -44,10 +48,15 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Every layer of a model that owns a weight matrix, with its decision; `other_params` counts everything else."""
+    """Every layer of a model that owns a weight matrix, with its decision; `other_params` counts everything else.
+
+    `trade_off`: where a budget was spent, what else it could have bought: (share of the cost of the layers it decides
+    on, share of their error), from the least to all of it.
+    """
 
     layers: tuple[LayerPlan, ...]
     other_params: int = 0
+    trade_off: tuple[tuple[float, float], ...] = ()
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -104,22 +113,28 @@ class RankPlan:
         return {fqn: (here.get(fqn), there.get(fqn)) for fqn in here | there if here.get(fqn) != there.get(fqn)}
 
     def to_dict(self) -> dict:
-        return {"format": FORMAT, "other_params": self.other_params, "layers": [asdict(x) for x in self.layers]}
+        return {"format": FORMAT, "other_params": self.other_params, "layers": [asdict(x) for x in self.layers],
+                "trade_off": [list(point) for point in self.trade_off]}
 
     @classmethod
     def from_dict(cls, data: object) -> RankPlan:
         """The plan that `to_dict` wrote; ValueError names what is wrong with anything else."""
         if not isinstance(data, dict) or "layers" not in data:
             raise ValueError("not a shrank plan: expected an object with the key 'layers'")
-        if data.get("format") != FORMAT:
-            raise ValueError(f"plan of format {data.get('format')!r}; this version of shrank reads format {FORMAT}")
+        if data.get("format") not in _READABLE:
+            raise ValueError(f"plan of format {data.get('format')!r}; this version of shrank reads format "
+                             f"{' and '.join(map(str, _READABLE))}")
         if not isinstance(data["layers"], list):
             raise ValueError(f"'layers' must be a list, got {type(data['layers']).__name__}")
         layers = tuple(_layer_from_dict(entry) for entry in data["layers"])
         names = [layer.fqn for layer in layers]
         if repeated := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"the plan lists layers twice: {', '.join(repeated)}")
-        return cls(layers, _count(data.get("other_params", 0), "other_params"))
+        trade_off = data.get("trade_off", [])
+        if not isinstance(trade_off, list) or not all(isinstance(p, list) and len(p) == 2 and _are_numbers(p)
+                                                      for p in trade_off):
+            raise ValueError(f"'trade_off' must be a list of pairs of numbers, got {trade_off!r:.80}")
+        return cls(layers, _count(data.get("other_params", 0), "other_params"), tuple(map(tuple, trade_off)))
 
     def save(self, path: str | os.PathLike) -> None:
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
@@ -153,8 +168,9 @@ class RankPlan:
             table.add_column(column, justify=justify, overflow="fold", no_wrap=column != "reason")
         for x in self.layers:
             shape = f"{x.shape.out_features}x{x.shape.in_features}" if x.shape else ""
+            pivots = "p" if x.shape and x.shape.pivoted else ""
             groups = f"/{x.shape.groups}" if x.shape and x.shape.groups > 1 else ""
-            table.add_row(x.fqn or "(root)", x.kind, shape + groups, "dense" if x.rank is None else str(x.rank),
+            table.add_row(x.fqn or "(root)", x.kind, shape + groups, "dense" if x.rank is None else f"{x.rank}{pivots}",
                           f"{x.size:,}", f"{x.params_after:,}", "" if x.error is None else f"{x.error:.4f}",
                           x.reason, style="dim" if x.rank is None else None)
         return table
@@ -171,25 +187,35 @@ def _layer_from_dict(entry: object) -> LayerPlan:
     name = f"layer {entry['fqn']!r}"
     if unknown := entry.keys() - LayerPlan.__dataclass_fields__.keys():
         raise ValueError(f"{name}: unknown keys {', '.join(sorted(unknown))}")
-    rank, error, shape = entry.get("rank"), entry.get("error"), entry.get("shape")
+    rank, shape, spectrum = entry.get("rank"), entry.get("shape"), entry.get("spectrum", [])
     if rank is not None and _count(rank, f"{name}: rank") < 1:
         raise ValueError(f"{name}: rank must be at least 1, got {rank}")
     if rank is not None and shape is None:
         raise ValueError(f"{name}: has a rank but no shape")
-    if not (error is None or isinstance(error, int | float)):
-        raise ValueError(f"{name}: error must be a number or null, got {error!r}")
+    for key in ("error", "measured"):
+        if (value := entry.get(key)) is not None and not _are_numbers([value]):
+            raise ValueError(f"{name}: {key} must be a number or null, got {value!r}")
+    if not isinstance(spectrum, list | tuple) or not _are_numbers(spectrum):
+        raise ValueError(f"{name}: spectrum must be a list of numbers, got {spectrum!r:.80}")
     if not isinstance(entry.get("kind"), str) or not isinstance(entry.get("reason", ""), str):
         raise ValueError(f"{name}: 'kind' and 'reason' must be strings")
-    return LayerPlan(**{**entry, "size": _count(entry.get("size"), f"{name}: size"),
+    return LayerPlan(**{**entry, "size": _count(entry.get("size"), f"{name}: size"), "spectrum": tuple(spectrum),
                         "shape": None if shape is None else _shape_from_dict(shape, name)})
 
 
 def _shape_from_dict(shape: object, name: str) -> Shape:
-    if not isinstance(shape, dict) or shape.keys() != Shape.__dataclass_fields__.keys():
+    if not isinstance(shape, dict) or {"pivoted": False, **shape}.keys() != Shape.__dataclass_fields__.keys():
         raise ValueError(f"{name}: shape must have exactly the keys {', '.join(Shape.__dataclass_fields__)}")
-    if wrong := [k for k, v in shape.items() if _count(v, f"{name}: {k}") < 1]:
+    if not isinstance(pivoted := shape.get("pivoted", False), bool):
+        raise ValueError(f"{name}: pivoted must be true or false, got {pivoted!r}")
+    sizes = {key: value for key, value in shape.items() if key != "pivoted"}
+    if wrong := [k for k, v in sizes.items() if _count(v, f"{name}: {k}") < 1]:
         raise ValueError(f"{name}: {', '.join(wrong)} must be at least 1")
     return Shape(**shape)
+
+
+def _are_numbers(values: Iterable[object]) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
 def _count(value: object, name: str) -> int:

@@ -1,4 +1,5 @@
-"""What LED and CED share: a sequence of two stages, the down factor and the up factor with the bias."""
+"""What LED and CED share: a sequence of two stages, the down factor and the up factor with the bias, and in pivoted
+storage a third, which puts the outputs of both into their places."""
 
 from __future__ import annotations
 
@@ -8,14 +9,53 @@ import torch
 from torch import Tensor, nn
 
 
-def checked_rank(rank: int | None, r: int | None) -> int:
-    """The one rank that was given, as `rank` or as the ancestors' `r`."""
+def checked_rank(rank: int | None, r: int | None, outputs: int | None = None) -> int:
+    """The one rank that was given, as `rank` or as the ancestors' `r`; `outputs`: those that pivots are of."""
     if (rank is None) == (r is None):
         raise TypeError(f"give the rank once, as rank= or as r=; got rank={rank}, r={r}")
     rank = r if rank is None else rank
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
+    if outputs is not None and rank >= outputs:
+        raise ValueError(f"with pivots the rank must be below the {outputs} outputs, got {rank}")
     return rank
+
+
+class Pivots(nn.Module):
+    """Puts h (..., R, ...), outputs themselves, and the other outputs (..., N - R, ...) in order along `dim`.
+
+    order: (N,), for every output its place among h and then the others. Where h is one window of the outputs, no gather
+    is needed. `bias` is that of the outputs in h: added after the others were computed from it, since a large bias
+    would cost h its digits in a 16-bit dtype.
+    """
+
+    def __init__(self, rank: int, outputs: int, dim: int, bias: bool, device: torch.device | str | None = None,
+                 dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.rank, self.dim = rank, dim
+        self.register_buffer("order", torch.arange(outputs, dtype=torch.int32, device=device))
+        self.bias = nn.Parameter(torch.zeros(rank, device=device, dtype=dtype)) if bias else None
+        self.window: int | None = None
+
+    def forward(self, h: Tensor, others: Tensor) -> Tensor:
+        dim = self.dim
+        if self.bias is not None:
+            h = h + (self.bias if dim == -1 else self.bias[(slice(None), *[None] * (h.dim() - dim - 1))])
+        if self.window is None:
+            return torch.cat((h, others), dim).index_select(dim, self.order)
+        if self.window == 0:
+            return torch.cat((h, others), dim)
+        before, after = others.tensor_split((self.window,), dim)
+        return torch.cat((before, h, after), dim)
+
+    def settle(self) -> None:
+        """Find out whether the order needs no gather; for whoever set `order`."""
+        places = self.order.long()
+        first = int((places == 0).nonzero()[0])
+        plain = torch.arange(len(places), device=places.device)
+        rank = self.rank
+        window = torch.cat((plain[rank : rank + first], plain[:rank], plain[rank + first :]))
+        self.window = first if torch.equal(places, window) else None
 
 
 @torch.no_grad()
@@ -23,18 +63,54 @@ def reset_stages(stages: nn.Sequential, fan_in: int, rank: int) -> None:
     """Draw both stages so that the pair has the output variance of PyTorch's own layers, 1/3 for unit inputs.
 
     nn.Linear and nn.Conv draw U(-1/sqrt(fan_in), 1/sqrt(fan_in)), a variance of 1/(3 fan_in). Here the first stage
-    keeps the input's variance (1/fan_in) and the second one divides it by three (1/(3 rank)).
+    keeps the input's variance (1/fan_in) and the second one divides it by three (1/(3 rank)); pivots are outputs, so
+    that then the first one divides it.
     """
     if stages[0].weight.is_meta:
         return
-    nn.init.uniform_(stages[0].weight, -math.sqrt(3 / fan_in), math.sqrt(3 / fan_in))
-    nn.init.uniform_(stages[1].weight, -1 / math.sqrt(rank), 1 / math.sqrt(rank))
-    if stages[1].bias is not None:
-        nn.init.uniform_(stages[1].bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+    first, second = (math.sqrt(1 / fan_in), math.sqrt(3 / rank)) if is_pivoted(stages) else (
+        math.sqrt(3 / fan_in), math.sqrt(1 / rank))
+    nn.init.uniform_(stages[0].weight, -first, first)
+    nn.init.uniform_(stages[1].weight, -second, second)
+    for stage in stages:
+        if stage.bias is not None:
+            nn.init.uniform_(stage.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
 
-def set_stages(stages: nn.Sequential, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
-    for stage, name, value in ((0, "weight", down), (1, "weight", up), (1, "bias", bias)):
+def is_pivoted(stages: nn.Sequential) -> bool:
+    return len(stages) == 3
+
+
+def run_stages(stages: nn.Sequential, x: Tensor) -> Tensor:
+    """Each stage runs itself, whatever other tools made of it (LoRA, quantization, offloading)."""
+    h = stages[0](x)
+    return stages[2](h, stages[1](h)) if is_pivoted(stages) else stages[1](h)
+
+
+def merged_bias(stages: nn.Sequential) -> Tensor | None:
+    """The bias of the layer: a parameter of its second stage, or with pivots a part of it there and a part in the
+    third."""
+    if not is_pivoted(stages) or stages[2].bias is None:
+        return stages[1].bias
+    return torch.cat((stages[2].bias, stages[1].bias)).index_select(0, stages[2].order)
+
+
+def set_stages(stages: nn.Sequential, down: Tensor, up: Tensor, bias: Tensor | None,
+               order: Tensor | None = None) -> None:
+    """Make these the parameters, uncopied; order: that of the outputs, for pivots."""
+    if (order is None) == is_pivoted(stages):
+        raise ValueError(f"the layer was built {'with' if order is None else 'without'} pivots")
+    values = [(0, "weight", down), (1, "weight", up), (1, "bias", bias)]
+    if order is not None:
+        if order.shape != stages[2].order.shape:
+            raise ValueError(f"order has shape {tuple(order.shape)}, wanted {tuple(stages[2].order.shape)}")
+        parts = (None, None)
+        if bias is not None:
+            parts = bias.detach()[order.argsort()].split([len(down), len(bias) - len(down)])
+        values = [*values[:2], (1, "bias", parts[1]), (2, "bias", parts[0])]
+        stages[2].order = order.int()
+        stages[2].settle()
+    for stage, name, value in values:
         if (value is None) != (stages[stage]._parameters[name] is None):
             raise ValueError(f"the layer was built {'without' if value is not None else 'with'} a {name}")
         if value is not None:

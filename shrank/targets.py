@@ -6,6 +6,7 @@ Adding a layer type means adding one class here and its entry in ADAPTERS.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ from torch.nn.utils import parametrizations
 
 from .ced import CED, CONVOLUTIONS
 from .led import LED, LEDConv1D
-from .linalg import Factors, Shape
+from .linalg import Factors, PivotedFactors, Shape
 
 LOW_RANK = (LED, CED)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,6 +28,7 @@ class Target:
 
     kind: ClassVar[str]
     taps = 1  # positions of a kernel
+    takes_vectors = True  # its matrix multiplies the input's last dimension as it is
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -47,9 +49,17 @@ class Target:
         """A low-rank module of the same interface, on the meta device: nothing is drawn only to be overwritten."""
         raise NotImplementedError
 
-    def set_factors(self, twin: nn.Module, factors: Factors) -> None:
-        """Give the twin these factors and the module's own bias."""
-        twin.set_factors(factors.down[0], factors.up[0], self.module.bias)
+    def set_factors(self, twin: nn.Module, factors: Factors | PivotedFactors, bias: Tensor | None) -> None:
+        """Give the twin these factors and this bias."""
+        twin.set_factors(factors.down[0], factors.up[0], bias, getattr(factors, "order", None))
+
+    def tokens(self, outputs: Tensor) -> Tensor:
+        """The module's inputs, outputs or gradients with the features last, a vector for every token or position."""
+        return outputs
+
+    def input_energy(self, inputs: Tensor, chosen: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Mean square (K,) of each column's input, in the tokens that `chosen(inputs, 1)` gives as (1, tokens, K)."""
+        return chosen(inputs, 1)[0].square().mean(0)
 
     def _meta(self) -> dict:
         return {"device": "meta", "dtype": self.module.weight.dtype}
@@ -65,7 +75,8 @@ class LinearTarget(Target):
         return self.module.weight.detach()[None]
 
     def twin(self, rank: int, shape: Shape) -> LED:
-        return LED(shape.in_features, shape.out_features, rank, self.module.bias is not None, **self._meta())
+        return LED(shape.in_features, shape.out_features, rank, self.module.bias is not None, pivot=shape.pivoted,
+                   **self._meta())
 
 
 class HFConv1DTarget(Target):
@@ -80,11 +91,13 @@ class HFConv1DTarget(Target):
         return self.module.weight.detach().mT[None]
 
     def twin(self, rank: int, shape: Shape) -> LEDConv1D:
-        return LEDConv1D(shape.in_features, shape.out_features, rank, True, **self._meta())
+        return LEDConv1D(shape.in_features, shape.out_features, rank, True, pivot=shape.pivoted, **self._meta())
 
 
 class ConvTarget(Target):
     """Any nn.ConvNd; the matrix has in_channels x kernel columns and falls into one block per group."""
+
+    takes_vectors = False
 
     @property
     def kind(self) -> str:
@@ -121,10 +134,16 @@ class ConvTarget(Target):
         conv = self.module
         twin = CED(conv.in_channels, conv.out_channels, rank, conv.kernel_size, conv.stride, conv.padding,
                    conv.dilation, conv.groups, shape.up_groups > 1, conv.padding_mode, conv.bias is not None,
-                   **self._meta())
+                   pivot=shape.pivoted, **self._meta())
         return twin.to(memory_format=memory_format(conv.weight))
 
-    def set_factors(self, twin: CED, factors: Factors) -> None:
+    def tokens(self, outputs: Tensor) -> Tensor:
+        return outputs.movedim(-len(self.module.kernel_size) - 1, -1)
+
+    def input_energy(self, inputs: Tensor, chosen: Callable[[Tensor, int], Tensor]) -> Tensor:
+        return chosen(inputs, 1)[0].square().mean(0).repeat_interleave(self.taps)  # each tap sees the whole channel
+
+    def set_factors(self, twin: CED, factors: Factors | PivotedFactors, bias: Tensor | None) -> None:
         up = factors.up
         if twin.up_groups == twin.down_groups:
             up = up.flatten(0, 1)                                           # (out, rank/G)
@@ -134,7 +153,7 @@ class ConvTarget(Target):
             up = up.transpose(0, 1).flatten(1)                              # column blocks: (out, rank)
         down, up = factors.down.flatten(0, 1).reshape(twin.down.shape), up.reshape(twin.up.shape)
         layout = {"memory_format": memory_format(self.module.weight)}
-        twin.set_factors(down.contiguous(**layout), up.contiguous(**layout), self.module.bias)
+        twin.set_factors(down.contiguous(**layout), up.contiguous(**layout), bias, getattr(factors, "order", None))
 
 
 ADAPTERS: dict[type, type[Target]] = {nn.Linear: LinearTarget, **{c: ConvTarget for c in CONVOLUTIONS.values()}}
@@ -146,10 +165,10 @@ def target(module: nn.Module) -> Target | None:
     return adapter and adapter(module)
 
 
-def with_groups(shape: Shape, rank: int, groups_out: bool) -> Shape:
+def with_groups(shape: Shape, rank: int, groups_out: bool, pivoted: bool = False) -> Shape:
     """The shape of a grouped twin at this rank: min(rank, groups) groups, in both stages if `groups_out`."""
     groups = min(rank, shape.groups)
-    return replace(shape, down_groups=groups, up_groups=groups if groups_out else 1)
+    return replace(shape, down_groups=groups, up_groups=groups if groups_out else 1, pivoted=pivoted)
 
 
 def why_not(module: nn.Module) -> list[str]:
@@ -201,40 +220,6 @@ def _why_not_shape(shape: Shape) -> list[str]:
 def is_lazy(parameter: object) -> bool:
     """Whether a parameter gets its shape at the first forward."""
     return isinstance(parameter, UninitializedTensorMixin)
-
-
-def dense_twin(layer: LED | CED) -> nn.Module:
-    """The dense module that a low-rank layer stands for, with the product of its factors as weight."""
-    bias, weight = layer.bias, layer.dense_weight().detach()
-    meta = {"device": "meta", "dtype": weight.dtype}
-    if isinstance(layer, LEDConv1D):
-        from transformers.pytorch_utils import Conv1D
-
-        dense = Conv1D(layer.nf, layer.nx)
-    elif isinstance(layer, LED):
-        dense = nn.Linear(layer.in_features, layer.out_features, bias is not None, **meta)
-    else:
-        groups, weight = _dense_groups(layer, weight)
-        dense = CONVOLUTIONS[len(layer.kernel_size)](
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-            groups, bias is not None, layer.padding_mode, **meta)
-        weight = weight.contiguous(memory_format=memory_format(layer.down))
-    dense.weight = nn.Parameter(weight)
-    if bias is not None:
-        dense.bias = nn.Parameter(bias.detach())
-    return dense
-
-
-def _dense_groups(layer: CED, weight: Tensor) -> tuple[int, Tensor]:
-    """The groups of the merged convolution and its kernel: grouped where nothing crosses the first stage's groups."""
-    G = layer.down_groups
-    if layer.up_groups == G or layer.out_channels % G:
-        return layer.groups, weight
-    blocks = weight.unflatten(0, (G, -1)).unflatten(2, (G, -1))             # (G, out/G, G, in/G, *kernel)
-    own = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    if torch.count_nonzero(blocks) != torch.count_nonzero(own):
-        return layer.groups, weight
-    return G, own.flatten(0, 1).contiguous()
 
 
 def memory_format(weight: Tensor) -> torch.memory_format:

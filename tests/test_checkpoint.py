@@ -242,7 +242,7 @@ def test_an_interrupted_save_changes_nothing(error, exists, tmp_path, monkeypatc
         Path(filename).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr("shrank.checkpoint.save_file", interrupted)
+    monkeypatch.setattr("shrank.tensor_file.save_file", interrupted)
     with pytest.raises(error if isinstance(error, type) else type(error)):
         shrank.save(shrank.auto_fact(mlp(), 8), path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before

@@ -17,7 +17,8 @@ CHANNEL_BLOCK = 16
 class Shape:
     """A layer as a matrix: N = out_features rows, K = in_features columns (in_channels x kernel for a convolution).
 
-    `groups` is the block structure of the dense layer; `down_groups` and `up_groups` that of its low-rank twin.
+    `groups` is the block structure of the dense layer; `down_groups` and `up_groups` that of its low-rank twin, whose
+    factors are stored in R (K + N - R) numbers and an index of N if `pivoted`.
     Every cost formula of the library is a method of this class. Parameters and FLOPs count weights, not biases, which
     do not change.
     """
@@ -27,18 +28,36 @@ class Shape:
     groups: int = 1
     down_groups: int = 1
     up_groups: int = 1
+    pivoted: bool = False
 
     def __str__(self) -> str:
         groups = f" in {self.groups} groups" if self.groups > 1 else ""
         twin = f" (twin: {self.down_groups}, {self.up_groups})" if self.down_groups > 1 else ""
-        return f"{self.out_features}x{self.in_features}{groups}{twin}"
+        pivots = ", pivoted" if self.pivoted else ""
+        return f"{self.out_features}x{self.in_features}{groups}{twin}{pivots}"
 
     @property
     def dense_params(self) -> int:
         return self.out_features * self.in_features // self.groups
 
     def low_rank_params(self, rank: int) -> int:
-        return rank * (self.in_features // self.down_groups + self.out_features // self.up_groups)
+        outputs = self.out_features - (rank if self.pivoted else 0)
+        return rank * (self.in_features // self.down_groups) + rank * outputs // self.up_groups
+
+    @property
+    def index_size(self) -> int:
+        """Numbers, of 4 bytes, that say where the outputs of pivoted factors go."""
+        return self.out_features if self.pivoted else 0
+
+    def rank_for(self, params: float) -> int:
+        """The largest rank that stores no more than `params` weights."""
+        if not self.pivoted:
+            return int(params // self.low_rank_params(1))
+        columns = self.in_features // self.down_groups * self.up_groups + self.out_features
+        rank = int((columns - math.sqrt(max(0.0, columns**2 - 4 * params * self.up_groups))) / 2) + 1
+        while rank > 0 and self.low_rank_params(rank) > params:
+            rank -= 1
+        return min(rank, self.max_rank)
 
     def params(self, rank: int | None) -> int:
         """Weights stored at this rank; None means dense."""
@@ -58,7 +77,8 @@ class Shape:
         """As `flops`, for a kernel of several taps on a CPU: the blocks of `channels_computed` count in full."""
         groups = self.groups if rank is None else self.down_groups
         kernel = 2 * self.channels_computed(rank) * (self.in_features // groups)
-        return kernel if rank is None else kernel + 2 * rank * (self.out_features // self.up_groups)
+        outputs = self.out_features - (rank or 0 if self.pivoted else 0)
+        return kernel if rank is None else kernel + 2 * rank * outputs // self.up_groups
 
     def traffic(self, tokens: int, rank: int | None, bias: bool = False, residual: bool = False) -> int:
         """The fewest numbers that a linear layer moves for M tokens: x, the weights, and where there are any bias (N,)
@@ -68,8 +88,8 @@ class Shape:
 
     @property
     def break_even_rank(self) -> int:
-        """The largest rank that stores no more weights than the dense layer."""
-        return self.dense_params // self.low_rank_params(1)
+        """The largest rank that stores no more than the dense layer."""
+        return self.rank_for(self.dense_params - self.index_size)
 
     @property
     def max_rank(self) -> int:
@@ -87,13 +107,15 @@ class Shape:
 class Factors:
     """A rank-R approximation per group: down (G, R/G, K/G) and up (G, N/G, R/G), with `up @ down` the matrix.
 
-    `tail_error` is the Frobenius norm of what was cut off, `norm` that of the whole matrix.
+    `tail_error` is the Frobenius norm of what was cut off, `norm` that of the whole matrix, both in the norm that was
+    minimised. `shift` (G, N/G): what the bias must gain to keep the mean output.
     """
 
     down: Tensor
     up: Tensor
     tail_error: float
     norm: float
+    shift: Tensor | None = None
 
     @property
     def relative_error(self) -> float:

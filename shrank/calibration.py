@@ -1,0 +1,170 @@
+"""What the layers of a model see: second moments of their inputs or outputs, and of the gradients that reach them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import tensor_file
+from .batches import Batch, MaskFunction, as_batches
+from .collect import Accumulator, Group, plan_passes
+from .linalg import FactorizationError, Metric, Moments, metric
+from .losses import Loss, as_loss
+from .progress import track
+from .surgery import walk
+from .targets import why_not
+
+FORMAT = 1
+
+
+class Calibration:
+    """Moments by layer name, kept in files of a folder, one for every pass over the data; read when asked for.
+
+    unseen: layers that saw no data. Layers that were not asked for are in neither.
+    """
+
+    def __init__(self, folder: Path, files: Iterable[Path], owner: object = None) -> None:
+        self.folder, self._owner = folder, owner  # a temporary folder lives as long as its owner
+        self._entries: dict[str, tuple[Path, dict]] = {}
+        self.unseen: list[str] = []
+        for file in files:
+            header = json.loads(tensor_file.read_table(file)[1]["moments"])
+            self._entries |= {fqn: (file, entry) for fqn, entry in header["layers"].items()}
+            self.unseen += header["unseen"]
+
+    def __contains__(self, fqn: str) -> bool:
+        return fqn in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def has_gradients(self) -> bool:
+        return any("gradient" in entry["tensors"] for _, entry in self._entries.values())
+
+    def tokens(self, fqn: str) -> int:
+        """Tokens, or positions of a convolution's output, that the layer saw."""
+        return self._entries[fqn][1]["tokens"]
+
+    def __getitem__(self, fqn: str) -> Moments:
+        if fqn not in self._entries:
+            raise KeyError(f"the calibration has no layer {fqn!r}")
+        file, entry = self._entries[fqn]
+        held = tensor_file.read(file, set(entry["tensors"].values()))
+        tensors = {field: held[name] for field, name in entry["tensors"].items()}
+        return Moments(entry["tokens"], of_inputs=entry["of_inputs"], gradient_samples=entry["gradient_samples"],
+                       **tensors)
+
+    def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
+        """The norm for the error of this layer, whose weight is these matrices (G, N, K); None where nothing is known
+        of it, or of groups as large as these."""
+        if fqn not in self._entries:
+            return None
+        moments = self[fqn].to(matrices.device)
+        if not moments.of_inputs and moments.data.shape[:2] != matrices.shape[:2]:
+            return None
+        if moments.gradient is not None and not bool(moments.gradient.any()):
+            raise FactorizationError("the loss does not depend on it")
+        return metric(matrices, moments, centred)
+
+
+def calibrate(model: nn.Module, batches: Iterable[object] | Calibration, *,
+              loss: Loss | Callable | str | bool | None = None, tokenizer: Callable | None = None,
+              mask: MaskFunction | None = None, layers: Iterable[str] | None = None,
+              cache: str | os.PathLike | None = None, max_memory: int | None = None, seed: int = 0,
+              batch_size: int = 8, max_length: int = 512) -> Calibration:
+    """Run data through a model, which is not changed, and note what its layers see.
+
+    batches, tokenizer, mask, batch_size, max_length: see `as_batches`. loss: what gradients to weigh errors by: "lm"
+    (next-token cross entropy), a function (output, batch) -> scalar, None for the sensitivity of the outputs themselves
+    to every layer, False for none (no backward pass). layers: names, default all that could be replaced. cache: a
+    folder; passes over the data that are found there are not repeated. max_memory: bytes for moments held at a time,
+    default half of what the model takes in float32; more passes over the data where it does not suffice. Raises
+    ValueError where data or gradients are not finite, naming batch and layer.
+    """
+    if isinstance(batches, Calibration):
+        return batches
+    batches, loss = as_batches(batches, tokenizer, mask, batch_size, max_length), as_loss(loss)
+    sites = [site for site in walk(model) if not (site.why_not or why_not(site.module))]
+    if layers is not None:
+        wanted = set(layers)
+        sites = [site for site in sites if site.fqn in wanted]
+    if max_memory is None:
+        max_memory = 2 * sum(p.numel() for p in model.parameters())
+    owner = None if cache else tempfile.TemporaryDirectory(prefix="shrank-")
+    folder = Path(cache) / _key(model, batches, loss, seed) if cache else Path(owner.name)
+    passes, unseen = plan_passes(model, sites, batches, loss is not None, max_memory)
+    if unseen:
+        warnings.warn(f"layers that the first batch does not reach stay as they are: {', '.join(unseen)}", stacklevel=2)
+    files = [folder / f"{_digest([site.fqn for group in groups for site in group.sites])[:16]}.safetensors"
+             for groups in passes]
+    for number, (file, groups) in enumerate(zip(files, passes, strict=True), 1):
+        if not file.exists():
+            progress = f"calibrating, pass {number} of {len(passes)}"
+            _write(file, _run(model, groups, batches, loss, seed, progress), unseen if number == 1 else [])
+    return Calibration(folder, files, owner)
+
+
+def _run(model: nn.Module, groups: list[Group], batches: list[Batch], loss: Loss | None, seed: int,
+         progress: str) -> Accumulator:
+    """One pass over the data, with the moments of these layers."""
+    training = {module: module.training for module in model.modules()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    accumulator = Accumulator(groups, loss is not None)
+    try:
+        model.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)  # gradients of the weights are not needed, those of activations are
+        with accumulator, torch.enable_grad() if loss else torch.no_grad():
+            for number, batch in enumerate(track(batches, progress)):
+                accumulator.begin(number, batch)
+                output = batch.call(model)
+                if loss:
+                    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+                    accumulator.samples += loss.backward(output, batch, generator)
+                accumulator.check()
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module, mode in training.items():
+            module.training = mode
+    return accumulator
+
+
+def _write(file: Path, accumulator: Accumulator, unseen: list[str]) -> None:
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, dict] = {}
+    for fqn, moments, inputs_of in accumulator.results():
+        fields = {"data": moments.data, "mean": moments.mean, "input_energy": moments.input_energy,
+                  "gradient": moments.gradient}
+        names = {}
+        for field, value in fields.items():
+            if value is not None:
+                # Layers with the same inputs share their tensors.
+                names[field] = f"{fqn if field == 'gradient' else inputs_of}:{field}"
+                tensors[names[field]] = value.float().cpu().contiguous()
+        layers[fqn] = {"tokens": moments.tokens, "of_inputs": moments.of_inputs, "tensors": names,
+                       "gradient_samples": moments.gradient_samples}
+    header = {"format": FORMAT, "layers": layers, "unseen": unseen}
+    tensor_file.write(file, tensors, {"moments": json.dumps(header)})
+
+
+def _key(model: nn.Module, batches: list[Batch], loss: Loss | None, seed: int) -> str:
+    """A hash of everything that the moments depend on."""
+    digest = hashlib.sha256(f"{FORMAT} {loss} {seed}".encode())
+    state = Batch((), model.state_dict())
+    for part in (state, *batches):
+        part.update(digest)
+    return digest.hexdigest()[:32]
+
+
+def _digest(names: list[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()

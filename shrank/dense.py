@@ -1,0 +1,44 @@
+"""The way back: the dense module that a low-rank layer stands for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .ced import CED, CONVOLUTIONS
+from .led import LED, LEDConv1D
+from .targets import memory_format
+
+
+def dense_twin(layer: LED | CED) -> nn.Module:
+    """The dense module that a low-rank layer stands for, with the product of its factors as weight."""
+    bias, weight = layer.bias, layer.dense_weight().detach()
+    meta = {"device": "meta", "dtype": weight.dtype}
+    if isinstance(layer, LEDConv1D):
+        from transformers.pytorch_utils import Conv1D
+
+        dense = Conv1D(layer.nf, layer.nx)
+    elif isinstance(layer, LED):
+        dense = nn.Linear(layer.in_features, layer.out_features, bias is not None, **meta)
+    else:
+        groups, weight = _dense_groups(layer, weight)
+        dense = CONVOLUTIONS[len(layer.kernel_size)](
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
+            groups, bias is not None, layer.padding_mode, **meta)
+        weight = weight.contiguous(memory_format=memory_format(layer.down))
+    dense.weight = nn.Parameter(weight)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.detach())
+    return dense
+
+
+def _dense_groups(layer: CED, weight: Tensor) -> tuple[int, Tensor]:
+    """The groups of the merged convolution and its kernel: grouped where nothing crosses the first stage's groups."""
+    G = layer.down_groups
+    if layer.up_groups == G or layer.out_channels % G:
+        return layer.groups, weight
+    blocks = weight.unflatten(0, (G, -1)).unflatten(2, (G, -1))             # (G, out/G, G, in/G, *kernel)
+    own = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    if torch.count_nonzero(blocks) != torch.count_nonzero(own):
+        return layer.groups, weight
+    return G, own.flatten(0, 1).contiguous()

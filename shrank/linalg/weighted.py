@@ -1,0 +1,94 @@
+"""The best approximation of a rank in the norm of a metric, by eigenvectors alone: no Cholesky factor, and the only
+inverses are of matrices that shrinkage keeps well-conditioned.
+
+Without gradients the best W' of rank R is U U^T W, with U the leading eigenvectors of W C W^T (DRONE, Chen et al. 2021;
+SVD-LLM, Wang et al. 2024, reach the same minimiser through a Cholesky factor of C); with them R W C W^T R takes its
+place (K-FAC SVD). The discarded eigenvalues add up to the squared error exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .factors import Factors
+from .moments import Metric
+from .svd import FactorizationError, _checked, _signs
+
+
+def squared_errors(matrices: Tensor, metric: Metric) -> Tensor:
+    """What each direction adds to the squared error if it is cut: (G, m) for matrices (G, N, K), descending, float64.
+
+    Raises FactorizationError on NaN or infinity.
+    """
+    problem = _problem(_checked(matrices).double(), metric)[0]
+    return torch.linalg.eigvalsh(problem).flip(-1).clamp_min(0)
+
+
+def factorize_weighted(matrices: Tensor, metric: Metric, rank: int) -> Factors:
+    """The approximation of rank `rank` per matrix that is best in this metric: matrices (G, N, K) -> Factors.
+
+    `up` has orthonormal columns. In a 16-bit dtype `down` is fitted to the rounded `up`. Raises FactorizationError on
+    NaN, infinity or an eigensolver that does not converge.
+    """
+    W = _checked(matrices).double()
+    problem, left, right = _problem(W, metric)
+    try:
+        squares, vectors = torch.linalg.eigh(problem)
+    except torch.linalg.LinAlgError as error:
+        raise FactorizationError(f"the eigensolver did not converge: {error}") from error
+    squares, leading = squares.flip(-1).clamp_min(0), vectors.flip(-1)[..., :rank]
+    if metric.on_inputs:
+        up, down = W @ left @ leading, leading.mT @ right
+    else:
+        up, down = left @ leading, leading.mT @ right @ W
+    up, triangle = torch.linalg.qr(up)
+    signs = _signs(up)
+    up, down = up * signs, signs.mT * (triangle @ down)
+    shift = None if metric.mean is None else _mean_error(W, up, down, metric, (left, leading, right))
+    up, down = rounded(up, down, matrices.dtype)
+    tail, total = squares[:, rank:].sum().item(), squares.sum().item()
+    return Factors(down, up, tail**0.5, total**0.5, shift)
+
+
+def rounded(up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both factors in `dtype`; in a 16-bit one `down` is fitted again to the `up` that rounding left."""
+    rounded_up = up.to(dtype)
+    if torch.finfo(dtype).bits == 16:
+        given = rounded_up.double()
+        down = torch.linalg.solve(given.mT @ given, given.mT @ up @ down)
+    down = down.to(dtype)
+    if not bool(down.isfinite().all()):
+        raise FactorizationError(f"the factors do not fit {str(dtype).removeprefix('torch.')}")
+    return rounded_up.contiguous(), down.contiguous()
+
+
+def _problem(W: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
+    """(P, L, M): P = V diag(squares) V^T has the leading V with up = L V, down = V^T M W on the output side, and
+    up = W L V, down = V^T M on the input side."""
+    if metric.on_inputs:
+        root, inverse = _roots(metric.data)
+        inner = W.mT @ W if metric.gradient is None else metric.gradient
+        return root @ inner @ root, root, inverse
+    if metric.gradient is None:
+        eye = torch.eye(W.shape[-2], dtype=W.dtype, device=W.device).expand_as(metric.data)
+        return metric.data, eye, eye
+    root, inverse = _roots(metric.gradient)
+    return root @ metric.data @ root, inverse, root
+
+
+def _roots(positive: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric square root and its inverse."""
+    values, vectors = torch.linalg.eigh(positive)
+    # Shrinkage bounds the condition; the floor is for what float64 makes of it.
+    root = values.clamp_min(values[..., -1:] * 1e-14).clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+    return (vectors * root[..., None, :]) @ vectors.mT, (vectors / root[..., None, :]) @ vectors.mT
+
+
+def _mean_error(W: Tensor, up: Tensor, down: Tensor, metric: Metric, basis: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """(W - W') mu for the mean input mu: (G, N), from the mean output W mu where only that is known."""
+    mean = metric.mean[..., None]
+    if metric.on_inputs:
+        return (W @ mean - up @ (down @ mean))[..., 0]
+    left, leading, right = basis
+    return (mean - left @ leading @ (leading.mT @ right @ mean))[..., 0]

@@ -1,0 +1,115 @@
+"""By which gradients a layer's error is weighed: those of a loss, or of the model's own outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from .batches import Batch
+
+# Rows of outputs to draw gradients for: fewer know too few directions, where one row gathers many tokens.
+_ROWS_PER_BATCH, _MOST_DRAWS = 64, 8
+
+
+class Loss:
+    """Anything whose gradients reach the layers; `backward` returns how many rows of output they stem from."""
+
+    def backward(self, output: object, batch: Batch, generator: torch.Generator) -> int:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class OutputSensitivity(Loss):
+    """Random projections of the main output: their gradients have the moment of the output's Jacobian, so that a
+    layer's weighed error is the squared change of the output that it causes."""
+
+    def backward(self, output: object, batch: Batch, generator: torch.Generator) -> int:
+        output = main_output(output)
+        mask = batch.mask_for(tuple(output.shape[:-1]))
+        rows = output[..., 0].numel() if mask is None else int(mask.sum())
+        draws = min(max(-(-_ROWS_PER_BATCH // max(rows, 1)), 1), _MOST_DRAWS)
+        for draw in range(draws):
+            direction = torch.randn(output.shape, generator=generator).to(output)
+            if mask is not None:
+                direction = direction * mask.view(output.shape[:-1])[..., None].to(output)
+            output.backward(direction, retain_graph=draw + 1 < draws)
+        return rows * draws
+
+
+@dataclass(frozen=True)
+class NextToken(Loss):
+    """Cross entropy of a language model's logits and the tokens that follow: `labels` if the batch has them (already in
+    place for an encoder-decoder, else shifted here), else `input_ids`."""
+
+    def backward(self, output: object, batch: Batch, generator: torch.Generator) -> int:
+        aligned = isinstance(output, Mapping) and "encoder_last_hidden_state" in output
+        logits, targets = next_token_targets(main_output(output), batch, aligned)
+        F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum").backward()
+        return int((targets != -100).sum())
+
+
+@dataclass(frozen=True)
+class Custom(Loss):
+    """A user's `(output, batch) -> scalar`, summed over what it averages."""
+
+    function: Callable[[object, Batch], Tensor]
+
+    def __repr__(self) -> str:
+        return f"{self.function.__module__}.{self.function.__qualname__}"
+
+    def backward(self, output: object, batch: Batch, generator: torch.Generator) -> int:
+        loss = self.function(output, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TypeError(f"loss must return a scalar tensor, got {getattr(loss, 'shape', type(loss).__name__)}")
+        if not loss.requires_grad:
+            raise ValueError("the loss depends on no layer: was the model run without gradients?")
+        loss.backward()
+        return main_output(output)[..., 0].numel()
+
+
+def as_loss(loss: Loss | Callable | str | bool | None) -> Loss | None:
+    """The loss that a user's argument stands for; None where no gradients are wanted."""
+    if loss is None or loss == "output":
+        return OutputSensitivity()
+    if loss is False:
+        return None
+    if loss == "lm":
+        return NextToken()
+    if isinstance(loss, Loss):
+        return loss
+    if callable(loss):
+        return Custom(loss)
+    raise ValueError(f"loss must be 'lm', 'output', a function, None or False, got {loss!r}")
+
+
+def main_output(output: object) -> Tensor:
+    """The tensor that a model is run for: its logits, its last hidden state, or its first tensor of numbers."""
+    if isinstance(output, Mapping):
+        for name in ("logits", "last_hidden_state"):
+            if isinstance(output.get(name), Tensor):
+                return output[name]
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0:
+            return leaf
+    raise TypeError(f"the model returns no tensor of numbers but {type(output).__name__}")
+
+
+def next_token_targets(logits: Tensor, batch: Batch, aligned: bool) -> tuple[Tensor, Tensor]:
+    """Logits (tokens, vocabulary) with the tokens (tokens,) they should predict, -100 where none counts; aligned: the
+    labels stand where they are predicted, as those of an encoder-decoder."""
+    labels = batch.kwargs.get("labels")
+    if labels is not None and aligned:
+        return logits.flatten(0, 1), labels.to(logits.device).flatten()
+    targets = labels if labels is not None else batch.kwargs.get("input_ids", batch.args[0] if batch.args else None)
+    if not isinstance(targets, Tensor) or targets.shape != logits.shape[:2]:
+        raise ValueError("the 'lm' loss needs input_ids (batch, tokens) and logits (batch, tokens, vocabulary), got "
+                         f"{getattr(targets, 'shape', None)} and {tuple(logits.shape)}")
+    targets = targets.to(logits.device)
+    if (mask := batch.mask_for(tuple(targets.shape))) is not None:
+        targets = targets.masked_fill(~mask.view(targets.shape).to(targets.device), -100)
+    return logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten()
