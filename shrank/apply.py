@@ -177,6 +177,8 @@ def _misfit(site: Site, layer: LayerPlan, loading: bool) -> str:
         return reason
     if shape != layer.shape:
         return f"it is {shape} here and {layer.shape} in the plan"
+    if shape.pivoted and (shape.up_groups != shape.down_groups or layer.rank >= shape.out_features):
+        return "pivots need the same groups in both stages and a rank below the outputs"
     if layer.rank > shape.max_rank or layer.rank % shape.down_groups:
         return f"rank {layer.rank} is not a multiple of {shape.down_groups} in 1..{shape.max_rank}"
     return ""

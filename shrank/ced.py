@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from .merged_weight import merged_weight
 from .ops.api import Backend, low_rank_conv, setting
 from .stages import (
+    NO_PIVOTED_KERNEL,
     Pivots,
     checked_rank,
     is_pivoted,
@@ -56,12 +57,14 @@ class CED(nn.Module):
             convolution(rank, out_channels - rank if pivot else out_channels, 1, groups=up_groups, bias=bias, **made),
         )
         if pivot:
-            self.ced_unit.append(Pivots(rank, out_channels, 1, bias, **made))
+            self.ced_unit.append(Pivots(rank, out_channels, 1, bias, up_groups, **made))
         fan_in = in_channels // groups * math.prod(kernel_size)
         reset_stages(self.ced_unit, fan_in=fan_in, rank=rank // self.up_groups)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pivoted:
+            if setting.backend is Backend.NATIVE:
+                raise RuntimeError(NO_PIVOTED_KERNEL)
             unbatched = x.dim() == len(self.kernel_size) + 1
             return run_stages(self.ced_unit, x[None])[0] if unbatched else run_stages(self.ced_unit, x)
         first, second = self.ced_unit

@@ -60,6 +60,9 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     if wrong := [f"{name}: {state[name].dtype} in the file, {expected[name].dtype} in the model" for name in expected
                  if state[name].is_floating_point() != expected[name].is_floating_point()]:
         raise ValueError(f"{path}: does not fit the model:{indented(wrong)}")
+    if wrong := [name for name, value in state.items() if name.endswith("_unit.2.order")
+                 and not torch.equal(value.sort().values.long(), torch.arange(len(value)))]:
+        raise ValueError(f"{path}: no permutation of outputs: {', '.join(wrong[:5])}")
     model = attach_empty(model, header.plan)
     if any(t.is_meta for t in model.state_dict().values()):
         model.load_state_dict(_as_parameters(state, model), assign=True)
@@ -146,6 +149,9 @@ def _missing_factors(plan: RankPlan, shapes: dict[str, tuple[int, ...]]) -> list
         down, up = (shapes.get(f"{layer.fqn}.{unit}.{stage}.weight".lstrip("."), ()) for stage in (0, 1))
         if down[:1] != (layer.rank,):
             missing.append(f"{layer.fqn}.{unit}.0.weight")
-        if up[:2] != (layer.shape.out_features, layer.rank // layer.shape.up_groups):
+        outputs = layer.shape.out_features - (layer.rank if layer.shape.pivoted else 0)
+        if up[:2] != (outputs, layer.rank // layer.shape.up_groups):
             missing.append(f"{layer.fqn}.{unit}.1.weight")
+        if layer.shape.pivoted and shapes.get(f"{layer.fqn}.{unit}.2.order".lstrip(".")) != (layer.shape.out_features,):
+            missing.append(f"{layer.fqn}.{unit}.2.order")
     return missing

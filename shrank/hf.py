@@ -26,6 +26,7 @@ from .apply import attach_empty, describe, merge
 from .checkpoint import not_finite, tensor_names
 from .files import replacing
 from .plan import RankPlan
+from .stages import Pivots
 from .targets import LOW_RANK, target
 
 METHOD = "shrank"
@@ -78,6 +79,9 @@ class ShrankQuantizer(HfQuantizer):
             checked.update(m for m in whole.modules() if target(m))
         if missing := [name for name, m in model.named_modules() if m in checked and _lacks_weights(m)]:
             raise ValueError(f"the checkpoint lacks weights that its plan asks for: {', '.join(missing[:5])}")
+        for module in model.modules():
+            if isinstance(module, Pivots):
+                module.settle()
         # The weights are ordinary ones: float(), half() and training must stay allowed.
         model.is_quantized = False
         vars(model).pop("quantization_method", None)

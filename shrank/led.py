@@ -9,7 +9,16 @@ from torch.nn.functional import linear
 
 from .merged_weight import merged_weight
 from .ops.api import Backend, low_rank_linear, setting
-from .stages import Pivots, checked_rank, is_pivoted, merged_bias, reset_stages, run_stages, set_stages
+from .stages import (
+    NO_PIVOTED_KERNEL,
+    Pivots,
+    checked_rank,
+    is_pivoted,
+    merged_bias,
+    reset_stages,
+    run_stages,
+    set_stages,
+)
 
 NATIVE = Backend.NATIVE
 
@@ -54,6 +63,8 @@ class LED(nn.Module):
             if down.is_cuda or setting.backend is NATIVE:
                 return low_rank_linear(x, down, up, bias)
             return linear(linear(x, down), up, bias)  # as low_rank_linear would, without the cost of asking
+        if setting.backend is NATIVE and self.pivoted:
+            raise RuntimeError(NO_PIVOTED_KERNEL)
         return run_stages(self.led_unit, x)
 
     @property

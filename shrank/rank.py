@@ -54,6 +54,8 @@ class Fraction:
             raise ValueError(f"a fractional rank must lie in (0, 1), got {self.keep}; a whole rank must be an int")
 
     def __call__(self, layer: Layer) -> int:
+        if layer.shape.pivoted:  # what a rank costs depends on it
+            return layer.shape.rank_for(self.keep * layer.shape.dense_params)
         return int(self.keep * layer.shape.break_even_rank)
 
 

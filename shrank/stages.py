@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+NO_PIVOTED_KERNEL = "backend is native, but the native kernels do not know pivoted storage: auto_fact(..., pivot=False)"
+
 
 def checked_rank(rank: int | None, r: int | None, outputs: int | None = None) -> int:
     """The one rank that was given, as `rank` or as the ancestors' `r`; `outputs`: those that pivots are of."""
@@ -29,13 +31,15 @@ class Pivots(nn.Module):
     would cost h its digits in a 16-bit dtype.
     """
 
-    def __init__(self, rank: int, outputs: int, dim: int, bias: bool, device: torch.device | str | None = None,
-                 dtype: torch.dtype | None = None) -> None:
+    def __init__(self, rank: int, outputs: int, dim: int, bias: bool, groups: int = 1,
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.rank, self.dim = rank, dim
-        self.register_buffer("order", torch.arange(outputs, dtype=torch.int32, device=device))
-        self.bias = nn.Parameter(torch.zeros(rank, device=device, dtype=dtype)) if bias else None
-        self.window: int | None = None
+        # Every group's first outputs are its pivots, until somebody knows better.
+        parts = [torch.arange(n, dtype=torch.int32, device=device).view(groups, -1) for n in (rank, outputs - rank)]
+        self.register_buffer("order", torch.cat((parts[0], parts[1] + rank), 1).flatten())
+        self.register_parameter("bias", nn.Parameter(torch.zeros(rank, device=device, dtype=dtype)) if bias else None)
+        self.window = 0 if groups == 1 and not self.order.is_meta else None
 
     def forward(self, h: Tensor, others: Tensor) -> Tensor:
         dim = self.dim
@@ -49,13 +53,19 @@ class Pivots(nn.Module):
         return torch.cat((before, h, after), dim)
 
     def settle(self) -> None:
-        """Find out whether the order needs no gather; for whoever set `order`."""
+        """Find out whether the order needs no gather; for whoever set `order`. ValueError if it is none."""
         places = self.order.long()
-        first = int((places == 0).nonzero()[0])
         plain = torch.arange(len(places), device=places.device)
-        rank = self.rank
+        if not torch.equal(places.sort().values, plain):
+            raise ValueError(f"the order of pivoted outputs is no permutation of {len(places)} places")
+        first, rank = int((places == 0).nonzero()[0]), self.rank
         window = torch.cat((plain[rank : rank + first], plain[:rank], plain[rank + first :]))
         self.window = first if torch.equal(places, window) else None
+
+    def _load_from_state_dict(self, *arguments: object) -> None:
+        super()._load_from_state_dict(*arguments)
+        if not self.order.is_meta:
+            self.settle()
 
 
 @torch.no_grad()
