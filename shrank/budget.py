@@ -66,6 +66,14 @@ def _keep_dense(layer: object) -> None:
 
 
 @dataclass(frozen=True)
+class TradeOff:
+    """What a budget could have bought and what it did: (share of the cost, share of the squared error of nothing)."""
+
+    curve: tuple[tuple[float, float], ...] = ()
+    spent: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A layer that the budget decides on: its tokens in the calibration, and what each of its directions adds to the
     squared error if it is cut, (G, m)."""
@@ -97,15 +105,15 @@ class _Choice:
 
 
 def spend(budget: Budget, candidates: list[Candidate], fixed: list[LayerPlan], options: PlanOptions,
-          weighed: bool) -> tuple[list[LayerPlan], tuple[tuple[float, float], ...]]:
-    """The candidates with ranks, and the trade-off that was there: (share of the cost kept, share of the error).
+          weighed: bool) -> tuple[list[LayerPlan], TradeOff]:
+    """The candidates with ranks, and the trade-off that there was.
 
     fixed: layers whose ranks others decided, paid from the same budget. weighed: errors of different layers add up;
     else every layer keeps the same share, which no measure of its own beats (README, what each step buys).
     """
     choices = {x.site.fqn: _choices(x, budget, options) for x in candidates}
     if budget.max_error is not None:
-        return [_within(x, choices[x.site.fqn], budget.max_error) for x in candidates], ()
+        return [_within(x, choices[x.site.fqn], budget.max_error) for x in candidates], TradeOff()
     items = [[x for x in candidates if x.site.fqn in names] for names in _tied(budget, candidates)]
     costs = _Costs(budget, {x.site.fqn: x.tokens for x in candidates})
     problems = [_options(item, choices, costs, weighed) for item in items]
@@ -116,7 +124,9 @@ def spend(budget: Budget, candidates: list[Candidate], fixed: list[LayerPlan], o
     for item, (_, common), chosen in zip(items, problems, found.chosen, strict=True):
         planned += [_decided(x, choices[x.site.fqn][common[chosen]]) for x in item]
     whole = sum(_error_of_nothing(x, weighed) for x in candidates)
-    return planned, _curve(frontier([options for options, _ in problems]), paid, dense, whole)
+    points = _thinned(frontier([options for options, _ in problems]))
+    curve, spent = ([((p.cost + paid) / dense, p.error / (whole or 1.0)) for p in part] for part in (points, [found]))
+    return planned, TradeOff(tuple(curve), spent[0])
 
 
 def budget_cost(budget: Budget) -> float:
@@ -228,8 +238,6 @@ def _error_of_nothing(candidate: Candidate, weighed: bool) -> float:
     return candidate.tails[0] * (candidate.tokens or 1) if weighed else candidate.draft.shape.dense_params
 
 
-def _curve(points: list[Allocation], paid: float, dense: float, whole: float) -> tuple[tuple[float, float], ...]:
-    """The frontier as (share of the cost, share of the squared error of zero weights), thinned to a few points."""
+def _thinned(points: list[Allocation]) -> list[Allocation]:
     step = max(1, len(points) // _POINTS_OF_A_CURVE)
-    chosen = [*points[:-1:step], points[-1]]
-    return tuple((round((p.cost + paid) / dense, 6), round(max(p.error, 0.0) / (whole or 1.0), 9)) for p in chosen)
+    return [*points[:-1:step], points[-1]]

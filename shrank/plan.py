@@ -8,11 +8,15 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from .linalg import Shape
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMAT = 2
 _READABLE = (1, 2)
@@ -51,12 +55,13 @@ class RankPlan:
     """Every layer of a model that owns a weight matrix, with its decision; `other_params` counts everything else.
 
     `trade_off`: where a budget was spent, what else it could have bought: (share of the cost of the layers it decides
-    on, share of their error), from the least to all of it.
+    on, share of their squared error), from the least to all of it; `spent`: what this plan is there.
     """
 
     layers: tuple[LayerPlan, ...]
     other_params: int = 0
     trade_off: tuple[tuple[float, float], ...] = ()
+    spent: tuple[float, float] | None = None
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -114,7 +119,8 @@ class RankPlan:
 
     def to_dict(self) -> dict:
         return {"format": FORMAT, "other_params": self.other_params, "layers": [asdict(x) for x in self.layers],
-                "trade_off": [list(point) for point in self.trade_off]}
+                "trade_off": [list(point) for point in self.trade_off],
+                "spent": None if self.spent is None else list(self.spent)}
 
     @classmethod
     def from_dict(cls, data: object) -> RankPlan:
@@ -130,13 +136,27 @@ class RankPlan:
         names = [layer.fqn for layer in layers]
         if repeated := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"the plan lists layers twice: {', '.join(repeated)}")
-        trade_off = data.get("trade_off", [])
-        if not isinstance(trade_off, list) or not all(isinstance(p, list) and len(p) == 2 and _are_numbers(p)
-                                                      for p in trade_off):
-            raise ValueError(f"'trade_off' must be a list of pairs of numbers, got {trade_off!r:.80}")
-        return cls(layers, _count(data.get("other_params", 0), "other_params"), tuple(map(tuple, trade_off)))
+        trade_off, spent = data.get("trade_off", []), data.get("spent")
+        points = [*trade_off, *([] if spent is None else [spent])] if isinstance(trade_off, list) else [None]
+        if not all(isinstance(p, list) and len(p) == 2 and _are_numbers(p) for p in points):
+            raise ValueError(f"'trade_off' must be a list of pairs of numbers and 'spent' one, got {points!r:.80}")
+        return cls(layers, _count(data.get("other_params", 0), "other_params"), tuple(map(tuple, trade_off)),
+                   None if spent is None else tuple(spent))
+
+    def report(self, path: str | os.PathLike) -> None:
+        """Write one self-contained HTML page: totals, trade-off, ranks, spectra, errors and every layer's reason."""
+        from .report import write_report
+
+        write_report(self, path)
+
+    def plot(self) -> dict[str, Figure]:
+        """Matplotlib figures by title, of everything that this plan knows; ImportError without matplotlib."""
+        from .report import figures
+
+        return figures(self)
 
     def save(self, path: str | os.PathLike) -> None:
+        """Write the plan as JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod

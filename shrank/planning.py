@@ -9,7 +9,7 @@ from functools import cache, partial
 
 from torch import Tensor, nn
 
-from .budget import Budget, Candidate, spend
+from .budget import Budget, Candidate, TradeOff, spend
 from .calibration import Calibration
 from .fitting import PlanOptions, StaysDense, at_or_below, check_eligible, fit
 from .linalg import FactorizationError, Shape, energy_curve, spectrum, squared_errors
@@ -35,7 +35,7 @@ def make_plan(model: nn.Module, rank: object, *, calibration: Calibration | None
     spectra = {site.fqn: cache(partial(_spectrum, site, calibration)) for site in sites}
     drafts = [_draft(site, counted) for site in sites]
     allowed = None if options.submodules is None else at_or_below(options.submodules, model)
-    trade_off: tuple[tuple[float, float], ...] = ()
+    trade_off = TradeOff()
     if isinstance(rule, Budget):
         layers, trade_off = _planned_by_budget(sites, drafts, rule, options, allowed, calibration, spectra)
     else:
@@ -43,7 +43,8 @@ def make_plan(model: nn.Module, rank: object, *, calibration: Calibration | None
                   for site, draft in zip(track(sites, "planning"), drafts, strict=True)]
         if options.errors:
             layers = _with_errors(layers, {site.fqn: site for site in sites}, spectra, calibration)
-    return RankPlan(tuple(layers), count(model.parameters()) - sum(layer.size for layer in layers), trade_off)
+    other = count(model.parameters()) - sum(layer.size for layer in layers)
+    return RankPlan(tuple(layers), other, trade_off.curve, trade_off.spent)
 
 
 def sites_of(model: nn.Module, options: PlanOptions) -> list[Site]:
@@ -84,7 +85,7 @@ def _plan_layer(site: Site, draft: LayerPlan, rule: RankRule, options: PlanOptio
 
 def _planned_by_budget(sites: list[Site], drafts: list[LayerPlan], budget: Budget, options: PlanOptions,
                        allowed: set[int] | None, calibration: Calibration | None,
-                       spectra: dict[str, Callable[[], Tensor]]) -> tuple[list[LayerPlan], tuple]:
+                       spectra: dict[str, Callable[[], Tensor]]) -> tuple[list[LayerPlan], TradeOff]:
     """Overridden layers by their rules, all other eligible ones by the budget."""
     layers, candidates, fixed = {draft.fqn: draft for draft in drafts}, [], []
     for site, draft in zip(sites, drafts, strict=True):

@@ -14,12 +14,12 @@ ROWS = {
     "ops": 1, "roofline": 1, "tensor_file": 1, "losses": 1,
     "led": 2, "ced": 2,
     "lr_module": 3, "targets": 3, "rank": 3,
-    "surgery": 4, "dense": 4,
+    "surgery": 4, "dense": 4, "report": 4, "distillation": 4,
     "plan": 5, "collect": 5,
     "calibration": 6, "fitting": 6,
     "apply": 7, "budget": 7,
     "planning": 8, "checkpoint": 8,
-    "auto_fact": 9, "hf": 9, "transformers_hook": 9,
+    "auto_fact": 9, "heal": 9, "hf": 9, "transformers_hook": 9,
     "bench": 10, "bench_plot": 10, "explain": 10,
     "cli": 11,
     "__init__": 12, "__main__": 12,
@@ -32,10 +32,13 @@ def room(path: Path) -> str:
 
 
 def imported_rooms(path: Path) -> set[str]:
-    """Rooms of shrank that a file imports, at its top or inside a function."""
+    """Rooms of shrank that a file imports, at its top or inside a function, and not for annotations alone."""
     rooms = set()
     depth = len(path.relative_to(ROOT).parts)
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for branch in [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]:
+        tree.body.remove(branch)
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level == depth:
             rooms |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("shrank."):

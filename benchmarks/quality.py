@@ -1,0 +1,212 @@
+"""What compressed models are worth at every size, against the published methods: benchmarks/results/quality_*.json.
+
+    python -m benchmarks.quality [minilm smollm2 whisper crepe-full crepe-tiny] [--keep 0.9 0.8] [--heal 300]
+    python -m benchmarks.quality --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+import shrank
+from benchmarks import baselines
+from benchmarks.models import THREADS
+from benchmarks.provenance import provenance
+from benchmarks.tasks import Crepe, MiniLM, SmolLM2, Task, Whisper
+from shrank import Budget, Calibration, budget
+from shrank.batches import as_batches
+from shrank.linalg import Metric, weighted
+
+RESULTS = Path(__file__).parent / "results"
+TASKS: dict[str, tuple[Callable[[], Task], tuple[float, ...], tuple[float, ...]]] = {  # with keeps, and keeps to heal
+    "minilm": (MiniLM, (0.9, 0.8, 0.7, 0.6, 0.5), ()),
+    "smollm2": (SmolLM2, (0.9, 0.8, 0.7, 0.6), (0.8,)),
+    "whisper": (Whisper, (0.9, 0.7, 0.5), (0.5,)),
+    "crepe-full": (partial(Crepe, "full"), (0.7, 0.5), ()),
+    "crepe-tiny": (partial(Crepe, "tiny"), (0.7, 0.5), ()),
+}
+OURS = "shrank"
+
+
+class OneSided(Calibration):
+    """Errors of the outputs, of which gradients only say what each layer's are worth: its mean gradient energy."""
+
+    def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
+        found = super().metric(fqn, matrices, centred=False)
+        if found is None or found.gradient is None:
+            return found
+        W = matrices.double()
+        neutral = W.mT @ W if found.on_inputs else torch.eye(W.shape[1]).double()
+        energy = found.gradient[0].trace() / neutral.diagonal(dim1=-2, dim2=-1).sum()
+        return Metric(found.data, (energy * neutral).expand_as(found.gradient), found.on_inputs, None)
+
+
+class WithoutBias(Calibration):
+    def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
+        return super().metric(fqn, matrices, centred=False)
+
+
+def _never_dense(candidate, spent, options):
+    choices = _all_choices(candidate, spent, options)
+    return {rank: choice for rank, choice in choices.items() if rank is not None} or choices
+
+
+_all_choices = budget._choices
+
+
+def steps(calibration: Calibration, without: Calibration) -> dict[str, Callable[[nn.Module, float], nn.Module]]:
+    """What each step adds, from the first to all of them: from a dense model and a keep to a compressed one."""
+
+    def viewed(kind: type[Calibration]) -> Calibration:
+        other = kind.__new__(kind)
+        vars(other).update(vars(calibration))
+        return other
+
+    def spent(seen: Calibration, pivot: bool | str, model: nn.Module, keep: float) -> nn.Module:
+        return shrank.auto_fact(model, Budget(keep_params=keep), calibrate=seen, pivot=pivot)
+
+    def never_dense(model: nn.Module, keep: float) -> nn.Module:
+        with patch.object(budget, "_choices", _never_dense):
+            return spent(viewed(OneSided), False, model, keep)
+
+    return {
+        "whitening": lambda model, keep: shrank.auto_fact(model, keep, calibrate=without),
+        "+ ranks by gradient energy": never_dense,
+        "+ dense option": partial(spent, viewed(OneSided), False),
+        "+ two-sided": partial(spent, viewed(WithoutBias), False),
+        "+ pivots": partial(spent, viewed(WithoutBias), "auto"),
+        f"+ bias = {OURS}": partial(spent, calibration, "auto"),
+    }
+
+
+def rows(task: Task, keeps: tuple[float, ...], heal_at: tuple[float, ...], heal_steps: int) -> Iterator[dict]:
+    dense = task.model()
+    yield {"method": "dense", "keep": 1.0, **task.evaluate(dense)}
+    yield from _baselines(task, keeps)
+    started = time.perf_counter()
+    names = list(baselines.layers(dense, task.exclude))
+    loss = task.loss if task.kfac and task.name != MiniLM.name else None
+    calibration = shrank.calibrate(dense, task.batches(), loss=loss, layers=names)
+    seconds = time.perf_counter() - started
+    without = shrank.calibrate(dense, task.batches(), loss=False, layers=names)
+    for name, step in steps(calibration, without).items():
+        for keep in keeps:
+            started = time.perf_counter()
+            small = step(copy.deepcopy(dense), keep)
+            taken = time.perf_counter() - started
+            yield {"method": name, "keep": keep, **task.evaluate(small), "kept": _kept(small, names),
+                   "dense layers": sum(x.rank is None for x in small.shrank_plan if x.fqn in set(names)),
+                   "calibrated in s": round(seconds), "planned and applied in s": round(taken)}
+            if OURS in name and keep in heal_at and heal_steps:
+                yield _healed(task, small, dense, keep, heal_steps)
+    yield from _halved(task, dense, calibration)
+
+
+def _baselines(task: Task, keeps: tuple[float, ...]) -> Iterator[dict]:
+    model = task.model()
+    seen = baselines.statistics(model, as_batches(task.batches()), task.loss if task.kfac else None, task.exclude)
+    convolutional = any(isinstance(m, baselines.CONVOLUTIONS) for m in baselines.layers(model, task.exclude).values())
+    for method in baselines.METHODS:
+        if convolutional and method in ("ASVD", "K-FAC"):
+            continue  # published for linear layers only
+        found = baselines.approximations(model, method, seen, task.exclude)
+        for keep in keeps:
+            yield {"method": method, "keep": keep, **task.evaluate(baselines.compressed(model, found, keep))}
+
+
+def _kept(small: nn.Module, names: list[str]) -> float:
+    layers = [x for x in small.shrank_plan if x.fqn in set(names)]
+    return round(sum(x.params_after for x in layers) / sum(x.size for x in layers), 4)
+
+
+def _healed(task: Task, small: nn.Module, dense: nn.Module, keep: float, steps: int) -> dict:
+    started = time.perf_counter()
+    small = shrank.heal(small, dense, task.healing_batches(), steps=steps)
+    return {"method": f"{OURS}, healed {steps} steps", "keep": keep, **task.evaluate(small),
+            "healed in s": round(time.perf_counter() - started)}
+
+
+def _halved(task: Task, dense: nn.Module, calibration: Calibration, keep: float = 0.8) -> Iterator[dict]:
+    """The model in bfloat16, with and without the fit of one factor to the other's rounding."""
+    for method, rounded in (("bf16, factors rounded", lambda up, down, dtype: (up.to(dtype), down.to(dtype))),
+                            (f"bf16, refitted = {OURS}", weighted.rounded)):
+        with patch.object(weighted, "rounded", rounded):
+            small = shrank.auto_fact(copy.deepcopy(dense).bfloat16(), Budget(keep_params=keep), calibrate=calibration)
+        yield {"method": method, "keep": keep, **task.evaluate(small.float())}
+
+
+def cost(name: str) -> dict[str, float]:
+    """Seconds and peak memory of calibrate, plan and apply, in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_cost, (name,))
+
+
+def _cost(name: str) -> dict[str, float]:
+    torch.set_num_threads(THREADS)
+    task = TASKS[name][0]()
+    batches, model = task.batches(), task.model()
+    size = 4 * sum(p.numel() for p in model.parameters())
+    before, started = _resident(), time.perf_counter()
+    shrank.auto_fact(model, Budget(keep_params=0.8), calibrate=batches, exclude=task.exclude,
+                     loss=task.loss if task.kfac and name != "minilm" else None)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": round(seconds, 1), "model in MiB": size >> 20,
+            "peak above the loaded model in MiB": (peak - before) >> 20,
+            "peak with the model, in models": round((peak - before + size) / size, 2)}
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def table(results: dict) -> str:
+    """The rows as a Markdown table: a line per method and figure, a column per keep."""
+    figures = [key for key in results["rows"][0] if key not in ("method", "keep")]
+    keeps = sorted({row["keep"] for row in results["rows"][1:]}, reverse=True)
+    lines = []
+    for figure in figures:
+        dense = results["rows"][0][figure]
+        lines += [f"| {figure} (dense {dense:.4g}) | " + " | ".join(f"keep {k:g}" for k in keeps) + " |",
+                  "|---" * (len(keeps) + 1) + "|"]
+        for method in dict.fromkeys(row["method"] for row in results["rows"][1:]):
+            found = {row["keep"]: row[figure] for row in results["rows"] if row["method"] == method}
+            lines.append(f"| {method} | " + " | ".join(f"{found[k]:.4g}" if k in found else "" for k in keeps) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", default=list(TASKS), metavar="TASK")
+    parser.add_argument("--keep", type=float, nargs="+")
+    parser.add_argument("--heal", type=int, default=300, help="steps; 0 for none")
+    parser.add_argument("--table", action="store_true", help="print the stored results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    for name in arguments.tasks:
+        path = RESULTS / f"quality_{name}.json"
+        if not arguments.table:
+            build, keeps, heal_at = TASKS[name]
+            results = {**provenance("cpu"), "cost": cost(name), "rows": []}
+            for row in rows(build(), tuple(arguments.keep or keeps), heal_at, arguments.heal):
+                results["rows"].append(row)
+                print(json.dumps(row), flush=True)
+                path.write_text(json.dumps(results, indent=1) + "\n")
+        print(name, json.loads(path.read_text())["cost"], table(json.loads(path.read_text())), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""How far a student is from its teacher, on one batch."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .batches import Batch
+from .losses import main_output
+from .targets import LOW_RANK
+
+
+def distance(student: nn.Module, teacher: nn.Module, batch: Batch, blocks: list[str], hidden: float) -> Tensor:
+    """The divergence of the logits, or where there are none the relative error of the output, plus `hidden` times the
+    mean relative error of the outputs of these blocks; scalar, with the gradients of the student alone."""
+    with torch.no_grad(), _watched(teacher, blocks) as wanted:
+        output = batch.call(teacher)
+    with _watched(student, blocks) as found:
+        answer = main_output(batch.call(student))
+    compare = divergence if getattr(output, "logits", None) is not None else relative_error
+    loss = compare(answer, main_output(output), batch)
+    if hidden and wanted:
+        loss = loss + hidden * torch.stack([relative_error(found[name], wanted[name], batch) for name in wanted]).mean()
+    return loss
+
+
+def common_blocks(student: nn.Module, teacher: nn.Module) -> list[str]:
+    """Names of the blocks of both models: what their module lists hold."""
+    lists = {name for name, m in teacher.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)}
+    names = [name for name, _ in teacher.named_modules() if name.rpartition(".")[0] in lists]
+    here = {name for name, m in student.named_modules() if not isinstance(m, LOW_RANK)}
+    return [name for name in names if name in here]
+
+
+class _watched:
+    """The outputs of blocks while a model runs inside a `with` block, by name."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        self.model, self.names, self.outputs = model, names, {}
+
+    def __enter__(self) -> dict[str, Tensor]:
+        self.handles = [self.model.get_submodule(name).register_forward_hook(partial(self._note, name))
+                        for name in self.names]
+        return self.outputs
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _note(self, name: str, module: nn.Module, args: tuple, output: object) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if isinstance(hidden, Tensor) and hidden.is_floating_point():
+            self.outputs[name] = hidden
+
+
+def _rows(tensor: Tensor, batch: Batch) -> Tensor:
+    """(tokens that count, features), float32."""
+    mask = batch.mask_for(tuple(tensor.shape[:-1]))
+    rows = tensor.float().flatten(0, -2)
+    return rows if mask is None else rows[mask.to(rows.device)]
+
+
+def divergence(answer: Tensor, target: Tensor, batch: Batch) -> Tensor:
+    """Mean KL(target || answer) over tokens, nats."""
+    answer, target = (F.log_softmax(_rows(t, batch), -1) for t in (answer, target))
+    return F.kl_div(answer, target, log_target=True, reduction="batchmean")
+
+
+def relative_error(answer: Tensor, target: Tensor, batch: Batch) -> Tensor:
+    """Squared error over the target's energy."""
+    answer, target = _rows(answer, batch), _rows(target, batch)
+    return (answer - target).square().sum() / target.square().sum().clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,0 +1,235 @@
+"""Healing: the factors of a compressed model are trained to do as the dense model does (knowledge distillation)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import tensor_file
+from .batches import Batch, MaskFunction, as_batches
+from .distillation import common_blocks, distance
+from .progress import track
+from .targets import LOW_RANK
+
+HEALING_ATTRIBUTE = "shrank_healing"
+_WARM_UP, _FINAL_RATE = 0.1, 0.05  # shares of the steps and of the learning rate
+_BETAS, _LARGEST_NORM = (0.9, 0.95), 1.0
+_HELD_OUT = 0.1
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What healing did: steps taken, the step whose weights were kept, and the held-out loss by step."""
+
+    steps: int
+    best_step: int
+    curve: tuple[tuple[int, float], ...]
+
+    @property
+    def before(self) -> float:
+        return self.curve[0][1]
+
+    @property
+    def after(self) -> float:
+        return min(loss for _, loss in self.curve)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Everything that decides what a run does, beside models and data."""
+
+    steps: int
+    learning_rate: float
+    hidden: float
+    train: str
+    evaluate_every: int
+    seed: int
+
+
+def heal(student: nn.Module, teacher: nn.Module, batches: Iterable[object], *, steps: int = 300,
+         learning_rate: float = 3e-4, hidden: float = 1.0, train: str = "low_rank",
+         held_out: Iterable[object] | None = None, evaluate_every: int = 50,
+         checkpoint: str | os.PathLike | None = None, seed: int = 0, tokenizer: Callable | None = None,
+         mask: MaskFunction | None = None, batch_size: int = 8, max_length: int = 512) -> nn.Module:
+    """Distil a compressed model against the dense one, in place; returns it with the best weights it had.
+
+    batches, tokenizer, mask, batch_size, max_length: see `as_batches`; one batch a step, in a random order. The loss is
+    the divergence of the logits (Hinton et al., 2015), or where there are none the relative error of the output, plus
+    `hidden` times the mean relative error of the blocks' outputs. train: the parameters of the "low_rank" layers, or
+    "all". held_out: data that decides which weights are best, by default a tenth of `batches`, which then is not
+    trained on. checkpoint: a file to go on from; written at every evaluation. Weights in 16 bits are trained through
+    copies in 32. `shrank_healing` notes what happened. Raises ValueError on arguments that do not fit and RuntimeError
+    if the loss is not finite, the student then as good as it was at best.
+    """
+    options = _Options(steps, learning_rate, hidden, train, evaluate_every, seed)
+    batches = as_batches(batches, tokenizer, mask, batch_size, max_length)
+    if held_out is None:
+        batches, held = _split(batches)
+    else:
+        held = as_batches(held_out, tokenizer, mask, batch_size, max_length)
+    run = _Run(student, teacher, batches, held, options)
+    flags = {p: p.requires_grad for model in (student, teacher) for p in model.parameters()}
+    modes = {m: m.training for model in (student, teacher) for m in model.modules()}
+    try:
+        run.prepare()
+        run.train(Path(checkpoint) if checkpoint else None)
+    finally:
+        run.take_best()
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        for module, mode in modes.items():
+            module.training = mode
+    vars(student)[HEALING_ATTRIBUTE] = Healing(run.step, run.best_step, tuple(run.curve))
+    return student
+
+
+class _Run:
+    """One healing: the models, the masters of the trained weights in float32, and how far it has come."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, batches: list[Batch], held: list[Batch],
+                 options: _Options) -> None:
+        self.student, self.teacher, self.batches, self.held, self.options = student, teacher, batches, held, options
+        self.trained = _trained(student, options.train)
+        self.masters = {name: p.detach().float().clone() for name, p in self.trained.items()}
+        self.best = {name: p.detach().clone() for name, p in self.trained.items()}
+        self.optimizer = torch.optim.AdamW(self.masters.values(), lr=options.learning_rate, betas=_BETAS,
+                                           weight_decay=0.0)
+        self.blocks = common_blocks(student, teacher)
+        self.step, self.best_step, self.curve = 0, 0, []
+
+    def prepare(self) -> None:
+        for model in (self.student, self.teacher):
+            model.eval()  # the teacher's outputs are without dropout: with it the student could not reach them
+            model.requires_grad_(False)
+        for parameter in self.trained.values():
+            parameter.requires_grad_(True)
+
+    def train(self, checkpoint: Path | None) -> None:
+        if checkpoint is not None and checkpoint.exists():
+            self._resume(checkpoint)
+        if not self.curve:
+            self._evaluate()
+        todo = range(self.step, self.options.steps)
+        for _ in track(todo, "healing"):
+            self._take_step()
+            if self.step % self.options.evaluate_every == 0 or self.step == self.options.steps:
+                self._evaluate()
+                if checkpoint is not None:
+                    self._save(checkpoint)
+
+    def take_best(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(self.best[name])
+                parameter.grad = None
+
+    def _take_step(self) -> None:
+        loss = self._loss(_batch_of_step(self.batches, self.step, self.options.seed))
+        if not loss.isfinite():
+            raise RuntimeError(f"step {self.step}: the loss is {loss.item()}; the student has its best weights, of "
+                               f"step {self.best_step}; a smaller learning_rate may help")
+        loss.backward()
+        for name, master in self.masters.items():
+            gradient = self.trained[name].grad
+            master.grad = torch.zeros_like(master) if gradient is None else gradient.float()
+            self.trained[name].grad = None
+        nn.utils.clip_grad_norm_(self.masters.values(), _LARGEST_NORM)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.learning_rate * _rate(self.step, self.options.steps)
+        self.optimizer.step()
+        self._show_masters()
+        self.step += 1
+
+    def _show_masters(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(self.masters[name])
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        loss = sum(self._loss(batch).item() for batch in self.held) / len(self.held)
+        if not math.isfinite(loss):
+            raise RuntimeError(f"step {self.step}: the loss on held-out data is {loss}")
+        if not self.curve or loss < min(value for _, value in self.curve):
+            self.best_step = self.step
+            self.best = {name: p.detach().clone() for name, p in self.trained.items()}
+        self.curve.append((self.step, loss))
+
+    def _loss(self, batch: Batch) -> Tensor:
+        return distance(self.student, self.teacher, batch, self.blocks, self.options.hidden)
+
+    def _save(self, path: Path) -> None:
+        state = self.optimizer.state
+        tensors = {f"{part}:{name}": value for name, master in self.masters.items() for part, value in (
+            ("master", master), ("best", self.best[name]), *((key, state[master][key]) for key in
+                                                             ("exp_avg", "exp_avg_sq", "step")))}
+        metadata = {"key": self._key(), "step": str(self.step), "best_step": str(self.best_step),
+                    "curve": json.dumps(self.curve)}
+        tensor_file.write(path, {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
+
+    def _resume(self, path: Path) -> None:
+        shapes, metadata = tensor_file.read_table(path)
+        if metadata.get("key") != self._key():
+            raise ValueError(f"{path}: a checkpoint of another healing: its models, data or arguments differ")
+        held = tensor_file.read(path, shapes)
+        for name, master in self.masters.items():
+            master.copy_(held[f"master:{name}"])
+            self.best[name].copy_(held[f"best:{name}"])
+            self.optimizer.state[master] = {key: held[f"{key}:{name}"].to(master.device if key != "step" else "cpu")
+                                            for key in ("exp_avg", "exp_avg_sq", "step")}
+        self.step, self.best_step = int(metadata["step"]), int(metadata["best_step"])
+        self.curve = [tuple(point) for point in json.loads(metadata["curve"])]
+        self._show_masters()
+
+    def _key(self) -> str:
+        digest = hashlib.sha256(json.dumps(asdict(self.options)).encode())
+        shapes = {name: tuple(p.shape) for name, p in self.trained.items()}
+        Batch((shapes,), self.teacher.state_dict()).update(digest)
+        for batch in (*self.batches, *self.held):
+            batch.update(digest)
+        return digest.hexdigest()
+
+
+def _split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Batches to train on, and a tenth of all, spread over them, to judge by."""
+    if len(batches) < 2:
+        raise ValueError(f"{len(batches)} batch cannot be trained on and held out: give more, or held_out=")
+    count = max(1, round(_HELD_OUT * len(batches)))
+    kept = {int((i + 0.5) * len(batches) / count) for i in range(count)}
+    return [b for i, b in enumerate(batches) if i not in kept], [batches[i] for i in sorted(kept)]
+
+
+def _trained(student: nn.Module, train: str) -> dict[str, nn.Parameter]:
+    """The parameters to train, by name, each once."""
+    if train not in ("low_rank", "all"):
+        raise ValueError(f"train must be 'low_rank' or 'all', got {train!r}")
+    inside = {id(p) for m in student.modules() if isinstance(m, LOW_RANK) for p in m.parameters()}
+    chosen = {name: p for name, p in student.named_parameters()
+              if p.is_floating_point() and (train == "all" or id(p) in inside)}
+    if not chosen:
+        raise ValueError("the student has no low-rank layers to train: compress it first")
+    return chosen
+
+
+def _rate(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to a twentieth."""
+    warm = max(1, round(_WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    along = (step - warm) / max(1, steps - warm)
+    return _FINAL_RATE + (1 - _FINAL_RATE) * (1 + math.cos(math.pi * along)) / 2
+
+
+def _batch_of_step(batches: list[Batch], step: int, seed: int) -> Batch:
+    """The batch of a step: every epoch has its own order, which depends on nothing else."""
+    epoch, place = divmod(step, len(batches))
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return batches[int(order[place])]
