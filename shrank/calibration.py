@@ -28,17 +28,19 @@ FORMAT = 1
 class Calibration:
     """Moments by layer name, kept in files of a folder, one for every pass over the data; read when asked for.
 
-    unseen: layers that saw no data. Layers that were not asked for are in neither.
+    unseen: layers that saw no data. reached: whether gradients came to any layer.
     """
 
     def __init__(self, folder: Path, files: Iterable[Path], owner: object = None) -> None:
         self.folder, self._owner = folder, owner  # a temporary folder lives as long as its owner
         self._entries: dict[str, tuple[Path, dict]] = {}
         self.unseen: list[str] = []
+        self.reached = False
         for file in files:
             header = json.loads(tensor_file.read_table(file)[1]["moments"])
             self._entries |= {fqn: (file, entry) for fqn, entry in header["layers"].items()}
             self.unseen += header["unseen"]
+            self.reached |= header["reached"]
 
     def __contains__(self, fqn: str) -> bool:
         return fqn in self._entries
@@ -87,8 +89,9 @@ def calibrate(model: nn.Module, batches: Iterable[object] | Calibration, *,
     (next-token cross entropy), a function (output, batch) -> scalar, None for the sensitivity of the outputs themselves
     to every layer, False for none (no backward pass). layers: names, default all that could be replaced. cache: a
     folder; passes over the data that are found there are not repeated. max_memory: bytes for moments held at a time,
-    default half of what the model takes in float32; more passes over the data where it does not suffice. Raises
-    ValueError where data or gradients are not finite, naming batch and layer.
+    default half of what the model takes in float32, and 64 MiB for a small one; more passes over the data where it does
+    not suffice. Raises ValueError where data or gradients are not finite, naming batch and layer, and where no
+    gradient reaches any layer.
     """
     if isinstance(batches, Calibration):
         return batches
@@ -98,7 +101,7 @@ def calibrate(model: nn.Module, batches: Iterable[object] | Calibration, *,
         wanted = set(layers)
         sites = [site for site in sites if site.fqn in wanted]
     if max_memory is None:
-        max_memory = 2 * sum(p.numel() for p in model.parameters())
+        max_memory = max(2 * sum(p.numel() for p in model.parameters()), 64 << 20)
     owner = None if cache else tempfile.TemporaryDirectory(prefix="shrank-")
     folder = Path(cache) / _key(model, batches, loss, seed) if cache else Path(owner.name)
     passes, unseen = plan_passes(model, sites, batches, loss is not None, max_memory)
@@ -110,7 +113,10 @@ def calibrate(model: nn.Module, batches: Iterable[object] | Calibration, *,
         if not file.exists():
             progress = f"calibrating, pass {number} of {len(passes)}"
             _write(file, _run(model, groups, batches, loss, seed, progress), unseen if number == 1 else [])
-    return Calibration(folder, files, owner)
+    found = Calibration(folder, files, owner)
+    if loss and len(found) and not found.reached:
+        raise ValueError("the loss depends on no layer: does the model run without gradients?")
+    return found
 
 
 def _run(model: nn.Module, groups: list[Group], batches: list[Batch], loss: Loss | None, seed: int,
@@ -153,7 +159,7 @@ def _write(file: Path, accumulator: Accumulator, unseen: list[str]) -> None:
                 tensors[names[field]] = value.float().cpu().contiguous()
         layers[fqn] = {"tokens": moments.tokens, "of_inputs": moments.of_inputs, "tensors": names,
                        "gradient_samples": moments.gradient_samples}
-    header = {"format": FORMAT, "layers": layers, "unseen": unseen}
+    header = {"format": FORMAT, "layers": layers, "unseen": unseen, "reached": accumulator.reached}
     tensor_file.write(file, tensors, {"moments": json.dumps(header)})
 
 

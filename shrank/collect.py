@@ -134,6 +134,11 @@ class Accumulator:
                 leader = leader or (observed if group.of_inputs else None)
                 self._layers.append(observed)
 
+    @property
+    def reached(self) -> bool:
+        """Whether gradients came to any of the layers."""
+        return any(layer.gradient is not None and layer.gradient.rows for layer in self._layers)
+
     def __enter__(self) -> Accumulator:
         self._handles = [layer.site.module.register_forward_hook(partial(self._hook, layer), with_kwargs=True)
                          for layer in self._layers]

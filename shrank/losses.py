@@ -17,7 +17,10 @@ _ROWS_PER_BATCH, _MOST_DRAWS = 64, 8
 
 
 class Loss:
-    """Anything whose gradients reach the layers; `backward` returns how many rows of output they stem from."""
+    """Anything whose gradients reach the layers; `backward` returns how many rows of output they stem from.
+
+    Nothing happens where the loss depends on no layer that is observed.
+    """
 
     def backward(self, output: object, batch: Batch, generator: torch.Generator) -> int:
         raise NotImplementedError
@@ -33,7 +36,7 @@ class OutputSensitivity(Loss):
         mask = batch.mask_for(tuple(output.shape[:-1]))
         rows = output[..., 0].numel() if mask is None else int(mask.sum())
         draws = min(max(-(-_ROWS_PER_BATCH // max(rows, 1)), 1), _MOST_DRAWS)
-        for draw in range(draws):
+        for draw in range(draws if output.requires_grad else 0):
             direction = torch.randn(output.shape, generator=generator).to(output)
             if mask is not None:
                 direction = direction * mask.view(output.shape[:-1])[..., None].to(output)
@@ -49,7 +52,8 @@ class NextToken(Loss):
     def backward(self, output: object, batch: Batch, generator: torch.Generator) -> int:
         aligned = isinstance(output, Mapping) and "encoder_last_hidden_state" in output
         logits, targets = next_token_targets(main_output(output), batch, aligned)
-        F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum").backward()
+        if logits.requires_grad:
+            F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum").backward()
         return int((targets != -100).sum())
 
 
@@ -66,9 +70,8 @@ class Custom(Loss):
         loss = self.function(output, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TypeError(f"loss must return a scalar tensor, got {getattr(loss, 'shape', type(loss).__name__)}")
-        if not loss.requires_grad:
-            raise ValueError("the loss depends on no layer: was the model run without gradients?")
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         return main_output(output)[..., 0].numel()
 
 
