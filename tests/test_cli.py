@@ -14,7 +14,8 @@ from transformers import AutoModel, BertConfig, BertModel
 from typer.testing import CliRunner
 
 import shrank
-from shrank.cli import DAMAGED, FAILED, NOTHING, USAGE, app
+from shrank.cli import app
+from shrank.cli_common import DAMAGED, FAILED, NOTHING, USAGE
 from tests.common.tolerances import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:no layer was replaced")

@@ -108,7 +108,8 @@ class Factors:
     """A rank-R approximation per group: down (G, R/G, K/G) and up (G, N/G, R/G), with `up @ down` the matrix.
 
     `tail_error` is the Frobenius norm of what was cut off, `norm` that of the whole matrix, both in the norm that was
-    minimised. `shift` (G, N/G): what the bias must gain to keep the mean output.
+    minimised. `shift` (G, N/G): what the bias must gain to keep the mean output. `output_error`: the relative error of
+    the outputs, where another norm than theirs was minimised.
     """
 
     down: Tensor
@@ -116,9 +117,12 @@ class Factors:
     tail_error: float
     norm: float
     shift: Tensor | None = None
+    output_error: float | None = None
 
     @property
     def relative_error(self) -> float:
+        if self.output_error is not None:
+            return self.output_error
         return self.tail_error / self.norm if self.norm else 0.0
 
     @property

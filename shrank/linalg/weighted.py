@@ -45,10 +45,12 @@ def factorize_weighted(matrices: Tensor, metric: Metric, rank: int) -> Factors:
     up, triangle = torch.linalg.qr(up)
     signs = _signs(up)
     up, down = up * signs, signs.mT * (triangle @ down)
-    shift = None if metric.mean is None else _mean_error(W, up, down, metric, (left, leading, right))
+    basis = left, leading, right
+    shift = None if metric.mean is None else _mean_error(W, up, down, metric, basis)
+    output_error = None if metric.gradient is None else _output_error(W, up, down, metric, basis)
     up, down = rounded(up, down, matrices.dtype)
     tail, total = squares[:, rank:].sum().item(), squares.sum().item()
-    return Factors(down, up, tail**0.5, total**0.5, shift)
+    return Factors(down, up, tail**0.5, total**0.5, shift, output_error)
 
 
 def rounded(up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -92,3 +94,15 @@ def _mean_error(W: Tensor, up: Tensor, down: Tensor, metric: Metric, basis: tupl
         return (W @ mean - up @ (down @ mean))[..., 0]
     left, leading, right = basis
     return (mean - left @ leading @ (leading.mT @ right @ mean))[..., 0]
+
+
+def _output_error(W: Tensor, up: Tensor, down: Tensor, metric: Metric, basis: tuple[Tensor, Tensor, Tensor]) -> float:
+    """The relative error of the outputs, whatever it does to the loss."""
+    if metric.on_inputs:
+        lost, whole = W - up @ down, W
+    else:
+        left, leading, right = basis
+        whole = torch.eye(W.shape[-2], dtype=W.dtype, device=W.device).expand_as(metric.data)
+        lost = whole - left @ leading @ (leading.mT @ right)
+    energies = [(m @ metric.data * m).sum().clamp_min(0).item() for m in (lost, whole)]
+    return (energies[0] / energies[1]) ** 0.5 if energies[1] else 0.0

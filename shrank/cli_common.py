@@ -1,0 +1,79 @@
+"""What the commands share: their options, how they answer and how they fail."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .files import is_empty_or_absent
+from .plan import RankPlan
+from .rank import Energy
+
+FAILED, USAGE, NOTHING, DAMAGED = 1, 2, 3, 4
+
+Source = Annotated[str, typer.Argument(help="Folder or hub name of a transformers model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Out = Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty, unless --force.")]
+Force = Annotated[bool, typer.Option(help="Replace the output folder.")]
+Rank = Annotated[int | None, typer.Option(help="The same rank for every layer.")]
+Keep = Annotated[float | None, typer.Option(help="Share of each replaced layer's parameters to keep, in (0, 1).")]
+EnergyOption = Annotated[float | None, typer.Option(help="Share of the squared singular values to keep, in (0, 1].")]
+Include = Annotated[list[str] | None, typer.Option(help="Only layers whose name matches this glob; repeatable.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Not layers whose name matches this glob; repeatable.")]
+RoundTo = Annotated[int | None, typer.Option(help="Ranks become multiples of this.")]
+AllowSlower = Annotated[bool, typer.Option(help="Also convolutions that a CPU computes no faster than before.")]
+PerDimension = Annotated[str, typer.Option(help="Of a convolution: one number, or one for each dimension: 2x1.")]
+Padding = Annotated[str, typer.Option(help="Of a convolution: likewise, or before:after: 3:0x1:1.")]
+
+
+def show(data: object, table: Table | None, as_json: bool, note: str = "") -> None:
+    console = Console(width=None if Console().is_terminal else 160)
+    if as_json:
+        typer.echo(json.dumps(data, indent=1))
+        return
+    if table is not None:
+        console.print(table)
+    if note:
+        console.print(note, highlight=False)
+
+
+def one_of(**given: object) -> object:
+    """The rank rule of the one option that was given."""
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if len(chosen) != 1:
+        fail(f"give exactly one of {', '.join('--' + n for n in given)}; got {len(chosen)}", USAGE)
+    (name, value), = chosen.items()
+    return Energy(value) if name == "energy" else value
+
+
+def require_layers(made: RankPlan) -> None:
+    if not made.low_rank:
+        fail("no layer can be replaced; `shrank plan` shows the reasons", NOTHING)
+
+
+def require_free(out: Path, force: bool) -> None:
+    if not force and not is_empty_or_absent(out):
+        fail(f"{out} exists and is not empty; --force replaces it", FAILED)
+
+
+@contextmanager
+def errors(code: int = FAILED):
+    """Turn the errors that a user can cause into a line on standard error and an exit code."""
+    try:
+        yield
+    except typer.Exit:
+        raise  # a RuntimeError by inheritance
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        fail(str(error), code)
+
+
+def fail(message: str, code: int) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(code)

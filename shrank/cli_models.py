@@ -1,0 +1,237 @@
+"""The commands that read models from folders and write them: plan, compress, heal, eval, inspect, merge."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from torch import nn
+
+from .apply import apply, describe, merge
+from .batches import as_batches, read_texts
+from .budget import Budget
+from .calibration import Calibration, calibrate
+from .checkpoint import inspect_file
+from .cli_common import (
+    DAMAGED,
+    USAGE,
+    AllowSlower,
+    EnergyOption,
+    Exclude,
+    Force,
+    Include,
+    Json,
+    Keep,
+    Out,
+    Rank,
+    RoundTo,
+    Source,
+    errors,
+    fail,
+    one_of,
+    require_free,
+    require_layers,
+    show,
+)
+from .evaluate import evaluate, repetition
+from .files import size_on_disk
+from .fitting import PlanOptions
+from .heal import HEALING_ATTRIBUTE, heal
+from .measure import measured
+from .plan import RankPlan
+from .planning import eligible, make_plan
+
+Texts = Annotated[Path | None, typer.Option(help="Texts to calibrate on: paragraphs of a .txt file, or the `text` of "
+                                                 "every line of a .jsonl file.")]
+LossOption = Annotated[str, typer.Option(help="What errors are weighed by: output, lm (next token) or none.")]
+MaxLength = Annotated[int, typer.Option(help="Tokens of a text that are used.")]
+
+
+def plan(source: Source, rank: Rank = None, keep: Keep = None, energy: EnergyOption = None, calibrate: Texts = None,
+         loss: LossOption = "output", max_length: MaxLength = 512, include: Include = None, exclude: Exclude = None,
+         round_to: RoundTo = None, allow_slower: AllowSlower = False,
+         save: Annotated[Path | None, typer.Option(help="Write the plan to this JSON file.")] = None,
+         report: Annotated[Path | None, typer.Option(help="Write an HTML page about the plan.")] = None,
+         as_json: Json = False) -> None:
+    """Show what would happen to every layer and why; changes nothing."""
+    with errors():
+        from .hf import load_model
+
+        rule = one_of(rank=rank, keep=keep, energy=energy)
+        options = {"include": include, "exclude": exclude, "round_to": round_to, "allow_slower": allow_slower}
+        model = load_model(source)
+        found = _calibration(model, source, calibrate, loss, max_length, options)
+        made = make_plan(model, _for_all(rule, keep, found), calibration=found, **options)
+        if save:
+            made.save(save)
+        if report:
+            made.report(report)
+    show(made.to_dict(), made.table(), as_json, made.summary)
+    require_layers(made)
+
+
+def compress(source: Source, out: Out, rank: Rank = None, keep: Keep = None, energy: EnergyOption = None,
+             plan: Annotated[Path | None, typer.Option(help="A plan as JSON, from `shrank plan --save`.")] = None,
+             calibrate: Texts = None, loss: LossOption = "output", max_length: MaxLength = 512,
+             heal: Annotated[int, typer.Option(help="Steps of training against the dense model.")] = 0,
+             include: Include = None, exclude: Exclude = None, round_to: RoundTo = None,
+             allow_slower: AllowSlower = False,
+             report: Annotated[Path | None, typer.Option(help="Write an HTML page about what was done.")] = None,
+             force: Force = False, as_json: Json = False) -> None:
+    """Write a low-rank copy of a model that from_pretrained loads after `import shrank`.
+
+    With --calibrate, --keep is the share of all replaced layers together, spent where the texts say it matters.
+    """
+    require_free(out, force)
+    if heal and calibrate is None:
+        fail("--heal needs texts to train on: --calibrate", USAGE)
+    with errors():
+        from .hf import load_model, save_model
+
+        rule = one_of(rank=rank, keep=keep, energy=energy, plan=plan)
+        options = {"include": include, "exclude": exclude, "round_to": round_to, "allow_slower": allow_slower}
+        model = load_model(source)
+        found = _calibration(model, source, calibrate, loss, max_length, options)
+        made = RankPlan.load(plan) if plan else make_plan(model, _for_all(rule, keep, found), calibration=found,
+                                                          errors=False, **options)
+    require_layers(made)
+    with errors():
+        dense = copy.deepcopy(model) if heal or (report and found) else None
+        model = apply(model, made, found)
+        if heal:
+            model = _healed(model, dense, source, calibrate, heal, max_length)
+        done = model.shrank_plan
+        if report:
+            done = done if dense is None else measured(done, dense, model, _batches(source, calibrate, max_length)[:8])
+            done.report(report)
+        save_model(model, source, out)
+    healing = f"\n{_told(model)}" if heal else ""
+    show({**done.to_dict(), "bytes": size_on_disk(out)}, done.table(), as_json,
+         f"{done.summary}{healing}\nwrote {out}: {size_on_disk(out):,} bytes")
+
+
+def heal_command(student: Annotated[str, typer.Argument(help="Folder of a compressed model.")],
+                 teacher: Annotated[str, typer.Argument(help="Folder or hub name of the dense model.")],
+                 text: Annotated[Path, typer.Option(help="Texts to train on, as for --calibrate.")], out: Out,
+                 steps: int = 300, learning_rate: float = 3e-4, max_length: MaxLength = 512,
+                 checkpoint: Annotated[Path | None, typer.Option(help="A file to go on from.")] = None,
+                 force: Force = False, as_json: Json = False) -> None:
+    """Train the factors of a compressed model to do as the dense one does, and write the best that was reached."""
+    require_free(out, force)
+    with errors():
+        from .hf import load_model, save_model
+
+        model = load_model(student)
+        require_layers(describe(model))
+        model = heal(model, load_model(teacher), _batches(teacher, text, max_length), steps=steps,
+                     learning_rate=learning_rate, checkpoint=checkpoint)
+        save_model(model, student, out)
+    done = getattr(model, HEALING_ATTRIBUTE)
+    show({"before": done.before, "after": done.after, "best_step": done.best_step, "curve": done.curve}, None, as_json,
+         f"{_told(model)}\nwrote {out}: {size_on_disk(out):,} bytes")
+
+
+def eval_command(source: Source,
+                 other: Annotated[str | None, typer.Argument(help="A compressed model to compare with it.")] = None,
+                 text: Annotated[list[Path] | None, typer.Option(help="A file of texts; repeatable, one domain each.")
+                                 ] = None,
+                 window: int = 512, limit: Annotated[int | None, typer.Option(help="Windows of each file.")] = None,
+                 as_json: Json = False) -> None:
+    """Perplexity of a language model on texts, and of a compressed one also its agreement with the first."""
+    if not text:
+        fail("give texts to measure on: --text FILE", USAGE)
+    with errors():
+        from .hf import load_model
+
+        tokenizer, dense = _tokenizer(source), load_model(source).eval()
+        results = {}
+        for name in [source, *([other] if other else [])]:
+            model = dense if name == source else load_model(name).eval()
+            reference = None if model is dense else dense
+            domains = {path.name: evaluate(model, tokenizer, read_texts(path), reference, window=window,
+                                           limit=limit).to_dict() for path in text}
+            results[name] = {"domains": domains,
+                             "repetition": repetition(model, tokenizer, read_texts(text[0])).to_dict()}
+    show(results, _table(results), as_json)
+
+
+def inspect(path: Annotated[Path, typer.Argument(help="Folder or .safetensors file that shrank wrote.")],
+            as_json: Json = False) -> None:
+    """Show the low-rank layers of a saved model and verify its weights."""
+    with errors(code=DAMAGED):
+        if path.is_dir():
+            from .hf import inspect_folder
+
+            found, problems = inspect_folder(path)
+        else:
+            found, problems = inspect_file(path)
+    facts = {"path": str(path), "bytes": size_on_disk(path), "problems": problems, **found.to_dict()}
+    show(facts, found.table(), as_json, f"{found.summary}\n{path}: {facts['bytes']:,} bytes")
+    if problems:
+        fail("; ".join(problems), DAMAGED)
+
+
+def merge_command(source: Source, out: Out, force: Force = False, as_json: Json = False) -> None:
+    """Write a dense model: every low-rank layer multiplied out."""
+    require_free(out, force)
+    with errors():
+        from .hf import load_model, save_model
+
+        model = load_model(source)
+        before = describe(model)
+        require_layers(before)
+        save_model(merge(model), source, out)
+    show({"path": str(out), "merged": len(before.low_rank), "bytes": size_on_disk(out)}, None, as_json,
+          f"wrote {out}: {len(before.low_rank)} layers merged, {size_on_disk(out):,} bytes")
+
+
+COMMANDS = {"plan": plan, "compress": compress, "heal": heal_command, "eval": eval_command, "inspect": inspect,
+            "merge": merge_command}
+
+
+def _calibration(model: nn.Module, source: str, texts: Path | None, loss: str, max_length: int,
+                 options: dict[str, object]) -> Calibration | None:
+    if texts is None:
+        return None
+    layers = eligible(model, PlanOptions(**options))
+    return calibrate(model, _batches(source, texts, max_length), loss=False if loss == "none" else loss, layers=layers)
+
+
+def _batches(source: str, texts: Path, max_length: int) -> list:
+    return as_batches(read_texts(texts), _tokenizer(source), max_length=max_length)
+
+
+def _tokenizer(source: str):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source)
+
+
+def _for_all(rule: object, keep: float | None, found: Calibration | None) -> object:
+    """With data, a share to keep is one for all layers together."""
+    return Budget(keep_params=keep) if found is not None and keep is not None else rule
+
+
+def _healed(model: nn.Module, dense: nn.Module, source: str, texts: Path, steps: int, max_length: int) -> nn.Module:
+    return heal(model, dense, _batches(source, texts, max_length), steps=steps)
+
+
+def _told(model: nn.Module) -> str:
+    done = getattr(model, HEALING_ATTRIBUTE)
+    return f"healed: distance to the dense model {done.before:.4f} -> {done.after:.4f}, best at step {done.best_step}"
+
+
+def _table(results: dict[str, dict]) -> Table:
+    table = Table()
+    for column in ("model", "texts", "perplexity", "agreement", "divergence", "loops", "distinct 1 2 3"):
+        table.add_column(column, justify="left" if column in ("model", "texts") else "right")
+    for name, found in results.items():
+        repeated = found["repetition"]
+        for domain, figures in found["domains"].items():
+            beside = ("" if figures[key] is None else f"{figures[key]:.3f}" for key in ("agreement", "divergence"))
+            table.add_row(name, domain, f"{figures['perplexity']:.2f}", *beside, f"{repeated['loops']:.2f}",
+                          " ".join(f"{x:.2f}" for x in repeated["distinct"]))
+    return table

@@ -1,0 +1,65 @@
+"""What twins do to the outputs of the layers they replace, on data that need not be the calibration's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .batches import Batch
+from .ced import CED
+from .led import LED
+from .plan import RankPlan
+from .progress import track
+from .targets import target
+
+
+@torch.no_grad()
+def measured(plan: RankPlan, dense: nn.Module, small: nn.Module, batches: Iterable[Batch]) -> RankPlan:
+    """The plan with the relative error of every low-rank layer's outputs, each alone at the dense layer's inputs.
+
+    dense, small: the model before and after. Raises ValueError if a layer of the plan is missing from either.
+    """
+    twins, sums = {}, {}
+    for layer in plan.low_rank:
+        try:
+            original, twin = dense.get_submodule(layer.fqn), small.get_submodule(layer.fqn)
+        except AttributeError as error:
+            raise ValueError(f"{layer.fqn!r} is not in both models: {error}") from error
+        if target(original) is not None and isinstance(twin, LED | CED):
+            twins[layer.fqn] = (original, twin)
+            sums[layer.fqn] = _Sums(original.bias is not None)
+    handles = [original.register_forward_hook(partial(_compare, twin, sums[fqn]), with_kwargs=True)
+               for fqn, (original, twin) in twins.items()]
+    try:
+        for batch in track(batches, "measuring"):
+            batch.call(dense)
+    finally:
+        for handle in handles:
+            handle.remove()
+    seen = {fqn: found.relative for fqn, found in sums.items() if found.tokens}
+    return replace(plan, layers=tuple(replace(x, measured=seen.get(x.fqn)) for x in plan))
+
+
+class _Sums:
+    """Energies of a layer's error and of its output: around the mean where a bias would give it, as in calibration."""
+
+    def __init__(self, centred: bool) -> None:
+        self.centred, self.tokens, self.error, self.energy, self.total = centred, 0, 0.0, 0.0, 0.0
+
+    @property
+    def relative(self) -> float:
+        spread = self.energy - (self.total.square().sum().item() / self.tokens if self.centred else 0.0)
+        return (self.error / spread) ** 0.5 if spread > 0 else 0.0
+
+
+def _compare(twin: nn.Module, sums: _Sums, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+    vectors = target(module).tokens
+    y, answer = (vectors(t).float().flatten(0, -2) for t in (output, twin(*args, **kwargs)))
+    sums.tokens += len(y)
+    sums.error += (answer - y).square().sum().item()
+    sums.energy += y.square().sum().item()
+    sums.total = sums.total + y.double().sum(0)
