@@ -1,6 +1,6 @@
 """What compressed models are worth at every size, against the published methods: benchmarks/results/quality_*.json.
 
-    python -m benchmarks.quality [minilm smollm2 whisper crepe-full crepe-tiny] [--keep 0.9 0.8] [--heal 300]
+    python -m benchmarks.quality [minilm smollm2 whisper crepe-full crepe-tiny] [--heal 300]
     python -m benchmarks.quality --table
 """
 
@@ -13,6 +13,7 @@ import multiprocessing
 import resource
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -30,14 +31,26 @@ from shrank.batches import as_batches
 from shrank.linalg import Metric, weighted
 
 RESULTS = Path(__file__).parent / "results"
-TASKS: dict[str, tuple[Callable[[], Task], tuple[float, ...], tuple[float, ...]]] = {  # with keeps, and keeps to heal
-    "minilm": (MiniLM, (0.9, 0.8, 0.7, 0.6, 0.5), ()),
-    "smollm2": (SmolLM2, (0.9, 0.8, 0.7, 0.6), (0.8,)),
-    "whisper": (Whisper, (0.9, 0.7, 0.5), (0.5,)),
-    "crepe-full": (partial(Crepe, "full"), (0.7, 0.5), ()),
-    "crepe-tiny": (partial(Crepe, "tiny"), (0.7, 0.5), ()),
-}
 OURS = "shrank"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A task, the keeps to measure, those at which each step is measured on its own, and those to heal at."""
+
+    task: Callable[[], Task]
+    keeps: tuple[float, ...]
+    steps_at: tuple[float, ...]
+    heal_at: tuple[float, ...] = ()
+
+
+STUDIES = {
+    "minilm": Study(MiniLM, (0.9, 0.8, 0.7, 0.6, 0.5), (0.9, 0.8, 0.7, 0.6, 0.5)),
+    "smollm2": Study(SmolLM2, (0.9, 0.8, 0.7, 0.6), (0.8, 0.6), (0.8,)),
+    "whisper": Study(Whisper, (0.9, 0.7, 0.5), (0.7,), (0.5,)),
+    "crepe-full": Study(partial(Crepe, "full"), (0.7, 0.5), (0.5,)),
+    "crepe-tiny": Study(partial(Crepe, "tiny"), (0.7, 0.5), (0.5,)),
+}
 
 
 class OneSided(Calibration):
@@ -91,10 +104,11 @@ def steps(calibration: Calibration, without: Calibration) -> dict[str, Callable[
     }
 
 
-def rows(task: Task, keeps: tuple[float, ...], heal_at: tuple[float, ...], heal_steps: int) -> Iterator[dict]:
+def rows(study: Study, heal_steps: int) -> Iterator[dict]:
+    task = study.task()
     dense = task.model()
     yield {"method": "dense", "keep": 1.0, **task.evaluate(dense)}
-    yield from _baselines(task, keeps)
+    yield from _baselines(task, study.keeps)
     started = time.perf_counter()
     names = list(baselines.layers(dense, task.exclude))
     loss = task.loss if task.kfac and task.name != MiniLM.name else None
@@ -102,14 +116,14 @@ def rows(task: Task, keeps: tuple[float, ...], heal_at: tuple[float, ...], heal_
     seconds = time.perf_counter() - started
     without = shrank.calibrate(dense, task.batches(), loss=False, layers=names)
     for name, step in steps(calibration, without).items():
-        for keep in keeps:
+        for keep in study.keeps if OURS in name else study.steps_at:
             started = time.perf_counter()
             small = step(copy.deepcopy(dense), keep)
             taken = time.perf_counter() - started
             yield {"method": name, "keep": keep, **task.evaluate(small), "kept": _kept(small, names),
                    "dense layers": sum(x.rank is None for x in small.shrank_plan if x.fqn in set(names)),
                    "calibrated in s": round(seconds), "planned and applied in s": round(taken)}
-            if OURS in name and keep in heal_at and heal_steps:
+            if OURS in name and keep in study.heal_at and heal_steps:
                 yield _healed(task, small, dense, keep, heal_steps)
     yield from _halved(task, dense, calibration)
 
@@ -155,7 +169,7 @@ def cost(name: str) -> dict[str, float]:
 
 def _cost(name: str) -> dict[str, float]:
     torch.set_num_threads(THREADS)
-    task = TASKS[name][0]()
+    task = STUDIES[name].task()
     batches, model = task.batches(), task.model()
     size = 4 * sum(p.numel() for p in model.parameters())
     before, started = _resident(), time.perf_counter()
@@ -190,8 +204,7 @@ def table(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", default=list(TASKS), metavar="TASK")
-    parser.add_argument("--keep", type=float, nargs="+")
+    parser.add_argument("tasks", nargs="*", default=list(STUDIES), metavar="TASK")
     parser.add_argument("--heal", type=int, default=300, help="steps; 0 for none")
     parser.add_argument("--table", action="store_true", help="print the stored results")
     arguments = parser.parse_args()
@@ -199,9 +212,8 @@ def main() -> None:
     for name in arguments.tasks:
         path = RESULTS / f"quality_{name}.json"
         if not arguments.table:
-            build, keeps, heal_at = TASKS[name]
             results = {**provenance("cpu"), "cost": cost(name), "rows": []}
-            for row in rows(build(), tuple(arguments.keep or keeps), heal_at, arguments.heal):
+            for row in rows(STUDIES[name], arguments.heal):
                 results["rows"].append(row)
                 print(json.dumps(row), flush=True)
                 path.write_text(json.dumps(results, indent=1) + "\n")

@@ -69,6 +69,8 @@ def heal(student: nn.Module, teacher: nn.Module, batches: Iterable[object], *, s
     copies in 32. `shrank_healing` notes what happened. Raises ValueError on arguments that do not fit and RuntimeError
     if the loss is not finite, the student then as good as it was at best.
     """
+    if steps < 1 or evaluate_every < 1:
+        raise ValueError(f"steps must be at least 1 and evaluate_every too, got {steps} and {evaluate_every}")
     options = _Options(steps, learning_rate, hidden, train, evaluate_every, seed)
     batches = as_batches(batches, tokenizer, mask, batch_size, max_length)
     if held_out is None:

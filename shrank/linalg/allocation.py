@@ -59,8 +59,9 @@ def frontier(items: Sequence[Options]) -> list[Allocation]:
         before, last = chosen[number], found[-1]
         chosen[number] = to
         item = items[number]
-        found.append(Allocation((), last.cost + item.costs[to] - item.costs[before],
-                                last.error + item.errors[to] - item.errors[before]))
+        # Rounding of the running sum must not take it below zero.
+        error = max(0.0, last.error + item.errors[to] - item.errors[before])
+        found.append(Allocation((), last.cost + item.costs[to] - item.costs[before], error))
     return found
 
 

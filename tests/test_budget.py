@@ -1,0 +1,256 @@
+"""Budgets: what all layers together may cost, spent where a calibration says it matters."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import shrank
+from shrank import Budget, LatencyTable, auto_fact, calibrate, make_plan
+from shrank.linalg import BudgetTooSmall
+from tests.common.models import WIDTH, Mixed, SharedLayer, TiedLM, draw, hf_inputs, hf_model, mlp, seeded, tokens
+
+
+def correlated(rows: int = 200) -> torch.Tensor:
+    return draw(rows, 8) @ torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(3)) + 0.1 * draw(rows, WIDTH)
+
+
+def wide(depth: int = 4) -> nn.Module:
+    """Layers that matter very differently: the scale of each falls by ten."""
+    model = mlp(depth)
+    with torch.no_grad():
+        for number, layer in enumerate(model):
+            layer.weight *= 10.0**-number
+    return model
+
+
+def stored(plan: shrank.RankPlan) -> int:
+    return sum(x.params_after + (x.shape.index_size if x.rank else 0) for x in plan if x.shape)
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_no_more_is_stored_than_the_budget(keep: float, calibrated: bool) -> None:
+    model = mlp(5)
+    found = calibrate(model, [correlated()]) if calibrated else None
+    plan = make_plan(model, Budget(keep_params=keep), calibration=found)
+    dense = sum(x.size for x in plan)
+    assert keep - 0.05 < stored(plan) / dense <= keep
+    assert plan.spent[0] == pytest.approx(stored(plan) / dense)
+    small = auto_fact(model, Budget(keep_params=keep), calibrate=found)
+    assert {x.fqn: x.rank for x in small.shrank_plan} == {x.fqn: x.rank for x in plan}
+
+
+def test_without_data_every_layer_keeps_the_same_share() -> None:
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in ((256, 384), (384, 512), (512, 128)))).eval()
+    plan = make_plan(model, Budget(keep_params=0.5))
+    assert all(abs(x.params_after / x.size - 0.5) < 0.07 for x in plan)  # a step of eight ranks
+
+
+def test_the_budget_goes_where_the_output_feels_it() -> None:
+    model = nn.ModuleDict({"loud": nn.Linear(WIDTH, WIDTH), "quiet": nn.Linear(WIDTH, WIDTH)})
+    both = seeded(lambda: Sum(model))
+    plan = make_plan(both, Budget(keep_params=0.5), calibration=calibrate(both, [draw(300, WIDTH)]))
+    loud, quiet = plan["parts.loud"], plan["parts.quiet"]
+    assert loud.params_after > 1.5 * quiet.params_after
+
+
+class Sum(nn.Module):
+    def __init__(self, parts: nn.ModuleDict) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 3 * self.parts["loud"](x) + 0.1 * self.parts["quiet"](x)
+
+
+@pytest.mark.parametrize("keep", [0.4, 0.6, 0.8])
+def test_calibrated_outputs_are_nearer_than_plain_ones(keep: float) -> None:
+    model, x, other = mlp(4), correlated(400), correlated(600)[400:]
+    error = lambda m: (m(other) - model(other)).norm().item()  # noqa: E731
+    plain = auto_fact(copy.deepcopy(model), keep)
+    calibrated = auto_fact(copy.deepcopy(model), Budget(keep_params=keep), calibrate=[x])
+    assert error(calibrated) < 0.5 * error(plain)
+    assert stored(calibrated.shrank_plan) <= keep * sum(p.size for p in calibrated.shrank_plan)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "llama", "vit"])
+def test_transformers_by_budget(family: str) -> None:
+    model = hf_model(family)
+    before = sum(p.numel() for p in model.parameters())
+    small = auto_fact(model, Budget(keep_params=0.5), calibrate=[hf_inputs(model)])
+    assert sum(p.numel() for p in small.parameters()) < before
+    assert small(**hf_inputs(small))[0].isfinite().all()
+
+
+def test_a_dense_option_and_plain_storage() -> None:
+    model = mlp(4)
+    found = calibrate(model, [draw(300, WIDTH)])
+    plan = make_plan(model, Budget(keep_params=0.85), calibration=found, pivot=False)
+    assert not any(x.shape.pivoted for x in plan.low_rank)
+    assert 0 < len(plan.low_rank) < 4  # some are left dense, so that others may shrink
+    assert "better spent elsewhere" in next(x for x in plan if x.rank is None).reason
+    pivoted = make_plan(model, Budget(keep_params=0.85), calibration=found)
+    assert pivoted.spent[1] < plan.spent[1]
+
+
+def test_pivots_are_for_layers_that_do_not_train() -> None:
+    model = mlp(2).train()
+    assert not any(x.shape.pivoted for x in make_plan(model, Budget(keep_params=0.5)))
+    assert all(x.shape.pivoted for x in make_plan(model, Budget(keep_params=0.5), pivot=True))
+    assert all(x.shape.pivoted for x in make_plan(model.eval(), Budget(keep_params=0.5)))
+
+
+def test_the_trade_off_falls_and_the_plan_is_near_it() -> None:
+    model = wide()
+    plan = make_plan(model, Budget(keep_params=0.6), calibration=calibrate(model, [correlated()]))
+    kept, errors = zip(*plan.trade_off, strict=True)
+    assert list(kept) == sorted(kept) and list(errors) == sorted(errors, reverse=True) and errors[-1] < 1e-9
+    nearest = max((p for p in plan.trade_off if p[0] <= 0.6), key=lambda p: p[0])
+    assert plan.spent[1] <= nearest[1] + 1e-9
+    assert shrank.RankPlan.from_dict(plan.to_dict()) == plan
+    assert all(len(x.spectrum) > 2 and x.spectrum[0] == 1 for x in plan.low_rank)
+
+
+def test_overrides_are_paid_but_not_chosen() -> None:
+    model = mlp(4)
+    plan = make_plan(model, Budget(keep_params=0.5, overrides={"0": 3, "3": None}), pivot=False)
+    assert plan["0"].rank == 3 and plan["3"].rank is None
+    assert stored(plan) <= 0.5 * sum(x.size for x in plan)
+    assert plan["1"].rank < 8  # what the dense one took is missing here
+
+
+def test_layers_of_one_group_get_one_rank() -> None:
+    model = wide()
+    found = calibrate(model, [correlated()])
+    ranks = lambda plan: [x.rank for x in plan]  # noqa: E731
+    free = make_plan(model, Budget(keep_params=0.5), calibration=found)
+    tied = make_plan(model, Budget(keep_params=0.5, same_rank=["[0-3]"]), calibration=found)
+    pairs = make_plan(model, Budget(keep_params=0.5, same_rank=[["0", "3"], ["1", "2"]]), calibration=found)
+    assert len(set(ranks(free))) > 1 and len(set(ranks(tied))) == 1
+    assert pairs["0"].rank == pairs["3"].rank and pairs["1"].rank == pairs["2"].rank
+    assert tied.spent[1] >= free.spent[1] - 1e-9
+    with pytest.raises(ValueError, match="same_rank: nothing matches no layer"):
+        make_plan(model, Budget(keep_params=0.5, same_rank=["nothing"]))
+
+
+@pytest.mark.parametrize("options", [{"round_to": 4}, {"max_rank": 6}, {"min_rank": 5}], ids=str)
+def test_ranks_keep_to_the_options(options: dict) -> None:
+    ranks = [x.rank for x in make_plan(mlp(4), Budget(keep_params=0.6), **options).low_rank]
+    assert ranks and all(r % options.get("round_to", 1) == 0 and r <= options.get("max_rank", r)
+                         and r >= options.get("min_rank", r) for r in ranks)
+
+
+def test_wide_layers_get_multiples_of_eight() -> None:
+    plan = make_plan(nn.Sequential(nn.Linear(200, 160), nn.Linear(160, 40)).eval(), Budget(keep_params=0.5))
+    assert plan["0"].rank % 8 == 0 and plan["1"].rank % 8
+
+
+def test_flops_count_how_often_a_layer_is_used() -> None:
+    model, x = seeded(Mixed), draw(4, 16, 8, 8)
+    found = calibrate(model, [x])
+    plan = make_plan(model, Budget(keep_flops=0.6), calibration=found, allow_slower=True, groups_out=True)
+    used = {x.fqn: found.tokens(x.fqn) for x in plan if x.fqn in found}
+    flops = sum(plan[n].shape.flops(plan[n].rank) * t for n, t in used.items())
+    dense = sum(plan[n].shape.flops(None) * t for n, t in used.items())
+    assert 0.4 < flops / dense <= 0.6 and used["stem"] == 4 * 64 and used["grouped"] == 4 * 16
+    with pytest.raises(ValueError, match="stem: keep_flops needs a calibration"):
+        make_plan(model, Budget(keep_flops=0.6))
+
+
+def test_the_largest_error_of_any_layer() -> None:
+    model = wide()
+    found = calibrate(model, [correlated()])
+    plan = make_plan(model, Budget(max_error=0.1), calibration=found)
+    assert plan.low_rank and all(x.error <= 0.1 for x in plan.low_rank)
+    looser = make_plan(model, Budget(max_error=0.3), calibration=found)
+    assert looser.params_after < plan.params_after
+
+
+def test_time_is_read_from_a_table() -> None:
+    model = mlp(3)
+    times = {str(rank): 0.1 + 0.05 * rank for rank in (4, 8, 16, 31)}
+    entry = {"dense": 1.0, "plain": times, "pivoted": times}
+    table = LatencyTable({"0": entry, "1": entry, "2": entry}, {})
+    plan = make_plan(model, Budget(keep_latency=0.5, table=table))
+    seconds = [table.seconds(x.fqn, x.rank, x.shape.pivoted) for x in plan]
+    assert 1.2 < sum(seconds) <= 1.5
+    with pytest.raises(ValueError, match="no layer '2'"):
+        make_plan(model, Budget(keep_latency=0.5, table=LatencyTable({"0": entry, "1": entry}, {})))
+
+
+def test_the_smallest_model_that_is_good_enough() -> None:
+    model, x, tried = mlp(4), draw(200, WIDTH), []
+    dense = model(x).detach()
+
+    def score(candidate: nn.Module) -> float:
+        tried.append(candidate)
+        return -((candidate(x) - dense).norm() / dense.norm()).item()
+
+    small = auto_fact(copy.deepcopy(model), Budget(eval_fn=score, tolerated_drop=0.1), calibrate=[x])
+    assert score(small) >= -0.1 and small.shrank_plan.low_rank and len(tried) < 12
+    kept = small.shrank_plan.spent[0]
+    assert score(auto_fact(copy.deepcopy(model), Budget(keep_params=kept - 0.05), calibrate=[x])) < -0.1
+    untouched = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="the model is as it was"):
+        auto_fact(untouched, Budget(eval_fn=lambda m: float(m is untouched), tolerated_drop=0.0), calibrate=[x])
+    assert not shrank.describe(untouched).low_rank
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ({}, "exactly one of"), ({"keep_params": 0.5, "keep_flops": 0.5}, "exactly one of"),
+    ({"keep_params": 1.2}, r"keep_params must lie in \(0, 1\), got 1.2"), ({"keep_latency": 0.5}, "go together"),
+    ({"max_error": 0.0}, "max_error must lie"),
+])
+def test_bad_budgets_are_refused(arguments: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Budget(**arguments)
+
+
+def test_too_small_a_budget_says_what_is_possible() -> None:
+    with pytest.raises(BudgetTooSmall, match="the least possible is"):
+        make_plan(mlp(2), Budget(keep_params=0.01))
+
+
+def test_layers_of_no_consequence_and_without_data_stay_dense() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.lost, self.unused = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.lost(x)
+            return self.used(x)
+
+    with pytest.warns(UserWarning, match="unused"):
+        model = seeded(Half)
+        found = calibrate(model, [draw(40, WIDTH)])
+    plan = make_plan(model, Budget(keep_params=0.5), calibration=found)
+    assert plan["used"].rank and plan["lost"].rank is None and "does not depend on it" in plan["lost"].reason
+    assert "saw no data" in plan["unused"].reason
+
+
+def test_shared_and_tied_layers() -> None:
+    small = auto_fact(seeded(SharedLayer), Budget(keep_params=0.6), calibrate=[draw(30, WIDTH)])
+    assert small.first is small.blocks["again"] and isinstance(small.first, shrank.LED)
+    tied = auto_fact(seeded(TiedLM), Budget(keep_params=0.6), calibrate=[tokens(4, 9)])
+    assert "tied" in tied.shrank_plan["head"].reason and tied.shrank_plan["body"].rank
+
+
+def test_data_options_need_data() -> None:
+    with pytest.raises(TypeError, match="loss: only together with calibrate"):
+        auto_fact(mlp(), 0.5, loss="lm")
+
+
+def test_ranks_and_plans_take_a_calibration_too() -> None:
+    model, x = mlp(3), correlated()
+    found = calibrate(model, [x])
+    error = lambda m: (m(x) - model(x)).norm().item()  # noqa: E731
+    assert error(auto_fact(copy.deepcopy(model), 8, calibrate=found)) < error(auto_fact(copy.deepcopy(model), 8))
+    plan = make_plan(model, 8, calibration=found)
+    again = auto_fact(copy.deepcopy(model), plan, calibrate=found)
+    assert all(math.isclose(x.error, y.error, rel_tol=0.5) for x, y in zip(plan, again.shrank_plan, strict=True))

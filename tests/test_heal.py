@@ -1,0 +1,171 @@
+"""Healing: the factors come nearer to the dense model, the best is kept, and an interrupted run goes on."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from shrank import auto_fact, heal
+from shrank.batches import as_batches
+from shrank.distillation import common_blocks, distance
+from tests.common.models import WIDTH, assert_untouched, draw, fingerprint, hf_model, mlp, tokens
+
+
+def pair(build=mlp, rank: int = 4) -> tuple[nn.Module, nn.Module]:
+    dense = build()
+    return auto_fact(copy.deepcopy(dense), rank), dense
+
+
+def data(count: int = 12) -> list[torch.Tensor]:
+    return list(draw(count * 8, WIDTH).split(8))
+
+
+def llama() -> nn.Module:
+    return hf_model("llama")
+
+
+def texts(count: int = 8) -> list[dict[str, torch.Tensor]]:
+    found = tokens(count * 2, 9)
+    return [{"input_ids": found[2 * i : 2 * i + 2]} for i in range(count)]
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("build, batches", [(mlp, data()), (llama, texts())], ids=["output", "logits"])
+def test_the_student_comes_nearer(build, batches) -> None:
+    student, teacher = pair(build)
+    student.train()
+    before, outside = fingerprint(teacher), {n: p.clone() for n, p in student.named_parameters() if "_unit" not in n}
+    healed = heal(student, teacher, batches, steps=40, learning_rate=1e-2, evaluate_every=10)
+    assert healed is student and student.training and all(p.requires_grad for p in student.parameters())
+    assert_untouched(teacher, before)
+    assert all(torch.equal(dict(student.named_parameters())[n], p) for n, p in outside.items())  # only the factors
+    done = student.shrank_healing
+    assert done.after < 0.9 * done.before and done.steps == 40 and [s for s, _ in done.curve] == [0, 10, 20, 30, 40]
+    assert all(p.grad is None for p in student.parameters())
+
+
+def test_the_best_weights_are_kept() -> None:
+    student, teacher = pair()
+    before, held = state(student), data(3)
+    heal(student, teacher, data(), steps=6, learning_rate=30.0, held_out=held, evaluate_every=2)  # it diverges
+    assert student.shrank_healing.best_step == 0
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    student, teacher = pair()
+    heal(student, teacher, data(), steps=30, learning_rate=1e-2, held_out=held, evaluate_every=10)
+    blocks = common_blocks(student, teacher)
+    now = sum(distance(student, teacher, b, blocks, 1.0).item() for b in as_batches(held)) / 3
+    assert now == pytest.approx(student.shrank_healing.after, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(dtype, tmp_path, monkeypatch) -> None:
+    arguments = {"steps": 9, "learning_rate": 1e-2, "evaluate_every": 3}
+    batches = [b.to(dtype) for b in data()]
+    dense = mlp().to(dtype)
+    students = [auto_fact(copy.deepcopy(dense), 4) for _ in range(2)]
+    heal(students[0], dense, batches, **arguments)
+    from shrank.heal import _Run
+    take_step, taken = _Run._take_step, []
+
+    def interrupted(run: _Run) -> None:
+        taken.append(1)
+        if len(taken) == 6:
+            raise KeyboardInterrupt
+        take_step(run)
+
+    monkeypatch.setattr(_Run, "_take_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        heal(students[1], dense, batches, checkpoint=tmp_path / "run", **arguments)
+    again = auto_fact(copy.deepcopy(dense), 4)
+    heal(again, dense, batches, checkpoint=tmp_path / "run", **arguments)
+    assert len(taken) == 6 + 6  # steps 4 and 5 again, and 6 to 9
+    assert again.shrank_healing == students[0].shrank_healing
+    expected = state(students[0])
+    assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path) -> None:
+    student, teacher = pair()
+    heal(student, teacher, data(), steps=2, evaluate_every=1, checkpoint=tmp_path / "run")
+    for change in ({"steps": 3}, {"learning_rate": 1e-4}, {"seed": 1}, {"batches": data(11)}):
+        before = state(student)
+        with pytest.raises(ValueError, match="another healing"):
+            heal(student, teacher, **{"batches": data(), "steps": 2, "evaluate_every": 1,
+                                      "checkpoint": tmp_path / "run", **change})
+        assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_half_precision_weights_move_by_less_than_their_rounding() -> None:
+    dense = mlp(1).to(torch.bfloat16)
+    student = auto_fact(copy.deepcopy(dense), 8)
+    before = state(student)
+    batches = [(b * torch.linspace(0.1, 3, WIDTH)).bfloat16() for b in data()]  # else plain SVD is the best already
+    heal(student, dense, batches, steps=60, learning_rate=2e-4, evaluate_every=60)  # a step is below half a unit
+    moved = [name for name, value in student.state_dict().items() if not torch.equal(value, before[name])]
+    assert student.shrank_healing.best_step == 60 and moved
+    assert all(p.dtype == torch.bfloat16 for p in student.parameters())
+
+
+def test_all_parameters_if_asked_for() -> None:
+    student, teacher = pair(llama)
+    before = student.model.norm.weight.clone()
+    heal(student, teacher, texts(), steps=20, learning_rate=1e-3, train="all", evaluate_every=20)
+    assert not torch.equal(student.model.norm.weight, before)
+
+
+def test_padding_does_not_count() -> None:
+    student, teacher = pair(llama)
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    changed = ids.clone()
+    changed[1, 6:] = 5
+    blocks = common_blocks(student, teacher)
+    losses = [distance(student, teacher, as_batches([{"input_ids": i, "attention_mask": mask}])[0], blocks, 1.0).item()
+              for i in (ids, changed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_blocks_are_found_in_both_models() -> None:
+    student, teacher = pair(llama)
+    assert {"model.layers.0", "model.layers.1"} <= set(common_blocks(student, teacher))
+    assert distance(teacher, teacher, as_batches(texts(1))[0], common_blocks(teacher, teacher), 1.0).item() < 1e-9
+
+
+def test_pivots_heal_too() -> None:
+    dense = mlp()
+    student = auto_fact(copy.deepcopy(dense), 8, pivot=True)
+    heal(student, dense, data(), steps=30, learning_rate=3e-3, evaluate_every=10)
+    assert student.shrank_healing.after < student.shrank_healing.before
+
+
+def test_a_loss_that_is_not_finite_is_an_error_and_loses_nothing() -> None:
+    student, teacher = pair()
+    before, bad = state(student), data()
+    bad = [torch.full_like(b, float("inf")) for b in bad]
+    with pytest.raises(RuntimeError, match="step 0: the loss is"):
+        heal(student, teacher, bad, held_out=data(2), steps=4)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in student.parameters())
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"batches": data(1)}, "cannot be trained on and held out"), ({"train": "none"}, "got 'none'"),
+    ({"student": mlp()}, "no low-rank layers"), ({"steps": 0}, "steps must be at least 1"),
+])
+def test_bad_arguments_are_named(change, says) -> None:
+    student, teacher = pair()
+    with pytest.raises(ValueError, match=says):
+        heal(**{"student": student, "teacher": teacher, "batches": data(), **change})
+
+
+def test_what_happened_is_a_plain_record() -> None:
+    student, teacher = pair()
+    heal(student, teacher, data(), steps=2, evaluate_every=1)
+    assert dataclasses.asdict(student.shrank_healing).keys() == {"steps", "best_step", "curve"}

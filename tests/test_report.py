@@ -1,0 +1,94 @@
+"""The report: one page that needs nothing else, figures, and errors measured beside the expected ones."""
+
+from __future__ import annotations
+
+import copy
+import html.parser
+import json
+import re
+
+import pytest
+import torch
+
+from shrank import Budget, LayerPlan, RankPlan, auto_fact, calibrate, make_plan
+from shrank.batches import as_batches
+from shrank.measure import measured
+from tests.common.models import WIDTH, Mixed, draw, mlp, seeded
+
+
+def planned(keep: float = 0.5) -> RankPlan:
+    model = mlp()
+    return make_plan(model, Budget(keep_params=keep), calibration=calibrate(model, [draw(200, WIDTH)]))
+
+
+class Tags(html.parser.HTMLParser):
+    """Checks that tags close in order and collects what pages may load from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open, self.loads = [], []
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.loads += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_stands_alone_and_says_everything(tmp_path) -> None:
+    plan = planned()
+    plan.report(tmp_path / "report.html")
+    page, tags = (tmp_path / "report.html").read_text(), Tags()
+    tags.feed(page)
+    assert not tags.open and len(tags.loads) == 3 and all(x.startswith("data:image/png;base64,") for x in tags.loads)
+    for layer in plan:
+        assert f"<td>{layer.fqn}</td>" in page and layer.reason in page
+    assert f"{plan.params_before:,} → {plan.params_after:,}" in page
+    stored = re.search(r"<script type='application/json' id='plan'>(.*?)</script>", page).group(1)
+    assert RankPlan.from_dict(json.loads(stored)) == plan
+
+
+def test_names_cannot_break_the_page(tmp_path) -> None:
+    bad = "</script><b>&'x"
+    plan = RankPlan((LayerPlan(bad, "Linear", 10, reason=bad),))
+    plan.report(tmp_path / "report.html")
+    page, tags = (tmp_path / "report.html").read_text(), Tags()
+    tags.feed(page)
+    assert not tags.open and "<b>&'" not in page and page.count("</script>") == 1
+
+
+def test_figures_are_of_what_is_known() -> None:
+    assert list(planned().plot()) == ["What the budget could buy", "What every layer keeps", "Singular values"]
+    plain = make_plan(mlp(), 4)
+    assert list(plain.plot()) == ["What every layer keeps"]
+    assert RankPlan(()).plot() == {}
+    curve = planned().plot()["What the budget could buy"].axes[0].lines
+    assert len(curve) == 2 and len(curve[1].get_xdata()) == 1  # the trade-off, and this plan
+
+
+@pytest.mark.parametrize("build, x", [(mlp, (200, WIDTH)), (lambda: seeded(Mixed), (100, 16, 8, 8))],
+                         ids=["mlp", "mixed"])
+def test_on_the_calibration_data_measured_errors_are_the_expected_ones(build, x) -> None:
+    model, x = build(), draw(*x)
+    small = auto_fact(copy.deepcopy(model), Budget(keep_params=0.6), calibrate=[x], loss=False, groups_out=True,
+                      allow_slower=True)
+    found = measured(small.shrank_plan, model, small, as_batches([x]))
+    assert found.low_rank
+    for layer in found.low_rank:
+        # Expected errors count a little of what the data did not show: shrinkage.
+        assert layer.measured == pytest.approx(layer.error, rel=0.35, abs=0.02), layer.fqn
+    assert "Expected and measured error" in found.plot()
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_measured_errors_are_relative_to_the_outputs() -> None:
+    model, x = mlp(1), draw(50, WIDTH)
+    small = auto_fact(copy.deepcopy(model), 4)
+    layer, = measured(small.shrank_plan, model, small, as_batches([x])).low_rank
+    y = model(x).detach()
+    expected = ((small(x) - y).norm() / (y - y.mean(0)).norm()).item()
+    assert layer.measured == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="not in both models"):
+        measured(small.shrank_plan, torch.nn.Sequential(), small, as_batches([x]))
