@@ -28,6 +28,8 @@ for name, command in cli_models.COMMANDS.items():
 def bench(source: Annotated[str | None, typer.Argument(help="Folder or hub name of a transformers model.")] = None,
           other: Annotated[str | None, typer.Argument(help="A second model to compare with.")] = None,
           batch: int = 8, length: int = 128, rounds: int = 7, threads: int | None = None, device: str = "cpu",
+          layers: Annotated[Path | None, typer.Option(help="Time every layer of one model, and write the table that "
+                                                           "Budget(keep_latency=) reads to this JSON file.")] = None,
           plot: Annotated[Path | None, typer.Option(help="Measure nothing: show these results of benchmarks/ "
                                                          "as a table, and draw them beside the file.")] = None,
           as_json: Json = False) -> None:
@@ -36,6 +38,9 @@ def bench(source: Annotated[str | None, typer.Argument(help="Folder or hub name 
         fail("give a model to measure, or --plot with results to show", USAGE)
     if plot:
         _plot(plot, as_json)
+        return
+    if layers:
+        _time_layers(source, layers, batch, length, rounds, device, as_json)
         return
     with errors():
         from .bench import Workload, compare
@@ -49,6 +54,26 @@ def bench(source: Annotated[str | None, typer.Argument(help="Folder or hub name 
                       f"{x.throughput / results[0].throughput:.2f}x", f"{x.peak_memory / 2**20:,.0f} MiB")
     show([asdict(x) for x in results], table, as_json)
 
+
+
+def _time_layers(source: str, path: Path, batch: int, length: int, rounds: int, device: str, as_json: bool) -> None:
+    with errors():
+        from .bench import Workload, example_inputs
+        from .hf import load_model
+        from .layer_times import measure_layers
+
+        model = load_model(source).to(device).eval()
+        inputs, _, _ = example_inputs(model, Workload(batch, length, device=device))
+        found = measure_layers(model, lambda: model(**inputs), rounds)
+        found.save(path)
+    table = Table(title=f"microseconds per call, batch {batch}, length {length}, {device}", title_justify="left")
+    for column in ("layer", "dense", "low-rank, by rank", "with pivots"):
+        table.add_column(column, justify="right" if column == "dense" else "left")
+    for fqn, entry in found.layers.items():
+        times = [entry["plain"], entry["pivoted"]]
+        cells = ("  ".join(f"{rank}: {1e6 * seconds:.0f}" for rank, seconds in part.items()) for part in times)
+        table.add_row(fqn, f"{1e6 * entry['dense']:.0f}", *cells)
+    show({"layers": found.layers, "about": found.about}, table, as_json, f"wrote {path}")
 
 
 def _plot(path: Path, as_json: bool) -> None:

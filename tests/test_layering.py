@@ -20,7 +20,7 @@ ROWS = {
     "apply": 7, "budget": 7,
     "planning": 8, "checkpoint": 8,
     "auto_fact": 9, "heal": 9, "evaluate": 9, "measure": 9, "hf": 9, "transformers_hook": 9,
-    "bench": 10, "bench_plot": 10, "explain": 10,
+    "bench": 10, "layer_times": 9, "bench_plot": 10, "explain": 10,
     "cli_common": 11, "cli_models": 12, "cli": 13,
     "__init__": 14, "__main__": 14,
 }
