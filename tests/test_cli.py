@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel
 from typer.testing import CliRunner
 
 import shrank
 from shrank.cli import app
 from shrank.cli_common import DAMAGED, FAILED, NOTHING, USAGE
+from tests.common.models import hf_model
 from tests.common.tolerances import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:no layer was replaced")
@@ -37,6 +38,25 @@ def source(tmp_path_factory) -> Path:
 def small(source: Path) -> Path:
     folder = source.parent / "small"
     assert run("compress", source, "--keep", 0.5, "--out", folder).exit_code == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory) -> Path:
+    """A causal language model with a tokenizer of words, and two files of texts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("lm")
+    words = [f"w{i}" for i in range(60)]
+    inner = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, **{w: i + 2 for i, w in enumerate(words)}}, "<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder / "lm")
+    hf_model("llama").save_pretrained(folder / "lm")
+    order = torch.randint(60, (40, 25), generator=torch.Generator().manual_seed(0)).tolist()
+    paragraphs = [" ".join(words[i] for i in row) for row in order]
+    (folder / "a.txt").write_text("\n\n".join(paragraphs[:30]))
+    (folder / "b.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in paragraphs[30:]))
     return folder
 
 
@@ -148,3 +168,68 @@ def test_info_says_why_native_is_off() -> None:
 def test_python_dash_m() -> None:
     done = subprocess.run([sys.executable, "-m", "shrank", "--help"], capture_output=True, text=True, check=True)
     assert all(command in done.stdout for command in ("plan", "compress", "inspect", "merge", "bench", "info"))
+
+
+def test_compress_with_texts_heals_reports_and_keeps_to_the_budget(language_model: Path, tmp_path) -> None:
+    source, texts = language_model / "lm", language_model / "a.txt"
+    done = run("compress", source, "--keep", 0.6, "--calibrate", texts, "--loss", "lm", "--heal", 3, "--report",
+               tmp_path / "report.html", "--out", tmp_path / "small", "--max-length", 20)
+    assert done.exit_code == 0, done.output
+    assert "healed: distance to the dense model" in done.output and (tmp_path / "report.html").stat().st_size > 10_000
+    assert "measured" in (tmp_path / "report.html").read_text()
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    layers = shrank.describe(small).low_rank
+    dense = sum(p.numel() for name, p in AutoModelForCausalLM.from_pretrained(source).named_parameters()
+                if "proj" in name)
+    assert layers and sum(x.params_after for x in layers) < 0.6 * dense
+    assert (tmp_path / "small" / "tokenizer.json").exists()
+
+
+def test_plan_with_texts(language_model: Path, tmp_path) -> None:
+    source, texts = language_model / "lm", language_model / "b.jsonl"
+    shown = run("plan", source, "--keep", 0.5, "--calibrate", texts, "--loss", "none", "--json", "--report",
+                tmp_path / "plan.html")
+    plan = shrank.RankPlan.from_dict(json.loads(shown.stdout))
+    assert plan.spent[0] <= 0.5 and plan.trade_off and (tmp_path / "plan.html").exists()
+    ranks = {x.rank for x in plan.low_rank}
+    by_rank = run("plan", source, "--rank", 6, "--calibrate", texts, "--json")
+    assert {x["rank"] for x in json.loads(by_rank.stdout)["layers"] if x["rank"]} == {6} != ranks
+
+
+def test_heal_and_eval(language_model: Path, tmp_path) -> None:
+    source, texts, news = language_model / "lm", language_model / "a.txt", language_model / "b.jsonl"
+    assert run("compress", source, "--keep", 0.3, "--out", tmp_path / "small").exit_code == 0
+    healed = run("heal", tmp_path / "small", source, "--text", texts, "--steps", 30, "--learning-rate", 3e-3, "--out",
+                 tmp_path / "healed", "--max-length", 20, "--json")
+    figures = json.loads(healed.stdout)
+    assert figures["after"] < figures["before"]
+    arguments = ("--text", texts, "--text", news, "--window", 32)
+    found = {name: json.loads(run("eval", source, tmp_path / name, *arguments, "--json").stdout)
+             for name in ("small", "healed")}
+    small, better = (found[name][str(tmp_path / name)]["domains"] for name in found)
+    assert small.keys() == {"a.txt", "b.jsonl"} and better["a.txt"]["divergence"] < small["a.txt"]["divergence"]
+    assert found["small"][str(source)]["domains"]["a.txt"]["agreement"] is None
+    shown = run("eval", source, *arguments)
+    assert shown.exit_code == 0 and "perplexity" in shown.stdout and "b.jsonl" in shown.stdout
+
+
+def test_bench_times_layers_for_budgets_of_time(source: Path, tmp_path) -> None:
+    path = tmp_path / "table.json"
+    shown = run("bench", source, "--layers", path, "--rounds", 1, "--length", 8, "--batch", 2)
+    assert shown.exit_code == 0 and "encoder.layer.1.output.dense" in shown.stdout
+    assert shrank.LatencyTable.load(path).about["device"] == "cpu"
+
+
+@pytest.mark.parametrize("arguments, code, says", [
+    (("compress", "--keep", 0.5, "--heal", 3), USAGE, "--calibrate"),
+    (("compress", "--keep", 0.5, "--calibrate", "absent.txt"), FAILED, "absent.txt"),
+    (("compress", "--keep", 0.5, "--calibrate", "TEXTS", "--loss", "mse"), FAILED, "'mse'"),
+    (("eval",), USAGE, "--text"),
+    (("heal",), USAGE, None),
+])
+def test_missing_and_wrong_data_is_named(arguments, code, says, language_model: Path, tmp_path) -> None:
+    command, *rest = (language_model / "a.txt" if a == "TEXTS" else a for a in arguments)
+    out = ("--out", tmp_path / "out") if command == "compress" else ()
+    failed = run(command, language_model / "lm", *rest, *out)
+    assert failed.exit_code == code and (says is None or says in failed.output)
+    assert not (tmp_path / "out").exists()
