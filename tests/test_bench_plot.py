@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from shrank import bench_plot
-from shrank.cli import FAILED, USAGE, app
+from shrank.cli import app
+from shrank.cli_common import FAILED, USAGE
 
 
 def row(provider: str, microseconds: float, M: int = 512, R: int = 304, **more: object) -> dict:

@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from shrank import _native, explain
-from shrank.cli import FAILED, USAGE, app
+from shrank.cli import app
+from shrank.cli_common import FAILED, USAGE
 
 FACTS = {
     "problem": {"M": 16384, "K": 768, "N": 3072, "R": 96, "dtype": "bfloat16", "activation": "gelu", "bias": True,
