@@ -55,8 +55,8 @@ def as_batches(data: Iterable[object], tokenizer: Callable | None = None, mask: 
     """The calls that `data` stands for, in order, kept in memory.
 
     data: an iterable of dicts (keyword arguments), tuples or lists (positional ones) or tensors (the only one), a
-    DataLoader of such, or of texts, which `tokenizer` turns into batches of `batch_size` texts of at most `max_length`
-    tokens. mask: from a batch to a boolean (batch, positions) tensor, True where a token counts; without it attention
+    DataLoader of such, of what this function returned, or of texts, which `tokenizer` turns into batches of
+    `batch_size` texts of at most `max_length` tokens. mask: from a batch to a boolean (batch, positions) tensor, True where a token counts; without it attention
     masks are used where there are any. Raises TypeError on anything else and ValueError where there is nothing.
     """
     if isinstance(data, str | Mapping | Tensor):
@@ -70,7 +70,7 @@ def as_batches(data: Iterable[object], tokenizer: Callable | None = None, mask: 
         if tokenizer is None:
             raise TypeError("texts were given without a tokenizer: give tokenizer=")
         items = list(_tokenized(texts, tokenizer, batch_size, max_length))
-    return [_batch(item, mask) for item in items]
+    return [item if isinstance(item, Batch) else _batch(item, mask) for item in items]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -59,6 +59,11 @@ def test_one_batch_alone_and_loaders() -> None:
     assert [b.call(Adds()).shape[0] for b in as_batches(loader)] == [4, 4, 2]
 
 
+def test_batches_stay_as_they_are() -> None:
+    first = as_batches([draw(3, 4)], mask=lambda item: item[:, 0] > 0)
+    assert as_batches(first) == first
+
+
 def test_texts_are_tokenized_in_batches() -> None:
     texts = ["one two three", "four", "five six", "a much longer text than that"]
     batches = as_batches(texts, WordTokenizer(), batch_size=3, max_length=4)
