@@ -56,8 +56,9 @@ def as_batches(data: Iterable[object], tokenizer: Callable | None = None, mask: 
 
     data: an iterable of dicts (keyword arguments), tuples or lists (positional ones) or tensors (the only one), a
     DataLoader of such, of what this function returned, or of texts, which `tokenizer` turns into batches of
-    `batch_size` texts of at most `max_length` tokens. mask: from a batch to a boolean (batch, positions) tensor, True where a token counts; without it attention
-    masks are used where there are any. Raises TypeError on anything else and ValueError where there is nothing.
+    `batch_size` texts of at most `max_length` tokens. mask: from a batch to a boolean (batch, positions) tensor, True
+    where a token counts; without it attention masks are used where there are any. Raises TypeError on anything else
+    and ValueError where there is nothing.
     """
     if isinstance(data, str | Mapping | Tensor):
         data = [data]
