@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .plan import LayerPlan, RankPlan
 
 _LOW_RANK, _DENSE, _LINE = "#1f6f8b", "#b9b4a7", "#c8553d"
+_LEAST_ERROR = 1e-6
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin-top: 2rem }
@@ -73,13 +74,14 @@ def figures(plan: RankPlan) -> dict[str, Figure]:
 
 
 def _draw_trade_off(axis: Axes, plan: RankPlan, _: list[LayerPlan]) -> None:
+    # The dense end has no error, which a logarithmic axis cannot show.
     kept, errors = zip(*plan.trade_off, strict=True)
-    axis.plot([100 * x for x in kept], [100 * max(x, 0.0) for x in errors], color=_LOW_RANK)
-    here = plan.spent
-    if here is not None:
-        axis.plot([100 * here[0]], [100 * here[1]], "o", color=_LINE, label="this plan")
+    axis.semilogy([100 * x for x in kept], [max(x, _LEAST_ERROR) for x in errors], color=_LOW_RANK)
+    if plan.spent is not None:
+        axis.semilogy([100 * plan.spent[0]], [max(plan.spent[1], _LEAST_ERROR)], "o", color=_LINE, label="this plan")
         axis.legend(frameon=False)
-    axis.set(xlabel="cost of the layers, % of dense", ylabel="error, % of that of no layers", ylim=(0, None))
+    axis.set(xlabel="cost of the layers, % of dense", ylabel="squared error over that of no layers",
+             ylim=(_LEAST_ERROR, 1.5))
     axis.grid(alpha=0.25)
 
 
@@ -108,7 +110,7 @@ def _draw_errors(axis: Axes, plan: RankPlan, planned: list[LayerPlan]) -> None:
     most = max(max(point) for point in points) * 1.05 or 1.0
     axis.plot([0, most], [0, most], color=_DENSE, linewidth=0.8)
     axis.plot(*zip(*points, strict=True), "o", color=_LOW_RANK, markersize=4, alpha=0.7)
-    axis.set(xlabel="expected relative error of the outputs", ylabel="measured on other data", xlim=(0, most),
+    axis.set(xlabel="expected relative error of the outputs", ylabel="measured", xlim=(0, most),
              ylim=(0, None))
 
 
