@@ -95,7 +95,7 @@ def steps(calibration: Calibration, without: Calibration) -> dict[str, Callable[
             return spent(viewed(OneSided), False, model, keep)
 
     return {
-        "whitening": lambda model, keep: shrank.auto_fact(model, keep, calibrate=without),
+        "whitening": lambda model, keep: shrank.auto_fact(model, shrank.Fraction(keep), calibrate=without),
         "+ ranks by gradient energy": never_dense,
         "+ dense option": partial(spent, viewed(OneSided), False),
         "+ two-sided": partial(spent, viewed(WithoutBias), False),

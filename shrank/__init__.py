@@ -14,7 +14,7 @@ from .led import LED
 from .ops.api import Backend, backend, low_rank_conv, low_rank_linear, why_not
 from .plan import LayerPlan, RankPlan
 from .planning import make_plan
-from .rank import Energy
+from .rank import Energy, Fraction
 from .version import __version__
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
            "Budget",
            "Calibration",
            "Energy",
+           "Fraction",
            "LatencyTable",
            "LayerPlan",
            "PlanOptions",

@@ -38,7 +38,7 @@ def apply(model: nn.Module, plan: RankPlan, calibration: Calibration | None = No
     whose factorisation fails stays dense, with a warning.
     """
     done = {layer.fqn: layer for layer in plan}
-    jobs = _resolve(model, plan)
+    jobs = resolve(model, plan)
     results = _factorized(jobs, calibration)
     for (site, layer), factors in zip(track(jobs, "factorising"), results, strict=True):
         if isinstance(factors, FactorizationError):
@@ -132,7 +132,7 @@ def _describe_layer(site: Site) -> LayerPlan:
 def _empty_twins(model: nn.Module, plan: RankPlan) -> list[tuple[Site, nn.Module]]:
     """The sites of the planned layers and a twin on the meta device for each, whose stages may be low-rank in turn."""
     twins = []
-    for site, layer in _resolve(model, plan.outermost, loading=True):
+    for site, layer in resolve(model, plan.outermost, loading=True):
         twin = target(site.module).twin(layer.rank, layer.shape)
         for inner_site, inner_twin in _empty_twins(twin, plan.inside(layer.fqn)):
             surgery.replace(twin, inner_site, inner_twin)
@@ -140,7 +140,7 @@ def _empty_twins(model: nn.Module, plan: RankPlan) -> list[tuple[Site, nn.Module
     return twins
 
 
-def _resolve(model: nn.Module, plan: RankPlan, loading: bool = False) -> list[tuple[Site, LayerPlan]]:
+def resolve(model: nn.Module, plan: RankPlan, loading: bool = False) -> list[tuple[Site, LayerPlan]]:
     """The sites of the planned layers; ValueError lists everything about the plan that does not fit the model."""
     sites = {site.fqn: site for site in walk(model, inside_low_rank=True)}
     jobs, problems = [], []

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from . import tensor_file
 from .batches import Batch, MaskFunction, as_batches
-from .collect import Accumulator, Group, plan_passes
+from .collect import Accumulator
+from .hooks import hooked, in_eval_mode
 from .linalg import FactorizationError, Metric, Moments, metric
 from .losses import Loss, as_loss
+from .passes import Group, plan_passes
 from .progress import track
 from .surgery import walk
 from .targets import why_not
@@ -31,8 +34,8 @@ class Calibration:
     unseen: layers that saw no data. reached: whether gradients came to any layer.
     """
 
-    def __init__(self, folder: Path, files: Iterable[Path], owner: object = None) -> None:
-        self.folder, self._owner = folder, owner  # a temporary folder lives as long as its owner
+    def __init__(self, folder: Path, files: Iterable[Path]) -> None:
+        self.folder = folder
         self._entries: dict[str, tuple[Path, dict]] = {}
         self.unseen: list[str] = []
         self.reached = False
@@ -55,6 +58,10 @@ class Calibration:
     def tokens(self, fqn: str) -> int:
         """Tokens, or positions of a convolution's output, that the layer saw."""
         return self._entries[fqn][1]["tokens"]
+
+    def of_inputs(self, fqn: str) -> bool:
+        """Whether the layer's moments are those of its inputs, else of its outputs."""
+        return self._entries[fqn][1]["of_inputs"]
 
     def __getitem__(self, fqn: str) -> Moments:
         if fqn not in self._entries:
@@ -96,14 +103,13 @@ def calibrate(model: nn.Module, batches: Iterable[object] | Calibration, *,
     if isinstance(batches, Calibration):
         return batches
     batches, loss = as_batches(batches, tokenizer, mask, batch_size, max_length), as_loss(loss)
-    sites = [site for site in walk(model) if not (site.why_not or why_not(site.module))]
-    if layers is not None:
-        wanted = set(layers)
-        sites = [site for site in sites if site.fqn in wanted]
+    wanted = None if layers is None else set(layers)
+    sites = [site for site in walk(model) if (wanted is None or site.fqn in wanted)
+             and not (site.why_not or why_not(site.module))]
     if max_memory is None:
         max_memory = max(2 * sum(p.numel() for p in model.parameters()), 64 << 20)
-    owner = None if cache else tempfile.TemporaryDirectory(prefix="shrank-")
-    folder = Path(cache) / _key(model, batches, loss, seed) if cache else Path(owner.name)
+    temporary = None if cache else tempfile.TemporaryDirectory(prefix="shrank-")
+    folder = Path(cache) / _key(model, batches, loss, seed) if cache else Path(temporary.name)
     passes, unseen = plan_passes(model, sites, batches, loss is not None, max_memory)
     if unseen:
         warnings.warn(f"layers that the first batch does not reach stay as they are: {', '.join(unseen)}", stacklevel=2)
@@ -113,7 +119,9 @@ def calibrate(model: nn.Module, batches: Iterable[object] | Calibration, *,
         if not file.exists():
             progress = f"calibrating, pass {number} of {len(passes)}"
             _write(file, _run(model, groups, batches, loss, seed, progress), unseen if number == 1 else [])
-    found = Calibration(folder, files, owner)
+    found = Calibration(folder, files)
+    if temporary:
+        weakref.finalize(found, temporary.cleanup)
     if loss and len(found) and not found.reached:
         raise ValueError("the loss depends on no layer: does the model run without gradients?")
     return found
@@ -122,14 +130,12 @@ def calibrate(model: nn.Module, batches: Iterable[object] | Calibration, *,
 def _run(model: nn.Module, groups: list[Group], batches: list[Batch], loss: Loss | None, seed: int,
          progress: str) -> Accumulator:
     """One pass over the data, with the moments of these layers."""
-    training = {module: module.training for module in model.modules()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     accumulator = Accumulator(groups, loss is not None)
     try:
-        model.eval()
         for parameter in trainable:
             parameter.requires_grad_(False)  # gradients of the weights are not needed, those of activations are
-        with accumulator, torch.enable_grad() if loss else torch.no_grad():
+        with in_eval_mode(model), hooked(accumulator.hooks()), torch.enable_grad() if loss else torch.no_grad():
             for number, batch in enumerate(track(batches, progress)):
                 accumulator.begin(number, batch)
                 output = batch.call(model)
@@ -140,8 +146,6 @@ def _run(model: nn.Module, groups: list[Group], batches: list[Batch], loss: Loss
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-        for module, mode in training.items():
-            module.training = mode
     return accumulator
 
 

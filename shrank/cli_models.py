@@ -12,7 +12,6 @@ from torch import nn
 
 from .apply import apply, describe, merge
 from .batches import as_batches, read_texts
-from .budget import Budget
 from .calibration import Calibration, calibrate
 from .checkpoint import inspect_file
 from .cli_common import (
@@ -64,7 +63,7 @@ def plan(source: Source, rank: Rank = None, keep: Keep = None, energy: EnergyOpt
         options = {"include": include, "exclude": exclude, "round_to": round_to, "allow_slower": allow_slower}
         model = load_model(source)
         found = _calibration(model, source, calibrate, loss, max_length, options)
-        made = make_plan(model, _for_all(rule, keep, found), calibration=found, **options)
+        made = make_plan(model, rule, calibration=found, **options)
         if save:
             made.save(save)
         if report:
@@ -95,8 +94,7 @@ def compress(source: Source, out: Out, rank: Rank = None, keep: Keep = None, ene
         options = {"include": include, "exclude": exclude, "round_to": round_to, "allow_slower": allow_slower}
         model = load_model(source)
         found = _calibration(model, source, calibrate, loss, max_length, options)
-        made = RankPlan.load(plan) if plan else make_plan(model, _for_all(rule, keep, found), calibration=found,
-                                                          errors=False, **options)
+        made = RankPlan.load(plan) if plan else make_plan(model, rule, calibration=found, errors=False, **options)
     require_layers(made)
     with errors():
         dense = copy.deepcopy(model) if heal or (report and found) else None
@@ -208,11 +206,6 @@ def _tokenizer(source: str):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(source)
-
-
-def _for_all(rule: object, keep: float | None, found: Calibration | None) -> object:
-    """With data, a share to keep is one for all layers together."""
-    return Budget(keep_params=keep) if found is not None and keep is not None else rule
 
 
 def _healed(model: nn.Module, dense: nn.Module, source: str, texts: Path, steps: int, max_length: int) -> nn.Module:

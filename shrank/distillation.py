@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .batches import Batch
+from .hooks import hooked
 from .losses import main_output
 from .targets import LOW_RANK
 
@@ -35,25 +38,18 @@ def common_blocks(student: nn.Module, teacher: nn.Module) -> list[str]:
     return [name for name in names if name in here]
 
 
-class _watched:
+@contextmanager
+def _watched(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
     """The outputs of blocks while a model runs inside a `with` block, by name."""
+    outputs: dict[str, Tensor] = {}
 
-    def __init__(self, model: nn.Module, names: list[str]) -> None:
-        self.model, self.names, self.outputs = model, names, {}
-
-    def __enter__(self) -> dict[str, Tensor]:
-        self.handles = [self.model.get_submodule(name).register_forward_hook(partial(self._note, name))
-                        for name in self.names]
-        return self.outputs
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _note(self, name: str, module: nn.Module, args: tuple, output: object) -> None:
+    def note(name: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         if isinstance(hidden, Tensor) and hidden.is_floating_point():
-            self.outputs[name] = hidden
+            outputs[name] = hidden
+
+    with hooked((model.get_submodule(name), partial(note, name)) for name in names):
+        yield outputs
 
 
 def _rows(tensor: Tensor, batch: Batch) -> Tensor:

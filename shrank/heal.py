@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import tensor_file
 from .batches import Batch, MaskFunction, as_batches
 from .distillation import common_blocks, distance
+from .hooks import in_eval_mode
 from .progress import track
 from .targets import LOW_RANK
 
@@ -79,16 +80,14 @@ def heal(student: nn.Module, teacher: nn.Module, batches: Iterable[object], *, s
         held = as_batches(held_out, tokenizer, mask, batch_size, max_length)
     run = _Run(student, teacher, batches, held, options)
     flags = {p: p.requires_grad for model in (student, teacher) for p in model.parameters()}
-    modes = {m: m.training for model in (student, teacher) for m in model.modules()}
     try:
-        run.prepare()
-        run.train(Path(checkpoint) if checkpoint else None)
+        with in_eval_mode(student, teacher):  # with dropout the teacher's outputs could not be reached
+            run.prepare()
+            run.train(Path(checkpoint) if checkpoint else None)
     finally:
         run.take_best()
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-        for module, mode in modes.items():
-            module.training = mode
     vars(student)[HEALING_ATTRIBUTE] = Healing(run.step, run.best_step, tuple(run.curve))
     return student
 
@@ -109,7 +108,6 @@ class _Run:
 
     def prepare(self) -> None:
         for model in (self.student, self.teacher):
-            model.eval()  # the teacher's outputs are without dropout: with it the student could not reach them
             model.requires_grad_(False)
         for parameter in self.trained.values():
             parameter.requires_grad_(True)

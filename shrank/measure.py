@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .batches import Batch
 from .ced import CED
+from .hooks import hooked
 from .led import LED
 from .plan import RankPlan
 from .progress import track
@@ -32,14 +33,9 @@ def measured(plan: RankPlan, dense: nn.Module, small: nn.Module, batches: Iterab
         if target(original) is not None and isinstance(twin, LED | CED):
             twins[layer.fqn] = (original, twin)
             sums[layer.fqn] = _Sums(original.bias is not None)
-    handles = [original.register_forward_hook(partial(_compare, twin, sums[fqn]), with_kwargs=True)
-               for fqn, (original, twin) in twins.items()]
-    try:
+    with hooked((original, partial(_compare, twin, sums[fqn])) for fqn, (original, twin) in twins.items()):
         for batch in track(batches, "measuring"):
             batch.call(dense)
-    finally:
-        for handle in handles:
-            handle.remove()
     seen = {fqn: found.relative for fqn, found in sums.items() if found.tokens}
     return replace(plan, layers=tuple(replace(x, measured=seen.get(x.fqn)) for x in plan))
 

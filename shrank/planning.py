@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
+from numbers import Real
 
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from .linalg import FactorizationError, Shape, energy_curve, spectrum, squared_e
 from .parallel import in_parallel, workers_for
 from .plan import LayerPlan, RankPlan
 from .progress import track
-from .rank import Layer, RankRule, as_rule
+from .rank import Fraction, Layer, RankRule, as_rule
 from .surgery import Site, count, is_unit, walk
 from .targets import LOW_RANK, is_lazy, target
 
@@ -26,10 +27,13 @@ def make_plan(model: nn.Module, rank: object, *, calibration: Calibration | None
 
     rank: an int, a float in (0, 1), a rule such as Energy(0.9), a dict of glob pattern -> rule, a function
     (fqn, module) -> rank | None, or a Budget for all layers together. calibration: what `calibrate` found of the model;
-    errors are then those of the layers' outputs on that data, weighed by what they do to its loss. options: the fields
-    of PlanOptions. Raises TypeError or ValueError on a bad rule.
+    errors are then those of the layers' outputs on that data, weighed by what they do to its loss, and a float is the
+    share that a Budget keeps (`Fraction` gives every layer the same). options: the fields of PlanOptions. Raises
+    TypeError or ValueError on a bad rule.
     """
     rule, options = rank if isinstance(rank, Budget) else as_rule(rank), PlanOptions(**options)
+    if calibration is not None and isinstance(rank, Real):
+        rule = Budget(keep_params=rule.keep) if isinstance(rule, Fraction) else rule
     sites = sites_of(model, options)
     counted: set[int] = set()
     spectra = {site.fqn: cache(partial(_spectrum, site, calibration)) for site in sites}

@@ -10,19 +10,20 @@ import pytest
 ROOT = Path(__file__).parent.parent / "shrank"
 ROWS = {
     "version": 0, "files": 0, "progress": 0, "parallel": 0, "linalg": 0, "_native": 0, "merged_weight": 0, "stages": 0,
-    "timing": 0, "batches": 0, "latency": 0,
+    "timing": 0, "batches": 0, "latency": 0, "hooks": 0,
     "ops": 1, "roofline": 1, "tensor_file": 1, "losses": 1,
     "led": 2, "ced": 2,
     "lr_module": 3, "targets": 3, "rank": 3,
     "surgery": 4, "dense": 4, "report": 4, "distillation": 4,
-    "plan": 5, "collect": 5,
-    "calibration": 6, "fitting": 6,
-    "apply": 7, "budget": 7,
-    "planning": 8, "checkpoint": 8,
-    "auto_fact": 9, "heal": 9, "evaluate": 9, "measure": 9, "hf": 9, "transformers_hook": 9,
-    "bench": 10, "layer_times": 9, "bench_plot": 10, "explain": 10,
-    "cli_common": 11, "cli_models": 12, "cli": 13,
-    "__init__": 14, "__main__": 14,
+    "plan": 5, "passes": 5,
+    "collect": 6, "fitting": 6,
+    "calibration": 7,
+    "apply": 8, "budget": 8,
+    "planning": 9, "checkpoint": 9, "anchored": 9,
+    "auto_fact": 10, "heal": 10, "evaluate": 10, "measure": 10, "hf": 10, "transformers_hook": 10, "layer_times": 10,
+    "bench": 11, "bench_plot": 11, "explain": 11,
+    "cli_common": 12, "cli_models": 13, "cli": 14,
+    "__init__": 15, "__main__": 15,
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

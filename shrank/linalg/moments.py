@@ -21,6 +21,8 @@ _SMALLEST_SHRINKAGE, _LARGEST_SHRINKAGE = 0.01, 0.3
 _SMALLEST_GRADIENT_SHRINKAGE, _LARGEST_GRADIENT_SHRINKAGE = 0.03, 0.9
 # Dead inputs get this share of the mean energy, so that the weights alone rank the directions that only they feed.
 _FLOOR = 1e-6
+# Outputs of a layer that has more of them than inputs depend on each other, to rounding.
+_SINGULAR = 1e-12
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Moments:
     data: (G, N/G, N/G) of its outputs without bias, or (1, K, K) of its inputs if `of_inputs`. mean: (G, N/G) or
     (1, K), of the same. input_energy: (G, K/G), mean squares of the inputs. gradient: of the gradients at the outputs,
     (G, N/G, N/G), or where `of_inputs` and N > K of those gradients times the weight, (1, K, K); None: not measured.
-    gradient_samples: rows of the model's output that they stem from.
+    gradient_samples: rows of the model's output that they stem from. anchor: E t s^T, shaped as `data`, where the layer
+    sees s and should act as if it saw t; None: they are the same. anchor_mean: of t.
     """
 
     tokens: int
@@ -40,6 +43,8 @@ class Moments:
     of_inputs: bool
     gradient: Tensor | None = None
     gradient_samples: int = 0
+    anchor: Tensor | None = None
+    anchor_mean: Tensor | None = None
 
     def to(self, device: torch.device) -> Moments:
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -51,13 +56,16 @@ class Metric:
     """The norm of a layer's error on the smaller side of its weight, in float64: positive definite `data` and
     `gradient`, each (G, m, m), `gradient` None for the identity; `on_inputs`: m = K, else m = N.
 
-    `mean`: of the data, if the bias is to make up for it; else None.
+    `mean`: of the data, if the bias is to make up for it; else None. `goal`: the matrices (G, N, K) to approximate, if
+    they are not the layer's own, and `shift` (G, N) what its mean output then lacks even without an error.
     """
 
     data: Tensor
     gradient: Tensor | None
     on_inputs: bool
     mean: Tensor | None
+    goal: Tensor | None = None
+    shift: Tensor | None = None
 
 
 def metric(matrices: Tensor, moments: Moments, centred: bool) -> Metric:
@@ -65,36 +73,61 @@ def metric(matrices: Tensor, moments: Moments, centred: bool) -> Metric:
 
     Source: the shrinkage towards the diagonal is that of Ledoit and Wolf (2004) with another target.
     """
-    W, data, mean = matrices.double(), moments.data.double(), moments.mean.double()
+    W, mean = matrices.double(), moments.mean.double()
     on_inputs = moments.of_inputs and W.shape[-2] > W.shape[-1]
-    energy = moments.input_energy.double()
-    if centred:
-        data = data - mean[..., :, None] * mean[..., None, :]
-        if moments.of_inputs:
-            energy = data.diagonal(dim1=-2, dim2=-1)
+    data = _about(moments.data, mean, mean, centred)
+    energy = data.diagonal(dim1=-2, dim2=-1) if centred and moments.of_inputs else moments.input_energy.double()
     energy = energy.clamp_min(0) + _FLOOR * energy.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    if moments.of_inputs:
-        data = _mixed(data, energy.diag_embed(), _shrinkage(W.shape[-1], moments.tokens))
-        if not on_inputs:
-            data, mean = W @ data @ W.mT, (W @ mean[..., None])[..., 0]
-    else:
-        data = _mixed(data, (W * energy[:, None]) @ W.mT, _shrinkage(W.shape[-2], moments.tokens))
-    return Metric(data, _shrunk_gradient(W, moments, on_inputs), on_inputs, mean if centred else None)
+    prior = energy.diag_embed() if moments.of_inputs else (W * energy[:, None]) @ W.mT
+    share = _shrinkage(W.shape[-1] if moments.of_inputs else W.shape[-2], moments.tokens)
+    data, goal, shift = _mixed(data, prior, share), None, None
+    gradient = None if moments.gradient is None else moments.gradient.double()
+    if moments.anchor is not None:
+        wanted = moments.anchor_mean.double()
+        # Where little was seen the prior has its way, in which the layer sees what it should.
+        cross = _mixed(_about(moments.anchor, wanted, mean, centred), prior, share)
+        goal, shift, data, mean, gradient = _anchored(W, moments.of_inputs, cross, wanted, data, mean, gradient)
+        W = goal
+    if moments.of_inputs and not on_inputs:
+        data, mean = W @ data @ W.mT, (W @ mean[..., None])[..., 0]
+    gradient = _shrunk_gradient(W, gradient, moments.gradient_samples, on_inputs)
+    return Metric(data, gradient, on_inputs, mean if centred else None, goal, shift if centred else None)
+
+
+def _anchored(W: Tensor, of_inputs: bool, cross: Tensor, wanted: Tensor, data: Tensor, mean: Tensor,
+              gradient: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The matrices that act on what the layer sees most like W on what it should see (`cross`: E t s^T, `wanted`: E t);
+    the mean output that even they lack; and what was measured, as it is of them: data, mean and gradient.
+
+    Source: least squares of the dense outputs, as in AA-SVD and PIFA.
+    """
+    towards = cross @ torch.linalg.pinv(data, rtol=_SINGULAR, hermitian=True)
+    reached = (towards @ mean[..., None])[..., 0]
+    lacking = (wanted - reached)[..., None]
+    if not of_inputs:
+        return towards @ W, lacking[..., 0], towards @ data @ towards.mT, reached, gradient
+    if gradient is not None and W.shape[-2] > W.shape[-1]:
+        gradient = towards.mT @ gradient @ towards
+    return W @ towards, (W @ lacking)[..., 0], data, mean, gradient
+
+
+def _about(moment: Tensor, left: Tensor, right: Tensor, centred: bool) -> Tensor:
+    """The moment, or around these means."""
+    return moment.double() - left[..., :, None] * right[..., None, :] if centred else moment.double()
 
 
 def _shrinkage(features: int, tokens: int) -> float:
     return min(max(features / (features + 10 * tokens), _SMALLEST_SHRINKAGE), _LARGEST_SHRINKAGE)
 
 
-def _shrunk_gradient(W: Tensor, moments: Moments, on_inputs: bool) -> Tensor | None:
+def _shrunk_gradient(W: Tensor, gradient: Tensor | None, samples: int, on_inputs: bool) -> Tensor | None:
     """The gradients' moment, mixed with the one of as strong gradients that prefer no output."""
-    if moments.gradient is None:
+    if gradient is None:
         return None
-    gradient = moments.gradient.double()
     neutral = W.mT @ W if on_inputs else torch.eye(W.shape[-2], dtype=W.dtype, device=W.device).expand_as(gradient)
     strength = gradient.diagonal(dim1=-2, dim2=-1).sum() / neutral.diagonal(dim1=-2, dim2=-1).sum()
     m = gradient.shape[-1]
-    share = min(max(m / (m + moments.gradient_samples), _SMALLEST_GRADIENT_SHRINKAGE), _LARGEST_GRADIENT_SHRINKAGE)
+    share = min(max(m / (m + samples), _SMALLEST_GRADIENT_SHRINKAGE), _LARGEST_GRADIENT_SHRINKAGE)
     return _mixed(gradient, neutral * strength, share)
 
 

@@ -21,7 +21,7 @@ def squared_errors(matrices: Tensor, metric: Metric) -> Tensor:
 
     Raises FactorizationError on NaN or infinity.
     """
-    problem = _problem(_checked(matrices).double(), metric)[0]
+    problem = _problem(_goal(matrices, metric), metric)[0]
     return torch.linalg.eigvalsh(problem).flip(-1).clamp_min(0)
 
 
@@ -31,7 +31,7 @@ def factorize_weighted(matrices: Tensor, metric: Metric, rank: int) -> Factors:
     `up` has orthonormal columns. In a 16-bit dtype `down` is fitted to the rounded `up`. Raises FactorizationError on
     NaN, infinity or an eigensolver that does not converge.
     """
-    W = _checked(matrices).double()
+    W = _goal(matrices, metric)
     problem, left, right = _problem(W, metric)
     try:
         squares, vectors = torch.linalg.eigh(problem)
@@ -47,6 +47,8 @@ def factorize_weighted(matrices: Tensor, metric: Metric, rank: int) -> Factors:
     up, down = up * signs, signs.mT * (triangle @ down)
     basis = left, leading, right
     shift = None if metric.mean is None else _mean_error(W, up, down, metric, basis)
+    if metric.shift is not None:
+        shift = shift + metric.shift
     output_error = None if metric.gradient is None else _output_error(W, up, down, metric, basis)
     up, down = rounded(up, down, matrices.dtype)
     tail, total = squares[:, rank:].sum().item(), squares.sum().item()
@@ -63,6 +65,12 @@ def rounded(up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
     if not bool(down.isfinite().all()):
         raise FactorizationError(f"the factors do not fit {str(dtype).removeprefix('torch.')}")
     return rounded_up.contiguous(), down.contiguous()
+
+
+def _goal(matrices: Tensor, metric: Metric) -> Tensor:
+    """What to approximate, float64."""
+    W = _checked(matrices).double()
+    return W if metric.goal is None else metric.goal
 
 
 def _problem(W: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:

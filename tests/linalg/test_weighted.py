@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -30,6 +32,13 @@ def moments_of(W: Tensor, inputs: Tensor, gradients: Tensor | None, of_inputs: b
     square = lambda rows: (rows.T @ rows / len(rows))[None]  # noqa: E731
     return Moments(len(inputs), square(data), data.mean(0)[None], inputs.square().mean(0)[None], of_inputs,
                    None if gradients is None else square(gradients), len(inputs))
+
+
+def anchored(W: Tensor, inputs: Tensor, wanted: Tensor, gradients: Tensor | None, of_inputs: bool) -> Moments:
+    """As moments_of these inputs, where the layer should act as on the wanted ones."""
+    data, towards = (inputs, wanted) if of_inputs else (inputs @ W.T, wanted @ W.T)
+    return replace(moments_of(W, inputs, gradients, of_inputs), anchor=(towards.T @ data / len(data))[None],
+                   anchor_mean=towards.mean(0)[None])
 
 
 def weighted_error(W: Tensor, approximation: Tensor, norm: Metric) -> float:
@@ -82,6 +91,47 @@ def test_the_bias_takes_up_the_mean_error(N: int, K: int, of_inputs: bool) -> No
     assert_close(centred.shift[0], (W - centred.merge()[0]) @ inputs.mean(0))
     without = (inputs @ (W - plain.merge()[0]).T).norm()
     assert (inputs @ (W - centred.merge()[0]).T - centred.shift).norm() < without
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("of_inputs", [False, True])
+@pytest.mark.parametrize(("N", "K"), SIZES)
+def test_anchored_factors_give_the_wanted_outputs_best_at_the_inputs_there_are(N, K, of_inputs, centred) -> None:
+    W, wanted, _ = seen(N, K)
+    inputs = wanted @ (torch.eye(K) + 0.3 * draw(K, K) / K**0.5).double().T + 0.5
+    noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    inputs = inputs + 0.3 * inputs.std() * noise
+    norm = metric(W[None], anchored(W, inputs, wanted, None, of_inputs), centred)
+    found = factorize_weighted(W[None], norm, 12)
+    energy = inputs.var(0, correction=0) if centred and of_inputs else inputs.square().mean(0)
+    share = 0.01  # of the prior, with so many tokens
+
+    def objective(up: Tensor, down: Tensor) -> float:
+        error = wanted @ W.T - inputs @ (up @ down).T
+        error = error - error.mean(0) if centred else error
+        return ((1 - share) * error.square().sum() / TOKENS + share * ((W - up @ down) ** 2 * energy).sum()).item()
+
+    least = objective(found.up[0], found.down[0])
+    alone = factorize_weighted(W[None], metric(W[None], moments_of(W, inputs, None, of_inputs), centred), 12)
+    assert least < 0.99 * objective(alone.up[0], alone.down[0])
+    # Seen by its outputs, a layer is approximated by combinations of its own rows.
+    rows = W.T @ torch.linalg.pinv(W.T) if not of_inputs else torch.eye(K).double()
+    for sign in (1, -1):
+        assert objective(found.up[0] + 0.02 * sign * draw(N, 12), found.down[0]) > least
+        assert objective(found.up[0], found.down[0] + 0.02 * sign * draw(12, K).double() @ rows) > least
+    if centred:
+        assert_close(found.shift[0], (wanted @ W.T - inputs @ found.merge()[0].T).mean(0))
+
+
+@pytest.mark.parametrize("of_inputs", [False, True])
+@pytest.mark.parametrize(("N", "K"), SIZES)
+def test_an_anchor_where_everything_is_as_wanted_changes_nothing(N: int, K: int, of_inputs: bool) -> None:
+    W, inputs, gradients = seen(N, K)
+    found = [factorize_weighted(W[None], metric(W[None], moments, centred=True), 9)
+             for moments in (moments_of(W, inputs, gradients, of_inputs),
+                             anchored(W, inputs, inputs, gradients, of_inputs))]
+    assert_close(found[1].merge().float(), found[0].merge())
+    assert_close(found[1].shift.float(), found[0].shift)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
