@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from .calibration import Calibration
 from .ced import CED
 from .dense import dense_twin
 from .led import LEDConv1D
-from .linalg import FactorizationError, Factors, Shape, factorize, factorize_weighted, pivoted
+from .linalg import FactorizationError, Shape, factorize, factorize_weighted, pivoted
 from .parallel import in_parallel, workers_for
 from .plan import LayerPlan, RankPlan
 from .progress import track
@@ -39,18 +40,12 @@ def apply(model: nn.Module, plan: RankPlan, calibration: Calibration | None = No
     """
     done = {layer.fqn: layer for layer in plan}
     jobs = resolve(model, plan)
-    results = _factorized(jobs, calibration)
-    for (site, layer), factors in zip(track(jobs, "factorising"), results, strict=True):
-        if isinstance(factors, FactorizationError):
-            warnings.warn(f"{layer.fqn} stays dense: {factors}", stacklevel=2)
-            done[layer.fqn] = replace(layer, rank=None, error=None, reason=str(factors))
-            continue
-        found = target(site.module)
-        twin = found.twin(layer.rank, layer.shape)
-        bias = site.module.bias if factors.shift is None else _shifted(site.module.bias, factors.shift)
-        found.set_factors(twin, pivoted(factors) if layer.shape.pivoted else factors, bias)
-        done[layer.fqn] = replace(layer, error=factors.relative_error)
-        model = surgery.replace(model, site, twin)
+    for site, layer, twin in track(_twins(jobs, calibration), "factorising", total=len(jobs)):
+        done[layer.fqn] = layer
+        if twin is None:
+            warnings.warn(f"{layer.fqn} stays dense: {layer.reason}", stacklevel=2)
+        else:
+            model = surgery.replace(model, site, twin)
     done = replace(plan, layers=tuple(done.values()))
     _log.info("%s", done.summary)
     return surgery.finish(model, **{PLAN_ATTRIBUTE: done})
@@ -97,20 +92,32 @@ def merge(model: nn.Module) -> nn.Module:
     return surgery.finish(model, **{PLAN_ATTRIBUTE: None})
 
 
-def _factorized(jobs: list[tuple[Site, LayerPlan]],
-                calibration: Calibration | None) -> Iterator[Factors | FactorizationError]:
-    """The factors of each layer, or why it has none, in order."""
+def _twins(jobs: list[tuple[Site, LayerPlan]],
+           calibration: Calibration | None) -> Iterator[tuple[Site, LayerPlan, nn.Module | None]]:
+    """What shall stand in for each layer, in order, with the plan as it came out; None where it cannot be factorised.
 
-    def factors(job: tuple[Site, LayerPlan]) -> Factors | FactorizationError:
-        site, layer = job
-        matrices, rank = target(site.module).matrices(layer.shape), layer.rank // layer.shape.down_groups
-        metric = calibration and calibration.metric(site.fqn, matrices, site.module.bias is not None)
-        try:
-            return factorize(matrices, rank) if metric is None else factorize_weighted(matrices, metric, rank)
-        except FactorizationError as error:
-            return error
+    Takes the layers off `jobs`, so that nobody holds one that was replaced.
+    """
+    workers = workers_for(site.module.weight for site, _ in jobs)
+    jobs.reverse()
+    return in_parallel(partial(_twin, calibration), iter(lambda: jobs.pop() if jobs else None, None), workers)
 
-    return in_parallel(factors, jobs, workers_for(site.module.weight for site, _ in jobs))
+
+@torch.no_grad()
+def _twin(calibration: Calibration | None,
+          job: tuple[Site, LayerPlan]) -> tuple[Site, LayerPlan, nn.Module | None]:
+    (site, layer), bias = job, job[0].module.bias
+    found = target(site.module)
+    matrices, rank = found.matrices(layer.shape), layer.rank // layer.shape.down_groups
+    metric = calibration and calibration.metric(site.fqn, matrices, bias is not None)
+    try:
+        factors = factorize(matrices, rank) if metric is None else factorize_weighted(matrices, metric, rank)
+    except FactorizationError as error:
+        return site, replace(layer, rank=None, error=None, reason=str(error)), None
+    twin = found.twin(layer.rank, layer.shape)
+    found.set_factors(twin, pivoted(factors) if layer.shape.pivoted else factors,
+                      bias if factors.shift is None else _shifted(bias, factors.shift))
+    return site, replace(layer, error=factors.relative_error), twin
 
 
 def _shifted(bias: nn.Parameter, shift: Tensor) -> nn.Parameter:

@@ -170,10 +170,18 @@ def _write(file: Path, accumulator: Accumulator, unseen: list[str]) -> None:
 def _key(model: nn.Module, batches: list[Batch], loss: Loss | None, seed: int) -> str:
     """A hash of everything that the moments depend on."""
     digest = hashlib.sha256(f"{FORMAT} {loss} {seed}".encode())
-    state = Batch((), model.state_dict())
-    for part in (state, *batches):
+    for part in (Batch((), _state(model)), *batches):
         part.update(digest)
     return digest.hexdigest()[:32]
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state, with what accelerate has put away."""
+    if not any(p.is_meta for p in model.parameters()):
+        return model.state_dict()
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+    return get_state_dict_offloaded_model(model)
 
 
 def _digest(names: list[str]) -> str:

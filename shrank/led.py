@@ -16,6 +16,7 @@ from .stages import (
     is_pivoted,
     merged_bias,
     reset_stages,
+    run_pivots,
     run_stages,
     set_stages,
 )
@@ -54,12 +55,17 @@ class LED(nn.Module):
         stages = self._modules["led_unit"]._modules
         first, second = stages["0"], stages["1"]
         a, b = first.__dict__, second.__dict__
-        if len(stages) == 2 and type(first) is Linear and type(second) is Linear and not (
+        if type(first) is Linear and type(second) is Linear and not (
             a["_forward_hooks"] or a["_forward_pre_hooks"] or a["_backward_hooks"] or a["_backward_pre_hooks"]
             or b["_forward_hooks"] or b["_forward_pre_hooks"] or b["_backward_hooks"] or b["_backward_pre_hooks"]
             or "forward" in a or "forward" in b
         ):
             down, up, bias = a["_parameters"]["weight"], b["_parameters"]["weight"], b["_parameters"]["bias"]
+            if len(stages) == 3:
+                if setting.backend is NATIVE:
+                    raise RuntimeError(NO_PIVOTED_KERNEL)
+                h = linear(x, down)
+                return run_pivots(stages["2"], h, linear(h, up, bias))
             if down.is_cuda or setting.backend is NATIVE:
                 return low_rank_linear(x, down, up, bias)
             return linear(linear(x, down), up, bias)  # as low_rank_linear would, without the cost of asking

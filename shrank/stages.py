@@ -42,9 +42,9 @@ class Pivots(nn.Module):
         self.window = 0 if groups == 1 and not self.order.is_meta else None
 
     def forward(self, h: Tensor, others: Tensor) -> Tensor:
-        dim = self.dim
-        if self.bias is not None:
-            h = h + (self.bias if dim == -1 else self.bias[(slice(None), *[None] * (h.dim() - dim - 1))])
+        dim, bias = self.dim, self._parameters["bias"]
+        if bias is not None:
+            h = h + (bias if dim == -1 else bias[(slice(None), *[None] * (h.dim() - dim - 1))])
         if self.window is None:
             return torch.cat((h, others), dim).index_select(dim, self.order)
         if self.window == 0:
@@ -94,7 +94,12 @@ def is_pivoted(stages: nn.Sequential) -> bool:
 def run_stages(stages: nn.Sequential, x: Tensor) -> Tensor:
     """Each stage runs itself, whatever other tools made of it (LoRA, quantization, offloading)."""
     h = stages[0](x)
-    return stages[2](h, stages[1](h)) if is_pivoted(stages) else stages[1](h)
+    return run_pivots(stages[2], h, stages[1](h)) if is_pivoted(stages) else stages[1](h)
+
+
+def run_pivots(pivots: nn.Module, h: Tensor, others: Tensor) -> Tensor:
+    """The third stage; without the cost of calling a module, a fifth of a small layer's, where nobody is to notice."""
+    return pivots.forward(h, others) if is_untouched(pivots) else pivots(h, others)
 
 
 def merged_bias(stages: nn.Sequential) -> Tensor | None:
@@ -131,7 +136,7 @@ def set_stages(stages: nn.Sequential, down: Tensor, up: Tensor, bias: Tensor | N
 
 
 def is_untouched(stage: nn.Module) -> bool:
-    """Whether a module of one of PyTorch's own types does nothing beside its operator: not hooked, not patched."""
+    """Whether a module does nothing beside its forward: not hooked, not patched."""
     own = stage.__dict__
     return "forward" not in own and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
                                          or own["_backward_pre_hooks"])

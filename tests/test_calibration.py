@@ -7,10 +7,11 @@ import warnings
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 
 import shrank
-from shrank import Calibration, calibrate
+from shrank import Calibration, calibrate, make_plan
 from shrank.targets import target
 from tests.common.models import (
     WIDTH,
@@ -246,6 +247,19 @@ def test_output_sensitivity_is_the_moment_of_the_jacobian() -> None:
     found = calibrate(model, [x] * 400, layers=["0"])
     jacobian = model[1].weight.detach().double()  # of the output by the first layer's
     assert (found["0"].gradient[0] - jacobian.T @ jacobian).norm() < 0.1 * (jacobian.T @ jacobian).norm()
+
+
+@pytest.mark.parametrize("loss", [None, False])
+def test_parts_of_a_model_may_be_offloaded(loss, tmp_path) -> None:
+    whole, parts = hf_model("bert"), hf_model("bert")
+    inputs, away = hf_inputs(whole), "bert.encoder.layer.0"
+    cpu_offload(parts.get_submodule(away), execution_device="cpu")
+    expected, found = (calibrate(m, [inputs], loss=loss, cache=tmp_path) for m in (whole, parts))
+    assert len(expected) == 14 and len(found) == 8 and all(p.is_meta for p in parts.get_submodule(away).parameters())
+    assert expected.folder == found.folder  # the same weights, wherever they are
+    for name in ("bert.encoder.layer.1.attention.self.query", "classifier"):
+        assert_close(found[name].data, expected[name].data)
+    assert "offloaded" in make_plan(parts, 0.5, calibration=found)[f"{away}.output.dense"].reason
 
 
 def test_only_the_layers_asked_for_and_a_calibration_as_it_is() -> None:
