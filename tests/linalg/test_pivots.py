@@ -35,7 +35,7 @@ def test_the_matrix_is_the_same(G: int, N: int, K: int, R: int, dtype: torch.dty
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rounding_hardly_grows(dtype: torch.dtype) -> None:
     found = pivoted(factorize(draw(1, 96, 96, dtype=dtype), 48))
-    assert found.growth * torch.finfo(dtype).eps < (0.5 if dtype == torch.bfloat16 else 2e-5)
+    assert found.growth * torch.finfo(dtype).eps < (0.5 if dtype == torch.bfloat16 else 6e-5)
     if dtype == torch.bfloat16:
         assert found.up.abs().max() <= 1.6  # rows of nearly the largest volume
 
