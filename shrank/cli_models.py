@@ -10,9 +10,10 @@ import typer
 from rich.table import Table
 from torch import nn
 
-from .apply import apply, describe, merge
-from .batches import as_batches, read_texts
-from .calibration import Calibration, calibrate
+from .apply import describe, merge
+from .auto_fact import auto_fact
+from .batches import Batch, as_batches, read_texts
+from .calibration import calibrate as run_calibration
 from .checkpoint import inspect_file
 from .cli_common import (
     DAMAGED,
@@ -38,7 +39,8 @@ from .cli_common import (
 from .evaluate import evaluate, repetition
 from .files import size_on_disk
 from .fitting import PlanOptions
-from .heal import HEALING_ATTRIBUTE, heal
+from .heal import HEALING_ATTRIBUTE
+from .heal import heal as heal_model
 from .measure import measured
 from .plan import RankPlan
 from .planning import eligible, make_plan
@@ -46,6 +48,7 @@ from .planning import eligible, make_plan
 Texts = Annotated[Path | None, typer.Option(help="Texts to calibrate on: paragraphs of a .txt file, or the `text` of "
                                                  "every line of a .jsonl file.")]
 LossOption = Annotated[str, typer.Option(help="What errors are weighed by: output, lm (next token) or none.")]
+Anchored = Annotated[float, typer.Option(help="Fit block by block, to this share of the dense outputs, such as 0.25.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens of a text that are used.")]
 
 
@@ -62,7 +65,8 @@ def plan(source: Source, rank: Rank = None, keep: Keep = None, energy: EnergyOpt
         rule = one_of(rank=rank, keep=keep, energy=energy)
         options = {"include": include, "exclude": exclude, "round_to": round_to, "allow_slower": allow_slower}
         model = load_model(source)
-        found = _calibration(model, source, calibrate, loss, max_length, options)
+        batches, layers = _batches(source, calibrate, max_length), eligible(model, PlanOptions(**options))
+        found = batches and run_calibration(model, batches, loss=_loss(loss), layers=layers)
         made = make_plan(model, rule, calibration=found, **options)
         if save:
             made.save(save)
@@ -75,6 +79,7 @@ def plan(source: Source, rank: Rank = None, keep: Keep = None, energy: EnergyOpt
 def compress(source: Source, out: Out, rank: Rank = None, keep: Keep = None, energy: EnergyOption = None,
              plan: Annotated[Path | None, typer.Option(help="A plan as JSON, from `shrank plan --save`.")] = None,
              calibrate: Texts = None, loss: LossOption = "output", max_length: MaxLength = 512,
+             anchored: Anchored = 0.0,
              heal: Annotated[int, typer.Option(help="Steps of training against the dense model.")] = 0,
              include: Include = None, exclude: Exclude = None, round_to: RoundTo = None,
              allow_slower: AllowSlower = False,
@@ -85,25 +90,27 @@ def compress(source: Source, out: Out, rank: Rank = None, keep: Keep = None, ene
     With --calibrate, --keep is the share of all replaced layers together, spent where the texts say it matters.
     """
     require_free(out, force)
-    if heal and calibrate is None:
-        fail("--heal needs texts to train on: --calibrate", USAGE)
+    if (heal or anchored) and calibrate is None:
+        fail(f"--{'heal' if heal else 'anchored'} needs texts: --calibrate", USAGE)
     with errors():
         from .hf import load_model, save_model
 
         rule = one_of(rank=rank, keep=keep, energy=energy, plan=plan)
         options = {"include": include, "exclude": exclude, "round_to": round_to, "allow_slower": allow_slower}
+        options = {name: value for name, value in options.items() if value}  # a plan is taken without any
         model = load_model(source)
-        found = _calibration(model, source, calibrate, loss, max_length, options)
-        made = RankPlan.load(plan) if plan else make_plan(model, rule, calibration=found, errors=False, **options)
-    require_layers(made)
+        dense = copy.deepcopy(model) if heal or (report and calibrate) else None
+        batches = _batches(source, calibrate, max_length)
+        if batches:
+            options |= {"calibrate": batches, "loss": _loss(loss), "anchored": anchored}
+        model = auto_fact(model, RankPlan.load(plan) if plan else rule, **options)
+    require_layers(model.shrank_plan)
     with errors():
-        dense = copy.deepcopy(model) if heal or (report and found) else None
-        model = apply(model, made, found)
         if heal:
-            model = _healed(model, dense, source, calibrate, heal, max_length)
+            model = heal_model(model, dense, batches, steps=heal)
         done = model.shrank_plan
         if report:
-            done = done if dense is None else measured(done, dense, model, _batches(source, calibrate, max_length)[:8])
+            done = measured(done, dense, model, batches[:8]) if dense is not None else done
             done.report(report)
         save_model(model, source, out)
     healing = f"\n{_told(model)}" if heal else ""
@@ -124,7 +131,7 @@ def heal_command(student: Annotated[str, typer.Argument(help="Folder of a compre
 
         model = load_model(student)
         require_layers(describe(model))
-        model = heal(model, load_model(teacher), _batches(teacher, text, max_length), steps=steps,
+        model = heal_model(model, load_model(teacher), _batches(teacher, text, max_length), steps=steps,
                      learning_rate=learning_rate, checkpoint=checkpoint)
         save_model(model, student, out)
     done = getattr(model, HEALING_ATTRIBUTE)
@@ -190,26 +197,18 @@ COMMANDS = {"plan": plan, "compress": compress, "heal": heal_command, "eval": ev
             "merge": merge_command}
 
 
-def _calibration(model: nn.Module, source: str, texts: Path | None, loss: str, max_length: int,
-                 options: dict[str, object]) -> Calibration | None:
-    if texts is None:
-        return None
-    layers = eligible(model, PlanOptions(**options))
-    return calibrate(model, _batches(source, texts, max_length), loss=False if loss == "none" else loss, layers=layers)
+def _loss(name: str) -> str | bool:
+    return False if name == "none" else name
 
 
-def _batches(source: str, texts: Path, max_length: int) -> list:
-    return as_batches(read_texts(texts), _tokenizer(source), max_length=max_length)
+def _batches(source: str, texts: Path | None, max_length: int) -> list[Batch] | None:
+    return texts and as_batches(read_texts(texts), _tokenizer(source), max_length=max_length)
 
 
 def _tokenizer(source: str):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(source)
-
-
-def _healed(model: nn.Module, dense: nn.Module, source: str, texts: Path, steps: int, max_length: int) -> nn.Module:
-    return heal(model, dense, _batches(source, texts, max_length), steps=steps)
 
 
 def _told(model: nn.Module) -> str:

@@ -170,10 +170,11 @@ def test_python_dash_m() -> None:
     assert all(command in done.stdout for command in ("plan", "compress", "inspect", "merge", "bench", "info"))
 
 
-def test_compress_with_texts_heals_reports_and_keeps_to_the_budget(language_model: Path, tmp_path) -> None:
+@pytest.mark.parametrize("anchored", [0.0, 0.25])
+def test_compress_with_texts_heals_reports_and_keeps_to_the_budget(anchored, language_model: Path, tmp_path) -> None:
     source, texts = language_model / "lm", language_model / "a.txt"
     done = run("compress", source, "--keep", 0.6, "--calibrate", texts, "--loss", "lm", "--heal", 3, "--report",
-               tmp_path / "report.html", "--out", tmp_path / "small", "--max-length", 20)
+               tmp_path / "report.html", "--out", tmp_path / "small", "--max-length", 20, "--anchored", anchored)
     assert done.exit_code == 0, done.output
     assert "healed: distance to the dense model" in done.output and (tmp_path / "report.html").stat().st_size > 10_000
     assert "measured" in (tmp_path / "report.html").read_text()
@@ -221,7 +222,9 @@ def test_bench_times_layers_for_budgets_of_time(source: Path, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("arguments, code, says", [
-    (("compress", "--keep", 0.5, "--heal", 3), USAGE, "--calibrate"),
+    (("compress", "--keep", 0.5, "--heal", 3), USAGE, "--heal needs texts: --calibrate"),
+    (("compress", "--keep", 0.5, "--anchored", 0.5), USAGE, "--anchored needs texts: --calibrate"),
+    (("compress", "--keep", 0.5, "--anchored", 2, "--calibrate", "TEXTS"), FAILED, "anchored must lie in"),
     (("compress", "--keep", 0.5, "--calibrate", "absent.txt"), FAILED, "absent.txt"),
     (("compress", "--keep", 0.5, "--calibrate", "TEXTS", "--loss", "mse"), FAILED, "'mse'"),
     (("eval",), USAGE, "--text"),
