@@ -16,7 +16,7 @@ from . import surgery
 from .calibration import Calibration
 from .ced import CED
 from .dense import dense_twin
-from .led import LEDConv1D
+from .led import LED, LEDConv1D
 from .linalg import FactorizationError, Shape, factorize, factorize_weighted, pivoted
 from .parallel import in_parallel, workers_for
 from .plan import LayerPlan, RankPlan
@@ -124,15 +124,18 @@ def _shifted(bias: nn.Parameter, shift: Tensor) -> nn.Parameter:
     return nn.Parameter((bias + shift.flatten()).to(bias.dtype), bias.requires_grad)
 
 
-def _describe_layer(site: Site) -> LayerPlan:
-    layer = site.module
+def shape_of(layer: LED | CED) -> Shape:
+    """What a low-rank layer is as a matrix."""
     if isinstance(layer, CED):
-        kind = f"Conv{len(layer.kernel_size)}d"
-        shape = Shape(layer.out_channels, layer.in_channels * math.prod(layer.kernel_size), layer.dense_groups,
-                      layer.down_groups, layer.up_groups, layer.pivoted)
-    else:
-        kind = "Conv1D" if isinstance(layer, LEDConv1D) else "Linear"
-        shape = Shape(layer.out_features, layer.in_features, pivoted=layer.pivoted)
+        return Shape(layer.out_channels, layer.in_channels * math.prod(layer.kernel_size), layer.dense_groups,
+                     layer.down_groups, layer.up_groups, layer.pivoted)
+    return Shape(layer.out_features, layer.in_features, pivoted=layer.pivoted)
+
+
+def _describe_layer(site: Site) -> LayerPlan:
+    layer, shape = site.module, shape_of(site.module)
+    kind = f"Conv{len(layer.kernel_size)}d" if isinstance(layer, CED) else (
+        "Conv1D" if isinstance(layer, LEDConv1D) else "Linear")
     return LayerPlan(site.fqn, kind, shape.dense_params, shape, layer.rank)
 
 

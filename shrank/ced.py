@@ -93,6 +93,11 @@ class CED(nn.Module):
         return is_pivoted(self.ced_unit)
 
     @property
+    def order(self) -> Tensor | None:
+        """With pivots, the place of every output in down and then up (out_channels,)."""
+        return self.ced_unit[2].order if self.pivoted else None
+
+    @property
     def bias(self) -> Tensor | None:
         return merged_bias(self.ced_unit)
 

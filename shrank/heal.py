@@ -18,6 +18,7 @@ from .batches import Batch, MaskFunction, as_batches
 from .distillation import common_blocks, distance
 from .hooks import in_eval_mode
 from .progress import track
+from .storage import with_pivots, with_plain_factors
 from .targets import LOW_RANK
 
 HEALING_ATTRIBUTE = "shrank_healing"
@@ -67,8 +68,8 @@ def heal(student: nn.Module, teacher: nn.Module, batches: Iterable[object], *, s
     `hidden` times the mean relative error of the blocks' outputs. train: the parameters of the "low_rank" layers, or
     "all". held_out: data that decides which weights are best, by default a tenth of `batches`, which then is not
     trained on. checkpoint: a file to go on from; written at every evaluation. Weights in 16 bits are trained through
-    copies in 32. `shrank_healing` notes what happened. Raises ValueError on arguments that do not fit and RuntimeError
-    if the loss is not finite, the student then as good as it was at best.
+    copies in 32, pivoted layers with plain factors. `shrank_healing` notes what happened. Raises ValueError on arguments
+    that do not fit and RuntimeError if the loss is not finite, the student then as good as it was at best.
     """
     if steps < 1 or evaluate_every < 1:
         raise ValueError(f"steps must be at least 1 and evaluate_every too, got {steps} and {evaluate_every}")
@@ -78,16 +79,12 @@ def heal(student: nn.Module, teacher: nn.Module, batches: Iterable[object], *, s
         batches, held = _split(batches)
     else:
         held = as_batches(held_out, tokenizer, mask, batch_size, max_length)
-    run = _Run(student, teacher, batches, held, options)
-    flags = {p: p.requires_grad for model in (student, teacher) for p in model.parameters()}
+    student, pivots = with_plain_factors(student)
     try:
-        with in_eval_mode(student, teacher):  # with dropout the teacher's outputs could not be reached
-            run.prepare()
-            run.train(Path(checkpoint) if checkpoint else None)
+        run = _Run(student, teacher, batches, held, options)
+        run.all_of_it(Path(checkpoint) if checkpoint else None)
     finally:
-        run.take_best()
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+        student = with_pivots(student, pivots)
     vars(student)[HEALING_ATTRIBUTE] = Healing(run.step, run.best_step, tuple(run.curve))
     return student
 
@@ -106,11 +103,20 @@ class _Run:
         self.blocks = common_blocks(student, teacher)
         self.step, self.best_step, self.curve = 0, 0, []
 
-    def prepare(self) -> None:
-        for model in (self.student, self.teacher):
-            model.requires_grad_(False)
-        for parameter in self.trained.values():
-            parameter.requires_grad_(True)
+    def all_of_it(self, checkpoint: Path | None) -> None:
+        """Train, and leave the student with its best weights and both models' flags as they were."""
+        flags = {p: p.requires_grad for model in (self.student, self.teacher) for p in model.parameters()}
+        try:
+            with in_eval_mode(self.student, self.teacher):  # with dropout the teacher's outputs could not be reached
+                for parameter in flags:
+                    parameter.requires_grad_(False)
+                for parameter in self.trained.values():
+                    parameter.requires_grad_(True)
+                self.train(checkpoint)
+        finally:
+            self.take_best()
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
 
     def train(self, checkpoint: Path | None) -> None:
         if checkpoint is not None and checkpoint.exists():

@@ -88,6 +88,11 @@ class LED(nn.Module):
         return is_pivoted(self.led_unit)
 
     @property
+    def order(self) -> Tensor | None:
+        """With pivots, the place of every output in down and then up (out_features,)."""
+        return self.led_unit[2].order if self.pivoted else None
+
+    @property
     def bias(self) -> Tensor | None:
         return merged_bias(self.led_unit)
 

@@ -138,11 +138,17 @@ def test_blocks_are_found_in_both_models() -> None:
     assert distance(teacher, teacher, as_batches(texts(1))[0], common_blocks(teacher, teacher), 1.0).item() < 1e-9
 
 
-def test_pivots_heal_too() -> None:
-    dense = mlp()
-    student = auto_fact(copy.deepcopy(dense), 8, pivot=True)
-    heal(student, dense, data(), steps=30, learning_rate=3e-3, evaluate_every=10)
-    assert student.shrank_healing.after < student.shrank_healing.before
+def test_pivots_heal_as_plain_factors_do() -> None:
+    dense, found = mlp(), []
+    for pivot in (False, True):
+        student = auto_fact(copy.deepcopy(dense), 8, pivot=pivot)
+        before, places = fingerprint(student), [m.led_unit[2].order for m in student if pivot]
+        heal(student, dense, data(), steps=30, learning_rate=3e-3, evaluate_every=10)
+        assert fingerprint(student)["types"] == before["types"] and len(places) == 3 * pivot
+        found.append(student.shrank_healing)
+    plain, pivoted = found
+    assert pivoted.before == pytest.approx(plain.before, rel=1e-3)
+    assert pivoted.after < 0.9 * pivoted.before and pivoted.after < 1.1 * plain.after
 
 
 def test_a_loss_that_is_not_finite_is_an_error_and_loses_nothing() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .factors import Factors
+from .weighted import rounded
 
 # Rounding of the pivots grows by at most 1 / (smallest singular value of their rows of an orthonormal `up`). Rows in
 # one piece need no gather, which costs a linear layer up to half its time on a CPU (benchmarks/bench_pivots.py); they
@@ -52,6 +53,17 @@ def pivoted(factors: Factors) -> PivotedFactors:
     fitted = torch.linalg.solve(eye + given.mT @ given, (own + given.mT @ rest) @ down).to(dtype)
     growth = 1.0 / torch.linalg.svdvals(own).min().item()
     return PivotedFactors(fitted.contiguous(), T.contiguous(), _order(pivots, others), growth)
+
+
+def unpivoted(found: PivotedFactors) -> Factors:
+    """The same matrices with plain factors, `up` with orthonormal columns: training moves all outputs alike, where a
+    change of a pivot moves others by up to `growth` times as much."""
+    G, R, _ = found.down.shape
+    own = torch.eye(R, dtype=torch.float64, device=found.up.device).expand(G, R, R)
+    by_place = torch.cat((own.flatten(0, 1), found.up.double().flatten(0, 1)))
+    up, triangle = torch.linalg.qr(by_place[found.order.long()].unflatten(0, (G, -1)))
+    up, down = rounded(up, triangle @ found.down.double(), found.up.dtype)
+    return Factors(down, up, 0.0, 1.0)
 
 
 def _window(up: Tensor, eps: float) -> Tensor:
