@@ -68,8 +68,8 @@ def heal(student: nn.Module, teacher: nn.Module, batches: Iterable[object], *, s
     `hidden` times the mean relative error of the blocks' outputs. train: the parameters of the "low_rank" layers, or
     "all". held_out: data that decides which weights are best, by default a tenth of `batches`, which then is not
     trained on. checkpoint: a file to go on from; written at every evaluation. Weights in 16 bits are trained through
-    copies in 32, pivoted layers with plain factors. `shrank_healing` notes what happened. Raises ValueError on arguments
-    that do not fit and RuntimeError if the loss is not finite, the student then as good as it was at best.
+    copies in 32, pivoted layers with plain factors. `shrank_healing` notes what happened. Raises ValueError on
+    arguments that do not fit and RuntimeError if the loss is not finite, the student then as good as it was at best.
     """
     if steps < 1 or evaluate_every < 1:
         raise ValueError(f"steps must be at least 1 and evaluate_every too, got {steps} and {evaluate_every}")
