@@ -1,7 +1,8 @@
 """What compressed models are worth at every size, against the published methods: benchmarks/results/quality_*.json.
 
     python -m benchmarks.quality [minilm smollm2 whisper crepe-full crepe-tiny] [--heal 300]
-    python -m benchmarks.quality --table
+    python -m benchmarks.quality [...] --cost     # of calibrate, plan and apply: seconds and memory, on a quiet machine
+    python -m benchmarks.quality [...] --table    # of what was measured
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Study:
 
 STUDIES = {
     "minilm": Study(MiniLM, (0.9, 0.8, 0.7, 0.6, 0.5), (0.9, 0.8, 0.7, 0.6, 0.5), (0.9, 0.8, 0.7, 0.6, 0.5)),
-    "smollm2": Study(SmolLM2, (0.9, 0.8, 0.7, 0.6), (0.8, 0.6), (0.6,), (0.8,)),
+    "smollm2": Study(SmolLM2, (0.9, 0.8, 0.7, 0.6), (0.6,), (), (0.8,)),
     "whisper": Study(Whisper, (0.9, 0.7, 0.5), (0.7,), (0.7, 0.5), (0.5,)),
     "crepe-full": Study(partial(Crepe, "full"), (0.7, 0.5), (0.5,), (0.5,)),
     "crepe-tiny": Study(partial(Crepe, "tiny"), (0.7, 0.5), (0.5,), (0.5,)),
@@ -113,9 +114,8 @@ def rows(study: Study, heal_steps: int) -> Iterator[dict]:
     yield from _baselines(task, study.keeps)
     started = time.perf_counter()
     names = list(baselines.layers(dense, task.exclude))
-    loss = task.loss if task.kfac and task.name != MiniLM.name else None
     batches = as_batches(task.batches())
-    calibration = shrank.calibrate(dense, batches, loss=loss, layers=names)
+    calibration = shrank.calibrate(dense, batches, loss=task.own_loss, layers=names)
     seconds = round(time.perf_counter() - started)
     without = shrank.calibrate(dense, batches, loss=False, layers=names)
 
@@ -135,9 +135,9 @@ def rows(study: Study, heal_steps: int) -> Iterator[dict]:
             yield found
             if OURS in name and keep in study.heal_at and heal_steps:
                 yield _healed(task, small, dense, keep, heal_steps)
+    yield from _halved(task, dense, calibration)
     for keep in study.anchored_at:
         yield row(f"{OURS}, anchored", partial(_anchored, batches, calibration), keep)[1]
-    yield from _halved(task, dense, calibration)
 
 
 def _anchored(batches: list[Batch], calibration: Calibration, model: nn.Module, keep: float) -> nn.Module:
@@ -187,8 +187,7 @@ def _cost(name: str) -> dict[str, float]:
     shrank.auto_fact(nn.Linear(256, 256).eval(), Budget(keep_params=0.5), calibrate=[torch.randn(256, 256)])
     size = 4 * sum(p.numel() for p in model.parameters())
     before, started = _resident(), time.perf_counter()
-    shrank.auto_fact(model, Budget(keep_params=0.8), calibrate=batches, exclude=task.exclude,
-                     loss=task.loss if task.kfac and name != "minilm" else None)
+    shrank.auto_fact(model, Budget(keep_params=0.8), calibrate=batches, exclude=task.exclude, loss=task.own_loss)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": round(seconds, 1), "model in MiB": size >> 20,
@@ -220,18 +219,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=list(STUDIES), metavar="TASK")
     parser.add_argument("--heal", type=int, default=300, help="steps; 0 for none")
+    parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--cost", action="store_true", help="measure time and memory alone")
     parser.add_argument("--table", action="store_true", help="print the stored results")
     arguments = parser.parse_args()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(arguments.threads)
     for name in arguments.tasks:
         path = RESULTS / f"quality_{name}.json"
-        if not arguments.table:
-            results = {**provenance("cpu"), "cost": cost(name), "rows": []}
+        results = json.loads(path.read_text()) if path.exists() else {}
+        if arguments.cost:
+            results["cost"] = {**cost(name), "measured": provenance("cpu")}
+            path.write_text(json.dumps(results, indent=1) + "\n")
+        elif not arguments.table:
+            results = {**provenance("cpu"), "cost": results.get("cost"), "rows": []}
             for row in rows(STUDIES[name], arguments.heal):
                 results["rows"].append(row)
                 print(json.dumps(row), flush=True)
                 path.write_text(json.dumps(results, indent=1) + "\n")
-        print(name, json.loads(path.read_text())["cost"], table(json.loads(path.read_text())), sep="\n")
+        print(name, results["cost"], table(results), sep="\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ class Task:
     name: str
     exclude: tuple[str, ...] = ()
     kfac = True  # whether the baseline with gradients can be measured: it needs a loss, and linear layers
+    own_loss: str | None = None  # what shrank weighs errors by
 
     def model(self) -> nn.Module:
         """The dense model, in eval mode."""
@@ -83,6 +84,7 @@ class SmolLM2(Task):
     """Perplexity on articles of Wikipedia that the calibration did not see, and on news."""
 
     name = "SmolLM2-135M"
+    own_loss = "lm"
     exclude = ("lm_head",)
 
     def model(self) -> nn.Module:
@@ -93,8 +95,8 @@ class SmolLM2(Task):
         return [{"input_ids": window[None]} for window in found]
 
     def healing_batches(self) -> list[dict[str, Tensor]]:
-        found = self._windows("\n\n".join(texts.articles("calibration")), 600, 256)
-        return [{"input_ids": found[i : i + 2]} for i in range(0, len(found) - 1, 2)]
+        found = self._windows("\n\n".join(texts.articles("calibration")), 400, 256)
+        return [{"input_ids": window[None]} for window in found]
 
     @staticmethod
     def loss(output: object, batch: Batch) -> Tensor:
@@ -134,6 +136,7 @@ class Whisper(Task):
     """Word error rate of greedy transcripts, and cross entropy of the true ones."""
 
     name = "Whisper tiny.en"
+    own_loss = "lm"
     exclude = ("proj_out",)
 
     def model(self) -> nn.Module:
@@ -143,7 +146,7 @@ class Whisper(Task):
         return self._batches(speech.prompts("calibration")[:64], 4)
 
     def healing_batches(self) -> list[dict[str, Tensor]]:
-        return self._batches(speech.prompts("calibration"), 4)
+        return self._batches(speech.prompts("calibration"), 2)
 
     @staticmethod
     def loss(output: object, batch: Batch) -> Tensor:

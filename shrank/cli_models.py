@@ -39,7 +39,7 @@ from .cli_common import (
 from .evaluate import evaluate, repetition
 from .files import size_on_disk
 from .fitting import PlanOptions
-from .heal import HEALING_ATTRIBUTE
+from .heal import HEALING_ATTRIBUTE, LEARNING_RATE
 from .heal import heal as heal_model
 from .measure import measured
 from .plan import RankPlan
@@ -121,7 +121,7 @@ def compress(source: Source, out: Out, rank: Rank = None, keep: Keep = None, ene
 def heal_command(student: Annotated[str, typer.Argument(help="Folder of a compressed model.")],
                  teacher: Annotated[str, typer.Argument(help="Folder or hub name of the dense model.")],
                  text: Annotated[Path, typer.Option(help="Texts to train on, as for --calibrate.")], out: Out,
-                 steps: int = 300, learning_rate: float = 3e-4, max_length: MaxLength = 512,
+                 steps: int = 300, learning_rate: float = LEARNING_RATE, max_length: MaxLength = 512,
                  checkpoint: Annotated[Path | None, typer.Option(help="A file to go on from.")] = None,
                  force: Force = False, as_json: Json = False) -> None:
     """Train the factors of a compressed model to do as the dense one does, and write the best that was reached."""

@@ -22,6 +22,8 @@ from .storage import with_pivots, with_plain_factors
 from .targets import LOW_RANK
 
 HEALING_ATTRIBUTE = "shrank_healing"
+# Whisper tiny.en at keep 0.5, distance to the dense model after 40 steps: 0.26 -> 0.33 at 1e-4, 0.11 at 3e-5.
+LEARNING_RATE = 3e-5
 _WARM_UP, _FINAL_RATE = 0.1, 0.05  # shares of the steps and of the learning rate
 _BETAS, _LARGEST_NORM = (0.9, 0.95), 1.0
 _HELD_OUT = 0.1
@@ -57,7 +59,7 @@ class _Options:
 
 
 def heal(student: nn.Module, teacher: nn.Module, batches: Iterable[object], *, steps: int = 300,
-         learning_rate: float = 3e-4, hidden: float = 1.0, train: str = "low_rank",
+         learning_rate: float = LEARNING_RATE, hidden: float = 1.0, train: str = "low_rank",
          held_out: Iterable[object] | None = None, evaluate_every: int = 50,
          checkpoint: str | os.PathLike | None = None, seed: int = 0, tokenizer: Callable | None = None,
          mask: MaskFunction | None = None, batch_size: int = 8, max_length: int = 512) -> nn.Module:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from .batches import Batch
@@ -53,7 +52,7 @@ class NextToken(Loss):
         aligned = isinstance(output, Mapping) and "encoder_last_hidden_state" in output
         logits, targets = next_token_targets(main_output(output), batch, aligned)
         if logits.requires_grad:
-            F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum").backward()
+            logits.backward(cross_entropy_gradient(logits.detach(), targets))
         return int((targets != -100).sum())
 
 
@@ -88,6 +87,14 @@ def as_loss(loss: Loss | Callable | str | bool | None) -> Loss | None:
     if callable(loss):
         return Custom(loss)
     raise ValueError(f"loss must be 'lm', 'output', a function, None or False, got {loss!r}")
+
+
+def cross_entropy_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of the sum of the cross entropies, by the logits (tokens, vocabulary): one tensor of their size, where automatic
+    differentiation would hold three beside them. Tokens with target -100 have none."""
+    gradient, counted = logits.float().softmax(-1), targets != -100
+    gradient[counted.nonzero()[:, 0], targets[counted]] -= 1
+    return (gradient * counted[:, None]).to(logits.dtype) if not counted.all() else gradient.to(logits.dtype)
 
 
 def main_output(output: object) -> Tensor:
