@@ -120,7 +120,7 @@ def _observed(model: nn.Module, dense: nn.Module, groups: list[Group], batches: 
                 hooks = {pair.here.site.fqn: partial(look, pair, batch) for pair in pairs}
                 calls[where] = _run(where, batch, hooks, calls.get(where))
     if unlike := [name for pair in pairs for name in pair.names if not (pair.alike and pair.anchor.rows)]:
-        warnings.warn(f"not anchored, as the dense model calls them otherwise: {', '.join(unlike)}", stacklevel=4)
+        warnings.warn(f"not anchored, as the dense model calls them otherwise: {', '.join(unlike)}", stacklevel=5)
     return {name: pair.moments() for pair in pairs for name in pair.names if name not in unlike}
 
 
@@ -173,4 +173,4 @@ def _warn_of_few_tokens(plan: RankPlan, calibration: Calibration, sites: list[Si
            if calibration.tokens(site.fqn) < _TOKENS_PER_INPUT * (inputs := plan[site.fqn].shape.in_features)]
     if few:
         warnings.warn(f"{len(few)} layers saw fewer than {_TOKENS_PER_INPUT} tokens for each of their inputs, such as "
-                      f"{few[0]}: anchored factors may fit their noise", stacklevel=4)
+                      f"{few[0]}: anchored factors may fit their noise", stacklevel=5)
