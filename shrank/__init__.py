@@ -11,6 +11,7 @@ from .fitting import PlanOptions
 from .heal import heal
 from .latency import LatencyTable
 from .led import LED
+from .measure import measured
 from .ops.api import Backend, backend, low_rank_conv, low_rank_linear, why_not
 from .plan import LayerPlan, RankPlan
 from .planning import make_plan
@@ -40,6 +41,7 @@ __all__ = [
            "low_rank_conv",
            "low_rank_linear",
            "make_plan",
+           "measured",
            "merge",
            "save",
            "why_not",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch
+from .batches import as_batches
 from .ced import CED
 from .hooks import hooked
 from .led import LED
@@ -19,10 +19,12 @@ from .targets import target
 
 
 @torch.no_grad()
-def measured(plan: RankPlan, dense: nn.Module, small: nn.Module, batches: Iterable[Batch]) -> RankPlan:
+def measured(plan: RankPlan, dense: nn.Module, small: nn.Module, batches: Iterable[object],
+             tokenizer: Callable | None = None) -> RankPlan:
     """The plan with the relative error of every low-rank layer's outputs, each alone at the dense layer's inputs.
 
-    dense, small: the model before and after. Raises ValueError if a layer of the plan is missing from either.
+    dense, small: the model before and after. batches, tokenizer: see `as_batches`. Raises ValueError if a layer of the
+    plan is missing from either.
     """
     twins, sums = {}, {}
     for layer in plan.low_rank:
@@ -34,7 +36,7 @@ def measured(plan: RankPlan, dense: nn.Module, small: nn.Module, batches: Iterab
             twins[layer.fqn] = (original, twin)
             sums[layer.fqn] = _Sums(original.bias is not None)
     with hooked((original, partial(_compare, twin, sums[fqn])) for fqn, (original, twin) in twins.items()):
-        for batch in track(batches, "measuring"):
+        for batch in track(as_batches(batches, tokenizer), "measuring"):
             batch.call(dense)
     seen = {fqn: found.relative for fqn, found in sums.items() if found.tokens}
     return replace(plan, layers=tuple(replace(x, measured=seen.get(x.fqn)) for x in plan))

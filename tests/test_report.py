@@ -10,9 +10,7 @@ import re
 import pytest
 import torch
 
-from shrank import Budget, LayerPlan, RankPlan, auto_fact, calibrate, make_plan
-from shrank.batches import as_batches
-from shrank.measure import measured
+from shrank import Budget, LayerPlan, RankPlan, auto_fact, calibrate, make_plan, measured
 from tests.common.models import WIDTH, Mixed, draw, mlp, seeded
 
 
@@ -74,7 +72,7 @@ def test_on_the_calibration_data_measured_errors_are_the_expected_ones(build, x)
     model, x = build(), draw(*x)
     small = auto_fact(copy.deepcopy(model), Budget(keep_params=0.6), calibrate=[x], loss=False, groups_out=True,
                       allow_slower=True)
-    found = measured(small.shrank_plan, model, small, as_batches([x]))
+    found = measured(small.shrank_plan, model, small, [x])
     assert found.low_rank
     for layer in found.low_rank:
         # Expected errors count a little of what the data did not show: shrinkage.
@@ -86,9 +84,9 @@ def test_on_the_calibration_data_measured_errors_are_the_expected_ones(build, x)
 def test_measured_errors_are_relative_to_the_outputs() -> None:
     model, x = mlp(1), draw(50, WIDTH)
     small = auto_fact(copy.deepcopy(model), 4)
-    layer, = measured(small.shrank_plan, model, small, as_batches([x])).low_rank
+    layer, = measured(small.shrank_plan, model, small, [x]).low_rank
     y = model(x).detach()
     expected = ((small(x) - y).norm() / (y - y.mean(0)).norm()).item()
     assert layer.measured == pytest.approx(expected, rel=1e-4)
     with pytest.raises(ValueError, match="not in both models"):
-        measured(small.shrank_plan, torch.nn.Sequential(), small, as_batches([x]))
+        measured(small.shrank_plan, torch.nn.Sequential(), small, [x])
