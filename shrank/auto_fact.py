@@ -22,7 +22,7 @@ from .planning import eligible, make_plan
 from .progress import track
 
 # The options of `calibrate` and of `as_batches` that come with `calibrate=`.
-_DATA_OPTIONS = ("loss", "cache", "max_memory", "seed")
+_DATA_OPTIONS = ("loss", "cache", "max_memory", "spill", "seed")
 _BATCH_OPTIONS = ("tokenizer", "mask", "batch_size", "max_length")
 _TRIALS = 7  # halvings of the share kept: to within 1 / 128
 

@@ -8,7 +8,8 @@ import os
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from .linalg import FactorizationError, Metric, Moments, metric
 from .losses import Loss, as_loss
 from .passes import Group, plan_passes
 from .progress import track
+from .spill import saved_on_disk
 from .surgery import walk
 from .targets import why_not
 
@@ -47,6 +49,9 @@ class Calibration:
 
     def __contains__(self, fqn: str) -> bool:
         return fqn in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -88,7 +93,7 @@ class Calibration:
 def calibrate(model: nn.Module, batches: Iterable[object] | Calibration, *,
               loss: Loss | Callable | str | bool | None = None, tokenizer: Callable | None = None,
               mask: MaskFunction | None = None, layers: Iterable[str] | None = None,
-              cache: str | os.PathLike | None = None, max_memory: int | None = None, seed: int = 0,
+              cache: str | os.PathLike | None = None, max_memory: int | None = None, spill: bool = False, seed: int = 0,
               batch_size: int = 8, max_length: int = 512) -> Calibration:
     """Run data through a model, which is not changed, and note what its layers see.
 
@@ -97,8 +102,8 @@ def calibrate(model: nn.Module, batches: Iterable[object] | Calibration, *,
     to every layer, False for none (no backward pass). layers: names, default all that could be replaced. cache: a
     folder; passes over the data that are found there are not repeated. max_memory: bytes for moments held at a time,
     default half of what the model takes in float32, and 64 MiB for a small one; more passes over the data where it does
-    not suffice. Raises ValueError where data or gradients are not finite, naming batch and layer, and where no
-    gradient reaches any layer.
+    not suffice. spill: keep what a backward pass needs in temporary files. Raises ValueError where data or gradients
+    are not finite, naming batch and layer, and where no gradient reaches any layer.
     """
     if isinstance(batches, Calibration):
         return batches
@@ -118,7 +123,7 @@ def calibrate(model: nn.Module, batches: Iterable[object] | Calibration, *,
     for number, (file, groups) in enumerate(zip(files, passes, strict=True), 1):
         if not file.exists():
             progress = f"calibrating, pass {number} of {len(passes)}"
-            _write(file, _run(model, groups, batches, loss, seed, progress), unseen if number == 1 else [])
+            _write(file, _run(model, groups, batches, loss, seed, spill, progress), unseen if number == 1 else [])
     found = Calibration(folder, files)
     if temporary:
         weakref.finalize(found, temporary.cleanup)
@@ -127,7 +132,7 @@ def calibrate(model: nn.Module, batches: Iterable[object] | Calibration, *,
     return found
 
 
-def _run(model: nn.Module, groups: list[Group], batches: list[Batch], loss: Loss | None, seed: int,
+def _run(model: nn.Module, groups: list[Group], batches: list[Batch], loss: Loss | None, seed: int, spill: bool,
          progress: str) -> Accumulator:
     """One pass over the data, with the moments of these layers."""
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -138,10 +143,11 @@ def _run(model: nn.Module, groups: list[Group], batches: list[Batch], loss: Loss
         with in_eval_mode(model), hooked(accumulator.hooks()), torch.enable_grad() if loss else torch.no_grad():
             for number, batch in enumerate(track(batches, progress)):
                 accumulator.begin(number, batch)
-                output = batch.call(model)
-                if loss:
-                    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-                    accumulator.samples += loss.backward(output, batch, generator)
+                with saved_on_disk(model) if spill and loss else nullcontext():
+                    output = batch.call(model)
+                    if loss:
+                        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+                        accumulator.samples += loss.backward(output, batch, generator)
                 accumulator.check()
     finally:
         for parameter in trainable:

@@ -30,7 +30,7 @@ img { max-width: 100%; height: auto }
 table { border-collapse: collapse; width: 100%; font-size: 13px }
 th { text-align: left; border-bottom: 2px solid #ccc; position: sticky; top: 0; background: white }
 td { border-bottom: 1px solid #eee; padding: .15rem .6rem .15rem 0 }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; padding-right: 1rem }
+td.number, th.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; padding-right: 1rem }
 tr.dense td { color: #8a8578 } .bar { display: inline-block; height: .6rem; background: #1f6f8b; border-radius: 2px }
 .track { display: inline-block; width: 6rem; background: #eae7de; border-radius: 2px; line-height: .6rem }
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,6 +162,20 @@ def test_little_memory_takes_more_passes_and_finds_the_same(loss, tmp_path) -> N
     for name in ("0", "1", "2", "3"):
         for field in ("data", "mean", "gradient", "input_energy"):
             assert_close(getattr(parts[name], field), getattr(whole[name], field))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["bert", "t5", "llama"])
+def test_with_activations_on_disk_it_finds_the_same(family: str, dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr("shrank.spill._SMALLEST", 1)
+    files, write = [], Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda path, data: files.append(path) or write(path, data))
+    model = hf_model(family).to(dtype)
+    here, there = (calibrate(model, [hf_inputs(model)] * 2, spill=spill) for spill in (False, True))
+    assert here.has_gradients and list(here) == list(there)
+    for name in here:
+        assert torch.equal(here[name].gradient, there[name].gradient) and torch.equal(here[name].data, there[name].data)
+    assert len(files) > 10 and not any(file.exists() for file in files)
 
 
 def test_the_cache_is_gone_on_from_and_only_for_the_same(tmp_path) -> None:
