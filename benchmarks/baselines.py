@@ -97,6 +97,8 @@ def plain(W: Tensor, _: Statistics) -> Callable[[int], Tensor]:
 
 def asvd(W: Tensor, seen: Statistics) -> Callable[[int], Tensor]:
     """Columns scaled by the square root of their inputs' mean magnitude (Yuan et al., 2023)."""
+    if isinstance(seen.outputs, Tensor):
+        return whitened(W, seen)  # published for linear layers only; the best that a convolution can have
     scale = (seen.magnitude.double() / seen.tokens).sqrt() + 1e-6
     scaled = plain(W * scale, seen)
     return lambda rank: scaled(rank) / scale
@@ -114,6 +116,8 @@ def whitened(W: Tensor, seen: Statistics) -> Callable[[int], Tensor]:
 
 def kfac(W: Tensor, seen: Statistics) -> Callable[[int], Tensor]:
     """The least change of the loss, inputs and gradients taken as independent (K-FAC SVD, as in LEMS, 2026)."""
+    if isinstance(seen.outputs, Tensor):
+        return whitened(W, seen)
     right, right_inverse = _roots(_shrunk(seen.inputs.double() / seen.tokens, _COLUMN_SHRINKAGE))
     left, left_inverse = _roots(_shrunk(seen.gradients.double() / seen.tokens, _ROW_SHRINKAGE))
     scaled = plain(left @ W @ right, seen)

@@ -148,7 +148,7 @@ def _anchored(batches: list[Batch], calibration: Calibration, model: nn.Module, 
 def _baselines(task: Task, keeps: tuple[float, ...]) -> Iterator[dict]:
     model = task.model()
     seen = baselines.statistics(model, as_batches(task.batches()), task.loss if task.kfac else None, task.exclude)
-    convolutional = any(isinstance(m, baselines.CONVOLUTIONS) for m in baselines.layers(model, task.exclude).values())
+    convolutional = all(isinstance(m, baselines.CONVOLUTIONS) for m in baselines.layers(model, task.exclude).values())
     for method in baselines.METHODS:
         if convolutional and method in ("ASVD", "K-FAC"):
             continue  # published for linear layers only
@@ -187,7 +187,8 @@ def _cost(name: str) -> dict[str, float]:
     shrank.auto_fact(nn.Linear(256, 256).eval(), Budget(keep_params=0.5), calibrate=[torch.randn(256, 256)])
     size = 4 * sum(p.numel() for p in model.parameters())
     before, started = _resident(), time.perf_counter()
-    shrank.auto_fact(model, Budget(keep_params=0.8), calibrate=batches, exclude=task.exclude, loss=task.own_loss)
+    shrank.auto_fact(model, Budget(keep_params=0.8), calibrate=batches, exclude=task.exclude, loss=task.own_loss,
+                     spill=True)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": round(seconds, 1), "model in MiB": size >> 20,
