@@ -148,9 +148,8 @@ def _anchored(batches: list[Batch], calibration: Calibration, model: nn.Module, 
 def _baselines(task: Task, keeps: tuple[float, ...]) -> Iterator[dict]:
     model = task.model()
     seen = baselines.statistics(model, as_batches(task.batches()), task.loss if task.kfac else None, task.exclude)
-    convolutional = all(isinstance(m, baselines.CONVOLUTIONS) for m in baselines.layers(model, task.exclude).values())
     for method in baselines.METHODS:
-        if convolutional and method in ("ASVD", "K-FAC"):
+        if not task.kfac and method in ("ASVD", "K-FAC"):
             continue  # published for linear layers only
         found = baselines.approximations(model, method, seen, task.exclude)
         for keep in keeps:

@@ -22,7 +22,7 @@ class Task:
 
     name: str
     exclude: tuple[str, ...] = ()
-    kfac = True  # whether the baseline with gradients can be measured: it needs a loss, and linear layers
+    kfac = True  # whether the baselines for linear layers can be measured, of which one needs a loss
     own_loss: str | None = None  # what shrank weighs errors by
 
     def model(self) -> nn.Module:
