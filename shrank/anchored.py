@@ -100,7 +100,7 @@ class _Pair:
         self.sum = self.sum + wanted.sum(1).double()
 
     def moments(self) -> Moments:
-        return replace(self.here.moments(0), anchor=self.anchor.mean(), anchor_mean=self.sum / self.anchor.rows)
+        return replace(self.here.moments(0), anchor=self.anchor.mean, anchor_mean=self.sum / self.anchor.rows)
 
 
 class _Enough(Exception):

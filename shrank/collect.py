@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,12 @@ class Moment:
     def is_finite(self) -> Tensor:
         return self._recent.diagonal(dim1=-2, dim2=-1).sum().isfinite()
 
+    @cached_property
     def mean(self) -> Tensor:
-        return ((self._recent if self._total is None else self._total + self._recent) / self.rows).float()
+        """Over the rows, float32; nothing can be added afterwards, since it takes the place of the sum."""
+        total = self._recent if self._total is None else self._total.add_(self._recent)
+        self._recent = self._total = None
+        return total.div_(self.rows).float()
 
 
 class Observed:
@@ -117,8 +121,8 @@ class Observed:
             # Never reached: the loss does not depend on the layer.
             side = self.shape.in_features if self.gradient_of_inputs else self.shape.out_features
             m = side if self.of_inputs else side // self.shape.groups
-            gradient = self.gradient.mean() if self.gradient.rows else torch.zeros(side // m, m, m)
-        return Moments(tokens, leader.data.mean(), mean, energy, self.of_inputs, gradient, samples)
+            gradient = self.gradient.mean if self.gradient.rows else torch.zeros(side // m, m, m)
+        return Moments(tokens, leader.data.mean, mean, energy, self.of_inputs, gradient, samples)
 
 
 class Accumulator:
