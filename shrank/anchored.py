@@ -24,7 +24,7 @@ from .batches import Batch
 from .calibration import Calibration
 from .collect import Moment, Observed
 from .hooks import hooked, in_eval_mode, input_of
-from .linalg import Metric, Moments, metric
+from .linalg import Metric, Moments
 from .passes import Group, shared_inputs
 from .plan import LayerPlan, RankPlan
 from .progress import track
@@ -67,11 +67,7 @@ class _Anchored:
         self._calibration, self._moments = calibration, moments
 
     def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
-        if fqn not in self._moments:
-            return self._calibration.metric(fqn, matrices, centred)
-        before = self._calibration[fqn]
-        here = replace(self._moments[fqn], gradient=before.gradient, gradient_samples=before.gradient_samples)
-        return metric(matrices, here.to(matrices.device), centred)
+        return self._calibration.metric(fqn, matrices, centred, self._moments.get(fqn))
 
 
 class _Pair:

@@ -109,8 +109,8 @@ def _twin(calibration: Calibration | None,
     (site, layer), bias = job, job[0].module.bias
     found = target(site.module)
     matrices, rank = found.matrices(layer.shape), layer.rank // layer.shape.down_groups
-    metric = calibration and calibration.metric(site.fqn, matrices, bias is not None)
     try:
+        metric = calibration and calibration.metric(site.fqn, matrices, bias is not None)
         factors = factorize(matrices, rank) if metric is None else factorize_weighted(matrices, metric, rank)
     except FactorizationError as error:
         return site, replace(layer, rank=None, error=None, reason=str(error)), None

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -77,16 +78,24 @@ class Calibration:
         return Moments(entry["tokens"], of_inputs=entry["of_inputs"], gradient_samples=entry["gradient_samples"],
                        **tensors)
 
-    def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
+    def metric(self, fqn: str, matrices: Tensor, centred: bool, seen: Moments | None = None) -> Metric | None:
         """The norm for the error of this layer, whose weight is these matrices (G, N, K); None where nothing is known
-        of it, or of groups as large as these."""
+        of it, or of groups as large as these. seen: what it sees now instead; gradients are those of the calibration.
+
+        Raises FactorizationError where the layer is of no consequence or what it sees is not finite.
+        """
         if fqn not in self._entries:
             return None
-        moments = self[fqn].to(matrices.device)
+        moments = self[fqn]
+        if seen is not None:
+            moments = replace(seen, gradient=moments.gradient, gradient_samples=moments.gradient_samples)
+        moments = moments.to(matrices.device)
         if not moments.of_inputs and moments.data.shape[:2] != matrices.shape[:2]:
             return None
         if moments.gradient is not None and not bool(moments.gradient.any()):
             raise FactorizationError("the loss does not depend on it")
+        if not bool(moments.data.isfinite().all()):
+            raise FactorizationError("what it sees behind compressed layers holds NaN or infinity")
         return metric(matrices, moments, centred)
 
 

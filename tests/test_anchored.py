@@ -8,8 +8,10 @@ import warnings
 from collections.abc import Callable
 
 import pytest
+import torch
 from torch import Tensor, nn
 
+import shrank
 from shrank import Budget, RankPlan, auto_fact, calibrate, make_plan
 from shrank.anchored import _stages, apply_anchored
 from shrank.batches import as_batches
@@ -122,6 +124,16 @@ def test_layers_that_see_other_tokens_now_are_fitted_alone_and_named() -> None:
     with pytest.warns(UserWarning, match="not anchored, as the dense model calls them otherwise: second"):
         small = auto_fact(seeded(Routed), 4, calibrate=[draw(ROWS, WIDTH)], anchored=True)
     assert small.shrank_plan["second"].rank == 4
+
+
+def test_what_is_not_finite_behind_compressed_layers_stays_dense() -> None:
+    model = mlp(2)
+    plan = make_plan(model, 8)
+    overflowing = lambda module, args: (args[0] * torch.inf,) if shrank.describe(model).low_rank else None  # noqa: E731
+    model[1].register_forward_pre_hook(overflowing)
+    with pytest.warns(UserWarning, match="1 stays dense: what it sees behind compressed layers holds NaN or infinity"):
+        small = auto_fact(model, plan, calibrate=[draw(ROWS, WIDTH)], anchored=True)
+    assert small.shrank_plan["0"].rank == 8 and small.shrank_plan["1"].rank is None
 
 
 def test_few_tokens_are_a_warning() -> None:

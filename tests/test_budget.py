@@ -232,6 +232,9 @@ def test_layers_of_no_consequence_and_without_data_stay_dense() -> None:
     plan = make_plan(model, Budget(keep_params=0.5), calibration=found)
     assert plan["used"].rank and plan["lost"].rank is None and "does not depend on it" in plan["lost"].reason
     assert "saw no data" in plan["unused"].reason
+    with pytest.warns(UserWarning, match="lost stays dense: the loss does not depend on it"):
+        small = auto_fact(model, make_plan(model, 8), calibrate=found)
+    assert small.shrank_plan["lost"].rank is None and small.shrank_plan["used"].rank == 8
 
 
 def test_shared_and_tied_layers() -> None:
