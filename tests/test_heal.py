@@ -64,6 +64,14 @@ def test_the_best_weights_are_kept() -> None:
     assert now == pytest.approx(student.shrank_healing.after, rel=1e-5)
 
 
+def test_a_rate_that_is_too_large_is_lowered_until_it_helps() -> None:
+    student, teacher = pair()
+    heal(student, teacher, data(), steps=60, learning_rate=1.0, evaluate_every=5)
+    losses = [loss for _, loss in student.shrank_healing.curve]
+    assert losses[1] > 2 * losses[0] and student.shrank_healing.best_step > 5
+    assert student.shrank_healing.after < 0.97 * student.shrank_healing.before
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(dtype, tmp_path, monkeypatch) -> None:
     arguments = {"steps": 9, "learning_rate": 1e-2, "evaluate_every": 3}
