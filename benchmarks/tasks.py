@@ -95,7 +95,7 @@ class SmolLM2(Task):
         return [{"input_ids": window[None]} for window in found]
 
     def healing_batches(self) -> list[dict[str, Tensor]]:
-        found = self._windows("\n\n".join(texts.articles("calibration")), 400, 256)
+        found = self._windows("\n\n".join(texts.articles("calibration")), 400, 512)
         return [{"input_ids": window[None]} for window in found]
 
     @staticmethod
