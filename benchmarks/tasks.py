@@ -15,6 +15,7 @@ from benchmarks.models import SMOLLM2_FILE, minilm, minilm_folder, package_folde
 from examples.conv import load_crepe, make_tones, to_cents
 from examples.demo import embed
 from shrank.batches import Batch
+from shrank.heal import LEARNING_RATE
 
 
 class Task:
@@ -24,6 +25,7 @@ class Task:
     exclude: tuple[str, ...] = ()
     kfac = True  # whether the baselines for linear layers can be measured, of which one needs a loss
     own_loss: str | None = None  # what shrank weighs errors by
+    healing_rate = LEARNING_RATE
 
     def model(self) -> nn.Module:
         """The dense model, in eval mode."""
@@ -85,6 +87,7 @@ class SmolLM2(Task):
 
     name = "SmolLM2-135M"
     own_loss = "lm"
+    healing_rate = 2 * LEARNING_RATE  # its batches are large: 2048 tokens
     exclude = ("lm_head",)
 
     def model(self) -> nn.Module:
@@ -95,8 +98,8 @@ class SmolLM2(Task):
         return [{"input_ids": window[None]} for window in found]
 
     def healing_batches(self) -> list[dict[str, Tensor]]:
-        found = self._windows("\n\n".join(texts.articles("calibration")), 400, 512)
-        return [{"input_ids": window[None]} for window in found]
+        found = self._windows("\n\n".join(texts.articles("calibration")), 560, 512)
+        return [{"input_ids": windows} for windows in found.split(4)]
 
     @staticmethod
     def loss(output: object, batch: Batch) -> Tensor:

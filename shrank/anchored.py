@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .apply import PLAN_ATTRIBUTE, apply, resolve
 from .batches import Batch
 from .calibration import Calibration
-from .collect import Moment, Observed
+from .collect import Observed
 from .hooks import hooked, in_eval_mode, input_of
 from .linalg import Metric, Moments
 from .passes import Group, shared_inputs
@@ -78,7 +78,7 @@ class _Pair:
         self.here = Observed(group.sites[0], None, group.of_inputs, gradients=False)
         self.names, self.share = [site.fqn for site in group.sites], share
         self.expected: list[Tensor] = []  # what they see in the dense model, call by call of one batch
-        self.alike, self.anchor, self.sum = True, Moment(), 0.0
+        self.alike, self.anchor, self.sum = True, self.here.moment(group.of_inputs), 0.0
 
     def note(self, batch: Batch, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         self.expected.append(self.here.rows_of(input_of(args, kwargs), output, batch))

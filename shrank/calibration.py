@@ -157,6 +157,7 @@ def _run(model: nn.Module, groups: list[Group], batches: list[Batch], loss: Loss
                     if loss:
                         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
                         accumulator.samples += loss.backward(output, batch, generator)
+                del output  # the next forward pass needs the room
                 accumulator.check()
     finally:
         for parameter in trainable:

@@ -18,15 +18,19 @@ from .targets import target
 
 
 class Moment:
-    """Sum of x x^T over rows x, or of t x^T with other rows t beside them, for every group of features."""
+    """Sum of x x^T over rows x, or of t x^T with other rows t beside them, for every group of features.
 
-    def __init__(self) -> None:
-        self.rows, self._recent, self._total = 0, None, None
+    Its memory is there from the start: were it taken between activations, these could not be given back to the system,
+    which for SmolLM2-135M came to as much as the model.
+    """
+
+    def __init__(self, groups: int, side: int, device: torch.device) -> None:
+        self.rows, self._recent, self._total = 0, torch.zeros(groups, side, side, device=device), None
 
     def add(self, rows: Tensor, others: Tensor | None = None) -> None:
         """rows, others: (G, T, m), float32."""
-        if self._recent is None:
-            self._recent = rows.new_zeros(rows.shape[0], rows.shape[2], rows.shape[2])
+        if not self.rows:
+            self._recent = self._recent.to(rows.device)  # that of an offloaded layer is known only now
         self._recent.baddbmm_((rows if others is None else others).mT, rows)
         before, self.rows = self.rows, self.rows + rows.shape[1]
         if before // ROWS_IN_FLOAT32 != self.rows // ROWS_IN_FLOAT32:
@@ -39,10 +43,10 @@ class Moment:
 
     @cached_property
     def mean(self) -> Tensor:
-        """Over the rows, float32; nothing can be added afterwards, since it takes the place of the sum."""
+        """Over the rows, float32, zero without any; nothing can be added then, since it takes the place of the sum."""
         total = self._recent if self._total is None else self._total.add_(self._recent)
         self._recent = self._total = None
-        return total.div_(self.rows).float()
+        return total.div_(max(self.rows, 1)).float()
 
 
 class Observed:
@@ -52,11 +56,18 @@ class Observed:
         self.site, self.leader, self.of_inputs = site, leader or self, of_inputs
         self.target = target(site.module)
         self.shape = self.target.shape()
-        self.data, self.sums = Moment(), None
-        self.gradient = Moment() if gradients else None
         # Behind more outputs than inputs the gradients are needed only as the inputs feel them.
         self.gradient_of_inputs = of_inputs and self.shape.out_features > self.shape.in_features
+        self.data, self.sums = self.moment(of_inputs) if leader is None else None, None
+        self.gradient = self.moment(self.gradient_of_inputs) if gradients else None
         self.input: weakref.ref | None = None
+
+    def moment(self, of_columns: bool) -> Moment:
+        """An empty one of what it is observed by, of its inputs or of its outputs."""
+        side = self.shape.in_features if of_columns else self.shape.out_features
+        groups = 1 if self.of_inputs else self.shape.groups
+        device = self.site.module.weight.device
+        return Moment(groups, side // groups, torch.device("cpu") if device.type == "meta" else device)
 
     def see(self, x: Tensor, y: Tensor, batch: Batch) -> Tensor | None:
         """Note an input and the output; the output to use instead where gradients need another one."""
@@ -97,7 +108,11 @@ class Observed:
             energy = self.target.input_energy(x, chosen).view(len(rows), -1) * rows.shape[1]
         self.data.add(rows)
         sums = rows.sum(1).double(), energy.double()
-        self.sums = sums if self.sums is None else tuple(a + b for a, b in zip(self.sums, sums, strict=True))
+        if self.sums is None:
+            self.sums = sums
+        else:
+            for total, more in zip(self.sums, sums, strict=True):
+                total.add_(more)
 
     def _add_gradient(self, chosen, gradient: Tensor) -> None:
         rows = chosen(gradient.detach(), 1 if self.of_inputs else self.shape.groups)
@@ -116,12 +131,7 @@ class Observed:
     def moments(self, samples: int) -> Moments:
         leader, tokens = self.leader, self.leader.data.rows
         mean, energy = (total / tokens for total in leader.sums)
-        gradient = None
-        if self.gradient is not None:
-            # Never reached: the loss does not depend on the layer.
-            side = self.shape.in_features if self.gradient_of_inputs else self.shape.out_features
-            m = side if self.of_inputs else side // self.shape.groups
-            gradient = self.gradient.mean if self.gradient.rows else torch.zeros(side // m, m, m)
+        gradient = self.gradient and self.gradient.mean  # zero where the loss does not depend on the layer
         return Moments(tokens, leader.data.mean, mean, energy, self.of_inputs, gradient, samples)
 
 
