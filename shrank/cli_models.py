@@ -132,7 +132,7 @@ def heal_command(student: Annotated[str, typer.Argument(help="Folder of a compre
         model = load_model(student)
         require_layers(describe(model))
         model = heal_model(model, load_model(teacher), _batches(teacher, text, max_length), steps=steps,
-                     learning_rate=learning_rate, checkpoint=checkpoint)
+                           learning_rate=learning_rate, checkpoint=checkpoint)
         save_model(model, student, out)
     done = getattr(model, HEALING_ATTRIBUTE)
     show({"before": done.before, "after": done.after, "best_step": done.best_step, "curve": done.curve}, None, as_json,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .batches import as_batches
 from .ced import CED
-from .hooks import hooked
+from .hooks import hooked, in_eval_mode
 from .led import LED
 from .plan import RankPlan
 from .progress import track
@@ -35,7 +35,8 @@ def measured(plan: RankPlan, dense: nn.Module, small: nn.Module, batches: Iterab
         if target(original) is not None and isinstance(twin, LED | CED):
             twins[layer.fqn] = (original, twin)
             sums[layer.fqn] = _Sums(original.bias is not None)
-    with hooked((original, partial(_compare, twin, sums[fqn])) for fqn, (original, twin) in twins.items()):
+    hooks = ((original, partial(_compare, twin, sums[fqn])) for fqn, (original, twin) in twins.items())
+    with in_eval_mode(dense, small), hooked(hooks):
         for batch in track(as_batches(batches, tokenizer), "measuring"):
             batch.call(dense)
     seen = {fqn: found.relative for fqn, found in sums.items() if found.tokens}

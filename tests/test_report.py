@@ -81,6 +81,15 @@ def test_on_the_calibration_data_measured_errors_are_the_expected_ones(build, x)
     assert not any(m._forward_hooks for m in model.modules())
 
 
+def test_measuring_changes_neither_model() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.BatchNorm1d(WIDTH), torch.nn.Dropout())
+    small = auto_fact(model, 4, deepcopy=True)
+    before = [fingerprint(m) for m in (model, small)]
+    measured(small.shrank_plan, model, small, [draw(9, WIDTH)])
+    for m, state in zip((model, small), before, strict=True):
+        assert_untouched(m, state)
+
+
 def test_measured_errors_are_relative_to_the_outputs() -> None:
     model, x = mlp(1), draw(50, WIDTH)
     small = auto_fact(copy.deepcopy(model), 4)
