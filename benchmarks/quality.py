@@ -165,11 +165,11 @@ def healed_rows(study: Study, steps: int) -> Iterator[dict]:
     for keep in study.heal_at:
         small, started = _compressed(dense, calibration, keep), time.perf_counter()
         torch.set_float32_matmul_precision("medium")
-        small = shrank.heal(small, dense, task.healing_batches(), steps=steps, learning_rate=task.healing_rate)
+        small = shrank.heal(small, dense, task.healing_batches(), steps=steps, loss=task.healing_loss)
         torch.set_float32_matmul_precision("highest")
         taken, done = round(time.perf_counter() - started), small.shrank_healing
         yield {"method": f"{OURS}, healed {steps} steps", "keep": keep, **task.evaluate(small), "healed in s": taken,
-               "best step": done.best_step, "distance held out": [[step, round(x, 4)] for step, x in done.curve],
+               "best step": done.best_step, "loss held out": [[step, round(x, 4)] for step, x in done.curve],
                "measured": provenance("cpu")}
 
 

@@ -15,7 +15,6 @@ from benchmarks.models import SMOLLM2_FILE, minilm, minilm_folder, package_folde
 from examples.conv import load_crepe, make_tones, to_cents
 from examples.demo import embed
 from shrank.batches import Batch
-from shrank.heal import LEARNING_RATE
 
 
 class Task:
@@ -25,7 +24,7 @@ class Task:
     exclude: tuple[str, ...] = ()
     kfac = True  # whether the baselines for linear layers can be measured, of which one needs a loss
     own_loss: str | None = None  # what shrank weighs errors by
-    healing_rate = LEARNING_RATE
+    healing_loss: str | None = None  # what it is trained on beside the dense model's outputs
 
     def model(self) -> nn.Module:
         """The dense model, in eval mode."""
@@ -87,7 +86,7 @@ class SmolLM2(Task):
 
     name = "SmolLM2-135M"
     own_loss = "lm"
-    healing_rate = 2 * LEARNING_RATE  # its batches are large: 2048 tokens
+    healing_loss = "lm"
     exclude = ("lm_head",)
 
     def model(self) -> nn.Module:
@@ -98,8 +97,8 @@ class SmolLM2(Task):
         return [{"input_ids": window[None]} for window in found]
 
     def healing_batches(self) -> list[dict[str, Tensor]]:
-        found = self._windows("\n\n".join(texts.articles("calibration")), 560, 512)
-        return [{"input_ids": windows} for windows in found.split(4)]
+        found = self._windows("\n\n".join(texts.articles("calibration")), 330, 512)
+        return [{"input_ids": window[None]} for window in found]
 
     @staticmethod
     def loss(output: object, batch: Batch) -> Tensor:

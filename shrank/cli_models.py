@@ -107,7 +107,7 @@ def compress(source: Source, out: Out, rank: Rank = None, keep: Keep = None, ene
     require_layers(model.shrank_plan)
     with errors():
         if heal:
-            model = heal_model(model, dense, batches, steps=heal)
+            model = heal_model(model, dense, batches, steps=heal, loss="lm" if loss == "lm" else None)
         done = model.shrank_plan
         if report:
             done = measured(done, dense, model, batches[:8]) if dense is not None else done
@@ -122,6 +122,7 @@ def heal_command(student: Annotated[str, typer.Argument(help="Folder of a compre
                  teacher: Annotated[str, typer.Argument(help="Folder or hub name of the dense model.")],
                  text: Annotated[Path, typer.Option(help="Texts to train on, as for --calibrate.")], out: Out,
                  steps: int = 300, learning_rate: float = LEARNING_RATE, max_length: MaxLength = 512,
+                 loss: Annotated[str | None, typer.Option(help="Train on this as well: lm (next token).")] = None,
                  checkpoint: Annotated[Path | None, typer.Option(help="A file to go on from.")] = None,
                  force: Force = False, as_json: Json = False) -> None:
     """Train the factors of a compressed model to do as the dense one does, and write the best that was reached."""
@@ -132,7 +133,7 @@ def heal_command(student: Annotated[str, typer.Argument(help="Folder of a compre
         model = load_model(student)
         require_layers(describe(model))
         model = heal_model(model, load_model(teacher), _batches(teacher, text, max_length), steps=steps,
-                           learning_rate=learning_rate, checkpoint=checkpoint)
+                           learning_rate=learning_rate, loss=loss, checkpoint=checkpoint)
         save_model(model, student, out)
     done = getattr(model, HEALING_ATTRIBUTE)
     show({"before": done.before, "after": done.after, "best_step": done.best_step, "curve": done.curve}, None, as_json,
@@ -213,7 +214,7 @@ def _tokenizer(source: str):
 
 def _told(model: nn.Module) -> str:
     done = getattr(model, HEALING_ATTRIBUTE)
-    return f"healed: distance to the dense model {done.before:.4f} -> {done.after:.4f}, best at step {done.best_step}"
+    return f"healed: loss on held-out texts {done.before:.4f} -> {done.after:.4f}, best at step {done.best_step}"
 
 
 def _table(results: dict[str, dict]) -> Table:

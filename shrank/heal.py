@@ -17,6 +17,7 @@ from . import tensor_file
 from .batches import Batch, MaskFunction, as_batches
 from .distillation import common_blocks, distance
 from .hooks import in_eval_mode
+from .losses import Loss, OutputSensitivity, as_loss
 from .progress import track
 from .schedule import batch_of_step, rate, split
 from .storage import with_pivots, with_plain_factors
@@ -54,30 +55,37 @@ class _Options:
     steps: int
     learning_rate: float
     hidden: float
+    loss: str
     train: str
     evaluate_every: int
     seed: int
 
 
 def heal(student: nn.Module, teacher: nn.Module, batches: Iterable[object], *, steps: int = 300,
-         learning_rate: float = LEARNING_RATE, hidden: float = 1.0, train: str = "low_rank",
+         learning_rate: float = LEARNING_RATE, hidden: float = 1.0, loss: Loss | Callable | str | None = None,
+         train: str = "low_rank",
          held_out: Iterable[object] | None = None, evaluate_every: int = 50,
          checkpoint: str | os.PathLike | None = None, seed: int = 0, tokenizer: Callable | None = None,
          mask: MaskFunction | None = None, batch_size: int = 8, max_length: int = 512) -> nn.Module:
     """Distil a compressed model against the dense one, in place; returns it with the best weights it had.
 
-    batches, tokenizer, mask, batch_size, max_length: see `as_batches`; one batch a step, in a random order. The loss is
-    the divergence of the logits (Hinton et al., 2015), or where there are none the relative error of the output, plus
-    `hidden` times the mean relative error of the blocks' outputs. train: the parameters of the "low_rank" layers, or
-    "all". held_out: data that decides which weights are best, by default a tenth of `batches`, which then is not
-    trained on; where an evaluation is worse than one before, training goes on from the best weights at a third of the
-    rate. checkpoint: a file to go on from; written at every evaluation. Weights in 16 bits are trained through
-    copies in 32, pivoted layers with plain factors. `shrank_healing` notes what happened. Raises ValueError on
-    arguments that do not fit and RuntimeError if the loss is not finite, the student then as good as it was at best.
+    batches, tokenizer, mask, batch_size, max_length: see `as_batches`; one batch a step, in a random order. What is
+    minimised is the divergence of the logits (Hinton et al., 2015), or where there are none the relative error of the
+    output, plus `hidden` times the mean relative error of the blocks' outputs, plus half the mean of the task's own
+    `loss`: "lm" (next-token cross entropy), or a function (output, batch) -> scalar, summed over rows of the output.
+    train: the parameters of the "low_rank" layers, or "all". held_out: data that decides which weights are best, by
+    default a tenth of `batches`, which then is not trained on; where an evaluation is worse than one before, training
+    goes on from the best weights at a third of the rate. checkpoint: a file to go on from; written at every evaluation.
+    Weights in 16 bits are trained through copies in 32, pivoted layers with plain factors. `shrank_healing` notes what
+    happened. Raises ValueError on arguments that do not fit and RuntimeError if the loss is not finite, the student
+    then as good as it was at best.
     """
     if steps < 1 or evaluate_every < 1:
         raise ValueError(f"steps must be at least 1 and evaluate_every too, got {steps} and {evaluate_every}")
-    options = _Options(steps, learning_rate, hidden, train, evaluate_every, seed)
+    loss = None if loss is None else as_loss(loss)
+    if isinstance(loss, OutputSensitivity):
+        raise ValueError("loss must be 'lm' or a function: the outputs are compared anyway")
+    options = _Options(steps, learning_rate, hidden, repr(loss), train, evaluate_every, seed)
     batches = as_batches(batches, tokenizer, mask, batch_size, max_length)
     if held_out is None:
         batches, held = split(batches)
@@ -85,7 +93,7 @@ def heal(student: nn.Module, teacher: nn.Module, batches: Iterable[object], *, s
         held = as_batches(held_out, tokenizer, mask, batch_size, max_length)
     student, pivots = with_plain_factors(student)
     try:
-        run = _Run(student, teacher, batches, held, options)
+        run = _Run(student, teacher, batches, held, options, loss)
         run.all_of_it(Path(checkpoint) if checkpoint else None)
     finally:
         student = with_pivots(student, pivots)
@@ -97,8 +105,9 @@ class _Run:
     """One healing: the models, the masters of the trained weights in float32, and how far it has come."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, batches: list[Batch], held: list[Batch],
-                 options: _Options) -> None:
-        self.student, self.teacher, self.batches, self.held, self.options = student, teacher, batches, held, options
+                 options: _Options, loss: Loss | None) -> None:
+        self.student, self.teacher, self.batches, self.held = student, teacher, batches, held
+        self.options, self.loss = options, loss
         self.trained = _trained(student, options.train)
         self.masters = {name: p.detach().float().clone() for name, p in self.trained.items()}
         self.best = {name: master.clone() for name, master in self.masters.items()}
@@ -184,7 +193,7 @@ class _Run:
         return _AFTER_A_SETBACK ** sum(loss >= min(losses[:i]) for i, loss in enumerate(losses) if i)
 
     def _loss(self, batch: Batch) -> Tensor:
-        return distance(self.student, self.teacher, batch, self.blocks, self.options.hidden)
+        return distance(self.student, self.teacher, batch, self.blocks, self.options.hidden, self.loss)
 
     def _save(self, path: Path) -> None:
         state = self.optimizer.state

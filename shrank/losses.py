@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from .batches import Batch
@@ -23,6 +24,10 @@ class Loss:
 
     def backward(self, output: object, batch: Batch, generator: torch.Generator) -> int:
         raise NotImplementedError
+
+    def mean(self, output: object, batch: Batch) -> Tensor:
+        """Per row of the output, to train on; TypeError where there is nothing to be learnt from it."""
+        raise TypeError(f"{type(self).__name__} is nothing to train on")
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,19 @@ class NextToken(Loss):
     place for an encoder-decoder, else shifted here), else `input_ids`."""
 
     def backward(self, output: object, batch: Batch, generator: torch.Generator) -> int:
-        aligned = isinstance(output, Mapping) and "encoder_last_hidden_state" in output
-        logits, targets = next_token_targets(main_output(output), batch, aligned)
+        logits, targets = self._targets(output, batch)
         if logits.requires_grad:
             logits.backward(cross_entropy_gradient(logits.detach(), targets))
         return int((targets != -100).sum())
+
+    def mean(self, output: object, batch: Batch) -> Tensor:
+        logits, targets = self._targets(output, batch)
+        return F.cross_entropy(logits.float(), targets)
+
+    @staticmethod
+    def _targets(output: object, batch: Batch) -> tuple[Tensor, Tensor]:
+        aligned = isinstance(output, Mapping) and "encoder_last_hidden_state" in output
+        return next_token_targets(main_output(output), batch, aligned)
 
 
 @dataclass(frozen=True)
@@ -66,11 +79,22 @@ class Custom(Loss):
         return f"{self.function.__module__}.{self.function.__qualname__}"
 
     def backward(self, output: object, batch: Batch, generator: torch.Generator) -> int:
+        loss = self._sum(output, batch)
+        if loss.requires_grad:
+            loss.backward()
+        return self._rows(output)
+
+    def mean(self, output: object, batch: Batch) -> Tensor:
+        return self._sum(output, batch).reshape(()) / self._rows(output)
+
+    def _sum(self, output: object, batch: Batch) -> Tensor:
         loss = self.function(output, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TypeError(f"loss must return a scalar tensor, got {getattr(loss, 'shape', type(loss).__name__)}")
-        if loss.requires_grad:
-            loss.backward()
+        return loss
+
+    @staticmethod
+    def _rows(output: object) -> int:
         return main_output(output)[..., 0].numel()
 
 

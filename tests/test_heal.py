@@ -8,10 +8,12 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from shrank import auto_fact, heal
 from shrank.batches import as_batches
 from shrank.distillation import common_blocks, distance
+from shrank.losses import NextToken
 from tests.common.models import WIDTH, assert_untouched, draw, fingerprint, hf_model, mlp, tokens
 
 
@@ -128,6 +130,18 @@ def test_all_parameters_if_asked_for() -> None:
     assert not torch.equal(student.model.norm.weight, before)
 
 
+@pytest.mark.parametrize("loss", ["lm", lambda output, batch: 9 * 2 * F.cross_entropy(
+    output.logits[:, :-1].flatten(0, 1), batch.kwargs["input_ids"][:, 1:].flatten())], ids=["lm", "function"])
+def test_the_tasks_own_loss_counts_as_well(loss) -> None:
+    teacher, batches, own = llama(), texts(1) * 8, []  # always the same tokens, of which the teacher knows nothing
+    student = auto_fact(copy.deepcopy(teacher), 4)
+    for chosen in (None, loss):
+        healed = heal(copy.deepcopy(student), teacher, batches, steps=40, learning_rate=1e-2, loss=chosen, train="all")
+        with torch.no_grad():
+            own.append(NextToken().mean(healed(**batches[0]), as_batches(batches)[0]).item())
+    assert own[1] < 0.8 * own[0]
+
+
 def test_padding_does_not_count() -> None:
     student, teacher = pair(llama)
     ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
@@ -171,6 +185,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_loses_nothing() -> None:
 
 @pytest.mark.parametrize("change, says", [
     ({"batches": data(1)}, "cannot be trained on and held out"), ({"train": "none"}, "got 'none'"),
+    ({"loss": "output"}, "the outputs are compared anyway"),
     ({"student": mlp()}, "no low-rank layers"), ({"steps": 0}, "steps must be at least 1"),
 ])
 def test_bad_arguments_are_named(change, says) -> None:

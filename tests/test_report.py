@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shrank import Budget, LayerPlan, RankPlan, auto_fact, calibrate, make_plan, measured
-from tests.common.models import WIDTH, Mixed, draw, mlp, seeded
+from tests.common.models import WIDTH, Mixed, assert_untouched, draw, fingerprint, mlp, seeded
 
 
 def planned(keep: float = 0.5) -> RankPlan:
