@@ -156,14 +156,14 @@ def _baselines(task: Task, keeps: tuple[float, ...]) -> Iterator[dict]:
 
 
 def healed_rows(study: Study, steps: int) -> Iterator[dict]:
-    """The default at some keeps and what training makes of it, with products in bfloat16: on CPUs that have them,
-    half the time."""
+    """What training makes of the default, with products in bfloat16: on CPUs that have them, half the time."""
     task = study.task()
     dense = task.model()
     calibration = shrank.calibrate(dense, task.batches(), loss=task.own_loss,
                                    layers=list(baselines.layers(dense, task.exclude)))
     for keep in study.heal_at:
-        small, started = _compressed(dense, calibration, keep), time.perf_counter()
+        small = shrank.auto_fact(dense, Budget(keep_params=keep), calibrate=calibration, deepcopy=True)
+        started = time.perf_counter()
         torch.set_float32_matmul_precision("medium")
         small = shrank.heal(small, dense, task.healing_batches(), steps=steps, loss=task.healing_loss)
         torch.set_float32_matmul_precision("highest")
@@ -171,10 +171,6 @@ def healed_rows(study: Study, steps: int) -> Iterator[dict]:
         yield {"method": f"{OURS}, healed {steps} steps", "keep": keep, **task.evaluate(small), "healed in s": taken,
                "best step": done.best_step, "loss held out": [[step, round(x, 4)] for step, x in done.curve],
                "measured": provenance("cpu")}
-
-
-def _compressed(dense: nn.Module, calibration: Calibration, keep: float) -> nn.Module:
-    return shrank.auto_fact(dense, Budget(keep_params=keep), calibrate=calibration, deepcopy=True)
 
 
 def _halved(task: Task, dense: nn.Module, calibration: Calibration, keep: float = 0.8) -> Iterator[dict]:

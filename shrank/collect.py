@@ -20,8 +20,8 @@ from .targets import target
 class Moment:
     """Sum of x x^T over rows x, or of t x^T with other rows t beside them, for every group of features.
 
-    Its memory is there from the start: were it taken between activations, these could not be given back to the system,
-    which for SmolLM2-135M came to as much as the model.
+    Its memory is taken before the run: between activations it would keep some of these, once freed, from going back to
+    the system.
     """
 
     def __init__(self, groups: int, side: int, device: torch.device) -> None:
@@ -108,11 +108,7 @@ class Observed:
             energy = self.target.input_energy(x, chosen).view(len(rows), -1) * rows.shape[1]
         self.data.add(rows)
         sums = rows.sum(1).double(), energy.double()
-        if self.sums is None:
-            self.sums = sums
-        else:
-            for total, more in zip(self.sums, sums, strict=True):
-                total.add_(more)
+        self.sums = sums if self.sums is None else tuple(a + b for a, b in zip(self.sums, sums, strict=True))
 
     def _add_gradient(self, chosen, gradient: Tensor) -> None:
         rows = chosen(gradient.detach(), 1 if self.of_inputs else self.shape.groups)

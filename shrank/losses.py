@@ -26,8 +26,8 @@ class Loss:
         raise NotImplementedError
 
     def mean(self, output: object, batch: Batch) -> Tensor:
-        """Per row of the output, to train on; TypeError where there is nothing to be learnt from it."""
-        raise TypeError(f"{type(self).__name__} is nothing to train on")
+        """Per row of the output, to train on."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
