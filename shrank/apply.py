@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,10 +13,8 @@ from torch import Tensor, nn
 
 from . import surgery
 from .calibration import Calibration
-from .ced import CED
-from .dense import dense_twin
-from .led import LED, LEDConv1D
-from .linalg import FactorizationError, Shape, factorize, factorize_weighted, pivoted
+from .dense import dense_twin, require_plain
+from .linalg import FactorizationError, factorize, factorize_weighted, pivoted
 from .parallel import in_parallel, workers_for
 from .plan import LayerPlan, RankPlan
 from .progress import track
@@ -84,11 +81,15 @@ def describe(model: nn.Module) -> RankPlan:
 @torch.inference_mode(False)
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Turn every low-rank layer back into the dense layer it stands for, in place, and return the root."""
-    # Innermost first: a stage of a low-rank layer may be low-rank itself.
-    for site in reversed(walk(model, inside_low_rank=True)):
-        if isinstance(site.module, LOW_RANK):
-            model = surgery.replace(model, site, dense_twin(site.module))
+    """Turn every low-rank layer back into the dense layer it stands for, in place, and return the root.
+
+    Raises ValueError, before anything is changed, if another tool made something of a stage that its weight does not
+    tell: LoRA, quantization, pruning, sharding, hooks.
+    """
+    sites = [site for site in walk(model, inside_low_rank=True) if isinstance(site.module, LOW_RANK)]
+    require_plain(sites, "merged")
+    for site in reversed(sites):  # innermost first: a stage of a low-rank layer may be low-rank itself
+        model = surgery.replace(model, site, dense_twin(site.module))
     return surgery.finish(model, **{PLAN_ATTRIBUTE: None})
 
 
@@ -110,13 +111,13 @@ def _twin(calibration: Calibration | None,
     found = target(site.module)
     matrices, rank = found.matrices(layer.shape), layer.rank // layer.shape.down_groups
     try:
-        metric = calibration and calibration.metric(site.fqn, matrices, bias is not None)
+        metric = None if calibration is None else calibration.metric(site.fqn, matrices, bias is not None)
         factors = factorize(matrices, rank) if metric is None else factorize_weighted(matrices, metric, rank)
     except FactorizationError as error:
         return site, replace(layer, rank=None, error=None, reason=str(error)), None
     twin = found.twin(layer.rank, layer.shape)
-    found.set_factors(twin, pivoted(factors) if layer.shape.pivoted else factors,
-                      bias if factors.shift is None else _shifted(bias, factors.shift))
+    twin.take(pivoted(factors) if layer.shape.pivoted else factors,
+              bias if factors.shift is None else _shifted(bias, factors.shift))
     return site, replace(layer, error=factors.relative_error), twin
 
 
@@ -124,26 +125,16 @@ def _shifted(bias: nn.Parameter, shift: Tensor) -> nn.Parameter:
     return nn.Parameter((bias + shift.flatten()).to(bias.dtype), bias.requires_grad)
 
 
-def shape_of(layer: LED | CED) -> Shape:
-    """What a low-rank layer is as a matrix."""
-    if isinstance(layer, CED):
-        return Shape(layer.out_channels, layer.in_channels * math.prod(layer.kernel_size), layer.dense_groups,
-                     layer.down_groups, layer.up_groups, layer.pivoted)
-    return Shape(layer.out_features, layer.in_features, pivoted=layer.pivoted)
-
-
 def _describe_layer(site: Site) -> LayerPlan:
-    layer, shape = site.module, shape_of(site.module)
-    kind = f"Conv{len(layer.kernel_size)}d" if isinstance(layer, CED) else (
-        "Conv1D" if isinstance(layer, LEDConv1D) else "Linear")
-    return LayerPlan(site.fqn, kind, shape.dense_params, shape, layer.rank)
+    layer, shape = site.module, site.module.shape
+    return LayerPlan(site.fqn, layer.kind, shape.dense_params, shape, layer.rank)
 
 
 def _empty_twins(model: nn.Module, plan: RankPlan) -> list[tuple[Site, nn.Module]]:
     """The sites of the planned layers and a twin on the meta device for each, whose stages may be low-rank in turn."""
     twins = []
     for site, layer in resolve(model, plan.outermost, loading=True):
-        twin = target(site.module).twin(layer.rank, layer.shape)
+        twin = target(site.module, vouched=True).twin(layer.rank, layer.shape)
         for inner_site, inner_twin in _empty_twins(twin, plan.inside(layer.fqn)):
             surgery.replace(twin, inner_site, inner_twin)
         twins.append((site, twin))
@@ -177,7 +168,7 @@ def indented(problems: list[str]) -> str:
 
 def _misfit(site: Site, layer: LayerPlan, loading: bool) -> str:
     """What keeps this layer from being replaced as planned; '' if nothing does."""
-    found = target(site.module)
+    found = target(site.module, vouched=loading)
     if (found is None or not loading) and (reasons := [*site.why_not, *why_not(site.module)]):
         return "; ".join(reasons)
     if found.kind != layer.kind:

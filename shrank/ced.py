@@ -8,24 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .merged_weight import merged_weight
+from .linalg import Factors, PivotedFactors, Shape
+from .low_rank import LowRankLayer
 from .ops.api import Backend, low_rank_conv, setting
-from .stages import (
-    NO_PIVOTED_KERNEL,
-    Pivots,
-    checked_rank,
-    is_pivoted,
-    is_untouched,
-    merged_bias,
-    reset_stages,
-    run_stages,
-    set_stages,
-)
-
-CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+from .plain import CONVOLUTIONS
+from .stages import NO_PIVOTED_KERNEL, Pivots, checked_rank, is_untouched, memory_format, reset_stages, run_stages
 
 
-class CED(nn.Module):
+class CED(LowRankLayer):
     """A k-dimensional convolution into `rank` channels, then a pointwise one; x: (batch, in_channels, *spatial).
 
     `kernel_size` is a tuple whose length (1, 2 or 3) sets the dimension. The first stage has min(rank, groups) groups;
@@ -33,6 +23,8 @@ class CED(nn.Module):
     same groups. Raises ValueError on a rank, kernel or grouping that does not fit.
     Source: Winata et al., ICASSP 2020 (convolutional encoder-decoder: Cahyawijaya et al., Greenformer, 2021).
     """
+
+    unit = "ced_unit"
 
     def __init__(self, in_channels: int, out_channels: int, rank: int | None = None,
                  kernel_size: tuple[int, ...] | None = None, stride: int | tuple[int, ...] = 1,
@@ -79,27 +71,13 @@ class CED(nn.Module):
                              first.groups, second.groups)
 
     @property
-    def down(self) -> Tensor:
-        """The first factor (rank, in_channels / down_groups, *kernel_size)."""
-        return self.ced_unit[0].weight
+    def kind(self) -> str:
+        return f"Conv{len(self.kernel_size)}d"
 
     @property
-    def up(self) -> Tensor:
-        """The second factor (out_channels, rank / up_groups, 1, ...), with pivots (out_channels - rank, ...)."""
-        return self.ced_unit[1].weight
-
-    @property
-    def pivoted(self) -> bool:
-        return is_pivoted(self.ced_unit)
-
-    @property
-    def order(self) -> Tensor | None:
-        """With pivots, the place of every output in down and then up (out_channels,)."""
-        return self.ced_unit[2].order if self.pivoted else None
-
-    @property
-    def bias(self) -> Tensor | None:
-        return merged_bias(self.ced_unit)
+    def shape(self) -> Shape:
+        return Shape(self.out_channels, self.in_channels * math.prod(self.kernel_size), self.dense_groups,
+                     self.down_groups, self.up_groups, self.pivoted)
 
     @property
     def rank(self) -> int:
@@ -155,10 +133,8 @@ class CED(nn.Module):
         return self.ced_unit[0].output_padding
 
     @property
-    def weight(self) -> Tensor:
-        """The equivalent kernel (out_channels, in_channels / groups, *kernel_size), multiplied out when used."""
-        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        return merged_weight(shape, self.down, self.dense_weight, type(self).__name__)
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
     def dense_weight(self) -> Tensor:
         """The equivalent kernel, with `groups` groups."""
@@ -172,13 +148,33 @@ class CED(nn.Module):
             kernel = torch.cat((self.down.flatten(1), kernel)).index_select(0, self.ced_unit[2].order)
         return kernel.reshape(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
-    def set_factors(self, down: Tensor, up: Tensor, bias: Tensor | None, order: Tensor | None = None) -> None:
-        """Make down (rank, in/groups, *kernel), up (out, rank/up_groups, 1, ...) and bias the parameters, uncopied;
-        with pivots up has out - rank channels and order (out,) gives every output's place in down and then up."""
-        set_stages(self.ced_unit, down, up, bias, order)
+    def factors(self) -> Factors | PivotedFactors:
+        G, up = self.down_groups, self.up.flatten(1)
+        down = self.down.flatten(1).unflatten(0, (G, -1))
+        up = up.unflatten(0, (G, -1)) if self.up_groups == G else up.unflatten(1, (G, -1)).transpose(0, 1)
+        return PivotedFactors(down, up, self.order, 1.0) if self.pivoted else Factors(down, up, 0.0, 1.0)
 
-    def __getitem__(self, stage: int) -> nn.Module:
-        return self.ced_unit[stage]
+    def take(self, factors: Factors | PivotedFactors, bias: Tensor | None) -> None:
+        """As of LowRankLayer; where the dense groups did not split over those of the first stage, up has (G, N, R/G) or
+        its blocks are laid out with zeros between."""
+        up = factors.up
+        if self.up_groups == self.down_groups:
+            up = up.flatten(0, 1)                                           # (out, rank/G)
+        elif up.shape[0] * up.shape[1] == self.out_channels:
+            up = torch.block_diag(*up)                                      # (out, rank), zero across groups
+        else:
+            up = up.transpose(0, 1).flatten(1)                              # column blocks: (out, rank)
+        first, second = self.ced_unit[0].weight, self.ced_unit[1].weight
+        layout = {"memory_format": memory_format(first)}
+        down = factors.down.flatten(0, 1).reshape(first.shape).contiguous(**layout)
+        up = up.reshape(second.shape).contiguous(**layout)
+        self.set_factors(down, up, bias, getattr(factors, "order", None))
+
+    def blocks_of(self, weight: Tensor) -> Tensor:
+        weight, G = weight.flatten(1), self.down_groups
+        if self.up_groups == G:
+            return weight.unflatten(0, (G, -1))
+        return weight.unflatten(1, (G, -1)).transpose(0, 1)                 # column blocks, every output in each
 
     def extra_repr(self) -> str:
         pivoted = ", pivoted" if self.pivoted else ""

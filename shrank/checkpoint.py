@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from . import tensor_file
 from .apply import attach_empty, describe, expected_state, indented
-from .ced import CONVOLUTIONS
+from .plain import CONVOLUTIONS
 from .plan import RankPlan
-from .targets import memory_format
+from .stages import memory_format
 
 METADATA_KEY = "shrank"
 CONVOLUTION_KINDS = {c.__name__ for c in CONVOLUTIONS.values()}

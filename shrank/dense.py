@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
-from .ced import CED, CONVOLUTIONS
+from .ced import CED
 from .led import LED, LEDConv1D
-from .targets import memory_format
+from .plain import CONVOLUTIONS, why_not_quiet
+from .stages import memory_format, merged_bias
+from .subclasses import as_subclass
+from .surgery import Site
+
+
+def require_plain(sites: Iterable[Site], what: str) -> None:
+    """Raise ValueError, naming layers and causes, unless the parameters of these low-rank layers are all they are."""
+    problems = [f"{site.fqn or '(root)'}: {reason}" for site in sites if (reason := why_not_dense(site.module))]
+    if problems:
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(f"these layers cannot be {what}; nothing was changed:\n  " + "\n  ".join(problems[:10]) + more)
+
+
+def why_not_dense(layer: LED | CED) -> str:
+    """What a dense layer made of this one's parameters would lack; '' if nothing."""
+    if reason := layer.why_not_plain():
+        return reason
+    for name, stage in zip(("down", "up", "pivots"), layer.stages, strict=False):
+        if reason := why_not_quiet(stage):
+            return f"its {name} stage {reason}"
+    if any(p.is_meta for p in layer.parameters()):
+        return "its factors are on the meta device (offloaded or not loaded)"
+    return ""
 
 
 def dense_twin(layer: LED | CED) -> nn.Module:
     """The dense module that a low-rank layer stands for, with the product of its factors as weight."""
-    bias, weight = layer.bias, layer.dense_weight().detach()
+    bias, weight = merged_bias(layer.stages), layer.dense_weight().detach()
     meta = {"device": "meta", "dtype": weight.dtype}
     if isinstance(layer, LEDConv1D):
         from transformers.pytorch_utils import Conv1D
@@ -29,7 +54,7 @@ def dense_twin(layer: LED | CED) -> nn.Module:
     dense.weight = nn.Parameter(weight)
     if bias is not None:
         dense.bias = nn.Parameter(bias.detach())
-    return dense
+    return as_subclass(dense, layer[0])
 
 
 def _dense_groups(layer: CED, weight: Tensor) -> tuple[int, Tensor]:

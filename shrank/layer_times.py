@@ -91,5 +91,5 @@ def _twin(found: Target, rank: int, shape: Shape) -> nn.Module:
         order = torch.arange(shape.out_features, dtype=torch.int32, device=weight.device)
         factors = PivotedFactors(down, draw(G, (shape.out_features - rank) // G, rank // G), order, 1.0)
     twin = found.twin(rank, shape)
-    found.set_factors(twin, factors, found.module.bias)
+    twin.take(factors, found.module.bias)
     return twin.eval()

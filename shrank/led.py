@@ -7,24 +7,15 @@ from torch import Tensor, nn
 from torch.nn import Linear
 from torch.nn.functional import linear
 
-from .merged_weight import merged_weight
+from .linalg import Factors, PivotedFactors, Shape
+from .low_rank import LowRankLayer
 from .ops.api import Backend, low_rank_linear, setting
-from .stages import (
-    NO_PIVOTED_KERNEL,
-    Pivots,
-    checked_rank,
-    is_pivoted,
-    merged_bias,
-    reset_stages,
-    run_pivots,
-    run_stages,
-    set_stages,
-)
+from .stages import NO_PIVOTED_KERNEL, Pivots, checked_rank, reset_stages, run_pivots, run_stages
 
 NATIVE = Backend.NATIVE
 
 
-class LED(nn.Module):
+class LED(LowRankLayer):
     """y = (x @ down.T) @ up.T + bias; x: (..., in_features), down: (rank, in_features), up: (out_features, rank).
 
     Drawn from scratch, its outputs have the variance that nn.Linear's have. `r` is the ancestors' name of `rank`.
@@ -32,6 +23,9 @@ class LED(nn.Module):
     them: the same matrices in fewer numbers. Raises ValueError on a rank below 1, or of all outputs with pivots.
     Source: Winata et al., ICASSP 2020 (linear encoder-decoder); Zhao et al., ICML 2025 (PIFA).
     """
+
+    unit = "led_unit"
+    kind = "Linear"
 
     def __init__(self, in_features: int, out_features: int, rank: int | None = None, bias: bool = True,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
@@ -55,12 +49,14 @@ class LED(nn.Module):
         stages = self._modules["led_unit"]._modules
         first, second = stages["0"], stages["1"]
         a, b = first.__dict__, second.__dict__
-        if type(first) is Linear and type(second) is Linear and not (
+        own, others = a["_parameters"], b["_parameters"]
+        # DataParallel and FSDP take the parameters away and leave tensors in their places, which the stages know.
+        if type(first) is Linear and type(second) is Linear and "weight" in own and len(others) == 2 and not (
             a["_forward_hooks"] or a["_forward_pre_hooks"] or a["_backward_hooks"] or a["_backward_pre_hooks"]
             or b["_forward_hooks"] or b["_forward_pre_hooks"] or b["_backward_hooks"] or b["_backward_pre_hooks"]
             or "forward" in a or "forward" in b
         ):
-            down, up, bias = a["_parameters"]["weight"], b["_parameters"]["weight"], b["_parameters"]["bias"]
+            down, up, bias = own["weight"], others["weight"], others["bias"]
             if len(stages) == 3:
                 if setting.backend is NATIVE:
                     raise RuntimeError(NO_PIVOTED_KERNEL)
@@ -74,36 +70,16 @@ class LED(nn.Module):
         return run_stages(self.led_unit, x)
 
     @property
-    def down(self) -> Tensor:
-        """The first factor (rank, in_features)."""
-        return self.led_unit[0].weight
-
-    @property
-    def up(self) -> Tensor:
-        """The second factor (out_features, rank), with pivots (out_features - rank, rank)."""
-        return self.led_unit[1].weight
-
-    @property
-    def pivoted(self) -> bool:
-        return is_pivoted(self.led_unit)
-
-    @property
-    def order(self) -> Tensor | None:
-        """With pivots, the place of every output in down and then up (out_features,)."""
-        return self.led_unit[2].order if self.pivoted else None
-
-    @property
-    def bias(self) -> Tensor | None:
-        return merged_bias(self.led_unit)
-
-    @property
     def rank(self) -> int:
         return self.led_unit[0].out_features
 
     @property
-    def weight(self) -> Tensor:
-        """The dense weight (out_features, in_features), multiplied out when used."""
-        return merged_weight((self.out_features, self.in_features), self.down, self.dense_weight, type(self).__name__)
+    def shape(self) -> Shape:
+        return Shape(self.out_features, self.in_features, pivoted=self.pivoted)
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
     def dense_weight(self) -> Tensor:
         """up @ down, in the layout of the dense layer's weight."""
@@ -111,13 +87,16 @@ class LED(nn.Module):
             return self.up @ self.down
         return torch.cat((self.down, self.up @ self.down)).index_select(0, self.led_unit[2].order)
 
-    def set_factors(self, down: Tensor, up: Tensor, bias: Tensor | None, order: Tensor | None = None) -> None:
-        """Make down (rank, in_features), up (out_features, rank) and bias the parameters, without a copy; with pivots
-        up is (out_features - rank, rank) and order (out_features,) gives every output's place in down and then up."""
-        set_stages(self.led_unit, down, up, bias, order)
+    def factors(self) -> Factors | PivotedFactors:
+        if self.pivoted:
+            return PivotedFactors(self.down[None], self.up[None], self.order, 1.0)
+        return Factors(self.down[None], self.up[None], 0.0, 1.0)
 
-    def __getitem__(self, stage: int) -> nn.Module:
-        return self.led_unit[stage]
+    def take(self, factors: Factors | PivotedFactors, bias: Tensor | None) -> None:
+        self.set_factors(factors.down[0], factors.up[0], bias, getattr(factors, "order", None))
+
+    def blocks_of(self, weight: Tensor) -> Tensor:
+        return weight[None]
 
     def extra_repr(self) -> str:
         pivoted = ", pivoted" if self.pivoted else ""
@@ -126,6 +105,8 @@ class LED(nn.Module):
 
 class LEDConv1D(LED):
     """The twin of transformers' Conv1D, whose weight is stored as (in_features, out_features)."""
+
+    kind = "Conv1D"
 
     @property
     def nx(self) -> int:
@@ -136,9 +117,11 @@ class LEDConv1D(LED):
         return self.out_features
 
     @property
-    def weight(self) -> Tensor:
-        """The dense weight (in_features, out_features), multiplied out when used."""
-        return merged_weight((self.in_features, self.out_features), self.down, self.dense_weight, type(self).__name__)
+    def weight_shape(self) -> tuple[int, int]:
+        return self.in_features, self.out_features
 
     def dense_weight(self) -> Tensor:
         return super().dense_weight().mT if self.pivoted else self.down.mT @ self.up.mT
+
+    def blocks_of(self, weight: Tensor) -> Tensor:
+        return weight.mT[None]

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 # Read-only attributes that the wrapper answers itself.
@@ -21,6 +21,8 @@ _METADATA = {
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.is_floating_point,
      Tensor.is_complex, Tensor.ndimension, Tensor.__len__}
 _DETACH = {Tensor.detach, Tensor.data.__get__}
+# New values as a whole.
+_ASSIGNMENTS = {Tensor.data.__set__, Tensor.copy_}
 # In-place products with a number, which one factor can take over.
 _SCALINGS = {Tensor.mul_, Tensor.div_, Tensor.__imul__, Tensor.__itruediv__}
 _DUNDER_WRITES = {"__set__", "__setitem__"} | {
@@ -29,21 +31,24 @@ _DUNDER_WRITES = {"__set__", "__setitem__"} | {
 
 
 class MergedWeight(Tensor):
-    """Looks like the dense weight; any arithmetic on it uses the product of the factors, with their gradients.
+    """Looks like a dense parameter; any arithmetic on it uses what `merge` makes of the factors, with their gradients.
 
     `like` is one of the factors: it lends dtype, device and flags, and takes over in-place products with a number.
+    Giving it new values as a whole (`data = `, `copy_`) assigns to the attribute `name` of the layer.
     """
 
     @staticmethod
-    def __new__(cls, shape: torch.Size, like: Tensor, merge: Callable[[], Tensor], owner: str) -> MergedWeight:
+    def __new__(cls, shape: torch.Size, like: Tensor, merge: Callable[[], Tensor], owner: nn.Module,
+                name: str) -> MergedWeight:
         return Tensor._make_wrapper_subclass(
             cls, shape, dtype=like.dtype, device=like.device, requires_grad=like.requires_grad
         )
 
-    def __init__(self, shape: torch.Size, like: Tensor, merge: Callable[[], Tensor], owner: str) -> None:
+    def __init__(self, shape: torch.Size, like: Tensor, merge: Callable[[], Tensor], owner: nn.Module,
+                 name: str) -> None:
         # Flags that libraries leave on parameters, such as transformers' "is initialised", hold for the product too.
         vars(self).update(vars(like))
-        self._factor, self._merge, self._owner = like, merge, owner
+        self._factor, self._merge, self._owner, self._name = like, merge, owner, name
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -53,41 +58,53 @@ class MergedWeight(Tensor):
                 return func(*args, **kwargs)
         target = next(iter((*args, *kwargs.values())), None)
         if func in _DETACH:
-            return cls(target.shape, target._factor.detach(), lambda: target._merge().detach(), target._owner)
+            return cls(target.shape, target._factor.detach(), lambda: target._merge().detach(), target._owner,
+                       target._name)
+        if func in _ASSIGNMENTS and isinstance(target, cls):
+            return target._assign(*args[1:], **kwargs)
         if func in _SCALINGS and _is_scaling(target, args[1:], kwargs):
             func(target._factor.data, *args[1:], **kwargs)  # RWKV rescales its layers so
             return target
         written = tree_leaves((target if _writes(func) else None, kwargs.get("out")))
         if hidden := [x for x in written if isinstance(x, cls)]:
-            owner = hidden[0]._owner
-            raise RuntimeError(
-                f"{owner}.weight is computed from its factors and cannot be changed in place: write to {owner}.down "
-                f"and {owner}.up, or merge the model first"
-            )
+            raise RuntimeError(hidden[0]._refusal())
         args, kwargs = tree_map(lambda x: x._product() if isinstance(x, cls) else x, (args, kwargs))
         return func(*args, **kwargs)
 
     # Wrapper subclasses must have one; it is reached only by code that switches __torch_function__ off.
     __torch_dispatch__ = __torch_function__
 
+    def _assign(self, values: Tensor, *_: object) -> MergedWeight:
+        values = values._merge() if isinstance(values, MergedWeight) else values
+        values = values.detach().to(self.device, self.dtype).broadcast_to(self.shape)
+        self._owner.assign(self._name, nn.Parameter(values, self.requires_grad))
+        return self
+
+    def _refusal(self) -> str:
+        owner = type(self._owner).__name__
+        return (f"{owner}.{self._name} is computed from its factors and cannot be changed in place: write to "
+                f"{owner}.down and {owner}.up, assign to {owner}.{self._name}, or merge the model first")
+
     def _product(self) -> Tensor:
-        warnings.warn(
-            f"the dense weight of a {self._owner} was multiplied out; if the model's forward does this at every call, "
-            "the layer gains nothing: leave it dense with exclude=",
-            stacklevel=7,
-        )
+        if self._name == "weight":
+            warnings.warn(
+                f"the dense weight of a {type(self._owner).__name__} was multiplied out; if the model's forward does "
+                "this at every call, the layer gains nothing: leave it dense with exclude=",
+                stacklevel=7,
+            )
         return self._merge()
 
     def __repr__(self, *, tensor_contents=None) -> str:
-        return f"MergedWeight({tuple(self.shape)}, dtype={self.dtype}, device={self.device}, of={self._owner})"
+        return (f"MergedWeight({tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
+                f"of={type(self._owner).__name__})")
 
 
-def merged_weight(shape: tuple[int, ...], like: Tensor, merge: Callable[[], Tensor], owner: str) -> Tensor:
-    """A tensor of this shape that is `merge()` when used. Compilers and tracers get the product itself, which they
-    drop where only its metadata is read."""
+def merged(like: Tensor, shape: tuple[int, ...], merge: Callable[[], Tensor], owner: nn.Module, name: str) -> Tensor:
+    """The parameter `name` of the dense layer: a tensor of this shape that is `merge()` when used. Compilers and
+    tracers get the product itself, which they drop where only its metadata is read."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return merge()
-    return MergedWeight(torch.Size(shape), like, merge, owner)
+    return MergedWeight(torch.Size(shape), like, merge, owner, name)
 
 
 def _writes(func: Callable) -> bool:
@@ -98,5 +115,5 @@ def _writes(func: Callable) -> bool:
 def _is_scaling(target: object, arguments: tuple, kwargs: dict) -> bool:
     """Whether target *= number or target /= number is meant, of which rounding makes something else."""
     values = (*arguments, *kwargs.values())
-    return isinstance(target, MergedWeight) and "rounding_mode" not in kwargs and not any(
+    return isinstance(target, MergedWeight) and target._name == "weight" and "rounding_mode" not in kwargs and not any(
         isinstance(x, Tensor) for x in values)

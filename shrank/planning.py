@@ -104,7 +104,7 @@ def _planned_by_budget(sites: list[Site], drafts: list[LayerPlan], budget: Budge
         elif calibration is not None and site.fqn not in calibration:
             layers[site.fqn] = replace(draft, reason="it saw no data in the calibration")
         else:
-            candidates.append(Candidate(site, draft, calibration.tokens(site.fqn) if calibration else None))
+            candidates.append(Candidate(site, draft, None if calibration is None else calibration.tokens(site.fqn)))
     workers = workers_for(candidate.site.module.weight for candidate in candidates)
 
     def with_spectrum(candidate: Candidate) -> Candidate | LayerPlan:
@@ -144,7 +144,8 @@ def _spectrum(site: Site, calibration: Calibration | None, shape: Shape | None =
     """Singular values of the weight, or in the norm of the calibration."""
     found = target(site.module)
     matrices = found.matrices(shape or found.shape())
-    metric = calibration and calibration.metric(site.fqn, matrices, site.module.bias is not None)
+    centred = site.module.bias is not None
+    metric = None if calibration is None else calibration.metric(site.fqn, matrices, centred)
     return spectrum(matrices) if metric is None else squared_errors(matrices, metric).sqrt()
 
 

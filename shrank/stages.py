@@ -42,7 +42,7 @@ class Pivots(nn.Module):
         self.window = 0 if groups == 1 and not self.order.is_meta else None
 
     def forward(self, h: Tensor, others: Tensor) -> Tensor:
-        dim, bias = self.dim, self._parameters["bias"]
+        dim, bias = self.dim, self.bias
         if bias is not None:
             h = h + (bias if dim == -1 else bias[(slice(None), *[None] * (h.dim() - dim - 1))])
         if self.window is None:
@@ -121,7 +121,8 @@ def set_stages(stages: nn.Sequential, down: Tensor, up: Tensor, bias: Tensor | N
             raise ValueError(f"order has shape {tuple(order.shape)}, wanted {tuple(stages[2].order.shape)}")
         parts = (None, None)
         if bias is not None:
-            parts = bias.detach()[order.argsort()].split([len(down), len(bias) - len(down)])
+            # Clones: safetensors refuses parameters that are slices of one storage.
+            parts = [part.clone() for part in _split_bias(bias.detach(), order, len(down))]
         values = [*values[:2], (1, "bias", parts[1]), (2, "bias", parts[0])]
         stages[2].order = order.int()
         stages[2].settle()
@@ -133,6 +134,36 @@ def set_stages(stages: nn.Sequential, down: Tensor, up: Tensor, bias: Tensor | N
                 raise ValueError(f"{name} of stage {stage} has shape {tuple(value.shape)}, wanted {tuple(expected)}")
             # A parameter is kept as it is: a bias may be shared with another module.
             setattr(stages[stage], name, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
+
+
+def memory_format(weight: Tensor) -> torch.memory_format:
+    """channels_last where the tensor is stored so and not contiguous as well, else contiguous."""
+    wanted = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
+    unlike = wanted and not weight.is_contiguous() and weight.is_contiguous(memory_format=wanted)
+    return wanted if unlike else torch.contiguous_format
+
+
+def _split_bias(bias: Tensor, order: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The parts of the pivots and of the other outputs."""
+    return bias[order.long().argsort()].split([rank, len(bias) - rank])
+
+
+def assign_bias(stages: nn.Sequential, bias: Tensor | None) -> None:
+    """Give the layer this bias (N,), or none, whether it had one or not."""
+    if bias is None:
+        parts = (None, None)
+    else:
+        outputs = len(stages[2].order) if is_pivoted(stages) else len(stages[1].weight)
+        if not isinstance(bias, Tensor) or tuple(bias.shape) != (outputs,):
+            raise ValueError(f"bias is for {outputs} outputs, got "
+                             f"{tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__}")
+        parts = (bias, None)
+        if is_pivoted(stages):
+            pivots, others = _split_bias(bias.detach(), stages[2].order, stages[2].rank)
+            parts = (others.clone(), pivots.clone())
+    for stage, part in zip(stages[1:], parts, strict=False):
+        made = part if part is None or isinstance(part, nn.Parameter) else nn.Parameter(part, bias.requires_grad)
+        stage.register_parameter("bias", made)
 
 
 def is_untouched(stage: nn.Module) -> bool:

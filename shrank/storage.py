@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from . import surgery
-from .apply import shape_of
-from .dense import dense_twin
+from .dense import dense_twin, require_plain
 from .linalg import Factors, PivotedFactors, pivoted, unpivoted
+from .stages import merged_bias
 from .surgery import Site, walk
 from .targets import LOW_RANK, target
 
@@ -32,11 +32,12 @@ def with_pivots(model: nn.Module, names: list[str]) -> nn.Module:
 def _stored_otherwise(model: nn.Module, wanted: Callable[[Site], bool],
                       convert: Callable[[Stored], Stored]) -> tuple[nn.Module, list[str]]:
     sites = [site for site in walk(model) if isinstance(site.module, LOW_RANK) and wanted(site)]
+    require_plain(sites, "stored otherwise")
     for site in sites:
-        layer, shape, found = site.module, shape_of(site.module), target(dense_twin(site.module))
-        down, up = (stage.flatten(1).unflatten(0, (shape.down_groups, -1)) for stage in (layer.down, layer.up))
-        factors = convert(PivotedFactors(down, up, layer.order, 1.0) if layer.pivoted else Factors(down, up, 0.0, 1.0))
-        twin = found.twin(layer.rank, replace(shape, pivoted=isinstance(factors, PivotedFactors)))
-        found.set_factors(twin, factors, layer.bias)
+        layer = site.module
+        factors = convert(layer.factors())
+        pivots = isinstance(factors, PivotedFactors)
+        twin = target(dense_twin(layer), vouched=True).twin(layer.rank, replace(layer.shape, pivoted=pivots))
+        twin.take(factors, merged_bias(layer.stages))
         model = surgery.replace(model, site, twin)
     return model, [site.fqn for site in sites]

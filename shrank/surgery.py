@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .ced import CED
 from .led import LED
+from .references import references
 from .targets import LOW_RANK, is_lazy, target
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -20,6 +21,8 @@ _FAST_PATHS = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }
+# Of peft, what holds a whole model and not an adapter.
+_PEFT_MODELS = {"PeftModel", "PeftMixedModel", "BaseTuner"}
 _SAVED_FAST_PATH = "_shrank_fast_path"
 # What the replaced and the replacing classes set themselves, and accelerate's wrapping; all else is the user's.
 _OWN_ATTRIBUTES = {"nx", "nf", "forward", "_hf_hook", "_old_forward"}.union(*(
@@ -54,10 +57,13 @@ def walk(model: nn.Module, inside_low_rank: bool = False) -> list[Site]:
         site.why_not += [reason for reason in inside if reason not in site.why_not]
         if holder is not None:
             site.places.append(partial(setattr, *holder))
-    for module in model.modules():
-        for held, setter in _plain_references(module):
-            if id(held) in sites:
-                sites[id(held)].places.append(setter)
+    for held, place in references(model):
+        if (site := sites.get(id(held))) is None:
+            continue
+        if place.put is None:
+            site.why_not.append(f"forward may call it from {place.where}, where nothing can be put in its place")
+        else:
+            site.places.append(place.put)
     return list(sites.values())
 
 
@@ -115,32 +121,21 @@ def _descend(model: nn.Module, inside_low_rank: bool) -> Iterator[tuple[str, nn.
         if closed or (id(module), inside) in opened:
             continue
         opened.add((id(module), inside))  # again where it is shared into other surroundings
-        if isinstance(module, nn.MultiheadAttention):
-            inside = (*inside, "nn.MultiheadAttention reads the weights of its children instead of calling them")
+        if reason := _why_not_inside(module):
+            inside = (*inside, reason)
         children = [(f"{fqn}.{name}" if fqn else name, child, (module, name), inside)
                     for name, child in module._modules.items() if child is not None]
         stack.extend(reversed(children))
 
 
-def _plain_references(module: nn.Module) -> Iterator[tuple[nn.Module, Callable[[nn.Module], None]]]:
-    """Modules that a module also keeps outside its registry, in lists, tuples, dicts or hidden attributes, from which
-    forward may call them, with setters."""
-    for name, value in vars(module).items():
-        if name == "_modules":
-            continue
-        if isinstance(value, nn.Module):
-            yield value, partial(vars(module).__setitem__, name)
-        elif isinstance(value, list | dict):
-            entries = value.items() if isinstance(value, dict) else enumerate(value)
-            yield from ((x, partial(value.__setitem__, key)) for key, x in entries if isinstance(x, nn.Module))
-        elif isinstance(value, tuple):
-            yield from ((x, partial(_set_in_tuple, module, name, i))
-                        for i, x in enumerate(value) if isinstance(x, nn.Module))
-
-
-def _set_in_tuple(module: nn.Module, name: str, index: int, new: nn.Module) -> None:
-    old = getattr(module, name)
-    setattr(module, name, (*old[:index], new, *old[index + 1 :]))
+def _why_not_inside(module: nn.Module) -> str:
+    """What forbids changes to everything below a module; '' if nothing does."""
+    if isinstance(module, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads the weights of its children instead of calling them"
+    ancestors = type(module).__mro__
+    if any(c.__module__.startswith("peft.") for c in ancestors) and not {c.__name__ for c in ancestors} & _PEFT_MODELS:
+        return "it belongs to an adapter of peft: merge that first (merge_and_unload), or compress before adding it"
+    return ""
 
 
 def _owns_matrix(module: nn.Module) -> bool:

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils import parametrizations
 
-from .ced import CED, CONVOLUTIONS
+from .ced import CED
 from .led import LED, LEDConv1D
-from .linalg import Factors, PivotedFactors, Shape
+from .linalg import Shape
+from .plain import CONVOLUTIONS
+from .stages import memory_format
+from .subclasses import as_subclass, base_of, disagreement, is_trusted
 
 LOW_RANK = (LED, CED)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -49,10 +52,6 @@ class Target:
         """A low-rank module of the same interface, on the meta device: nothing is drawn only to be overwritten."""
         raise NotImplementedError
 
-    def set_factors(self, twin: nn.Module, factors: Factors | PivotedFactors, bias: Tensor | None) -> None:
-        """Give the twin these factors and this bias."""
-        twin.set_factors(factors.down[0], factors.up[0], bias, getattr(factors, "order", None))
-
     def tokens(self, outputs: Tensor) -> Tensor:
         """The module's inputs, outputs or gradients with the features last, a vector for every token or position."""
         return outputs
@@ -60,6 +59,11 @@ class Target:
     def input_energy(self, inputs: Tensor, chosen: Callable[[Tensor, int], Tensor]) -> Tensor:
         """Mean square (K,) of each column's input, in the tokens that `chosen(inputs, 1)` gives as (1, tokens, K)."""
         return chosen(inputs, 1)[0].square().mean(0)
+
+    def _cast_alike(self, twin: LED | CED) -> LED | CED:
+        for number in (0, 1):
+            twin.stages[number] = as_subclass(twin.stages[number], self.module)
+        return twin
 
     def _meta(self) -> dict:
         return {"device": "meta", "dtype": self.module.weight.dtype}
@@ -75,8 +79,8 @@ class LinearTarget(Target):
         return self.module.weight.detach()[None]
 
     def twin(self, rank: int, shape: Shape) -> LED:
-        return LED(shape.in_features, shape.out_features, rank, self.module.bias is not None, pivot=shape.pivoted,
-                   **self._meta())
+        return self._cast_alike(LED(shape.in_features, shape.out_features, rank, self.module.bias is not None,
+                                    pivot=shape.pivoted, **self._meta()))
 
 
 class HFConv1DTarget(Target):
@@ -101,7 +105,7 @@ class ConvTarget(Target):
 
     @property
     def kind(self) -> str:
-        return type(self.module).__name__
+        return f"Conv{len(self.module.kernel_size)}d"
 
     @property
     def taps(self) -> int:
@@ -135,7 +139,7 @@ class ConvTarget(Target):
         twin = CED(conv.in_channels, conv.out_channels, rank, conv.kernel_size, conv.stride, conv.padding,
                    conv.dilation, conv.groups, shape.up_groups > 1, conv.padding_mode, conv.bias is not None,
                    pivot=shape.pivoted, **self._meta())
-        return twin.to(memory_format=memory_format(conv.weight))
+        return self._cast_alike(twin.to(memory_format=memory_format(conv.weight)))
 
     def tokens(self, outputs: Tensor) -> Tensor:
         return outputs.movedim(-len(self.module.kernel_size) - 1, -1)
@@ -143,26 +147,18 @@ class ConvTarget(Target):
     def input_energy(self, inputs: Tensor, chosen: Callable[[Tensor, int], Tensor]) -> Tensor:
         return chosen(inputs, 1)[0].square().mean(0).repeat_interleave(self.taps)  # each tap sees the whole channel
 
-    def set_factors(self, twin: CED, factors: Factors | PivotedFactors, bias: Tensor | None) -> None:
-        up = factors.up
-        if twin.up_groups == twin.down_groups:
-            up = up.flatten(0, 1)                                           # (out, rank/G)
-        elif up.shape[0] * up.shape[1] == twin.out_channels:
-            up = torch.block_diag(*up)                                      # (out, rank), zero across groups
-        else:
-            up = up.transpose(0, 1).flatten(1)                              # column blocks: (out, rank)
-        down, up = factors.down.flatten(0, 1).reshape(twin.down.shape), up.reshape(twin.up.shape)
-        layout = {"memory_format": memory_format(self.module.weight)}
-        twin.set_factors(down.contiguous(**layout), up.contiguous(**layout), bias, getattr(factors, "order", None))
-
 
 ADAPTERS: dict[type, type[Target]] = {nn.Linear: LinearTarget, **{c: ConvTarget for c in CONVOLUTIONS.values()}}
 
 
-def target(module: nn.Module) -> Target | None:
-    """The adapter of a module whose class is supported, else None; subclasses are not."""
-    adapter = HFConv1DTarget if _is_hf_conv1d(type(module)) else ADAPTERS.get(type(module))
-    return adapter and adapter(module)
+def target(module: nn.Module, vouched: bool = False) -> Target | None:
+    """The adapter of a module whose class is supported, else None. Subclasses are where `treat_as_base` was called for
+    them, or if somebody `vouched` for this one, as a plan that was carried out once does."""
+    kind = type(module)
+    if _is_hf_conv1d(kind):
+        return HFConv1DTarget(module)
+    base = base_of(kind) if vouched or is_trusted(kind) else kind
+    return ADAPTERS[base](module) if base in ADAPTERS else None
 
 
 def with_groups(shape: Shape, rank: int, groups_out: bool, pivoted: bool = False) -> Shape:
@@ -196,6 +192,8 @@ def why_not(module: nn.Module) -> list[str]:
         reasons.append("it has state-dict hooks, made for a dense weight")
     if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
         reasons.append("its forward was patched on the instance")
+    if not reasons and type(module) not in ADAPTERS and is_trusted(type(module)) and (reason := disagreement(module)):
+        reasons.append(f"treat_as_base does not hold: {reason}")
     return reasons or _why_not_shape(target(module).shape())
 
 
@@ -203,12 +201,13 @@ def _why_not_type(module: nn.Module) -> str:
     kind = type(module)
     if nn.utils.parametrize.is_parametrized(module):
         return f"its {', '.join(module.parametrizations)} is parametrized"
-    base = next((c for c in kind.__mro__ if c in ADAPTERS or _is_hf_conv1d(c)), None)
-    if base is not None:
-        return f"{kind.__name__} is a subclass of {base.__name__}"
-    # Quantized layers are namesakes of the dense ones.
-    namesake = f" of {kind.__module__}" if kind.__name__ in {c.__name__ for c in ADAPTERS} else ""
-    return f"{kind.__name__}{namesake} is not a supported layer type"
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if (base := base_of(kind)) is not None:
+        return (f"{name} is a subclass of {base.__name__}: if it only casts or adds up in another order, "
+                "shrank.treat_as_base(class) has it checked and taken for its base")
+    if any(_is_hf_conv1d(c) for c in kind.__mro__):
+        return f"{name} is a subclass of transformers' Conv1D"
+    return f"{name} is not a supported layer type"
 
 
 def _why_not_shape(shape: Shape) -> list[str]:
@@ -220,13 +219,6 @@ def _why_not_shape(shape: Shape) -> list[str]:
 def is_lazy(parameter: object) -> bool:
     """Whether a parameter gets its shape at the first forward."""
     return isinstance(parameter, UninitializedTensorMixin)
-
-
-def memory_format(weight: Tensor) -> torch.memory_format:
-    """channels_last where the tensor is stored so and not contiguous as well, else contiguous."""
-    wanted = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
-    unlike = wanted and not weight.is_contiguous() and weight.is_contiguous(memory_format=wanted)
-    return wanted if unlike else torch.contiguous_format
 
 
 def _is_hf_conv1d(kind: type) -> bool:

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 import shrank
-from tests.common.models import seeded
+from shrank.led import LEDConv1D
+from tests.common.models import draw, seeded
 from tests.common.tolerances import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:the dense weight of")
@@ -80,11 +81,10 @@ def test_gradients_reach_the_factors(build, options):
 
 
 WRITES = {
-    "fill_": lambda w: w.fill_(0), "copy_": lambda w: w.copy_(torch.zeros_like(w)), "init": nn.init.xavier_uniform_,
+    "fill_": lambda w: w.fill_(0), "init": nn.init.xavier_uniform_,
     "setitem": lambda w: w.__setitem__(0, 1), "iadd": lambda w: w.__iadd__(1),
     "imul": lambda w: w.__imul__(torch.ones(w.shape)), "floor": lambda w: w.div_(2, rounding_mode="floor"),
     "out": lambda w: torch.add(w, w, out=w), "data": lambda w: w.data.fill_(0), "detach": lambda w: w.detach().zero_(),
-    "data-setter": lambda w: setattr(w, "data", torch.zeros(w.shape)),
     "foreach": lambda w: torch._foreach_mul_([w], 2.0),
 }
 
@@ -114,9 +114,38 @@ def test_scaling_in_place_scales_the_product(build, options, scale):
     assert_close(twin.dense_weight(), expected)
 
 
+ASSIGNMENTS = {
+    "parameter": lambda twin, value: setattr(twin, "weight", nn.Parameter(value)),
+    "data": lambda twin, value: setattr(twin.weight, "data", value),
+    "copy_": lambda twin, value: twin.weight.copy_(value),
+    "register_parameter": lambda twin, value: twin.register_parameter("weight", nn.Parameter(value)),
+}
+each_assignment = pytest.mark.parametrize("assign", ASSIGNMENTS.values(), ids=ASSIGNMENTS)
+
+
 @each_layer
-def test_replacing_the_weight_is_refused(build, options):
+@each_assignment
+def test_a_weight_of_the_same_rank_goes_into_the_factors(build, options, assign):
     twin = low_rank(build, options)
-    with pytest.raises((AttributeError, KeyError), match="weight"):
-        twin.weight = nn.Parameter(twin.dense_weight())
-    assert "weight" not in twin._parameters
+    twin.up.requires_grad_(False)
+    outputs = 1 if isinstance(twin, LEDConv1D) else 0
+    by_output = [-1 if i == outputs else 1 for i in range(len(twin.weight_shape))]
+    scales = (draw(twin.weight_shape[outputs]).double().abs() + 0.5).view(by_output)
+    scaled = twin.dense_weight().detach() * scales
+    with torch.no_grad():
+        assign(twin, scaled)
+    assert_close(twin.dense_weight(), scaled)
+    assert twin.down.requires_grad and not twin.up.requires_grad
+    assert "weight" not in twin._parameters and "weight" not in vars(twin)
+
+
+@each_layer
+@each_assignment
+def test_a_weight_of_another_rank_is_refused(build, options, assign):
+    twin = low_rank(build, options)
+    before = twin.dense_weight()
+    with torch.no_grad(), pytest.raises(ValueError, match=r"no factors of rank 4 have.*merge the model"):
+        assign(twin, draw(*twin.weight_shape).double())
+    assert torch.equal(twin.dense_weight(), before)
+    with pytest.raises(ValueError, match=r"weight is \("):
+        twin.weight = nn.Parameter(torch.zeros(3, 3))

@@ -10,7 +10,7 @@ from torch import nn
 
 import shrank
 from shrank import Energy
-from shrank.ced import CONVOLUTIONS
+from shrank.plain import CONVOLUTIONS
 
 
 def model() -> nn.Module:
