@@ -1,5 +1,6 @@
 """shrank: low-rank twins for the linear and convolution layers of any PyTorch model."""
 
+from . import peft_hook as peft_hook
 from . import transformers_hook as transformers_hook
 from .apply import apply, describe, merge
 from .auto_fact import auto_fact
@@ -16,6 +17,7 @@ from .ops.api import Backend, backend, low_rank_conv, low_rank_linear, why_not
 from .plan import LayerPlan, RankPlan
 from .planning import make_plan
 from .rank import Energy, Fraction
+from .subclasses import treat_as_base
 from .version import __version__
 
 __all__ = [
@@ -44,5 +46,6 @@ __all__ = [
            "measured",
            "merge",
            "save",
+           "treat_as_base",
            "why_not",
 ]

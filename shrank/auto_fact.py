@@ -15,7 +15,7 @@ from .batches import Batch, as_batches
 from .budget import Budget
 from .calibration import Calibration
 from .calibration import calibrate as run_calibration
-from .fitting import PlanOptions, members
+from .fitting import PlanOptions, members, options_of
 from .linalg import BudgetTooSmall
 from .plan import RankPlan
 from .planning import eligible, make_plan
@@ -24,6 +24,8 @@ from .progress import track
 # The options of `calibrate` and of `as_batches` that come with `calibrate=`.
 _DATA_OPTIONS = ("loss", "cache", "max_memory", "spill", "seed")
 _BATCH_OPTIONS = ("tokenizer", "mask", "batch_size", "max_length")
+_WITH_DATA = _DATA_OPTIONS + _BATCH_OPTIONS
+_KEYWORDS = ("module", "rank", "deepcopy", "calibrate", "anchored", *_WITH_DATA)
 _TRIALS = 7  # halvings of the share kept: to within 1 / 128
 
 
@@ -45,6 +47,7 @@ def auto_fact(module: nn.Module, rank: object, groups_out: bool = False, skip_hi
     Returns the model, or the twin if `module` itself is a layer; what was done, and why not more, is in its
     `shrank_plan`. Raises TypeError or ValueError on bad arguments.
     """
+    options_of("auto_fact", {name: value for name, value in options.items() if name not in _WITH_DATA}, _KEYWORDS)
     if submodules is not None:
         submodules = list(submodules)
     if deepcopy:
@@ -62,7 +65,7 @@ def auto_fact(module: nn.Module, rank: object, groups_out: bool = False, skip_hi
         search = isinstance(rank, Budget) and rank.eval_fn is not None
         plan = (_smallest_good_enough if search else _plan)(module, rank, data, options)
     if not plan.low_rank:
-        warnings.warn("no layer was replaced; print(make_plan(...)) shows the reasons", stacklevel=2)
+        warnings.warn(f"no layer was replaced: {plan.why_dense()}", stacklevel=2)
     return data.carry_out(module, plan)
 
 
@@ -105,7 +108,8 @@ def _plan(module: nn.Module, rank: object, data: _Data, options: dict[str, objec
 def _smallest_good_enough(module: nn.Module, budget: Budget, data: _Data, options: dict[str, object]) -> RankPlan:
     """The plan of the smallest share of weights whose model loses at most `tolerated_drop`, found by bisection."""
     wanted = budget.eval_fn(module) - budget.tolerated_drop
-    low, high, best = 0.0, 1.0, None
+    low, high, best, plan = 0.0, 1.0, None, None
+    nothing = True
     for _ in track(range(_TRIALS), "bisecting"):
         keep = (low + high) / 2
         try:
@@ -113,10 +117,13 @@ def _smallest_good_enough(module: nn.Module, budget: Budget, data: _Data, option
         except BudgetTooSmall:
             low = keep
             continue
+        nothing = nothing and not plan.low_rank
         if plan.low_rank and budget.eval_fn(data.carry_out(copy.deepcopy(module), plan)) >= wanted:
             high, best = keep, plan
         else:
             low = keep
+    if plan is not None and nothing:
+        return plan  # it has the reasons
     if best is None:
         raise ValueError(f"no model that keeps less than {high:.3f} of the layers stays within tolerated_drop="
                          f"{budget.tolerated_drop:g}; the model is as it was")

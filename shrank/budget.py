@@ -115,6 +115,8 @@ def spend(budget: Budget, candidates: list[Candidate], fixed: list[LayerPlan], o
     fixed: layers whose ranks others decided, paid from the same budget. weighed: errors of different layers add up;
     else every layer keeps the same share, which no measure of its own beats (README, what each step buys).
     """
+    if not candidates:
+        return [], TradeOff()
     choices = {x.site.fqn: _choices(x, budget, options) for x in candidates}
     if budget.max_error is not None:
         return [_within(x, choices[x.site.fqn], budget.max_error) for x in candidates], TradeOff()

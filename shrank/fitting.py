@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -54,6 +55,20 @@ class PlanOptions:
             raise ValueError(f"pivot must be True, False or 'auto', got {self.pivot!r}")
         if self.max_rank is not None and self.min_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"max_rank {self.max_rank} is below min_rank {self.min_rank}")
+
+
+def options_of(function: str, given: dict[str, object], others: Iterable[str] = ()) -> PlanOptions:
+    """The options that were given to a function by keyword; `others`: further keywords that it takes.
+
+    Raises TypeError on one that there is none of, with the name that may have been meant.
+    """
+    known = {*PlanOptions.__dataclass_fields__, *others}
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else f": {', '.join(sorted(known))}"
+            raise TypeError(f"{function}() has no option {name!r}{meant}")
+    return PlanOptions(**given)
 
 
 class StaysDense(Exception):

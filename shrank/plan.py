@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -171,14 +172,19 @@ class RankPlan:
     def summary(self) -> str:
         """One line: layers and parameters, before and after."""
         before, after = self.params_before, self.params_after
-        touched = sum(x.size for x in self.low_rank)
-        kept = sum(x.params_after for x in self.low_rank)
+        touched, kept = sum(x.size for x in self.low_rank), sum(x.params_after for x in self.low_rank)
         parts = [f"{len(self.low_rank)} of {len(self)} layers low-rank",
                  f"their weights {touched:,} -> {kept:,}" + (f" ({kept / touched:.1%})" if touched else ""),
                  f"whole model {before:,} -> {after:,}" + (f" ({after / before:.1%})" if before else "")]
         if grown := [x.fqn for x in self.low_rank if x.grows]:
             parts.append(f"{len(grown)} grow")
         return "; ".join(parts)
+
+    def why_dense(self, most: int = 5) -> str:
+        """The most frequent reasons for which layers stay dense, with numbers of layers."""
+        counted = Counter(layer.reason for layer in self.layers if layer.rank is None).most_common()
+        told = [f"{reason} ({number} layer{'s' * (number > 1)})" for reason, number in counted[:most]]
+        return "; ".join(told + ["..."] * (len(counted) > most)) or "no layer owns a weight matrix"
 
     def table(self) -> Table:
         """The layers as a rich table."""

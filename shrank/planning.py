@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .budget import Budget, Candidate, TradeOff, spend
 from .calibration import Calibration
-from .fitting import PlanOptions, StaysDense, at_or_below, check_eligible, fit
+from .fitting import PlanOptions, StaysDense, at_or_below, check_eligible, fit, options_of
 from .linalg import FactorizationError, Shape, energy_curve, spectrum, squared_errors
 from .parallel import in_parallel, workers_for
 from .plan import LayerPlan, RankPlan
@@ -20,6 +20,8 @@ from .progress import track
 from .rank import Fraction, Layer, RankRule, as_rule
 from .surgery import Site, count, is_unit, walk
 from .targets import LOW_RANK, is_lazy, target
+
+_PARAMETERS = ("model", "rank", "calibration")
 
 
 def make_plan(model: nn.Module, rank: object, *, calibration: Calibration | None = None, **options: object) -> RankPlan:
@@ -31,7 +33,10 @@ def make_plan(model: nn.Module, rank: object, *, calibration: Calibration | None
     share that a Budget keeps (`Fraction` gives every layer the same). options: the fields of PlanOptions. Raises
     TypeError or ValueError on a bad rule.
     """
-    rule, options = rank if isinstance(rank, Budget) else as_rule(rank), PlanOptions(**options)
+    rule, options = rank if isinstance(rank, Budget) else as_rule(rank), options_of("make_plan", options, _PARAMETERS)
+    if isinstance(rule, Budget) and rule.eval_fn is not None:
+        raise ValueError("a Budget(eval_fn=) is spent by trying compressed models, which a plan alone does not make: "
+                         "call auto_fact(model, budget, deepcopy=True) and take its shrank_plan")
     if calibration is not None and isinstance(rank, Real):
         rule = Budget(keep_params=rule.keep) if isinstance(rule, Fraction) else rule
     sites = sites_of(model, options)

@@ -201,7 +201,8 @@ def _why_not_type(module: nn.Module) -> str:
     kind = type(module)
     if nn.utils.parametrize.is_parametrized(module):
         return f"its {', '.join(module.parametrizations)} is parametrized"
-    name = f"{kind.__module__}.{kind.__qualname__}"
+    # Namesakes are common: quantized layers, other packages' Linear.
+    name = kind.__qualname__ if kind.__module__.startswith("torch.nn.") else f"{kind.__module__}.{kind.__qualname__}"
     if (base := base_of(kind)) is not None:
         return (f"{name} is a subclass of {base.__name__}: if it only casts or adds up in another order, "
                 "shrank.treat_as_base(class) has it checked and taken for its base")

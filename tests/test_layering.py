@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent / "shrank"
 ROWS = {
     "version": 0, "files": 0, "progress": 0, "parallel": 0, "linalg": 0, "_native": 0, "merged_weight": 0, "stages": 0,
-    "timing": 0, "batches": 0, "latency": 0, "hooks": 0, "plain": 0, "references": 0, "spill": 0,
+    "timing": 0, "batches": 0, "latency": 0, "hooks": 0, "plain": 0, "references": 0, "peft_hook": 0, "spill": 0,
     "ops": 1, "roofline": 1, "tensor_file": 1, "losses": 1, "low_rank": 1, "schedule": 1,
     "led": 2, "ced": 2,
-    "subclasses": 3,
+    "subclasses": 3, "lora": 3,
     "lr_module": 4, "targets": 4, "rank": 4,
     "surgery": 5, "report": 5, "distillation": 5,
     "plan": 6, "dense": 6, "passes": 6,
