@@ -9,7 +9,7 @@ from __future__ import annotations
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -64,7 +64,8 @@ def _inside(value: object, place: Place, registered: Mapping[int, str],
 
 def _contents(value: object, place: Place) -> Iterator[tuple[object, Place]]:
     """What a value holds directly, with the places."""
-    if isinstance(value, Mapping):
+    # No other mappings by their interface: those of accelerate read files. They are objects that hold dicts.
+    if isinstance(value, dict | types.MappingProxyType):
         yield from _of_mapping(value, place)
     elif isinstance(value, list | deque):
         for i, inner in enumerate(value):
@@ -83,12 +84,14 @@ def _contents(value: object, place: Place) -> Iterator[tuple[object, Place]]:
                                 lambda held: held.args)
         yield value.keywords, place
     elif isinstance(value, types.MethodType):
-        writable = value.__func__.__name__ in _CALLS or not isinstance(value.__self__, nn.Module)
+        called = getattr(value.__func__, "__name__", "") in _CALLS
+        writable = called or not isinstance(value.__self__, nn.Module)
         at = _part(place, ".__self__", lambda held, new: getattr(new, held.__func__.__name__),
                    lambda held: held.__self__)
         yield value.__self__, at if writable else Place(at.where, at.get, None)
     elif isinstance(value, weakref.ref):
-        yield value(), _rebuilt(place, weakref.ref)
+        plain = type(value) is weakref.ref  # others carry more, such as the key in a weak dictionary
+        yield value(), _rebuilt(place, weakref.ref) if plain else Place(place.where, place.get, None)
     elif isinstance(value, types.FunctionType):
         yield from _of_function(value, place)
     else:
@@ -97,10 +100,11 @@ def _contents(value: object, place: Place) -> Iterator[tuple[object, Place]]:
 
 def _of_mapping(value: Mapping, place: Place) -> Iterator[tuple[object, Place]]:
     for key, inner in list(value.items()):
-        if isinstance(key, nn.Module):
-            yield key, Place(f"a key of {place.where}", lambda key=key: key, None)
+        held = key() if isinstance(key, weakref.ref) else key
+        if isinstance(held, nn.Module):
+            yield held, Place(f"a key of {place.where}", lambda held=held: held, None)
         if not isinstance(inner, _ATOMS):
-            put = partial(value.__setitem__, key) if isinstance(value, MutableMapping) else None
+            put = partial(value.__setitem__, key) if isinstance(value, dict) else None
             yield inner, Place(f"{place.where}[{key!r:.40}]", partial(value.__getitem__, key), put)
 
 

@@ -81,7 +81,7 @@ def test_merge_and_unload_leaves_a_low_rank_model_that_saves_and_loads(llama, tm
 def test_dora_and_convolutions_are_refused_in_words() -> None:
     model = shrank.auto_fact(named_mlp(), 8)
     tuned = inject_adapter_in_model(LoraConfig(target_modules=["fc1"], use_dora=True, **DRAWN), model)
-    with pytest.raises(ValueError, match="only plain LoRA.*shrank.merge"):
+    with pytest.raises(ValueError, match=r"only plain LoRA.*shrank.merge"):
         tuned.fc1.merge()
     net = nn.Sequential(OrderedDict(conv=nn.Conv2d(32, 64, 3)))
     net = shrank.auto_fact(seeded(lambda: net), 8, allow_slower=True)
