@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import shrank
-from shrank import Energy
+from shrank import Budget, Energy, make_plan
 from shrank.plain import CONVOLUTIONS
+from tests.common.models import WIDTH, assert_untouched, draw, fingerprint, mlp, seeded
 
 
 def model() -> nn.Module:
@@ -137,9 +138,55 @@ def test_impossible_options_are_refused(options: dict, says: str) -> None:
         shrank.make_plan(model(), 8, **options)
 
 
-def test_unknown_options_are_refused() -> None:
-    with pytest.raises(TypeError, match="ratio"):
-        shrank.make_plan(model(), 8, ratio=0.5)
+@pytest.mark.parametrize(("call", "option", "says"), [
+    (make_plan, "exlude", r"make_plan\(\) has no option 'exlude'; did you mean 'exclude'\?"),
+    (make_plan, "calibrations", r"did you mean 'calibration'\?"),
+    (shrank.auto_fact, "exlude", r"auto_fact\(\) has no option 'exlude'; did you mean 'exclude'\?"),
+    (shrank.auto_fact, "los", r"auto_fact\(\) has no option 'los'; did you mean 'loss'\?"),
+    (shrank.auto_fact, "max_lenght", r"did you mean 'max_length'\?"),
+    (shrank.auto_fact, "xyzzy", r"has no option 'xyzzy': .*allow_growth.*tokenizer"),
+])
+def test_unknown_options_are_refused_with_the_nearest_name(call, option: str, says: str) -> None:
+    net = mlp()
+    before = fingerprint(net)
+    with pytest.raises(TypeError, match=says):
+        call(net, 4, **{option: 1})
+    assert_untouched(net, before)
+
+
+def test_a_budget_that_needs_compressed_models_is_no_plan() -> None:
+    with pytest.raises(ValueError, match=r"Budget\(eval_fn=\).*auto_fact\(model, budget"):
+        make_plan(mlp(), Budget(eval_fn=lambda model: 1.0))
+
+
+class Mine(nn.Linear):
+    pass
+
+
+NOTHING = {
+    "subclasses": (lambda: nn.Sequential(Mine(WIDTH, WIDTH)), {}, r"test_planning\.Mine is a subclass of Linear"),
+    "excluded": (mlp, {"exclude": "*"}, r"excluded \(3 layers\)"),
+    "no-layers": (lambda: nn.Sequential(nn.ReLU()), {}, "no layer owns a weight matrix"),
+    "too-small": (lambda: nn.Sequential(nn.Linear(WIDTH, 4)), {}, r"too small: its smaller side is 4.*\(1 layer\)"),
+}
+BUDGETS = [Budget(keep_params=0.5), Budget(keep_flops=0.5), Budget(max_error=0.1),
+           Budget(keep_latency=0.5, table=shrank.LatencyTable({}, {})), Budget(eval_fn=lambda model: 1.0)]
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=lambda b: next(n for n in vars(b) if getattr(b, n) is not None))
+@pytest.mark.parametrize(("build", "options", "reason"), NOTHING.values(), ids=NOTHING)
+@pytest.mark.parametrize("data", [False, True])
+def test_a_plan_that_changes_nothing_is_a_plan_with_reasons(build, options, reason: str, budget: Budget, data) -> None:
+    net, x = seeded(build), draw(8, WIDTH)
+    before = net(x)
+    with pytest.warns(UserWarning, match=f"no layer was replaced: .*{reason}"):
+        same = shrank.auto_fact(net, budget, **options, **({"calibrate": [x]} if data else {}))
+    plan = same.shrank_plan
+    assert same is net and not plan.low_rank and plan.params_after == plan.params_before
+    assert all(layer.reason for layer in plan) and torch.equal(same(x), before)
+    if budget.eval_fn is None:
+        assert make_plan(net, budget, **options).diff(plan) == {}
+    str(plan), plan.summary, shrank.RankPlan.from_dict(plan.to_dict())
 
 
 def test_order_of_modules_does_not_matter() -> None:
