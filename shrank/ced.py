@@ -81,23 +81,23 @@ class CED(LowRankLayer):
 
     @property
     def rank(self) -> int:
-        return self.ced_unit[0].out_channels
+        return self.built_with(0, "out_channels")
 
     @property
     def in_channels(self) -> int:
-        return self.ced_unit[0].in_channels
+        return self.built_with(0, "in_channels")
 
     @property
     def out_channels(self) -> int:
-        return self.ced_unit[1].out_channels + (self.rank if self.pivoted else 0)
+        return self.built_with(1, "out_channels") + (self.rank if self.pivoted else 0)
 
     @property
     def down_groups(self) -> int:
-        return self.ced_unit[0].groups
+        return self.built_with(0, "groups")
 
     @property
     def up_groups(self) -> int:
-        return self.ced_unit[1].groups
+        return self.built_with(1, "groups")
 
     @property
     def groups(self) -> int:
@@ -106,23 +106,23 @@ class CED(LowRankLayer):
 
     @property
     def kernel_size(self) -> tuple[int, ...]:
-        return self.ced_unit[0].kernel_size
+        return self.built_with(0, "kernel_size")
 
     @property
     def stride(self) -> tuple[int, ...]:
-        return self.ced_unit[0].stride
+        return self.built_with(0, "stride")
 
     @property
     def padding(self) -> tuple[int, ...] | str:
-        return self.ced_unit[0].padding
+        return self.built_with(0, "padding")
 
     @property
     def dilation(self) -> tuple[int, ...]:
-        return self.ced_unit[0].dilation
+        return self.built_with(0, "dilation")
 
     @property
     def padding_mode(self) -> str:
-        return self.ced_unit[0].padding_mode
+        return self.built_with(0, "padding_mode")
 
     @property
     def transposed(self) -> bool:
@@ -130,7 +130,7 @@ class CED(LowRankLayer):
 
     @property
     def output_padding(self) -> tuple[int, ...]:
-        return self.ced_unit[0].output_padding
+        return self.built_with(0, "output_padding")
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

@@ -71,7 +71,7 @@ class LED(LowRankLayer):
 
     @property
     def rank(self) -> int:
-        return self.led_unit[0].out_features
+        return self.built_with(0, "out_features")
 
     @property
     def shape(self) -> Shape:

@@ -104,6 +104,15 @@ class LowRankLayer(nn.Module):
         named = zip(_NAMES, self.stages, strict=False)
         return next((f"its {name} stage {reason}" for name, stage in named if (reason := why_not_plain(stage))), "")
 
+    def built_with(self, number: int, name: str) -> object:
+        """An attribute of a stage; of one that peft has adapted, that of the layer inside."""
+        stage = self.stages[number]
+        stage = stage.get_base_layer() if hasattr(stage, "get_base_layer") else stage
+        if not hasattr(stage, name):
+            raise RuntimeError(f"{type(self).__name__}: its {_NAMES[number]} stage is a {type(stage).__module__}."
+                               f"{type(stage).__qualname__}, which has no {name}: put a plain layer there first")
+        return getattr(stage, name)
+
     def _factor(self, number: int) -> Tensor:
         stage = self.stages[number]
         if reason := why_no_matrix(stage):

@@ -246,3 +246,17 @@ def test_writing_into_a_pivoted_bias_is_not_lost() -> None:
     assert torch.equal(layer.bias + 0, torch.zeros(20))
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"LED.bias is computed"):
         layer.bias.add_(1)
+
+
+@pytest.mark.parametrize("kind", ["led", "ced"])
+def test_a_layer_tells_what_it_is_with_an_adapter_on_a_stage(kind: str) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    build, _ = LAYERS[kind]
+    model = nn.ModuleDict({"layer": seeded(build)})
+    before = shrank.describe(model)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=[f"layer.{model.layer.unit}.{i}" for i in (0, 1)]), model)
+    assert shrank.describe(model).low_rank == before.low_rank
+    model.layer.stages[0] = nn.Identity()
+    with pytest.raises(RuntimeError, match=r"its down stage is a .*Identity, which has no (in|out)_"):
+        shrank.describe(model)
