@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from .plain import LAYERS, TRUSTED
 
@@ -33,6 +34,12 @@ def treat_as_base(*classes: type) -> None:
 def base_of(kind: type) -> type | None:
     """The supported class that this one is or descends from."""
     return next((c for c in kind.__mro__ if c in LAYERS), None)
+
+
+def subclasses_in(model: nn.Module) -> list[type]:
+    """The classes of a model's layers that `treat_as_base` takes, in the order of their first layers."""
+    kinds = dict.fromkeys(type(m) for m in model.modules() if not parametrize.is_parametrized(m))
+    return [kind for kind in kinds if base_of(kind) not in (None, kind)]
 
 
 def is_trusted(kind: type) -> bool:

@@ -122,6 +122,11 @@ def test_what_computes_something_else_is_not_believed(build_layer, cause) -> Non
     assert re.search(f"treat_as_base does not hold: .*{cause}", plan["0"].reason)
 
 
+def test_the_subclasses_of_a_model() -> None:
+    net = speech().append(nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)))
+    assert subclasses.subclasses_in(net) == [CastingConv1d, CastingLinear, LateBias]
+
+
 @pytest.mark.parametrize("wrong", [nn.Linear, nn.ReLU, "Linear", nn.Linear(2, 2)])
 def test_only_subclasses_are_taken(wrong) -> None:
     with pytest.raises(TypeError, match="is no subclass of Linear, Conv1d, Conv2d, Conv3d"):
