@@ -6,6 +6,7 @@ registered: each place is found with a way to put another module there, or said 
 
 from __future__ import annotations
 
+import gc
 import types
 import weakref
 from collections import deque
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 _ATOMS = (str, bytes, bytearray, int, float, complex, types.NoneType, Tensor, type, types.ModuleType, range,
           types.BuiltinFunctionType)
+_OPAQUE = ("builtins", "functools", "itertools", "operator")
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
 _CALLS = ("forward", "__call__")  # methods that every module has
 
@@ -94,6 +96,9 @@ def _contents(value: object, place: Place) -> Iterator[tuple[object, Place]]:
         yield value(), _rebuilt(place, weakref.ref) if plain else Place(place.where, place.get, None)
     elif isinstance(value, types.FunctionType):
         yield from _of_function(value, place)
+    elif type(value).__module__ in _OPAQUE:
+        for inner in gc.get_referents(value):  # of iterators and caches, whose own parts cannot be exchanged
+            yield inner, Place(f"inside {place.where.removeprefix('inside ')}", lambda inner=inner: inner, None)
     else:
         yield from _of_object(value, place)
 

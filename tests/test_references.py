@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections import OrderedDict, UserDict, UserList, defaultdict, deque, namedtuple
 from collections.abc import Callable
@@ -59,6 +60,12 @@ def by_default(layer: nn.Module) -> Callable:
     return run
 
 
+def cached(layer: nn.Module) -> Callable:
+    run = functools.lru_cache(lambda x: [layer])
+    run(1)
+    return run
+
+
 # How a layer is hidden, and how forward calls it from there.
 HIDDEN: dict[str, tuple[Callable, Callable]] = {
     "attribute": (lambda m: m, lambda held, x: held(x)),
@@ -89,6 +96,8 @@ HIDDEN: dict[str, tuple[Callable, Callable]] = {
     "slots": (Slotted, lambda held, x: held.run(x)),
     "objects-in-dict": (lambda m: {1: Slotted(m)}, lambda held, x: held[1].run(x)),
     "unregistered-module": (lambda m: [Unregistered(m)], lambda held, x: held[0](x)),
+    "iterator": (lambda m: itertools.cycle([m]), lambda held, x: next(held)(x)),
+    "cache": (cached, lambda held, x: held(1)[0](x)),
     "weak-reference": (weakref.ref, lambda held, x: held()(x)),
     "weak-proxy": (weakref.proxy, lambda held, x: held(x)),
 }
@@ -130,6 +139,7 @@ FIXED = {
     "weak-key": (lambda m: weakref.WeakKeyDictionary({m: 1.0}), "a key of held.data"),
     "weak-value": (lambda m: weakref.WeakValueDictionary({"a": m}), "held.data"),
     "mapping-proxy": (lambda m: MappingProxyType({"a": m}), "held"),
+    "iterator": (lambda m: iter((m,)), "inside held"),
     "other-method": (lambda m: m.extra_repr, "held.__self__"),
 }
 
