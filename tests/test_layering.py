@@ -11,8 +11,11 @@ ROOT = Path(__file__).parent.parent / "shrank"
 ROWS = {
     "version": 0, "files": 0, "progress": 0, "parallel": 0, "linalg": 0, "_native": 0, "merged_weight": 0, "stages": 0,
     "timing": 0, "batches": 0, "latency": 0, "hooks": 0, "spill": 0,
+    "media": 0, "processors": 0, "model_inputs": 0,
     "ops": 1, "roofline": 1, "tensor_file": 1, "losses": 1, "schedule": 1,
+    "data_files": 1, "token_batches": 1,
     "led": 2, "ced": 2,
+    "file_batches": 2,
     "lr_module": 3, "targets": 3, "rank": 3,
     "surgery": 4, "dense": 4, "report": 4, "distillation": 4,
     "plan": 5, "passes": 5,

@@ -1,0 +1,113 @@
+"""What a transformers model takes and gives, read off its class: no table of names of models."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+from torch import nn
+
+# By the argument of forward that it becomes.
+_KINDS = {"input_ids": "text", "pixel_values": "image", "flattened_patches": "image", "input_features": "audio",
+          "input_values": "audio"}
+ELSEWHERE = "give shrank.calibrate and shrank.heal the batches themselves"
+_EXAMPLES = {"text": '"text": "a cat on a roof"', "image": '"image": "cat.jpg"', "audio": '"audio": "cat.wav"'}
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """What a model takes of text, image and audio, and which of them it cannot do without.
+
+    arguments: of its forward. decoder: whether it has a decoder of its own, which takes tokens. labels: whether that
+    predicts the next token. joins_images: whether images stand within its texts.
+    """
+
+    model: str
+    arguments: frozenset[str]
+    takes: frozenset[str]
+    needs: frozenset[str]
+    decoder: bool
+    labels: bool
+    joins_images: bool
+
+    @property
+    def line(self) -> str:
+        """A line of a .jsonl file with all that the model needs."""
+        return "{" + ", ".join(part for kind, part in _EXAMPLES.items() if kind in self.needs) + "}"
+
+    def arguments_of(self, kind: str) -> set[str]:
+        """The arguments of forward that a text, an image or a sound may become."""
+        return {name for name, of in _KINDS.items() if of == kind and name in self.arguments}
+
+
+def inputs_of(model: nn.Module) -> ModelInputs:
+    """What a model takes; ValueError if texts, images and sounds do not make it."""
+    name, parameters = type(model).__name__, inspect.signature(model.forward).parameters
+    main = getattr(model, "main_input_name", None)
+    if not isinstance(main, str) or main not in _KINDS:
+        raise ValueError(f"{name} takes {main}, which no text, image or sound makes: {ELSEWHERE}")
+    needed = {x for x, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    if unknown := needed - _KINDS.keys() - {"attention_mask", "decoder_input_ids"}:
+        raise ValueError(f"{name} needs {', '.join(sorted(unknown))}, which no text, image or sound makes: {ELSEWHERE}")
+    decoder = _has_decoder_of_tokens(model)
+    takes = frozenset(kind for argument, kind in _KINDS.items() if argument in parameters)
+    generates = predicts_next_token(model)
+    needs = {_KINDS[main]}
+    if not decoder:
+        needs |= takes & {"text"} if generates else takes
+    joins = generates and {"text", "image"} <= takes and not (decoder and _KINDS[main] == "image")
+    return ModelInputs(name, frozenset(parameters), takes, frozenset(needs), decoder,
+                       decoder and generates and "labels" in parameters, joins)
+
+
+def _has_decoder_of_tokens(model: nn.Module) -> bool:
+    """Whether the model has a decoder of its own; ValueError if that takes no tokens of a text."""
+    parameters = inspect.signature(model.forward).parameters
+    # Those that speak or make music: spectrograms, or codes of sound.
+    others = [x for x in parameters if x.startswith("decoder_input_") and x != "decoder_input_ids"]
+    says_text = "text" in _output_modalities(model)
+    if "decoder_input_ids" in parameters and says_text:
+        return True
+    if "decoder_input_ids" in parameters or others:
+        takes = ", ".join(others) or f"codes of {', '.join(_output_modalities(model))}"
+        raise ValueError(f"{type(model).__name__}: its decoder takes {takes}, which no text makes: {ELSEWHERE}")
+    return False
+
+
+def _output_modalities(model: nn.Module) -> tuple[str, ...]:
+    return tuple(getattr(model, "output_modalities", None) or ("text",))
+
+
+def predicts_next_token(model: nn.Module) -> bool:
+    """Whether the model's logits are for the tokens that follow."""
+    can_generate = getattr(model, "can_generate", None)
+    return can_generate is not None and can_generate() and "text" in _output_modalities(model)
+
+
+def is_causal_language_model(model: nn.Module) -> bool:
+    """Whether the model continues a text by itself, without a second input."""
+    parameters = inspect.signature(model.forward).parameters
+    return (predicts_next_token(model) and getattr(model, "main_input_name", None) == "input_ids"
+            and "decoder_input_ids" not in parameters)
+
+
+def positions(model: nn.Module, decoder: bool = False) -> int | None:
+    """The most tokens of a text, or of the decoder's side, that the model has positions for; None if it counts
+    none."""
+    config = text_config(model, decoder)
+    side = "decoder" if decoder else "encoder"
+    names = [f"max_{side}_position_embeddings", "max_position_embeddings"]
+    names = ["max_target_positions", *names] if decoder else names
+    most = next((n for n in (getattr(config, name, None) for name in names) if isinstance(n, int) and n > 0), None)
+    if most is None:
+        return None
+    # RoBERTa and its kin count positions from behind that of padding.
+    taken = [m.padding_idx + 1 for name, m in model.named_modules() if isinstance(m, nn.Embedding)
+             and "position" in name and m.padding_idx is not None and m.num_embeddings == most]
+    return most - max(taken, default=0)
+
+
+def text_config(model: nn.Module, decoder: bool = False) -> object:
+    """The part of the model's configuration that is about a text's side."""
+    own = getattr(model.config, "decoder" if decoder else "encoder", None)
+    return own if hasattr(own, "get_text_config") else model.config.get_text_config()
