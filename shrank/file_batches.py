@@ -64,7 +64,8 @@ def _check(examples: list[Example], takes: ModelInputs) -> bool:
         if kind == "audio" and having and kind in takes.takes - takes.needs:
             raise ValueError(f"{having[0]}: {takes.model} takes sounds within texts or instead of them, which is not "
                              f"done from files: {ELSEWHERE}")
-        if kind != "text" and having and kind not in takes.takes:
+    for kind in {"image", "audio"} - takes.takes:
+        if any(getattr(x, kind) for x in examples):
             warnings.warn(f"{takes.model} takes no {kind}: it is left out", stacklevel=3)
     if not takes.decoder and any(x.target for x in examples):
         warnings.warn(f"{takes.model} has no decoder of its own: the target is left out", stacklevel=3)

@@ -91,6 +91,23 @@ def is_causal_language_model(model: nn.Module) -> bool:
             and "decoder_input_ids" not in parameters)
 
 
+def require_next_token(model: nn.Module) -> None:
+    """ValueError if the model has no next-token loss."""
+    if not predicts_next_token(model):
+        raise ValueError(f"{type(model).__name__} predicts no next token, which the loss 'lm' needs: leave the loss "
+                         "out, or give shrank.calibrate and shrank.heal a function")
+
+
+def require_causal_language_model(model: nn.Module, window: int) -> None:
+    """ValueError if no perplexity of windows of so many tokens can be told of the model."""
+    name = type(model).__name__
+    if not is_causal_language_model(model):
+        raise ValueError(f"{name} is no causal language model, whose perplexity could be told; `shrank compress "
+                         "--calibrate --report` shows the errors of the layers of any model")
+    if (most := positions(model)) is not None and window > most:
+        raise ValueError(f"{name} has positions for {most} tokens, fewer than a window of {window}: --window {most}")
+
+
 def positions(model: nn.Module, decoder: bool = False) -> int | None:
     """The most tokens of a text, or of the decoder's side, that the model has positions for; None if it counts
     none."""

@@ -25,7 +25,7 @@ ROWS = {
     "planning": 9, "checkpoint": 9, "anchored": 9, "storage": 9,
     "auto_fact": 10, "heal": 10, "evaluate": 10, "measure": 10, "hf": 10, "transformers_hook": 10, "layer_times": 10,
     "bench": 11, "bench_plot": 11, "explain": 11,
-    "cli_common": 12, "cli_models": 13, "cli": 14,
+    "cli_common": 12, "cli_models": 13, "cli_eval": 13, "cli": 14,
     "__init__": 15, "__main__": 15,
 }
 FILES = sorted(ROOT.rglob("*.py"))
