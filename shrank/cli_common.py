@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,13 +111,19 @@ def require_free(out: Path, force: bool) -> None:
 
 @contextmanager
 def errors(code: int = FAILED):
-    """Turn the errors that a user can cause into a line on standard error and an exit code."""
+    """Turn the errors that a user can cause into a line on standard error and an exit code, and warnings into lines."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
     except typer.Exit:
         raise  # a RuntimeError by inheritance
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         fail(str(error), code)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    Console(stderr=True).print(f"[bold yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
 
 
 def fail(message: str, code: int) -> None:

@@ -193,3 +193,20 @@ def sentences(count: int, words: int = 12) -> list[str]:
 def write_lines(path: Path, lines: list[dict]) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+def write_data(folder: Path, count: int = 10) -> Path:
+    """texts.txt, and the folders images, captioned, sounds (all of one length) and spoken (of different ones, at half
+    the rate)."""
+    texts = sentences(count)
+    (folder / "texts.txt").write_text("\n\n".join(texts))
+    for name in ("images", "captioned", "sounds", "spoken"):
+        (folder / name).mkdir()
+    for i, text in enumerate(texts):
+        write_image(folder / "images" / f"{i}.png", i)
+        write_image(folder / "captioned" / f"{i}.jpg", i, size=(16 + i, 30))
+        write_sound(folder / "sounds" / f"{i}.wav", i)
+        write_sound(folder / "spoken" / f"{i}.flac", i, seconds=0.3 + 0.05 * i, rate=RATE // 2)
+        for name in ("captioned", "spoken"):
+            (folder / name / f"{i}.txt").write_text(text)
+    return folder
