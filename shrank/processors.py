@@ -14,8 +14,8 @@ def load_tokenizer(source: str) -> Callable:
     from transformers import AutoTokenizer
 
     tokenizer = _load(AutoTokenizer, source, "tokenizer")
-    # Without a file transformers may make a tokenizer up, which knows no word.
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
+    # Without a file transformers may make a tokenizer up, which knows special tokens and T5's a space.
+    if len(tokenizer.get_vocab().keys() - {str(token) for token in tokenizer.added_tokens_decoder.values()}) < 2:
         raise ValueError(f"{source}: has no file with the vocabulary of a tokenizer, which texts need")
     return tokenizer
 
