@@ -66,8 +66,8 @@ def test_a_sentence_transformers_folder(model_folder, data_folder, tmp_path) -> 
 
     words = Transformer(str(model_folder("roberta")))
     SentenceTransformer(modules=[words, Pooling(words.get_embedding_dimension())]).save(str(tmp_path / "st"))
-    texts = data_folder / "texts.txt"
-    done = run("compress", tmp_path / "st", "--keep", 0.6, "--calibrate", texts, "--heal", 2, "--out", tmp_path / "small")
+    options = ("--keep", 0.6, "--calibrate", data_folder / "texts.txt", "--heal", 2)
+    done = run("compress", tmp_path / "st", *options, "--out", tmp_path / "small")
     assert done.exit_code == 0, done.output
     small = transformers.AutoModel.from_pretrained(tmp_path / "small")
     assert shrank.describe(small).low_rank and (tmp_path / "small" / "modules.json").exists()
