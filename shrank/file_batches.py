@@ -49,6 +49,8 @@ def batches_from_file(path: str | os.PathLike, model: nn.Module, source: str, *,
         calls = _beside(calls, tokenized(says, tokenizer, takes, model, max_length, batch_size, decoder=True))
     elif takes.decoder:
         calls = [call | generated(call, takes, model, max_length) for call in track(calls, "generating")]
+    if missing := sorted(takes.required - calls[0].keys()):
+        raise ValueError(f"{takes.model} needs {', '.join(missing)}, which none of its processors makes: {ELSEWHERE}")
     return as_batches(calls)
 
 

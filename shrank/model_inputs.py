@@ -10,6 +10,7 @@ from torch import nn
 # By the argument of forward that it becomes.
 _KINDS = {"input_ids": "text", "pixel_values": "image", "flattened_patches": "image", "input_features": "audio",
           "input_values": "audio"}
+_ANY = "inputs"  # the main input of classes that wrap any encoder
 ELSEWHERE = "give shrank.calibrate and shrank.heal the batches themselves"
 _EXAMPLES = {"text": '"text": "a cat on a roof"', "image": '"image": "cat.jpg"', "audio": '"audio": "cat.wav"'}
 
@@ -18,12 +19,13 @@ _EXAMPLES = {"text": '"text": "a cat on a roof"', "image": '"image": "cat.jpg"',
 class ModelInputs:
     """What a model takes of text, image and audio, and which of them it cannot do without.
 
-    arguments: of its forward. decoder: whether it has a decoder of its own, which takes tokens. labels: whether that
-    predicts the next token. joins_images: whether images stand within its texts.
+    arguments, required: of its forward. decoder: whether it has a decoder of its own, which takes tokens. labels:
+    whether that predicts the next token. joins_images: whether images stand within its texts.
     """
 
     model: str
     arguments: frozenset[str]
+    required: frozenset[str]
     takes: frozenset[str]
     needs: frozenset[str]
     decoder: bool
@@ -43,26 +45,38 @@ class ModelInputs:
 def inputs_of(model: nn.Module) -> ModelInputs:
     """What a model takes; ValueError if texts, images and sounds do not make it."""
     name, parameters = type(model).__name__, inspect.signature(model.forward).parameters
-    main = getattr(model, "main_input_name", None)
-    if not isinstance(main, str) or main not in _KINDS:
-        raise ValueError(f"{name} takes {main}, which no text, image or sound makes: {ELSEWHERE}")
-    needed = {x for x, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    if unknown := needed - _KINDS.keys() - {"attention_mask", "decoder_input_ids"}:
-        raise ValueError(f"{name} needs {', '.join(sorted(unknown))}, which no text, image or sound makes: {ELSEWHERE}")
-    decoder = _has_decoder_of_tokens(model)
     takes = frozenset(kind for argument, kind in _KINDS.items() if argument in parameters)
-    generates = predicts_next_token(model)
-    needs = {_KINDS[main]}
+    main = getattr(model, "main_input_name", None)
+    if isinstance(main, str) and main in parameters and main != _ANY:
+        first = {_KINDS[main]} if main in _KINDS else set()
+    else:  # inherited, and of no meaning for this class; or any of what it takes
+        first = set(takes) if isinstance(main, str) else set()
+    if not first:
+        told = main if not isinstance(main, str) or main in parameters else ", ".join(parameters)
+        raise ValueError(f"{name} takes {told}, which no text, image or sound makes: {ELSEWHERE}")
+    decoder, generates, inside = _has_decoder_of_tokens(model), predicts_next_token(model), _has_image_token(model)
+    needs = set(first)
     if not decoder:
         needs |= takes & {"text"} if generates else takes
-    joins = generates and {"text", "image"} <= takes and not (decoder and _KINDS[main] == "image")
-    return ModelInputs(name, frozenset(parameters), takes, frozenset(needs), decoder,
+    elif inside:
+        needs |= takes & {"text"}
+    joins = {"text", "image"} <= takes and (inside or (generates and not (decoder and first == {"image"})))
+    required = {x for x, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    return ModelInputs(name, frozenset(parameters), frozenset(required), takes, frozenset(needs), decoder,
                        decoder and generates and "labels" in parameters, joins)
+
+
+def _has_image_token(model: nn.Module) -> bool:
+    """Whether the model finds the places of images in its texts by a token."""
+    config = getattr(model, "config", None)
+    return any(hasattr(config, name) for name in ("image_token_id", "image_token_index"))
 
 
 def _has_decoder_of_tokens(model: nn.Module) -> bool:
     """Whether the model has a decoder of its own; ValueError if that takes no tokens of a text."""
     parameters = inspect.signature(model.forward).parameters
+    if _has_image_token(model) and not model.config.is_encoder_decoder:
+        return False  # BLIP-2 takes language models of both kinds
     # Those that speak or make music: spectrograms, or codes of sound.
     others = [x for x in parameters if x.startswith("decoder_input_") and x != "decoder_input_ids"]
     says_text = "text" in _output_modalities(model)

@@ -153,6 +153,18 @@ def test_what_is_missing_is_said(name: str, lines: list[dict], says: str, model_
         batches_from_file(write_lines(tmp_path / "a.jsonl", lines), model, source)
 
 
+class _Grids(torch.nn.Module):
+    main_input_name, dtype = "pixel_values", torch.float32
+
+    def forward(self, pixel_values, grid):
+        return pixel_values
+
+
+def test_what_no_processor_makes_is_named(model_folder, data_folder) -> None:
+    with pytest.raises(ValueError, match="_Grids needs grid, which none of its processors makes"):
+        batches_from_file(data_folder / "images", _Grids(), str(model_folder("vit")))
+
+
 class _Listener(torch.nn.Module):
     """Sounds stand within its texts."""
 

@@ -54,16 +54,30 @@ def test_a_line_shows_all_that_is_needed() -> None:
     assert inputs_of(built("clip")).line == '{"text": "a cat on a roof", "image": "cat.jpg"}'
 
 
-class _Patches(nn.Module):
-    main_input_name = "pixel_values"
-
-    def forward(self, pixel_values, grid):
-        return pixel_values
-
-
 class _Music(nn.Module):
     main_input_name, output_modalities = "input_ids", ("audio",)
     forward = transformers.MusicgenForConditionalGeneration.forward
+
+
+class _Tasks(nn.Module):
+    main_input_name = ["pixel_values", "task_inputs"]
+
+    def forward(self, pixel_values, task_inputs):
+        return pixel_values
+
+
+class _Grid(nn.Module):
+    main_input_name = "input_ids"
+
+    def forward(self, hidden_states, grid):
+        return hidden_states
+
+
+class _Codes(nn.Module):
+    main_input_name = "inputs"
+
+    def forward(self, inputs):
+        return inputs
 
 
 @pytest.mark.parametrize(("build", "says"), [
@@ -72,12 +86,54 @@ class _Music(nn.Module):
     (lambda: transformers.PatchTSTModel(transformers.PatchTSTConfig(d_model=16, num_hidden_layers=1)),
      "takes past_values, which no text, image or sound makes"),
     (lambda: nn.Linear(2, 2), "Linear takes None"),
-    (_Patches, "_Patches needs grid, which no text, image or sound makes"),
+    (_Tasks, r"_Tasks takes \['pixel_values', 'task_inputs'\]"),
+    (_Codes, "_Codes takes inputs, which no text"),
+    (_Grid, "_Grid takes hidden_states, grid, which no text"),
 ])
 def test_models_that_files_cannot_feed_are_refused(build, says: str) -> None:
     with pytest.raises(ValueError, match=says) as caught:
         inputs_of(build())
     assert "give shrank.calibrate and shrank.heal the batches themselves" in str(caught.value)
+
+
+class _Tower(nn.Module):
+    """Its class leaves main_input_name as it is."""
+
+    main_input_name = "input_ids"
+
+    def forward(self, pixel_values, pixel_attention_mask):
+        return pixel_values
+
+
+class _Wrapper(nn.Module):
+    """Of an encoder and a decoder."""
+
+    main_input_name, output_modalities, can_generate = "inputs", ("text",), staticmethod(lambda: True)
+
+    def forward(self, inputs=None, decoder_input_ids=None, labels=None, input_values=None):
+        return inputs
+
+
+class _Tokens(nn.Module):
+    """Images stand within its texts, and it may have a decoder of its own."""
+
+    main_input_name, output_modalities, can_generate = "pixel_values", ("text",), staticmethod(lambda: True)
+
+    def __init__(self, decoder: bool) -> None:
+        super().__init__()
+        self.config = transformers.PreTrainedConfig(is_encoder_decoder=decoder)
+        self.config.image_token_id = 4
+
+    def forward(self, pixel_values, input_ids, decoder_input_ids=None, labels=None):
+        return pixel_values
+
+
+@pytest.mark.parametrize(("model", "needs", "decoder", "joins"), [
+    (_Tower(), {IMAGE}, False, False), (_Wrapper(), {AUDIO}, True, False),
+    (_Tokens(False), {TEXT, IMAGE}, False, True), (_Tokens(True), {TEXT, IMAGE}, True, True)])
+def test_classes_that_say_little_of_themselves(model: nn.Module, needs: set[str], decoder: bool, joins: bool) -> None:
+    found = inputs_of(model)
+    assert (found.needs, found.decoder, found.joins_images) == (needs, decoder, joins)
 
 
 @pytest.mark.parametrize(("name", "encoder", "decoder"), [
