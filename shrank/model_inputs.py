@@ -54,6 +54,8 @@ def inputs_of(model: nn.Module) -> ModelInputs:
     if not first:
         told = main if not isinstance(main, str) or main in parameters else ", ".join(parameters)
         raise ValueError(f"{name} takes {told}, which no text, image or sound makes: {ELSEWHERE}")
+    if name.endswith("ForMultipleChoice"):  # nothing else of the class says so
+        raise ValueError(f"{name} takes several texts at once, which a file does not hold: {ELSEWHERE}")
     decoder, generates, inside = _has_decoder_of_tokens(model), predicts_next_token(model), _has_image_token(model)
     needs = set(first)
     if not decoder:
