@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from . import cli_models
+from . import cli_eval, cli_models
 from ._native import build_info
 from .cli_common import USAGE, Json, Padding, PerDimension, errors, fail, one_of, show
 from .ops.api import why_not
@@ -20,7 +20,7 @@ from .version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Low-rank twins for the linear and convolution layers of PyTorch models.")
-for name, command in cli_models.COMMANDS.items():
+for name, command in (cli_models.COMMANDS | {"eval": cli_eval.eval_command}).items():
     app.command(name)(command)
 
 

@@ -1,4 +1,4 @@
-"""The commands that read models from folders and write them: plan, compress, heal, eval, inspect, merge."""
+"""The commands that read models from folders and write them: plan, compress, heal, inspect, merge."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 from torch import nn
 
 from .apply import describe, merge
 from .auto_fact import auto_fact
-from .batches import Batch, as_batches, read_texts
+from .batches import Batch
 from .calibration import calibrate as run_calibration
 from .checkpoint import inspect_file
 from .cli_common import (
@@ -26,35 +25,47 @@ from .cli_common import (
     Json,
     Keep,
     Out,
+    Pivot,
     Rank,
     RoundTo,
     Source,
+    TreatAsBase,
     errors,
     fail,
     one_of,
+    plan_options,
     require_free,
     require_layers,
+    require_low_rank,
     show,
+    trust,
 )
-from .evaluate import evaluate, repetition
+from .file_batches import batches_from_file
 from .files import size_on_disk
 from .fitting import PlanOptions
 from .heal import HEALING_ATTRIBUTE, LEARNING_RATE
 from .heal import heal as heal_model
 from .measure import measured
+from .model_inputs import require_next_token
 from .plan import RankPlan
 from .planning import eligible, make_plan
 
-Texts = Annotated[Path | None, typer.Option(help="Texts to calibrate on: paragraphs of a .txt file, or the `text` of "
-                                                 "every line of a .jsonl file.")]
-LossOption = Annotated[str, typer.Option(help="What errors are weighed by: output, lm (next token) or none.")]
+Data = Annotated[Path | None, typer.Option(help=(
+    "Data to calibrate on: the paragraphs of a .txt file; a .jsonl file, whose lines have any of text, target, image "
+    "and audio (paths relative to it); or a folder of images or sounds, with what they say in NAME.txt beside "
+    "NAME.jpg. The decoder of an encoder-decoder is to say the target, else the text itself, or what the dense model "
+    "makes of an image or a sound that has neither."))]
+Loss = Annotated[str, typer.Option(help="What errors are weighed by: output, lm (next token) or none.")]
 Anchored = Annotated[float, typer.Option(help="Fit block by block, to this share of the dense outputs, such as 0.25.")]
-MaxLength = Annotated[int, typer.Option(help="Tokens of a text that are used.")]
+MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of a text that are used, at most as many as the model has "
+                                                  "positions for.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Texts, images or sounds that are run together.")]
 
 
-def plan(source: Source, rank: Rank = None, keep: Keep = None, energy: EnergyOption = None, calibrate: Texts = None,
-         loss: LossOption = "output", max_length: MaxLength = 512, include: Include = None, exclude: Exclude = None,
-         round_to: RoundTo = None, allow_slower: AllowSlower = False,
+def plan(source: Source, rank: Rank = None, keep: Keep = None, energy: EnergyOption = None, calibrate: Data = None,
+         loss: Loss = "output", max_length: MaxLength = 512, batch_size: BatchSize = 8, include: Include = None,
+         exclude: Exclude = None, round_to: RoundTo = None, allow_slower: AllowSlower = False, pivot: Pivot = None,
+         treat_as_base: TreatAsBase = None,
          save: Annotated[Path | None, typer.Option(help="Write the plan to this JSON file.")] = None,
          report: Annotated[Path | None, typer.Option(help="Write an HTML page about the plan.")] = None,
          as_json: Json = False) -> None:
@@ -63,10 +74,13 @@ def plan(source: Source, rank: Rank = None, keep: Keep = None, energy: EnergyOpt
         from .hf import load_model
 
         rule = one_of(rank=rank, keep=keep, energy=energy)
-        options = {"include": include, "exclude": exclude, "round_to": round_to, "allow_slower": allow_slower}
-        model = load_model(source)
-        batches, layers = _batches(source, calibrate, max_length), eligible(model, PlanOptions(**options))
-        found = batches and run_calibration(model, batches, loss=_loss(loss), layers=layers)
+        options = plan_options(pivot, include=include, exclude=exclude, round_to=round_to,
+                               allow_slower=allow_slower)
+        model, found = load_model(source), None
+        trust(model, treat_as_base)
+        if calibrate and (layers := eligible(model, PlanOptions(**options))):
+            batches = _batches(calibrate, model, source, loss, max_length, batch_size)
+            found = run_calibration(model, batches, loss=_loss(loss), layers=layers)
         made = make_plan(model, rule, calibration=found, **options)
         if save:
             made.save(save)
@@ -78,34 +92,34 @@ def plan(source: Source, rank: Rank = None, keep: Keep = None, energy: EnergyOpt
 
 def compress(source: Source, out: Out, rank: Rank = None, keep: Keep = None, energy: EnergyOption = None,
              plan: Annotated[Path | None, typer.Option(help="A plan as JSON, from `shrank plan --save`.")] = None,
-             calibrate: Texts = None, loss: LossOption = "output", max_length: MaxLength = 512,
+             calibrate: Data = None, loss: Loss = "output", max_length: MaxLength = 512, batch_size: BatchSize = 8,
              anchored: Anchored = 0.0,
              heal: Annotated[int, typer.Option(help="Steps of training against the dense model.")] = 0,
              include: Include = None, exclude: Exclude = None, round_to: RoundTo = None,
-             allow_slower: AllowSlower = False,
+             allow_slower: AllowSlower = False, pivot: Pivot = None, treat_as_base: TreatAsBase = None,
              report: Annotated[Path | None, typer.Option(help="Write an HTML page about what was done.")] = None,
              force: Force = False, as_json: Json = False) -> None:
     """Write a low-rank copy of a model that from_pretrained loads after `import shrank`.
 
-    With --calibrate, --keep is the share of all replaced layers together, spent where the texts say it matters.
+    With --calibrate, --keep is the share of all replaced layers together, spent where the data says it matters.
     """
     require_free(out, force)
     if (heal or anchored) and calibrate is None:
-        fail(f"--{'heal' if heal else 'anchored'} needs texts: --calibrate", USAGE)
+        fail(f"--{'heal' if heal else 'anchored'} needs data: --calibrate", USAGE)
     with errors():
         from .hf import load_model, save_model
 
         rule = one_of(rank=rank, keep=keep, energy=energy, plan=plan)
-        options = {"include": include, "exclude": exclude, "round_to": round_to, "allow_slower": allow_slower}
-        options = {name: value for name, value in options.items() if value}  # a plan is taken without any
-        model = load_model(source)
-        dense = copy.deepcopy(model) if heal or (report and calibrate) else None
-        batches = _batches(source, calibrate, max_length)
-        if batches:
+        options = plan_options(pivot, include=include, exclude=exclude, round_to=round_to,
+                               allow_slower=allow_slower)
+        model, dense = load_model(source), None
+        trust(model, treat_as_base)
+        if calibrate and (plan or eligible(model, PlanOptions(**options))):
+            batches = _batches(calibrate, model, source, loss, max_length, batch_size)
             options |= {"calibrate": batches, "loss": _loss(loss), "anchored": anchored}
+            dense = copy.deepcopy(model) if heal or report else None
         model = auto_fact(model, RankPlan.load(plan) if plan else rule, **options)
-    require_layers(model.shrank_plan)
-    with errors():
+        require_layers(model.shrank_plan)
         if heal:
             model = heal_model(model, dense, batches, steps=heal, loss="lm" if loss == "lm" else None)
         done = model.shrank_plan
@@ -120,8 +134,9 @@ def compress(source: Source, out: Out, rank: Rank = None, keep: Keep = None, ene
 
 def heal_command(student: Annotated[str, typer.Argument(help="Folder of a compressed model.")],
                  teacher: Annotated[str, typer.Argument(help="Folder or hub name of the dense model.")],
-                 text: Annotated[Path, typer.Option(help="Texts to train on, as for --calibrate.")], out: Out,
+                 text: Annotated[Path, typer.Option(help="Data to train on, as compress takes it.")], out: Out,
                  steps: int = 300, learning_rate: float = LEARNING_RATE, max_length: MaxLength = 512,
+                 batch_size: BatchSize = 8,
                  loss: Annotated[str | None, typer.Option(help="Train on this as well: lm (next token).")] = None,
                  checkpoint: Annotated[Path | None, typer.Option(help="A file to go on from.")] = None,
                  force: Force = False, as_json: Json = False) -> None:
@@ -131,37 +146,15 @@ def heal_command(student: Annotated[str, typer.Argument(help="Folder of a compre
         from .hf import load_model, save_model
 
         model = load_model(student)
-        require_layers(describe(model))
-        model = heal_model(model, load_model(teacher), _batches(teacher, text, max_length), steps=steps,
-                           learning_rate=learning_rate, loss=loss, checkpoint=checkpoint)
+        require_low_rank(describe(model), student)
+        dense = load_model(teacher)
+        batches = _batches(text, dense, teacher, loss, max_length, batch_size)
+        model = heal_model(model, dense, batches, steps=steps, learning_rate=learning_rate, loss=loss,
+                           checkpoint=checkpoint)
         save_model(model, student, out)
     done = getattr(model, HEALING_ATTRIBUTE)
     show({"before": done.before, "after": done.after, "best_step": done.best_step, "curve": done.curve}, None, as_json,
          f"{_told(model)}\nwrote {out}: {size_on_disk(out):,} bytes")
-
-
-def eval_command(source: Source,
-                 other: Annotated[str | None, typer.Argument(help="A compressed model to compare with it.")] = None,
-                 text: Annotated[list[Path] | None, typer.Option(help="A file of texts; repeatable, one domain each.")
-                                 ] = None,
-                 window: int = 512, limit: Annotated[int | None, typer.Option(help="Windows of each file.")] = None,
-                 as_json: Json = False) -> None:
-    """Perplexity of a language model on texts, and of a compressed one also its agreement with the first."""
-    if not text:
-        fail("give texts to measure on: --text FILE", USAGE)
-    with errors():
-        from .hf import load_model
-
-        tokenizer, dense = _tokenizer(source), load_model(source).eval()
-        results = {}
-        for name in [source, *([other] if other else [])]:
-            model = dense if name == source else load_model(name).eval()
-            reference = None if model is dense else dense
-            domains = {path.name: evaluate(model, tokenizer, read_texts(path), reference, window=window,
-                                           limit=limit).to_dict() for path in text}
-            results[name] = {"domains": domains,
-                             "repetition": repetition(model, tokenizer, read_texts(text[0])).to_dict()}
-    show(results, _table(results), as_json)
 
 
 def inspect(path: Annotated[Path, typer.Argument(help="Folder or .safetensors file that shrank wrote.")],
@@ -188,43 +181,27 @@ def merge_command(source: Source, out: Out, force: Force = False, as_json: Json 
 
         model = load_model(source)
         before = describe(model)
-        require_layers(before)
+        require_low_rank(before, source)
         save_model(merge(model), source, out)
     show({"path": str(out), "merged": len(before.low_rank), "bytes": size_on_disk(out)}, None, as_json,
           f"wrote {out}: {len(before.low_rank)} layers merged, {size_on_disk(out):,} bytes")
 
 
-COMMANDS = {"plan": plan, "compress": compress, "heal": heal_command, "eval": eval_command, "inspect": inspect,
-            "merge": merge_command}
+COMMANDS = {"plan": plan, "compress": compress, "heal": heal_command, "inspect": inspect, "merge": merge_command}
 
 
 def _loss(name: str) -> str | bool:
     return False if name == "none" else name
 
 
-def _batches(source: str, texts: Path | None, max_length: int) -> list[Batch] | None:
-    return texts and as_batches(read_texts(texts), _tokenizer(source), max_length=max_length)
-
-
-def _tokenizer(source: str):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(source)
+def _batches(path: Path, model: nn.Module, source: str, loss: str | None, max_length: int,
+             batch_size: int) -> list[Batch]:
+    """The data of a file for this model; ValueError if the model does not have the loss."""
+    if loss == "lm":
+        require_next_token(model)
+    return batches_from_file(path, model, source, max_length=max_length, batch_size=batch_size)
 
 
 def _told(model: nn.Module) -> str:
     done = getattr(model, HEALING_ATTRIBUTE)
     return f"healed: loss on held-out texts {done.before:.4f} -> {done.after:.4f}, best at step {done.best_step}"
-
-
-def _table(results: dict[str, dict]) -> Table:
-    table = Table()
-    for column in ("model", "texts", "perplexity", "agreement", "divergence", "loops", "distinct 1 2 3"):
-        table.add_column(column, justify="left" if column in ("model", "texts") else "right")
-    for name, found in results.items():
-        repeated = found["repetition"]
-        for domain, figures in found["domains"].items():
-            beside = ("" if figures[key] is None else f"{figures[key]:.3f}" for key in ("agreement", "divergence"))
-            table.add_row(name, domain, f"{figures['perplexity']:.2f}", *beside, f"{repeated['loops']:.2f}",
-                          " ".join(f"{x:.2f}" for x in repeated["distinct"]))
-    return table

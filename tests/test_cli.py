@@ -129,7 +129,7 @@ def test_inspect_finds_damage(small: Path, tmp_path) -> None:
     (("compress", "SOURCE", "--rank", 1000, "--out", "new"), NOTHING, "no layer can be replaced"),
     (("compress", "SOURCE", "--rank", 8, "--out", "SOURCE"), FAILED, "exists and is not empty"),
     (("compress", "SOURCE", "--plan", "/none.json", "--out", "new"), FAILED, "none.json"),
-    (("merge", "SOURCE", "--out", "new"), NOTHING, "no layer"),
+    (("merge", "SOURCE", "--out", "new"), NOTHING, "has no low-rank layer"),
     (("inspect", "SOURCE"), DAMAGED, "no config.json with a plan of shrank"),
     (("plan", "/no/such/folder", "--rank", 8), FAILED, "no such folder"),
     (("bench", "/no/such/folder"), FAILED, "no such folder"),
@@ -222,8 +222,8 @@ def test_bench_times_layers_for_budgets_of_time(source: Path, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("arguments, code, says", [
-    (("compress", "--keep", 0.5, "--heal", 3), USAGE, "--heal needs texts: --calibrate"),
-    (("compress", "--keep", 0.5, "--anchored", 0.5), USAGE, "--anchored needs texts: --calibrate"),
+    (("compress", "--keep", 0.5, "--heal", 3), USAGE, "--heal needs data: --calibrate"),
+    (("compress", "--keep", 0.5, "--anchored", 0.5), USAGE, "--anchored needs data: --calibrate"),
     (("compress", "--keep", 0.5, "--anchored", 2, "--calibrate", "TEXTS"), FAILED, "anchored must lie in"),
     (("compress", "--keep", 0.5, "--calibrate", "absent.txt"), FAILED, "absent.txt"),
     (("compress", "--keep", 0.5, "--calibrate", "TEXTS", "--loss", "mse"), FAILED, "'mse'"),

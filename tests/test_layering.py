@@ -11,8 +11,10 @@ ROOT = Path(__file__).parent.parent / "shrank"
 ROWS = {
     "version": 0, "files": 0, "progress": 0, "parallel": 0, "linalg": 0, "_native": 0, "merged_weight": 0, "stages": 0,
     "timing": 0, "batches": 0, "latency": 0, "hooks": 0, "plain": 0, "references": 0, "peft_hook": 0, "spill": 0,
+    "media": 0, "processors": 0, "model_inputs": 0,
     "ops": 1, "roofline": 1, "tensor_file": 1, "losses": 1, "low_rank": 1, "schedule": 1,
-    "led": 2, "ced": 2,
+    "data_files": 1, "token_batches": 1,
+    "led": 2, "ced": 2, "file_batches": 2,
     "subclasses": 3, "lora": 3,
     "lr_module": 4, "targets": 4, "rank": 4,
     "surgery": 5, "report": 5, "distillation": 5,
@@ -23,7 +25,7 @@ ROWS = {
     "planning": 10, "checkpoint": 10, "anchored": 10, "storage": 10,
     "auto_fact": 11, "heal": 11, "evaluate": 11, "measure": 11, "hf": 11, "transformers_hook": 11, "layer_times": 11,
     "bench": 12, "bench_plot": 12, "explain": 12,
-    "cli_common": 13, "cli_models": 14, "cli": 15,
+    "cli_common": 13, "cli_models": 14, "cli_eval": 14, "cli": 15,
     "__init__": 16, "__main__": 16,
 }
 FILES = sorted(ROOT.rglob("*.py"))
