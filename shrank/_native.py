@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from functools import cache
 from pathlib import Path
@@ -33,4 +34,19 @@ def problems() -> tuple[str, ...]:
 def build_info() -> dict[str, str | None]:
     """Of the loaded extension: `cuda` runtime and `archs` inside, the `torch` it was compiled against, and the newest
     CUDA that the `driver` of this machine runs (None without one). Empty if it is not loaded."""
-    return {} if problems() else json.loads(torch.ops.shrank.build_info())
+    return {} if problems() else {**json.loads(torch.ops.shrank.build_info()), "driver": driver()}
+
+
+def driver() -> str | None:
+    """The newest CUDA that the driver of this machine runs, such as "13.0"; None without a driver.
+
+    Initialises nothing (cuInit): a process may still fork, and choose its devices, after it has asked.
+    """
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    number = ctypes.c_int()
+    if library.cuDriverGetVersion(ctypes.byref(number)) or not number.value:
+        return None
+    return f"{number.value // 1000}.{number.value % 1000 // 10}"

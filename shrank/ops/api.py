@@ -38,7 +38,8 @@ def _parse(value: Backend | str, source: str) -> Backend:
         raise ValueError(f"{source} is {value!r}, wanted {', '.join(b.value for b in Backend)}") from None
 
 
-_native.build_info()  # loads the extension: torch.ops.shrank is complete once shrank is imported
+_native.problems()  # loads the extension, and asks no driver: torch.ops.shrank is complete once shrank is imported
+
 
 class _Setting:
     """Of the whole process, threads included. Layers read it on every call."""
@@ -126,7 +127,10 @@ def _runs_native(backend: Backend | str | None, *tensors: Tensor | None) -> bool
     chosen = setting.backend if backend is None else _parse(backend, "backend")
     if chosen is Backend.TORCH:
         return False
-    reasons = why_not(*tensors)
+    of_tensors = _why_not_these(*tensors)
+    if of_tensors and chosen is Backend.AUTO:
+        return False  # tensors of a CPU are no reason to ask for CUDA devices, which would initialise the driver
+    reasons = [*_why_not_here(), *of_tensors]
     if reasons and chosen is Backend.NATIVE:
         raise RuntimeError("backend is native, but the native kernels cannot run:\n- " + "\n- ".join(reasons))
     return not reasons
@@ -135,9 +139,13 @@ def _runs_native(backend: Backend | str | None, *tensors: Tensor | None) -> bool
 def why_not(x: Tensor | None = None, down: Tensor | None = None, up: Tensor | None = None, bias: Tensor | None = None,
             residual: Tensor | None = None) -> list[str]:
     """Every reason why the native kernels cannot run here, on these tensors if given; empty if they can."""
-    reasons = list(_why_not_here())
-    if x is None:
-        return reasons
+    return [*_why_not_here(), *(() if x is None else _why_not_these(x, down, up, bias, residual))]
+
+
+def _why_not_these(x: Tensor, down: Tensor | None, up: Tensor | None, bias: Tensor | None,
+                   residual: Tensor | None) -> list[str]:
+    """The reasons that hold for these tensors, and for what surrounds the call."""
+    reasons = []
     for name, tensor in (("x", x), ("down", down), ("up", up), ("bias", bias), ("residual", residual)):
         if tensor is None:
             continue
@@ -190,6 +198,8 @@ def _find_why_not_here() -> tuple[str, ...]:
 @cache
 def _find_too_old(device: int) -> str:
     """What is wrong with a CUDA device that the kernels cannot run on; empty for all others."""
+    if not torch.cuda.is_available():
+        return ""  # a fake tensor, of a device that is elsewhere
     capability = torch.cuda.get_device_capability(device)
     if capability >= OLDEST_CAPABILITY:
         return ""
