@@ -32,12 +32,6 @@ class Recorded(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.fixture
-def native(monkeypatch) -> None:
-    """As if the native kernels could run here."""
-    monkeypatch.setattr(api, "why_not", lambda *_: [])
-
-
 def ops_of(call) -> list[str]:
     with Recorded() as recorded:
         call()
@@ -140,11 +134,3 @@ def test_the_environment_sets_the_backend(value: str, error: str) -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
                          env={"SHRANK_BACKEND": value, "PATH": ""})
     assert (ran.stdout.strip() == value and ran.returncode == 0) if not error else error in ran.stderr
-
-
-def test_pytorch_path_holds_the_law() -> None:
-    x, down, up, bias, activation, residual = CASE.tensors(torch.float32, "cpu")
-    with pytest.raises(ValueError, match="residual"):
-        shrank.low_rank_linear(x, down, up, bias, activation, residual[:1])
-    with pytest.raises(ValueError, match="activation is 'swish'"):
-        shrank.low_rank_linear(x, down, up, bias, "swish")
