@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "shrank"
 ROWS = {
     "version": 0, "files": 0, "progress": 0, "parallel": 0, "linalg": 0, "_native": 0, "merged_weight": 0, "stages": 0,
-    "timing": 0, "batches": 0, "latency": 0, "hooks": 0, "spill": 0,
+    "timing": 0, "batches": 0, "latency": 0, "hooks": 0, "spill": 0, "names": 0,
     "ops": 1, "roofline": 1, "tensor_file": 1, "losses": 1, "schedule": 1,
     "led": 2, "ced": 2,
     "lr_module": 3, "targets": 3, "rank": 3,
@@ -21,6 +21,7 @@ ROWS = {
     "apply": 8, "budget": 8,
     "planning": 9, "checkpoint": 9, "anchored": 9, "storage": 9,
     "auto_fact": 10, "heal": 10, "evaluate": 10, "measure": 10, "hf": 10, "transformers_hook": 10, "layer_times": 10,
+    "explain_plain": 10,
     "bench": 11, "bench_plot": 11, "explain": 11,
     "cli_common": 12, "cli_models": 13, "cli": 14,
     "__init__": 15, "__main__": 15,
