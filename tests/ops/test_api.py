@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -134,3 +135,14 @@ def test_the_environment_sets_the_backend(value: str, error: str) -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
                          env={"SHRANK_BACKEND": value, "PATH": ""})
     assert (ran.stdout.strip() == value and ran.returncode == 0) if not error else error in ran.stderr
+
+
+def test_a_fake_tensor_of_a_device_that_is_elsewhere_asks_for_no_device() -> None:
+    """As a model is planned, on a machine without a GPU, for one with."""
+    if torch.cuda.is_available():
+        assert shrank.why_not() == []
+        return
+    with FakeTensorMode():
+        x, down, up = (torch.empty(shape, device="cuda:1") for shape in ((4, 32), (8, 32), (16, 8)))
+        assert shrank.why_not(x, down, up) == shrank.why_not()
+        assert shrank.low_rank_linear(x, down, up).shape == (4, 16)
