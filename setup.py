@@ -20,6 +20,9 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 VERSION = runpy.run_path(str(ROOT / "shrank/version.py"))["__version__"]
 WANTED = os.environ.get("SHRANK_BUILD", "auto")
+# libtorch.so brings libtorch_cuda.so, where the current stream is asked for, and exports nothing itself: a linker that
+# keeps only what is used, as those of Debian and conda do, would drop it.
+LINK_TORCH = ["-Wl,--push-state,--no-as-needed,-ltorch,--pop-state"]
 
 
 class NotBuildable(Exception):
@@ -76,8 +79,9 @@ def native_extension() -> dict:
         "shrank._C", listed["select"] + listed["ops"] + listed["cuda"], py_limited_api=True,
         extra_compile_args={"cxx": ["-O2", "-Wall", "-fvisibility=hidden", *defines],
                             "nvcc": ["-O3", "-Xcompiler=-fvisibility=hidden", *smaller, *defines]})
-    # libtorch brings the CUDA libraries where there are any; a static runtime works with every CUDA of the same major.
-    extension.libraries = ["torch", "torch_cpu", "cudart_static", "rt", "dl", "pthread"]
+    # A static runtime works with every CUDA of the same major.
+    extension.libraries = ["torch_cpu", "cudart_static", "rt", "dl", "pthread"]
+    extension.extra_link_args = LINK_TORCH
     extension.library_dirs.extend(str(home / folder) for folder in ("lib64", "lib"))
     release = re.search(r"release (\d+)\.(\d+)", nvcc_says(home, "--version"))
     return {"version": f"{VERSION}+cu{release[1]}{release[2]}", "ext_modules": [extension],

@@ -103,6 +103,21 @@ def undefined_symbols(library: Path) -> list[str]:
     return [line.split()[-1] for line in lines.splitlines()]
 
 
+def needed(library: Path) -> list[str]:
+    """The libraries that the dynamic linker loads with this one."""
+    lines = subprocess.run(["readelf", "-d", "-W", library], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"\(NEEDED\).*\[(.+)\]", lines)
+
+
+def faults_of_library(library: Path) -> list[str]:
+    """What is wrong with an extension, beside any torch."""
+    found = [f"{LIBRARY} leaves {symbol} undefined" for symbol in forbidden(undefined_symbols(library))]
+    if "libtorch.so" not in needed(library):
+        # Through libtorch.so it finds libtorch_cuda.so, which Python loads for torch alone.
+        found.append(f"{LIBRARY} does not need libtorch.so, so that calls on CUDA do not find PyTorch's current stream")
+    return found
+
+
 def forbidden(symbols: Iterable[str]) -> list[str]:
     """Those that tie the extension to one torch (its C++ ABI), one Python, or a CUDA library."""
     return [symbol for symbol in symbols if not ALLOWED.fullmatch(symbol)]
@@ -125,8 +140,7 @@ def faults(wheel: Path) -> list[str]:
         if not re.fullmatch(r"cp310-abi3-manylinux_2_\d+_x86_64(\.manylinux\w+)?" if native else "py3-none-any", tag):
             found.append(f"its tag is {tag}")
         if LIBRARY in names:
-            library = Path(archive.extract(LIBRARY, folder))
-            found += [f"{LIBRARY} leaves {symbol} undefined" for symbol in forbidden(undefined_symbols(library))]
+            found += faults_of_library(Path(archive.extract(LIBRARY, folder)))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,10 @@ from torch.torch_version import TorchVersion
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
 OLDEST_TORCH = "2.10"  # setup.py compiles for this version of torch's stable ABI
+HOW_TO_INSTALL = (
+    f"To install it, have CUDA's compiler (nvcc; a GPU is not needed) and torch {OLDEST_TORCH} or newer, and run "
+    "`SHRANK_BUILD=1 CUDA_HOME=/usr/local/cuda pip install .` in the folder of shrank's source, where CUDA_HOME is the "
+    "folder of bin/nvcc; or install a wheel that was built so, shrank-*+cu*.whl")
 
 
 @cache
@@ -33,4 +38,19 @@ def problems() -> tuple[str, ...]:
 def build_info() -> dict[str, str | None]:
     """Of the loaded extension: `cuda` runtime and `archs` inside, the `torch` it was compiled against, and the newest
     CUDA that the `driver` of this machine runs (None without one). Empty if it is not loaded."""
-    return {} if problems() else json.loads(torch.ops.shrank.build_info())
+    return {} if problems() else {**json.loads(torch.ops.shrank.build_info()), "driver": driver()}
+
+
+def driver() -> str | None:
+    """The newest CUDA that the driver of this machine runs, such as "13.0"; None without a driver.
+
+    Initialises nothing (cuInit): a process may still fork, and choose its devices, after it has asked.
+    """
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    number = ctypes.c_int()
+    if library.cuDriverGetVersion(ctypes.byref(number)) or not number.value:
+        return None
+    return f"{number.value // 1000}.{number.value % 1000 // 10}"

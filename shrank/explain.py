@@ -1,17 +1,17 @@
 """Which kernel the native extension takes for a layer on a GPU, why, and at what predicted cost.
 
-Needs the extension, not the GPU.
+Needs no GPU, and the extension only where it may have a kernel for the layer.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 import torch
 from rich.table import Table
 
-from . import _native
+from . import _native, explain_plain
 
 Sizes = tuple[int, int, int]
 
@@ -41,6 +41,11 @@ class Conv:
     dilation: Sizes = (1, 1, 1)
     groups: int = 1
     up_groups: int = 1
+
+    def output(self) -> Sizes:
+        padded = (size + begin + end for size, begin, end in zip(self.input, self.begin, self.end, strict=True))
+        return tuple((size - dilation * (kernel - 1) - 1) // stride + 1 for size, dilation, kernel, stride in
+                     zip(padded, self.dilation, self.kernel, self.stride, strict=True))
 
 
 def parse_conv(text: str, stride: str = "1", padding: str = "0", dilation: str = "1", groups: int = 1,
@@ -98,20 +103,39 @@ def _check(conv: Conv) -> None:
 def explain(shape: tuple[int, int, int, int] | Conv, dtype: str = "bf16", gpu: str | None = None,
             activation: str = "none", bias: bool = True, residual: bool = False, training: bool = False) -> dict:
     """The decision, the alternatives and the costs of a linear layer or of a convolution with its channels last
-    (csrc/select/explain.cpp lists the keys).
+    (csrc/select/explain.cpp lists the keys). gpu: a name, cuda:N or cpu.
 
-    Raises RuntimeError with the reasons if the extension is not loaded, ValueError without a GPU to explain for.
+    Raises ValueError on an unknown name and without a GPU to explain for, RuntimeError with the reasons where the
+    extension decides and is not loaded.
     """
-    if problems := _native.problems():
-        raise RuntimeError("explain needs the native extension: " + "; ".join(problems))
+    explain_plain.check_names(dtype, activation, gpu)
     if gpu is None:
         if not torch.cuda.is_available():
-            raise ValueError("there is no CUDA device here: name a GPU with --gpu, such as H200")
+            raise ValueError("there is no CUDA device here: name a GPU with --gpu, such as H200, or cpu")
         gpu = f"cuda:{torch.cuda.current_device()}"
     end = (dtype, activation, bias, residual, training)
+    if (on_cpu := explain_plain.is_cpu(gpu)) or _native.problems():
+        return _without_extension(_problem(shape, *end), gpu, on_cpu)
     if isinstance(shape, Conv):
         return json.loads(torch.ops.shrank.explain_conv(*astuple(shape), *end, True, gpu))
     return json.loads(torch.ops.shrank.explain(*shape, *end, gpu))
+
+
+def _problem(shape: tuple[int, int, int, int] | Conv, dtype: str, activation: str, bias: bool, residual: bool,
+             training: bool) -> dict:
+    """What is asked, as the extension repeats it."""
+    end = {"dtype": explain_plain.DTYPES[dtype], "activation": activation, "bias": bias, "residual": residual,
+           "training": training}
+    if isinstance(shape, Conv):
+        return {**asdict(shape), "output": shape.output(), **end, "channels_last": True}
+    return {**dict(zip("MKNR", shape, strict=True)), **end, "aligned": True}
+
+
+def _without_extension(problem: dict, gpu: str, on_cpu: bool) -> dict:
+    if reason := explain_plain.why_plain(problem, on_cpu):
+        return explain_plain.facts(problem, gpu, reason)
+    raise RuntimeError("whether a kernel runs this layer is decided by the native extension, which is not loaded: "
+                       f"{'; '.join(_native.problems())}. {_native.HOW_TO_INSTALL}")
 
 
 def table(facts: dict) -> Table:
@@ -129,16 +153,19 @@ def table(facts: dict) -> Table:
         held = f"h of rank up to {grid['max_rank']} held" if grid["max_rank"] else "h streamed"
         tokens = f"pixels, read by {grid['gather']}" if "gather" in grid else "tokens"
         shown.add_row("blocks", f"{grid['blocks_m']} x {grid['blocks_n']}, of {grid['block_m']} {tokens}, {held}")
-    shown.add_row("predicted", _us(predicted))
-    shown.add_row("floor", f"{_us(facts['floor_us'])}; predicted is {predicted / facts['floor_us']:.2f}x that")
+    if predicted is not None:
+        shown.add_row("predicted", _us(predicted))
+        shown.add_row("floor", f"{_us(facts['floor_us'])}; predicted is {predicted / facts['floor_us']:.2f}x that")
     shown.add_row("runner-up", f"{runner_up['kernel']}, {_beside(runner_up['microseconds'], predicted)}" if runner_up
                   else "none")
     for candidate in facts["candidates"]:
         if not candidate["legal"]:
             shown.add_row("not possible", f"{candidate['kernel']}: {candidate['why_not']}")
-    shown.add_row("dense layer", _beside(facts["dense_us"], predicted))
+    if predicted is not None:
+        shown.add_row("dense layer", _beside(facts["dense_us"], predicted))
     shown.add_row("figures", facts["status"])
-    shown.add_row("", f"{facts['device']['name']}: {facts['device']['source']}")
+    if predicted is not None:
+        shown.add_row("", f"{facts['device']['name']}: {facts['device']['source']}")
     return shown
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from .linalg import Shape
+from .names import meant
 from .surgery import Site
 from .targets import Target, target, why_not, with_groups
 
@@ -62,12 +62,11 @@ def options_of(function: str, given: dict[str, object], others: Iterable[str] = 
 
     Raises TypeError on one that there is none of, with the name that may have been meant.
     """
-    known = {*PlanOptions.__dataclass_fields__, *others}
+    known = sorted({*PlanOptions.__dataclass_fields__, *others})
+    listed = ", ".join(known)
     for name in given:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            meant = f"; did you mean {near[0]!r}?" if near else f": {', '.join(sorted(known))}"
-            raise TypeError(f"{function}() has no option {name!r}{meant}")
+            raise TypeError(f"{function}() has no option {name!r}{meant(name, known) or f': it has {listed}'}")
     return PlanOptions(**given)
 
 

@@ -93,11 +93,87 @@ def test_without_a_gpu_one_must_be_named(asked, monkeypatch) -> None:
     assert result.exit_code == FAILED and "name a GPU with --gpu" in result.stderr
 
 
-def test_without_the_extension_all_reasons_are_given(monkeypatch) -> None:
+@pytest.fixture
+def hidden(monkeypatch) -> None:
+    """As if there were no extension."""
     monkeypatch.setattr(_native, "problems", lambda: ["it was never built", "the moon is full"])
-    result = run("--shape", "1,2,3,4", "--gpu", "h200")
+
+
+MAY_HAVE_A_KERNEL = [("--shape", "1,8,16,24"), ("--shape", "1,8,16,24", "--activation", "relu", "--dtype", "fp32"),
+                     ("--shape", "1,2,3,4", "--residual"), ("--conv", "2,8,9x7,3x1,16,8", "--training"),
+                     ("--conv", "2,3,9x7,3x1,16,8"), ("--conv", "2,8,9x7,3x1,16,8", "--groups", "2")]
+
+
+@pytest.mark.usefixtures("hidden")
+@pytest.mark.parametrize("options", MAY_HAVE_A_KERNEL, ids=" ".join)
+def test_without_the_extension_it_says_why_and_how_to_get_one(options: tuple) -> None:
+    result = run(*options, "--gpu", "h200")
+    told = " ".join(result.stderr.split())
     assert result.exit_code == FAILED
-    assert "needs the native extension: it was never built; the moon is full" in " ".join(result.stderr.split())
+    for part in ("decided by the native extension, which is not loaded: it was never built; the moon is full.",
+                 "CUDA's compiler (nvcc", "`SHRANK_BUILD=1 CUDA_HOME=/usr/local/cuda pip install .`", "torch 2.10"):
+        assert part in told
+
+
+@pytest.mark.usefixtures("hidden")
+@pytest.mark.parametrize(("options", "kernel", "because"), [
+    (("--shape", "16,32,64,8", "--dtype", "fp32"), "two_gemms", "no kernel takes float32"),
+    (("--shape", "16,32,64,8", "--dtype", "fp64", "--training"), "two_gemms", "no kernel takes float64"),
+    (("--shape", "16,30,64,9"), "two_gemms", "K is 30 and R is 9: kernels read 8 numbers at a time"),
+    (("--conv", "2,8,9x7,3x1,16,4"), "two_convs", "R is 4: kernels read 8 numbers at a time"),
+    (("--conv", "2,8,9x7,3x1,16,8", "--up-groups", "2"), "two_convs", "R is 4: kernels read"),
+    (("--conv", "2,8,9x7,3x1,16,8", "--dtype", "float"), "two_convs", "no kernel takes float32"),
+    (("--shape", "16,32,64,8", "--gpu", "cpu", "--activation", "gelu"), "two_gemms", "a CPU has none of our kernels"),
+    (("--conv", "2,8,9x7,3x1,16,8", "--gpu", "CPU", "--residual"), "two_convs", "a CPU has none of our kernels"),
+], ids=str)
+def test_what_no_kernel_runs_is_told_without_the_extension(options: tuple, kernel: str, because: str) -> None:
+    shown = run("--gpu", "h200", *options)
+    lines = [" ".join(line.replace("│", " ").split()) for line in shown.stdout.splitlines()]
+    assert f"kernel {kernel}" in lines and any(line.startswith(f"because {because}") for line in lines)
+    assert not any(line.startswith(("predicted", "floor", "dense layer")) for line in lines), "nothing knows them"
+    told = json.loads(run("--gpu", "h200", *options, "--json").stdout)
+    assert told["decision"]["kernel"] == kernel and told["decision"]["microseconds"] is None
+
+
+@pytest.mark.usefixtures("hidden")
+def test_the_problem_is_told_as_the_extension_tells_it() -> None:
+    told = json.loads(run("--shape", "16,32,64,8", "--gpu", "cpu", "--dtype", "bfloat16", "--residual", "--activation",
+                          "gelu", "--json").stdout)
+    assert told["problem"] == FACTS["problem"] | {"M": 16, "K": 32, "N": 64, "R": 8}
+    assert told.keys() == FACTS.keys()
+    told = json.loads(run("--conv", "2,8,9x7,3x1,16,4", "--stride", "2x1", "--padding", "1x0", "--groups", 2, "--gpu",
+                          "cpu", "--json").stdout)
+    assert told["problem"] == CONV["problem"]
+
+
+def test_a_cpu_needs_no_extension_and_no_figures_even_where_they_are(asked) -> None:
+    assert run("--shape", "16,32,64,8", "--gpu", "cpu").exit_code == 0
+    assert asked == []
+
+
+@pytest.mark.parametrize("extension", ["hidden", "asked"])
+@pytest.mark.parametrize(("option", "typo", "meant"), [
+    ("gpu", "H20", "H200"), ("gpu", "nvidia h-2000", "H200"), ("gpu", "RTX4080", "RTX 4090"), ("gpu", "cuda", "cuda:0"),
+    ("gpu", "NVIDIA A100-SXM4-40GB", "A100"), ("gpu", "abacus", None), ("gpu", "", None),
+    ("dtype", "bf61", "bf16"), ("dtype", "BF16", "bf16"), ("dtype", "torch.bfloat16", "bfloat16"),
+    ("dtype", "bflaot16", "bfloat16"), ("dtype", "double", None),
+    ("activation", "gellu", "gelu"), ("activation", "swish", "silu"), ("activation", "GELU", "gelu"),
+    ("activation", "gelu_new", "gelu_tanh"), ("activation", "tanh", "gelu_tanh"), ("activation", "42", None),
+])
+def test_a_typo_is_told_the_nearest_right_name(extension: str, option: str, typo: str, meant: str | None,
+                                               request) -> None:
+    calls = request.getfixturevalue(extension)
+    result = run("--shape", "16,32,64,8", "--gpu", "h200", f"--{option}", typo)
+    told = " ".join(result.stderr.split())
+    assert result.exit_code == FAILED and f"{option} is '{typo}', wanted one of " in told
+    assert told.endswith(f"; did you mean {meant}?") if meant else "did you mean" not in told
+    assert not calls, "the extension is not asked"
+
+
+@pytest.mark.parametrize("gpu", ["a100", "NVIDIA A100-SXM4-80GB", "rtx4090", "RTX 4090", "nvidia-h200", "cuda:3"])
+def test_a_gpu_may_be_spelled_as_people_and_as_cuda_do(gpu: str, asked) -> None:
+    assert run("--shape", "16,32,64,8", "--gpu", gpu).exit_code == 0
+    assert asked[0][-1] == gpu
 
 
 def test_the_real_op_answers_where_it_is_loaded() -> None:

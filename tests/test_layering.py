@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent / "shrank"
 ROWS = {
     "version": 0, "files": 0, "progress": 0, "parallel": 0, "linalg": 0, "_native": 0, "merged_weight": 0, "stages": 0,
-    "timing": 0, "batches": 0, "latency": 0, "hooks": 0, "plain": 0, "references": 0, "peft_hook": 0, "spill": 0,
+    "timing": 0, "batches": 0, "latency": 0, "hooks": 0, "plain": 0, "references": 0, "peft_hook": 0, "names": 0,
+    "spill": 0,
     "media": 0, "processors": 0, "model_inputs": 0,
     "ops": 1, "roofline": 1, "tensor_file": 1, "losses": 1, "low_rank": 1, "schedule": 1,
     "data_files": 1, "token_batches": 1,
@@ -24,6 +25,7 @@ ROWS = {
     "apply": 9, "budget": 9,
     "planning": 10, "checkpoint": 10, "anchored": 10, "storage": 10,
     "auto_fact": 11, "heal": 11, "evaluate": 11, "measure": 11, "hf": 11, "transformers_hook": 11, "layer_times": 11,
+    "explain_plain": 11,
     "bench": 12, "bench_plot": 12, "explain": 12,
     "cli_common": 13, "cli_models": 14, "cli_eval": 14, "cli": 15,
     "__init__": 16, "__main__": 16,

@@ -8,11 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from shrank import _native
+from tests.common.compiled import shared_library
 
 ROOT = Path(__file__).parents[1]
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine, so no extension")
@@ -39,6 +41,27 @@ def test_the_extension_ties_itself_to_no_torch_and_no_python(wheels) -> None:
     symbols = wheels.undefined_symbols(_native.LIBRARY)
     assert "torch_call_dispatcher" in symbols
     assert wheels.forbidden(symbols) == []
+
+
+@needs_nvcc
+def test_the_extension_brings_what_finds_the_current_stream(wheels) -> None:
+    assert "libtorch.so" in wheels.needed(_native.LIBRARY)
+    assert wheels.faults_of_library(_native.LIBRARY) == []
+
+
+@pytest.mark.parametrize(("link", "fault"), [
+    (["-ltorch"], ["shrank/_C.abi3.so does not need libtorch.so"]),  # and the linker drops it
+    (["-Wl,--no-as-needed", "-ltorch"], []),
+])
+def test_a_wheel_whose_extension_does_not_bring_it_is_refused(wheels, link: list, fault: list, tmp_path: Path) -> None:
+    shared_library(tmp_path / "libtorch.so", "")
+    source = '#include <cstdlib>\nextern "C" void* ours() { return malloc(1); }'
+    library = shared_library(tmp_path / "_C.abi3.so", source, *link)
+    wheel = tmp_path / "shrank-0.1.0+cu130-cp310-abi3-manylinux_2_34_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(library, wheels.LIBRARY)
+        archive.writestr("shrank-0.1.0+cu130.dist-info/METADATA", "Name: shrank\nVersion: 0.1.0+cu130\n")
+    assert [found.split(",")[0] for found in wheels.faults(wheel)] == fault
 
 
 @pytest.mark.parametrize("symbol", ["_ZN2at4_ops6linear4callERKNS_6TensorES4_RKSt8optionalIS2_E", "PyLong_FromLong",

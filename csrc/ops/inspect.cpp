@@ -18,14 +18,12 @@ std::string version(int number) {  // 13000 -> 13.0
   return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
 }
 
-// The CUDA runtime inside, the architectures, the torch it was compiled against, the driver's CUDA or null.
+// The CUDA runtime inside, the architectures, the torch it was compiled against. Asks no driver: the runtime's own
+// question for its version would initialise it, and a process that only looks must stay free to fork.
 std::string build_info() {
-  int driver = 0;
-  const bool has_driver = cudaDriverGetVersion(&driver) == cudaSuccess && driver > 0;
   const uint64_t torch = TORCH_ABI_VERSION;
   return R"({"cuda": ")" + version(CUDART_VERSION) + R"(", "archs": ")" SHRANK_CUDA_ARCHS R"(", "torch": ")" +
-         std::to_string(torch >> 56) + "." + std::to_string(torch >> 48 & 255) + R"(", "driver": )" +
-         (has_driver ? '"' + version(driver) + '"' : "null") + "}";
+         std::to_string(torch >> 56) + "." + std::to_string(torch >> 48 & 255) + "\"}";
 }
 
 // "cuda:1" is a GPU that is here; any other name, such as "H200", one that need not be.

@@ -69,7 +69,7 @@ ConvProblem checked_problem(const LowRankConv& args, bool training) {
   if (both) begin.resize(d), end.resize(d);
   ConvProblem p{x.size(0), x.size(1), up.size(0), down.size(0), to_three(spatial(x), 1), to_three(kernel, 1),
                 to_three(stride, 1), to_three(begin, 0), to_three(end, 0), to_three(dilation, 1), groups, up_groups,
-                dtype, parse_activation(activation), bias.has_value(), residual.has_value(), training};
+                dtype, activation_of(kOp, activation), bias.has_value(), residual.has_value(), training};
   Sizes y{p.batch, p.N};
   for (std::size_t i = 3 - d; i < 3; i++) {
     const int64_t padded = p.in[i] + p.begin[i] + p.end[i], reach = p.dilation[i] * (p.kernel[i] - 1) + 1;

@@ -37,7 +37,7 @@ Problem checked_problem(const LowRankLinear& args, bool training) {
                     shape(x), " with ", N, " columns");
     check_like(kOp, "residual", *residual, x);
   }
-  return {M, K, N, R, dtype, parse_activation(activation), bias.has_value(), residual.has_value(), training};
+  return {M, K, N, R, dtype, activation_of(kOp, activation), bias.has_value(), residual.has_value(), training};
 }
 
 // By cuBLAS, with PyTorch's own choices (TF32, determinism, workspaces).

@@ -3,20 +3,18 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cuda_device.h"
+#include "current_stream.h"
 #include "low_rank_conv.h"
 #include "low_rank_linear.h"
-
-// Weak: a torch built for CPUs lacks it, and the extension must load there too.
-extern "C" AOTITorchError __attribute__((weak)) aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                    void** ret_stream);
 
 namespace shrank {
 namespace {
 
 // Calls launch(stream) with the device current and its current stream.
 template <typename Launch> void on_device(int index, const Launch& launch) {
+  static const CurrentStream current_stream = find_current_stream();
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(current_stream(index, &stream));
   if (torch::stable::accelerator::getCurrentDeviceIndex() == index) return launch(stream);
   const torch::stable::accelerator::DeviceGuard guard(index);
   launch(stream);

@@ -1,8 +1,26 @@
 #include "tensors.h"
 
 #include <sstream>
+#include <stdexcept>
 
 namespace shrank {
+namespace {
+
+using torch::headeronly::DeviceType;
+
+// "cuda:1", as Python says it.
+std::string name_of(const torch::stable::Device& device) {
+  std::string name;
+  switch (device.type()) {
+    case DeviceType::CPU: name = "cpu"; break;
+    case DeviceType::CUDA: name = "cuda"; break;
+    case DeviceType::Meta: name = "meta"; break;
+    default: name = "a device of type " + std::to_string(static_cast<int>(device.type()));
+  }
+  return device.index() < 0 ? name : name + ":" + std::to_string(device.index());
+}
+
+}  // namespace
 
 using torch::headeronly::ScalarType;
 
@@ -38,7 +56,16 @@ void check_like(const char* op, const char* name, const Tensor& tensor, const Te
   STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, " is ",
                   torch::headeronly::toString(tensor.scalar_type()), ", wanted the ",
                   torch::headeronly::toString(x.scalar_type()), " of x");
-  STD_TORCH_CHECK(tensor.device() == x.device(), op, ": ", name, " is on another device than x");
+  STD_TORCH_CHECK(tensor.device() == x.device(), op, ": ", name, " is on ", name_of(tensor.device()), ", wanted the ",
+                  name_of(x.device()), " of x");
+}
+
+Activation activation_of(const char* op, std::string_view name) {
+  try {
+    return parse_activation(name);
+  } catch (const std::invalid_argument& error) {
+    STD_TORCH_CHECK(false, op, ": ", error.what());
+  }
 }
 
 }  // namespace shrank

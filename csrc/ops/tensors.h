@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "../select/problem.h"
@@ -26,6 +27,9 @@ Dtype dtype_of(const char* op, const Tensor& x);
 
 // An error unless the tensor has the element type of x and lies on its device.
 void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& x);
+
+// The activation of that name; else an error that names the op.
+Activation activation_of(const char* op, std::string_view name);
 
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);

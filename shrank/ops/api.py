@@ -38,7 +38,8 @@ def _parse(value: Backend | str, source: str) -> Backend:
         raise ValueError(f"{source} is {value!r}, wanted {', '.join(b.value for b in Backend)}") from None
 
 
-_native.build_info()  # loads the extension: torch.ops.shrank is complete once shrank is imported
+_native.problems()  # loads the extension, and asks no driver: torch.ops.shrank is complete once shrank is imported
+
 
 class _Setting:
     """Of the whole process, threads included. Layers read it on every call."""
@@ -69,13 +70,14 @@ def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = N
     x: (..., K)  down: (R, K)  up: (N, R)  bias: (N,)  residual: (..., N)  ->  (..., N)
     activation: none, relu, gelu (by erf), gelu_tanh or silu. backend: of this call alone.
     Native kernels compute activation and residual in fp32 and round once; PyTorch rounds after each.
-    Raises ValueError on shapes and names, TypeError on dtypes, RuntimeError on devices that do not fit, and with
-    backend NATIVE a RuntimeError with every reason why the native kernels cannot run.
+    Whoever computes, shapes, dtypes, devices and activations that do not fit raise a RuntimeError, as in torch's own
+    functions; so does backend NATIVE, with every reason, where the native kernels cannot run. An unknown backend is a
+    ValueError.
     """
     if _runs_native(backend, x, down, up, bias, residual):
         return torch.ops.shrank.low_rank_linear(x, down, up, bias, activation, residual)
-    if activation != "none" or residual is not None:  # else PyTorch's own law is as strict
-        check_low_rank_linear(x, down, up, bias, activation, residual)
+    if _are_tensors(x, down, up, bias, residual):
+        check_low_rank_linear(x, down, up, bias, activation, residual, _autocast_casts(x))
     return reference.low_rank_linear(x, down, up, bias, activation, residual)
 
 
@@ -95,28 +97,42 @@ def low_rank_conv(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = Non
         y = low_rank_conv(x[None], down, up, bias, stride, padding, dilation, groups, up_groups, activation,
                           None if residual is None else residual[None], backend=backend)
         return y[0]
-    stride, dilation = _sizes(stride, d), _sizes(dilation, d)
+    stride, dilation = _sizes("stride", stride, d), _sizes("dilation", dilation, d)
     window = Window(stride, _paddings(padding, stride, dilation, down), dilation, groups, up_groups)
     if _runs_native(backend, x, down, up, bias, residual):
         return torch.ops.shrank.low_rank_conv(x, down, up, bias, *window, activation, residual)
-    check_low_rank_conv(x, down, up, bias, window, activation, residual)
+    if _are_tensors(x, down, up, bias, residual):
+        check_low_rank_conv(x, down, up, bias, window, activation, residual, _autocast_casts(x))
     return reference.low_rank_conv(x, down, up, bias, window, activation, residual)
 
 
-def _sizes(value: int | Sequence[int], d: int) -> list[int]:
-    return [value] * d if isinstance(value, int) else list(value)
+def _are_tensors(*given: Tensor | None) -> bool:
+    """Whether there is anything to check: not in a symbolic trace; all else that is no tensor, PyTorch refuses."""
+    return all(each is None or isinstance(each, Tensor) for each in given)
+
+
+def _autocast_casts(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _sizes(name: str, value: int | Sequence[int], d: int) -> list[int]:
+    sizes = list(value) if isinstance(value, (list, tuple)) else [value] * d
+    if not all(isinstance(size, int) or hasattr(size, "__index__") for size in sizes):
+        raise RuntimeError(f"shrank::low_rank_conv: {name} is {value!r}, wanted whole numbers")
+    return sizes
 
 
 def _paddings(padding: int | str | Sequence[int], stride: list[int], dilation: list[int], down: Tensor) -> list[int]:
     d = len(stride)
     if not isinstance(padding, str):
-        return _sizes(padding, d)
+        return _sizes("padding", padding, d)
     if padding == "valid":
         return [0] * d
     if padding != "same":
-        raise ValueError(f"shrank::low_rank_conv: padding is {padding!r}, wanted numbers, 'same' or 'valid'")
+        raise RuntimeError(f"shrank::low_rank_conv: padding is {padding!r}, wanted numbers, 'same' or 'valid'")
     if any(each != 1 for each in stride):
-        raise ValueError(f"shrank::low_rank_conv: padding is 'same' with stride {stride}, wanted stride 1")
+        raise RuntimeError(f"shrank::low_rank_conv: padding is 'same' with stride {stride}, wanted stride 1")
     totals = [each * (size - 1) for each, size in zip(dilation, down.shape[2:], strict=True)]
     return [side for total in totals for side in (total // 2, total - total // 2)]
 
@@ -126,7 +142,10 @@ def _runs_native(backend: Backend | str | None, *tensors: Tensor | None) -> bool
     chosen = setting.backend if backend is None else _parse(backend, "backend")
     if chosen is Backend.TORCH:
         return False
-    reasons = why_not(*tensors)
+    of_tensors = _why_not_these(*tensors)
+    if of_tensors and chosen is Backend.AUTO:
+        return False  # tensors of a CPU are no reason to ask for CUDA devices, which would initialise the driver
+    reasons = [*_why_not_here(), *of_tensors]
     if reasons and chosen is Backend.NATIVE:
         raise RuntimeError("backend is native, but the native kernels cannot run:\n- " + "\n- ".join(reasons))
     return not reasons
@@ -135,9 +154,13 @@ def _runs_native(backend: Backend | str | None, *tensors: Tensor | None) -> bool
 def why_not(x: Tensor | None = None, down: Tensor | None = None, up: Tensor | None = None, bias: Tensor | None = None,
             residual: Tensor | None = None) -> list[str]:
     """Every reason why the native kernels cannot run here, on these tensors if given; empty if they can."""
-    reasons = list(_why_not_here())
-    if x is None:
-        return reasons
+    return [*_why_not_here(), *(() if x is None else _why_not_these(x, down, up, bias, residual))]
+
+
+def _why_not_these(x: Tensor, down: Tensor | None, up: Tensor | None, bias: Tensor | None,
+                   residual: Tensor | None) -> list[str]:
+    """The reasons that hold for these tensors, and for what surrounds the call."""
+    reasons = []
     for name, tensor in (("x", x), ("down", down), ("up", up), ("bias", bias), ("residual", residual)):
         if tensor is None:
             continue
@@ -190,6 +213,8 @@ def _find_why_not_here() -> tuple[str, ...]:
 @cache
 def _find_too_old(device: int) -> str:
     """What is wrong with a CUDA device that the kernels cannot run on; empty for all others."""
+    if not torch.cuda.is_available():
+        return ""  # a fake tensor, of a device that is elsewhere
     capability = torch.cuda.get_device_capability(device)
     if capability >= OLDEST_CAPABILITY:
         return ""

@@ -11,39 +11,42 @@ from .schema import check_alike, register, run_in_autocast, wants_grad
 
 
 def check_low_rank_conv(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, window: Window, activation: str,
-                        residual: Tensor | None) -> None:
-    """Raise ValueError on shapes, numbers and names, TypeError on dtypes, RuntimeError on devices that do not fit."""
+                        residual: Tensor | None, casts: bool = False) -> None:
+    """Raise RuntimeError on shapes, numbers, names, dtypes and devices that do not fit, as torch's own functions do.
+
+    casts: autocast makes the dtypes alike.
+    """
     if activation not in reference.ACTIVATIONS:
-        raise ValueError(_law(f"activation is {activation!r}, wanted one of {', '.join(reference.ACTIVATIONS)}"))
+        raise RuntimeError(_law(f"activation is {activation!r}, wanted one of {', '.join(reference.ACTIVATIONS)}"))
     if not 3 <= down.dim() <= 5:
-        raise ValueError(_law(f"down is {_shape(down)}, wanted (R, C / groups, 1 to 3 kernel sizes)"))
+        raise RuntimeError(_law(f"down is {_shape(down)}, wanted (R, C / groups, 1 to 3 kernel sizes)"))
     if x.dim() != down.dim():
-        raise ValueError(_law(f"x is {_shape(x)}, wanted {down.dim()} dimensions as down {_shape(down)} has"))
+        raise RuntimeError(_law(f"x is {_shape(x)}, wanted {down.dim()} dimensions as down {_shape(down)} has"))
     _check_channels(x, down, up, window)
     if bias is not None and (bias.dim() != 1 or bias.size(0) != up.size(0)):
-        raise ValueError(_law(f"bias is {_shape(bias)}, wanted ({up.size(0)},) for up {_shape(up)}"))
+        raise RuntimeError(_law(f"bias is {_shape(bias)}, wanted ({up.size(0)},) for up {_shape(up)}"))
     _check_window(x, down, window)
     wanted = (x.size(0), up.size(0), *output_sizes(x, down, window))
     if residual is not None and tuple(residual.shape) != wanted:
-        raise ValueError(_law(f"residual is {_shape(residual)}, wanted {wanted}"))
-    check_alike("low_rank_conv", x, down=down, up=up, bias=bias, residual=residual)
+        raise RuntimeError(_law(f"residual is {_shape(residual)}, wanted {wanted}"))
+    check_alike("low_rank_conv", casts, x=x, down=down, up=up, bias=bias, residual=residual)
 
 
 def _check_channels(x: Tensor, down: Tensor, up: Tensor, window: Window) -> None:
     groups, up_groups, C, R = window.groups, window.up_groups, x.size(1), down.size(0)
     if groups < 1 or up_groups < 1:
-        raise ValueError(_law(f"groups are {groups} and {up_groups}, wanted at least 1"))
+        raise RuntimeError(_law(f"groups are {groups} and {up_groups}, wanted at least 1"))
     if C % groups or R % groups:
-        raise ValueError(_law(f"groups is {groups}, wanted a divisor of the {C} channels of x and of the rank {R}"))
+        raise RuntimeError(_law(f"groups is {groups}, wanted a divisor of the {C} channels of x and of the rank {R}"))
     if down.size(1) != C // groups:
-        raise ValueError(_law(f"down is {_shape(down)}, wanted (R, {C // groups}, ...) for x {_shape(x)} in {groups} "
-                              "groups"))
+        raise RuntimeError(_law(f"down is {_shape(down)}, wanted (R, {C // groups}, ...) for x {_shape(x)} in {groups} "
+                                "groups"))
     if up.dim() == 0 or R % up_groups or up.size(0) % up_groups:
-        raise ValueError(_law(f"up_groups is {up_groups}, wanted a divisor of the rank {R} and of the outputs of up "
-                              f"{_shape(up)}"))
+        raise RuntimeError(_law(f"up_groups is {up_groups}, wanted a divisor of the rank {R} and of the outputs of up "
+                                f"{_shape(up)}"))
     if up.dim() != down.dim() or up.size(1) != R // up_groups or any(size != 1 for size in up.shape[2:]):
-        raise ValueError(_law(f"up is {_shape(up)}, wanted (N, {R // up_groups}, 1, ...) for down {_shape(down)} and "
-                              f"{up_groups} up_groups"))
+        raise RuntimeError(_law(f"up is {_shape(up)}, wanted (N, {R // up_groups}, 1, ...) for down {_shape(down)} and "
+                                f"{up_groups} up_groups"))
 
 
 def _check_window(x: Tensor, down: Tensor, window: Window) -> None:
@@ -52,16 +55,16 @@ def _check_window(x: Tensor, down: Tensor, window: Window) -> None:
     for name, least in (("stride", 1), ("dilation", 1), ("padding", 0)):
         sizes = getattr(window, name)
         if len(sizes) not in lengths[name]:
-            raise ValueError(_law(f"{name} is {list(sizes)}, wanted {' or '.join(map(str, lengths[name]))} numbers"))
+            raise RuntimeError(_law(f"{name} is {list(sizes)}, wanted {' or '.join(map(str, lengths[name]))} numbers"))
         if any(size < least for size in sizes):
-            raise ValueError(_law(f"{name} is {list(sizes)}, wanted numbers from {least} on"))
+            raise RuntimeError(_law(f"{name} is {list(sizes)}, wanted numbers from {least} on"))
     if any(size < 1 for size in down.shape[2:]):
-        raise ValueError(_law(f"the kernel of down {_shape(down)} is empty"))
+        raise RuntimeError(_law(f"the kernel of down is {_shape(down)[2:]}, wanted numbers from 1 on"))
     for i, (begin, end) in enumerate(window.pads()):
         reach = window.dilation[i] * (down.size(2 + i) - 1) + 1
         if x.size(2 + i) + begin + end < reach:
-            raise ValueError(_law(f"x is {_shape(x)}, wanted at least {reach} numbers in padded dimension {i} for the "
-                                  f"kernel of down {_shape(down)}"))
+            raise RuntimeError(_law(f"x is {_shape(x)}, wanted at least {reach} numbers in padded dimension {i} for "
+                                    f"the kernel of down {_shape(down)}"))
 
 
 def _law(complaint: str) -> str:

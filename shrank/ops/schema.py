@@ -32,32 +32,35 @@ library = torch.library.Library("shrank", "FRAGMENT")
 
 
 def check_low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str,
-                          residual: Tensor | None) -> None:
-    """Raise ValueError on shapes and names, TypeError on dtypes, RuntimeError on devices that do not fit."""
+                          residual: Tensor | None, casts: bool = False) -> None:
+    """Raise RuntimeError on shapes, names, dtypes and devices that do not fit, as torch's own functions do.
+
+    casts: autocast makes the dtypes alike.
+    """
     if activation not in reference.ACTIVATIONS:
-        raise ValueError(_law(f"activation is {activation!r}, wanted one of {', '.join(reference.ACTIVATIONS)}"))
+        raise RuntimeError(_law(f"activation is {activation!r}, wanted one of {', '.join(reference.ACTIVATIONS)}"))
     if x.dim() < 1:
-        raise ValueError(_law("x is 0-dimensional, wanted (..., K)"))
+        raise RuntimeError(_law("x is 0-dimensional, wanted (..., K)"))
     if down.dim() != 2 or down.size(1) != x.size(-1):
-        raise ValueError(_law(f"down is {_shape(down)}, wanted (R, {x.size(-1)}) for x {_shape(x)}"))
+        raise RuntimeError(_law(f"down is {_shape(down)}, wanted (R, {x.size(-1)}) for x {_shape(x)}"))
     if up.dim() != 2 or up.size(1) != down.size(0):
-        raise ValueError(_law(f"up is {_shape(up)}, wanted (N, {down.size(0)}) for down {_shape(down)}"))
+        raise RuntimeError(_law(f"up is {_shape(up)}, wanted (N, {down.size(0)}) for down {_shape(down)}"))
     if bias is not None and (bias.dim() != 1 or bias.size(0) != up.size(0)):
-        raise ValueError(_law(f"bias is {_shape(bias)}, wanted ({up.size(0)},) for up {_shape(up)}"))
+        raise RuntimeError(_law(f"bias is {_shape(bias)}, wanted ({up.size(0)},) for up {_shape(up)}"))
     if residual is not None and residual.shape != (*x.shape[:-1], up.size(0)):
-        raise ValueError(_law(f"residual is {_shape(residual)}, wanted {(*x.shape[:-1], up.size(0))}"))
-    check_alike("low_rank_linear", x, down=down, up=up, bias=bias, residual=residual)
+        raise RuntimeError(_law(f"residual is {_shape(residual)}, wanted {(*x.shape[:-1], up.size(0))}"))
+    check_alike("low_rank_linear", casts, x=x, down=down, up=up, bias=bias, residual=residual)
 
 
-def check_alike(op: str, x: Tensor, **others: Tensor | None) -> None:
-    """Raise TypeError unless all are of one of DTYPES, the same; RuntimeError unless all are on the device of x."""
-    if x.dtype not in DTYPES:
-        raise TypeError(f"shrank::{op}: x is {x.dtype}, wanted one of {', '.join(map(str, DTYPES))}")
-    for name, tensor in others.items():
+def check_alike(op: str, casts: bool, x: Tensor, **others: Tensor | None) -> None:
+    """Raise RuntimeError unless all are of one of DTYPES, the same unless autocast casts them, on the device of x."""
+    for name, tensor in (("x", x), *others.items()):
         if tensor is None:
             continue
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"shrank::{op}: {name} is {tensor.dtype}, wanted the {x.dtype} of x")
+        if tensor.dtype != x.dtype and not casts:
+            raise RuntimeError(f"shrank::{op}: {name} is {tensor.dtype}, wanted the {x.dtype} of x")
+        if tensor.dtype not in DTYPES:
+            raise RuntimeError(f"shrank::{op}: {name} is {tensor.dtype}, wanted one of {', '.join(map(str, DTYPES))}")
         if tensor.device != x.device:
             raise RuntimeError(f"shrank::{op}: {name} is on {tensor.device}, wanted the {x.device} of x")
 

@@ -7,6 +7,7 @@ import os
 import pytest
 
 import shrank
+from shrank.ops import api
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -20,3 +21,10 @@ def device(request) -> str:
 def on_cpp() -> bool:
     """Whether the CPU runs the C++ implementation (tests/csrc/test_ops.py)."""
     return "SHRANK_TEST_LIBRARY" in os.environ
+
+
+@pytest.fixture
+def native(monkeypatch) -> None:
+    """As if the native kernels could run here."""
+    monkeypatch.setattr(api, "_why_not_here", tuple)
+    monkeypatch.setattr(api, "_why_not_these", lambda *_: [])

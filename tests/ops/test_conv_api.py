@@ -10,18 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shrank
-from shrank.ops import api
 from tests.common.conv_cases import ConvCase
 from tests.common.tolerances import assert_close
 from tests.ops.test_api import ops_of
 
 CASE = ConvCase((6, 5), (3, 2), 8, 12, 4, padding=(1, 1), activation="silu", residual=True)
-
-
-@pytest.fixture
-def native(monkeypatch) -> None:
-    """As if the native kernels could run here."""
-    monkeypatch.setattr(api, "why_not", lambda *_: [])
 
 
 def in_two(x: Tensor, down: Tensor, up: Tensor, bias: Tensor, **options) -> Tensor:
@@ -56,16 +49,6 @@ def test_numbers_may_be_one_many_or_a_word_as_for_pytorchs_own(padding: object, 
     y = shrank.low_rank_conv(x, down, up, bias, padding=padding, dilation=dilation)
     assert_close(y, in_two(x, down, up, bias, padding=padding, dilation=dilation))
     assert_close(shrank.low_rank_conv(x[0], down, up, bias, padding=padding, dilation=dilation), y[0])
-
-
-@pytest.mark.parametrize(("options", "named"), [
-    ({"padding": "full"}, "padding is 'full'"), ({"padding": "same", "stride": 2}, "wanted stride 1"),
-    ({"stride": 0}, "stride is"), ({"dilation": (1, 1, 1)}, "dilation is"), ({"groups": 3}, "groups is"),
-])
-def test_pytorchs_path_holds_the_law(options: dict, named: str) -> None:
-    x, down, up, bias, *_ = CASE.tensors(torch.float32, "cpu")
-    with pytest.raises(ValueError, match=named):
-        shrank.low_rank_conv(x, down, up, bias, **options)
 
 
 LAYERS = {

@@ -1,13 +1,16 @@
-"""One table of convolutions that must be refused, for the check, the fake and the implementation at hand."""
+"""One table of convolutions that must be refused, with one error by the check, the fake, the op and the function."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import shrank
 from shrank.ops.conv import check_low_rank_conv
 from shrank.ops.reference import Window
+from tests.common.tolerances import assert_close
 
 GOOD = {"x": (2, 8, 6, 5), "down": (12, 4, 3, 3), "up": (16, 6, 1, 1), "bias": (16,), "residual": (2, 16, 6, 5),
         "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 2, "up_groups": 2, "activation": "gelu"}
@@ -56,21 +59,60 @@ def check(made: dict) -> None:
     check_low_rank_conv(window=Window(*(made[name] for name in Window._fields)), **rest)
 
 
+def call(how: str, made: dict) -> object:
+    """The call by one of the ways there are to it."""
+    if how == "check":
+        return check(made)
+    if how == "fake":
+        with FakeTensorMode() as mode:
+            return torch.ops.shrank.low_rank_conv(
+                **{k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in made.items()})
+    if how.startswith("op"):
+        return getattr(torch.ops.shrank, how.replace("op", "low_rank_conv"))(**made)
+    return shrank.low_rank_conv(**made, backend=how)
+
+
+def refused(how: str, made: dict, named: str) -> None:
+    """By a RuntimeError, as of torch's own functions, that says where, what was found and what was wanted."""
+    with pytest.raises(RuntimeError, match=named) as error:
+        call(how, made)
+    assert type(error.value) is RuntimeError
+    assert "shrank::low_rank_conv: " in str(error.value) and "wanted" in str(error.value)
+
+
 @pytest.mark.parametrize(("changes", "named"), BAD, ids=[str(changes) for changes, _ in BAD])
 @pytest.mark.parametrize("how", ["check", "fake", "op", "op_train"])
 def test_a_bad_call_is_refused_by_name(how: str, changes: dict, named: str, device: str) -> None:
-    made = arguments(changes, device)
-    with pytest.raises((ValueError, TypeError, RuntimeError), match=named):
-        if how == "check":
-            check(made)
-        elif how == "fake":
-            with FakeTensorMode() as mode:
-                torch.ops.shrank.low_rank_conv(
-                    **{k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in made.items()})
-        elif how == "op":
-            torch.ops.shrank.low_rank_conv(**made)
-        else:
-            torch.ops.shrank.low_rank_conv_train(**made)
+    refused(how, arguments(changes, device), named)
+
+
+# An input without a batch is none of the op, and the function adds one.
+OF_FUNCTION = [case for case in BAD if case[0] not in ({"x": (8, 6, 5)}, {"x": (2, 8, 6)})] + [
+    ({"x": (8, 6, 5), "residual": (15, 6, 5)}, "residual is"),
+    ({"padding": "full"}, "padding is 'full'"), ({"padding": "same", "stride": 2}, "padding is 'same' with stride"),
+    ({"stride": 1.5}, "stride is 1.5"), ({"dilation": "2"}, "dilation is '2'"), ({"padding": (1, None)}, "padding is"),
+]
+
+
+@pytest.mark.parametrize(("changes", "named"), OF_FUNCTION, ids=[str(changes) for changes, _ in OF_FUNCTION])
+@pytest.mark.parametrize("how", ["auto", "torch"])
+def test_the_function_refuses_alike(how: str, changes: dict, named: str, device: str) -> None:
+    refused(how, arguments(changes, device), named)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize(("changes", "named"), OF_FUNCTION, ids=[str(changes) for changes, _ in OF_FUNCTION])
+def test_the_function_refuses_alike_where_the_op_runs(changes: dict, named: str, device: str) -> None:
+    refused("native", arguments(changes, device), named)
+
+
+def test_autocast_makes_dtypes_alike_and_then_they_are_no_mistake(device: str) -> None:
+    x, down, up = (torch.randn(GOOD[name], device=device) for name in ("x", "down", "up"))
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        y = shrank.low_rank_conv(x.bfloat16(), down, up, padding=1, groups=2, up_groups=2, backend="torch")
+        expected = nn.functional.conv2d(nn.functional.conv2d(x, down, padding=1, groups=2), up, groups=2)
+    assert y.dtype == torch.bfloat16
+    assert_close(y, expected)
 
 
 def test_the_good_call_passes(device: str) -> None:
