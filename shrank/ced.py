@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .merged_weight import merged_weight
 from .ops.api import Backend, low_rank_conv, setting
+from .seal import drop_seal
 from .stages import (
     NO_PIVOTED_KERNEL,
     Pivots,
@@ -176,6 +177,11 @@ class CED(nn.Module):
         """Make down (rank, in/groups, *kernel), up (out, rank/up_groups, 1, ...) and bias the parameters, uncopied;
         with pivots up has out - rank channels and order (out,) gives every output's place in down and then up."""
         set_stages(self.ced_unit, down, up, bias, order)
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *rest: object) -> None:
+        super()._load_from_state_dict(state, prefix, *rest)
+        _, _, _, unexpected, _ = rest
+        drop_seal(state, prefix, unexpected)
 
     def __getitem__(self, stage: int) -> nn.Module:
         return self.ced_unit[stage]

@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 
 from .merged_weight import merged_weight
 from .ops.api import Backend, low_rank_linear, setting
+from .seal import drop_seal
 from .stages import (
     NO_PIVOTED_KERNEL,
     Pivots,
@@ -115,6 +116,11 @@ class LED(nn.Module):
         """Make down (rank, in_features), up (out_features, rank) and bias the parameters, without a copy; with pivots
         up is (out_features - rank, rank) and order (out_features,) gives every output's place in down and then up."""
         set_stages(self.led_unit, down, up, bias, order)
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *rest: object) -> None:
+        super()._load_from_state_dict(state, prefix, *rest)
+        _, _, _, unexpected, _ = rest
+        drop_seal(state, prefix, unexpected)
 
     def __getitem__(self, stage: int) -> nn.Module:
         return self.led_unit[stage]

@@ -1,0 +1,58 @@
+"""What every way of saving asks of low-rank layers: that they can be loaded again, and a seal for each."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .seal import DENSE_NAME, seal
+from .stages import Pivots
+from .targets import LOW_RANK
+
+
+def has_low_rank(model: nn.Module) -> bool:
+    return any(isinstance(m, LOW_RANK) for m in model.modules())
+
+
+def seals(model: nn.Module) -> dict[str, Tensor]:
+    """A seal for every low-rank layer, under every name that its dense weight would have in `model.state_dict()`."""
+    return {f"{fqn}.{DENSE_NAME}".lstrip("."): seal(tuple(layer.weight.shape))
+            for fqn, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, LOW_RANK)}
+
+
+def check_saveable(model: nn.Module) -> None:
+    """ValueError if a stage of a low-rank layer is no plain layer: no loader could put together what is in its place."""
+    problems = [f"{fqn}.{name}".lstrip(".") + f": {reason}" for fqn, layer in model.named_modules()
+                if isinstance(layer, LOW_RANK)
+                for name, stage in layer.named_modules() if name.count(".") == 1 and (reason := why_not_plain(stage))]
+    if problems:
+        raise ValueError("stages of low-rank layers are no plain layers, so that nothing could load them again; merge "
+                         "the adapters into them, remove pruning and parametrizations, or save before quantizing:"
+                         + "".join(f"\n  {line}" for line in problems[:10]))
+
+
+def why_not_plain(stage: nn.Module) -> str:
+    """Why the state of a stage is not that of a plain layer; '' if it is."""
+    if isinstance(stage, (*LOW_RANK, Pivots)):
+        return ""
+    kind = type(stage)
+    if nn.utils.parametrize.is_parametrized(stage):
+        return f"its {', '.join(stage.parametrizations)} is parametrized"
+    own = {name for name, value in (*stage._parameters.items(), *stage._buffers.items()) if value is not None}
+    if extra := own - {"weight", "bias"}:
+        return f"it carries {', '.join(sorted(extra))} (pruning, weight_norm, quantization)"
+    if stage._modules or not isinstance(stage._parameters.get("weight"), nn.Parameter):
+        return f"it is a {kind.__module__}.{kind.__name__}"
+    if not stage.weight.is_floating_point():
+        return f"its weight is {stage.weight.dtype}"
+    return why_not_data(stage.weight)
+
+
+def why_not_data(value: Tensor) -> str:
+    """Why a value of a state cannot be loaded again by its name; '' if it can, sharded as it may be."""
+    return "" if hasattr(value, "full_tensor") else why_not_stored(value)
+
+
+def why_not_stored(value: Tensor) -> str:
+    """Why the numbers of a tensor are not what its memory holds; '' if they are."""
+    kind = type(value.detach())
+    return "" if kind is Tensor else f"it is a {kind.__module__}.{kind.__name__}, not a plain tensor"
