@@ -20,7 +20,7 @@ def seals(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_saveable(model: nn.Module) -> None:
-    """ValueError if a stage of a low-rank layer is no plain layer: no loader could put together what is in its place."""
+    """ValueError if a stage of a low-rank layer is no plain layer: no loader could put together what replaced it."""
     problems = [f"{fqn}.{name}".lstrip(".") + f": {reason}" for fqn, layer in model.named_modules()
                 if isinstance(layer, LOW_RANK)
                 for name, stage in layer.named_modules() if name.count(".") == 1 and (reason := why_not_plain(stage))]

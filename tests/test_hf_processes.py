@@ -15,7 +15,7 @@ from torch import nn
 
 import shrank
 from shrank import LED
-from shrank.transformers_hook import join
+from shrank.transformers_hook import join_models
 from tests.common.models import HF_MODELS, hf_inputs, hf_model
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +87,7 @@ def test_an_older_transformers_is_kept_from_writing_what_it_cannot_load(monkeypa
     old = types.ModuleType("modeling_utils")
     old.PreTrainedModel = PreTrainedModel
     monkeypatch.setattr("transformers.__version__", "4.57.1")
-    join(old)
+    join_models(old)
     assert PreTrainedModel(4, 4).save_pretrained("here") == "here"
     model = PreTrainedModel(4, 4)
     model.layer = LED(4, 4, 2)
