@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 
 from .seal import DENSE_NAME, seal
@@ -17,6 +20,21 @@ def seals(model: nn.Module) -> dict[str, Tensor]:
     """A seal for every low-rank layer, under every name that its dense weight would have in `model.state_dict()`."""
     return {f"{fqn}.{DENSE_NAME}".lstrip("."): seal(tuple(layer.weight.shape))
             for fqn, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, LOW_RANK)}
+
+
+@contextmanager
+def sealing(model: nn.Module) -> Iterator[None]:
+    """Inside, `state_dict()` of the model holds the seals too: for code of others that writes what that returns."""
+    def add(layer: nn.Module, state: dict, prefix: str, _: dict) -> None:
+        state[prefix + DENSE_NAME] = seal(tuple(layer.weight.shape))
+
+    check_saveable(model)
+    handles = [m.register_state_dict_post_hook(add) for m in model.modules() if isinstance(m, LOW_RANK)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def check_saveable(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ ROWS = {
     "calibration": 7,
     "apply": 8, "budget": 8,
     "planning": 9, "checkpoint": 9, "anchored": 9, "storage": 9,
-    "auto_fact": 10, "heal": 10, "evaluate": 10, "measure": 10, "transformers_hook": 10, "layer_times": 10,
+    "auto_fact": 10, "heal": 10, "evaluate": 10, "measure": 10, "transformers_hook": 10, "safetensors_hook": 10, "layer_times": 10,
     "hf_loading": 10, "hf_saving": 11, "hf": 12,
     "bench": 13, "bench_plot": 13, "explain": 13,
     "cli_common": 14, "cli_models": 15, "cli": 16,
