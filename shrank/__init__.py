@@ -1,5 +1,6 @@
 """shrank: low-rank twins for the linear and convolution layers of any PyTorch model."""
 
+from . import diffusers_hook as diffusers_hook
 from . import safetensors_hook as safetensors_hook
 from . import transformers_hook as transformers_hook
 from .apply import apply, describe, merge

@@ -13,8 +13,8 @@ from . import hf_saving as hf_saving
 from .apply import describe
 from .checkpoint import not_finite
 from .files import replacing
-from .hf_loading import METHOD
 from .plan import RankPlan
+from .saving import is_plan
 
 
 def load_model(source: str) -> nn.Module:
@@ -44,8 +44,7 @@ def inspect_folder(folder: str | os.PathLike) -> tuple[RankPlan, list[str]]:
     """The plan of a folder that save_pretrained wrote, and what is wrong with the weights; ValueError if it does not
     load."""
     config = Path(folder) / "config.json"
-    method = json.loads(config.read_text()).get("quantization_config", {}) if config.is_file() else {}
-    if method.get("quant_method") != METHOD:
+    if not config.is_file() or not is_plan(json.loads(config.read_text()).get("quantization_config")):
         raise ValueError(f"{folder}: has no config.json with a plan of shrank")
     model = load_model(str(folder))
     return describe(model), not_finite(model.state_dict())

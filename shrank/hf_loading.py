@@ -22,6 +22,7 @@ from . import tensor_file
 from .apply import attach_empty, merge
 from .linalg import Shape
 from .plan import RankPlan
+from .saving import METHOD, is_plan
 from .seal import DENSE_NAME
 from .stages import Pivots
 from .targets import LOW_RANK, target
@@ -29,7 +30,6 @@ from .targets import LOW_RANK, target
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-METHOD = "shrank"
 _AS_PUBLISHED, _AS_IN_MODEL = "published", "model"
 
 
@@ -128,11 +128,6 @@ class ShrankQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, *_, **__) -> nn.Module:
         return merge(model)
-
-
-def is_plan(value: object) -> bool:
-    """Whether a config's `quantization_config`, read or not, is one of shrank."""
-    return isinstance(value, ShrankConfig) or (isinstance(value, dict) and value.get("quant_method") == METHOD)
 
 
 def remove_plan(config: PreTrainedConfig) -> None:

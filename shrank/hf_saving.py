@@ -16,8 +16,8 @@ from transformers.modeling_utils import PreTrainedModel
 from wrapt import wrap_function_wrapper
 
 from .apply import describe, indented
-from .hf_loading import ShrankConfig, ShrankQuantizer, is_plan, remove_plan
-from .saving import check_saveable, has_low_rank, seals, why_not_data
+from .hf_loading import ShrankConfig, ShrankQuantizer, remove_plan
+from .saving import check_saveable, has_low_rank, is_plan, seals, stand_in_for, why_not_data
 
 
 def save_pretrained(save: Callable, model: PreTrainedModel, args: tuple, kwargs: dict) -> object:
@@ -44,8 +44,7 @@ def save_pretrained(save: Callable, model: PreTrainedModel, args: tuple, kwargs:
 def _stand_in(model: PreTrainedModel) -> PreTrainedModel:
     """The model with a config of its own, without plans and without a quantizer of shrank, which reads and does not
     write."""
-    stand_in = object.__new__(type(model))
-    vars(stand_in).update(vars(model))
+    stand_in = stand_in_for(model)
     stand_in.config = copy.deepcopy(model.config)
     for config in _configs(stand_in.config):
         remove_plan(config)

@@ -1,5 +1,6 @@
-"""Whatever writes safetensors of a low-rank model through safetensors.torch.save_model writes what shrank.save does, and
-load_model knows such a file: the hub's model mixin, sentence-transformers' modules and robots' policies save so.
+"""safetensors.torch.save_model writes of a low-rank model what shrank.save does, and load_model knows such a file.
+
+The hub's model mixin, sentence-transformers' modules and lerobot's policies save so.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ from .seal import DENSE_NAME, seal
 from .stages import Pivots
 from .targets import LOW_RANK
 
+METHOD = "shrank"  # what the config of a saved model calls a plan, where quantized models have their method
+
 
 def has_low_rank(model: nn.Module) -> bool:
     return any(isinstance(m, LOW_RANK) for m in model.modules())
@@ -20,6 +22,19 @@ def seals(model: nn.Module) -> dict[str, Tensor]:
     """A seal for every low-rank layer, under every name that its dense weight would have in `model.state_dict()`."""
     return {f"{fqn}.{DENSE_NAME}".lstrip("."): seal(tuple(layer.weight.shape))
             for fqn, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, LOW_RANK)}
+
+
+def is_plan(value: object) -> bool:
+    """Whether the `quantization_config` of a model's config, read or not, is a plan."""
+    return (value.get("quant_method") if isinstance(value, dict) else getattr(value, "quant_method", None)) == METHOD
+
+
+def stand_in_for(model: nn.Module) -> nn.Module:
+    """An object that shares all that the model has, and whose own attributes may be set while it is saved: the model
+    itself stays as it is, whatever happens meanwhile."""
+    stand_in = object.__new__(type(model))
+    vars(stand_in).update(vars(model))
+    return stand_in
 
 
 @contextmanager
