@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 from torch import nn
@@ -13,16 +12,22 @@ from . import hf_saving as hf_saving
 from .apply import describe
 from .checkpoint import not_finite
 from .files import replacing
+from .folders import MODULES, copy_beside, transformer_of
+from .model_card import write_card
 from .plan import RankPlan
 from .saving import is_plan
 
 
 def load_model(source: str) -> nn.Module:
-    """The model in a folder or hub repository, as the class that wrote it; ValueError or OSError if there is none."""
+    """The model in a folder or hub repository, as the class that wrote it; ValueError or OSError if there is none.
+
+    Of a sentence-transformers folder, its transformer.
+    """
     import transformers
 
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
         raise ValueError(f"{source}: no such folder")
+    source = os.path.join(source, transformer_of(source))
     config = transformers.AutoConfig.from_pretrained(source)
     name = (config.architectures or ["AutoModel"])[0]
     model_class = getattr(transformers, name, None)
@@ -32,24 +37,31 @@ def load_model(source: str) -> nn.Module:
 
 
 def save_model(model: nn.Module, source: str, folder: str | os.PathLike) -> None:
-    """Write the model to a folder, atomically, with the tokenizer and processor files of its source."""
+    """Write the model to a folder, atomically, with all that its source has beside the transformer's weights: tokenizer
+    and processor files, modules of a sentence-transformers folder, and a card of its own."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("with adapters attached, transformers saves nothing but these; merge them into the model "
+                         "first: PeftModel.merge_and_unload()")
+    place = transformer_of(source)
     with replacing(folder) as temporary:
-        model.save_pretrained(temporary)
-        for file in Path(source).glob("*") if Path(source).is_dir() else ():
-            if file.is_file() and not _is_weights(file) and not (temporary / file.name).exists():
-                shutil.copy2(file, temporary / file.name)
+        model.save_pretrained(temporary / place)
+        if Path(source).is_dir():
+            copy_beside(model, Path(source), temporary, place)
+        write_card(model, source, temporary, _loading_code(model, source, Path(folder).name))
+
+
+def _loading_code(model: nn.Module, source: str, name: str) -> str:
+    if (Path(source) / MODULES).is_file():
+        return f'from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer("{name}")'
+    kind = type(model).__name__
+    return f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("{name}")'
 
 
 def inspect_folder(folder: str | os.PathLike) -> tuple[RankPlan, list[str]]:
     """The plan of a folder that save_pretrained wrote, and what is wrong with the weights; ValueError if it does not
     load."""
-    config = Path(folder) / "config.json"
+    config = Path(folder) / transformer_of(folder) / "config.json"
     if not config.is_file() or not is_plan(json.loads(config.read_text()).get("quantization_config")):
         raise ValueError(f"{folder}: has no config.json with a plan of shrank")
     model = load_model(str(folder))
     return describe(model), not_finite(model.state_dict())
-
-
-def _is_weights(file: Path) -> bool:
-    return file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf") or \
-        file.name.endswith(".index.json")
