@@ -84,13 +84,15 @@ class ShrankQuantizer(HfQuantizer):
         planned = self.quantization_config.plan
         self.stored = _shapes([f for f in checkpoint_files or () if str(f).endswith(".safetensors")])
         plan = _as_loaded(planned, model)
-        self.dropped_layers = len(plan) < len(planned)
+        # In a file with seals a dense layer that lacks its weight is a new part of this class, not one without a plan.
+        self.may_lack_plans = len(plan) < len(planned) and self.quantization_config.names != _AS_IN_MODEL
         # A seal where the model keeps a dense layer lets transformers decide: an error, or a new layer where it was
         # told to ignore sizes.
         resized = {fqn for fqn in _resized(plan, model)
                    if any(f"{name}.{DENSE_NAME}" in self.stored for name in _possible_names(fqn, model))}
         model = attach_empty(model, RankPlan(tuple(layer for layer in plan if layer.fqn not in resized)))
         _check_unplanned(model, self.stored, resized)
+        model.all_tied_weights_keys = untied(model, model.all_tied_weights_keys)
         self.ignored = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = {*(self.ignored or ()), *_seal_patterns(planned, model)}
         for stage in _stages(model):
@@ -101,7 +103,7 @@ class ShrankQuantizer(HfQuantizer):
         # transformers only warns of weights that the checkpoint lacks and draws them at random. That is right for parts
         # that the saved class did not have, and where it was told to ignore sizes; elsewhere plan and weights disagree.
         checked = set(_stages(model))
-        if _is_saved_class(model) or self.dropped_layers:
+        if _is_saved_class(model) or self.may_lack_plans:
             whole = model if _is_saved_class(model) else model.base_model
             checked.update(m for m in whole.modules() if target(m))
         lacking = [name for name, m in model.named_modules() if m in checked and _lacks_weights(m)]
@@ -128,6 +130,13 @@ class ShrankQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, *_, **__) -> nn.Module:
         return merge(model)
+
+
+def untied(model: nn.Module, tied: dict[str, str]) -> dict[str, str]:
+    """Of the parameters that a class ties, target to source, those of which neither is a low-rank layer's."""
+    low_rank = {fqn for fqn, module in model.named_modules(remove_duplicate=False) if isinstance(module, LOW_RANK)}
+    return {one: other for one, other in tied.items()
+            if low_rank.isdisjoint((one.rpartition(".")[0], other.rpartition(".")[0]))}
 
 
 def remove_plan(config: PreTrainedConfig) -> None:

@@ -23,11 +23,12 @@ def join_quantizers(quantizers: ModuleType) -> None:
 
 
 def join_models(modeling_utils: ModuleType) -> None:
-    """Import shrank.hf_saving, which wraps save_pretrained; an older transformers, whose files it could not load
-    again, is kept from writing them."""
+    """Import shrank.hf_saving and shrank.hf_models, which wrap what models do; an older transformers, whose files it
+    could not load again, is kept from writing them."""
     version = _version()
     if _is_known(version):
         import_module("shrank.hf_saving")
+        import_module("shrank.hf_models")
         return
 
     def refuse(save, model, args, kwargs):

@@ -22,7 +22,7 @@ ROWS = {
     "planning": 9, "checkpoint": 9, "anchored": 9, "storage": 9, "model_card": 9,
     "auto_fact": 10, "heal": 10, "evaluate": 10, "measure": 10, "layer_times": 10,
     "transformers_hook": 10, "safetensors_hook": 10, "diffusers_hook": 10, "diffusers_models": 10,
-    "hf_loading": 10, "folders": 10, "hf_saving": 11, "hf": 12,
+    "hf_loading": 10, "folders": 10, "hf_saving": 11, "hf_models": 11, "hf": 12,
     "bench": 13, "bench_plot": 13, "explain": 13,
     "cli_common": 14, "cli_models": 15, "cli": 16,
     "__init__": 17, "__main__": 17,
