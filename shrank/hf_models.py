@@ -65,7 +65,9 @@ def resized(head: LED, outputs: int, added: Tensor | None = None) -> LED:
             new = torch.linalg.lstsq(down.float().mT, added.float().mT).solution.mT     # (A, R)
         coefficients = torch.cat((coefficients, new.to(coefficients.dtype)))
         bias = None if bias is None else torch.cat((bias, bias.mean().expand(more)))
-    new = LED(head.in_features, outputs, head.rank, bias is not None, device="meta", dtype=down.dtype)
+    if outputs < head.rank:  # more than a matrix of so few rows can have
+        down, coefficients = coefficients[:outputs] @ down, torch.eye(outputs, dtype=down.dtype, device=down.device)
+    new = LED(head.in_features, outputs, len(down), bias is not None, device="meta", dtype=down.dtype)
     new.set_factors(down.clone(), coefficients[:outputs].clone(), None if bias is None else bias[:outputs].clone())
     carry_over(head, new)
     return new

@@ -76,6 +76,10 @@ def _check(model: PreTrainedModel, call: BoundArguments) -> None:
                 f"{fqn or 'the model'} was quantized by {getattr(method, 'value', method)} and has low-rank layers; "
                 "transformers loads only one of the two again. Compress the model in floating point and save that, "
                 "then quantize what from_pretrained loads")
+    if adapted := [fqn for fqn, module in model.named_modules() if type(module).__module__.startswith("peft.tuners")]:
+        raise ValueError(f"adapters are attached to {', '.join(adapted[:5])}, where from_pretrained would find no "
+                         "weights under the layers' names; save them by PeftModel.save_pretrained, or merge them "
+                         "first: PeftModel.merge_and_unload()")
     if call.arguments.get("distributed_checkpoint"):
         raise ValueError("transformers does not load distributed checkpoints of models with a plan; save with "
                          "distributed_checkpoint=False, which gathers the weights")

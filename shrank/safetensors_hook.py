@@ -48,6 +48,14 @@ def _accelerate_save(save: Callable, _: object, args: tuple, kwargs: dict) -> No
         return save(*args, **kwargs)
 
 
+def _sentence_module_save(save: Callable, module: object, args: tuple, kwargs: dict) -> None:
+    """save_torch_weights of sentence-transformers' modules, of which only the safetensors know low-rank layers."""
+    if has_low_rank(module) and not signature(save).bind(*args, **kwargs).arguments.get("safe_serialization", True):
+        raise ValueError(f"a {type(module).__name__} with low-rank layers is loaded again only from safetensors; save "
+                         "with safe_serialization=True")
+    return save(*args, **kwargs)
+
+
 def _wrap(name: str, wrapper: Callable) -> None:
     """Wrap a function of safetensors.torch, also for the modules that have already taken it from there."""
     plain = vars(safetensors.torch)[name]
@@ -62,3 +70,6 @@ _wrap("save_model", save_model)
 _wrap("load_model", load_model)
 register_post_import_hook(lambda module: wrap_function_wrapper(module.Accelerator, "save_model", _accelerate_save),
                           "accelerate.accelerator")
+register_post_import_hook(
+    lambda module: wrap_function_wrapper(module.Module, "save_torch_weights", _sentence_module_save),
+    "sentence_transformers.base.modules.module")

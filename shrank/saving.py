@@ -73,11 +73,10 @@ def why_not_plain(stage: nn.Module) -> str:
     own = {name for name, value in (*stage._parameters.items(), *stage._buffers.items()) if value is not None}
     if extra := own - {"weight", "bias"}:
         return f"it carries {', '.join(sorted(extra))} (pruning, weight_norm, quantization)"
-    if stage._modules or not isinstance(stage._parameters.get("weight"), nn.Parameter):
+    weight = getattr(stage, "weight", None)  # no parameter while FSDP holds its memory, and a method where quantized
+    if stage._modules or not isinstance(weight, Tensor):
         return f"it is a {kind.__module__}.{kind.__name__}"
-    if not stage.weight.is_floating_point():
-        return f"its weight is {stage.weight.dtype}"
-    return why_not_data(stage.weight)
+    return why_not_data(weight) if weight.is_floating_point() else f"its weight is {weight.dtype}"
 
 
 def why_not_data(value: Tensor) -> str:
