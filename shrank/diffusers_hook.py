@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -22,7 +23,8 @@ def join_models(modeling_utils: ModuleType) -> None:
     """Wrap save_pretrained of diffusers' models; an older diffusers is kept from writing what it could not load."""
     wrapper = _refuse
     if find_spec("diffusers.quantizers") is not None:
-        wrapper = import_module("shrank.diffusers_models").save_pretrained
+        save = import_module("shrank.diffusers_models").save_pretrained
+        wrapper = partial(save, modeling_utils.ModelMixin.save_pretrained)
     wrap_function_wrapper(modeling_utils.ModelMixin, "save_pretrained", wrapper)
 
 

@@ -89,8 +89,9 @@ class LowRankQuantizer(DiffusersQuantizer):
         return merge(model)
 
 
-def save_pretrained(save: Callable, model: ModelMixin, args: tuple, kwargs: dict) -> None:
-    """ModelMixin.save_pretrained, which of a low-rank model also writes its plan, and a seal for every layer."""
+def save_pretrained(save_plainly: Callable, save: Callable, model: ModelMixin, args: tuple, kwargs: dict) -> None:
+    """ModelMixin.save_pretrained, plain as a function of the model and bound to it: of a low-rank model it also writes
+    the plan, and a seal for every layer."""
     quantizer, low_rank = getattr(model, "hf_quantizer", None), has_low_rank(model)
     ours = isinstance(quantizer, LowRankQuantizer)
     if not (low_rank or ours or is_plan(model.config.get(_CONFIG))):
@@ -101,14 +102,14 @@ def save_pretrained(save: Callable, model: ModelMixin, args: tuple, kwargs: dict
             raise ValueError(f"the model was quantized by {quantizer.quantization_config.quant_method} and has "
                              "low-rank layers; diffusers loads only one of the two again. Compress the model in "
                              "floating point and save that, then quantize what from_pretrained loads")
-        if signature(save).bind(*args, **kwargs).arguments.get("use_flashpack"):
+        if signature(save_plainly).bind(model, *args, **kwargs).arguments.get("use_flashpack"):
             raise ValueError("flashpack casts every tensor to one dtype; save low-rank models as safetensors")
     stand_in = stand_in_for(model)
     if ours:
         del stand_in.hf_quantizer
     _set_plan(stand_in, describe(model) if low_rank else None)
     with sealing(model):
-        return save.__func__(stand_in, *args, **kwargs)
+        return save_plainly(stand_in, *args, **kwargs)
 
 
 def _set_plan(model: ModelMixin, plan: RankPlan | None) -> None:

@@ -102,12 +102,14 @@ class ShrankQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
         # transformers only warns of weights that the checkpoint lacks and draws them at random. That is right for parts
         # that the saved class did not have, and where it was told to ignore sizes; elsewhere plan and weights disagree.
-        checked = set(_stages(model))
+        stages = set(_stages(model))
+        checked = set(stages)
         if _is_saved_class(model) or self.may_lack_plans:
             whole = model if _is_saved_class(model) else model.base_model
             checked.update(m for m in whole.modules() if target(m))
-        lacking = [name for name, m in model.named_modules() if m in checked and _lacks_weights(m)]
-        if missing := [name for name in lacking if not self._is_stored_in_another_size(name, model)]:
+        lacking = {name: m for name, m in model.named_modules() if m in checked and _lacks_weights(m)}
+        if missing := [name for name, m in lacking.items()
+                       if m in stages or not self._is_stored_in_another_size(name, model)]:
             raise ValueError(f"the checkpoint lacks weights that its plan asks for: {', '.join(missing[:5])}")
         for module in model.modules():
             if isinstance(module, Pivots):

@@ -19,6 +19,8 @@ from .apply import describe, indented
 from .hf_loading import ShrankConfig, ShrankQuantizer, remove_plan
 from .saving import check_saveable, has_low_rank, is_plan, seals, stand_in_for, why_not_data
 
+_save_plainly = PreTrainedModel.save_pretrained
+
 
 def save_pretrained(save: Callable, model: PreTrainedModel, args: tuple, kwargs: dict) -> object:
     """save_pretrained of any model of transformers: for what it has become, which nothing knows before."""
@@ -26,19 +28,19 @@ def save_pretrained(save: Callable, model: PreTrainedModel, args: tuple, kwargs:
     ours = isinstance(getattr(model, "hf_quantizer", None), ShrankQuantizer)
     if not (low_rank or ours or any(is_plan(vars(c).get("quantization_config")) for c in _configs(model.config))):
         return save(*args, **kwargs)
-    call = signature(save).bind(*args, **kwargs)
-    adapters_only = getattr(model, "_hf_peft_config_loaded", False)
     stand_in = _stand_in(model)
+    call = signature(_save_plainly).bind(stand_in, *args, **kwargs)
+    adapters_only = getattr(model, "_hf_peft_config_loaded", False)
     if low_rank and not adapters_only:
         _check(model, call)
         state = dict(call.arguments.get("state_dict") or model.state_dict())
         if wrong := [f"{name}: {reason}" for name, value in state.items() if (reason := why_not_data(value))]:
             raise ValueError(f"safetensors hold only plain tensors; save before quantizing:{indented(wrong)}")
         call.arguments["state_dict"] = state | seals(model)
-        if "save_original_format" in signature(save).parameters:
+        if "save_original_format" in signature(_save_plainly).parameters:
             call.arguments["save_original_format"] = False
         stand_in.config.quantization_config = ShrankConfig.of(describe(model))
-    return save.__func__(stand_in, *call.args, **call.kwargs)
+    return _save_plainly(*call.args, **call.kwargs)
 
 
 def _stand_in(model: PreTrainedModel) -> PreTrainedModel:

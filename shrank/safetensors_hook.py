@@ -11,6 +11,7 @@ from inspect import signature
 from types import ModuleType
 
 import safetensors.torch
+from torch import nn
 from wrapt import register_post_import_hook, wrap_function_wrapper
 
 from . import tensor_file
@@ -48,6 +49,14 @@ def _accelerate_save(save: Callable, _: object, args: tuple, kwargs: dict) -> No
         return save(*args, **kwargs)
 
 
+def _hub_save(save: Callable, model: object, args: tuple, kwargs: dict) -> object:
+    """ModelHubMixin.save_pretrained, whose subclasses write the state in ways of their own: then with seals."""
+    if not isinstance(model, nn.Module):
+        return save(*args, **kwargs)
+    with sealing(model):
+        return save(*args, **kwargs)
+
+
 def _sentence_module_save(save: Callable, module: object, args: tuple, kwargs: dict) -> None:
     """save_torch_weights of sentence-transformers' modules, of which only the safetensors know low-rank layers."""
     if has_low_rank(module) and not signature(save).bind(*args, **kwargs).arguments.get("safe_serialization", True):
@@ -70,6 +79,8 @@ _wrap("save_model", save_model)
 _wrap("load_model", load_model)
 register_post_import_hook(lambda module: wrap_function_wrapper(module.Accelerator, "save_model", _accelerate_save),
                           "accelerate.accelerator")
+register_post_import_hook(lambda module: wrap_function_wrapper(module.ModelHubMixin, "save_pretrained", _hub_save),
+                          "huggingface_hub.hub_mixin")
 register_post_import_hook(
     lambda module: wrap_function_wrapper(module.Module, "save_torch_weights", _sentence_module_save),
     "sentence_transformers.base.modules.module")

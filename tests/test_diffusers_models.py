@@ -60,6 +60,12 @@ def test_round_trip(options, pivot, tmp_path):
     assert UNet.from_pretrained(tmp_path / "again", torch_dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_the_function_of_the_class(tmp_path):
+    saved = small()
+    diffusers.ModelMixin.save_pretrained(saved, tmp_path)
+    assert_same(UNet.from_pretrained(tmp_path), saved)
+
+
 def test_pipeline(tmp_path):
     saved = small()
     diffusers.DDPMPipeline(saved, diffusers.DDPMScheduler()).save_pretrained(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -54,6 +55,16 @@ def test_another_number_of_labels(labelled, tmp_path):
     model.save_pretrained(tmp_path / "again")
     again = BertForSequenceClassification.from_pretrained(tmp_path / "again").eval()
     assert torch.equal(hf_outputs(again), hf_outputs(model.eval()))
+
+
+def test_no_factor_is_drawn_where_sizes_are_ignored(tmp_path):
+    hf_small = shrank.auto_fact(hf_model("bert"), 8)
+    hf_small.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["plan"]["layers"][3]["rank"] = 5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="lacks weights that its plan asks for"):
+        BertForSequenceClassification.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
 
 
 def test_another_head(labelled, tmp_path):

@@ -100,6 +100,12 @@ def test_parts_of_a_composite_model(tmp_path):
     assert shrank.describe(BertModel.from_pretrained(tmp_path / "encoder")) == shrank.describe(encoder)
 
 
+def test_the_function_of_the_class(tmp_path):
+    model = small()
+    transformers.PreTrainedModel.save_pretrained(model, tmp_path)
+    assert torch.equal(hf_outputs(LlamaForCausalLM.from_pretrained(tmp_path)), hf_outputs(model))
+
+
 def test_a_state_dict_that_is_given_is_what_is_written(tmp_path):
     model = small()
     model.save_pretrained(tmp_path, state_dict={name: value + 1 for name, value in model.state_dict().items()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
 import accelerate
 import pytest
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, load_model, save_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 import shrank
@@ -33,6 +37,42 @@ def test_hub_mixin(options, rule, pivot, tmp_path, capsys):
     assert torch.equal(loaded(draw(3, 96)), saved(draw(3, 96)))
     assert shrank.describe(loaded) == shrank.describe(saved)
     assert not loaded.training and loaded.body[0].in_features == 96
+
+
+def test_pushing_to_the_hub(tmp_path, monkeypatch, capsys):
+    class Hub:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def create_repo(self, repo_id: str, **_: object) -> SimpleNamespace:
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, folder_path: str, **_: object) -> None:
+            shutil.copytree(folder_path, tmp_path / "hub")
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
+    saved = shrank.auto_fact(HubNet(), 8)
+    saved.push_to_hub("someone/net")
+    assert torch.equal(HubNet.from_pretrained(tmp_path / "hub")(draw(3, 64)), saved(draw(3, 64)))
+
+
+@pytest.mark.parametrize("write, read", [(save_file, load_file), (torch.save, torch.load)], ids=["tensors", "pickle"])
+def test_mixins_with_files_of_their_own_load_no_dense_model(write, read, tmp_path, capsys):
+    class OwnNet(HubNet):
+        def _save_pretrained(self, save_directory: Path) -> None:
+            write(self.state_dict(), save_directory / "own")
+
+        @classmethod
+        def _from_pretrained(cls, *, model_id: str, **_: object) -> OwnNet:
+            model = cls()
+            model.load_state_dict(read(Path(model_id) / "own"), strict=False)
+            return model
+
+    shrank.auto_fact(OwnNet(), 8).save_pretrained(tmp_path / "small")
+    with pytest.raises(RuntimeError, match=r"size mismatch for body\.0\.weight"):
+        OwnNet.from_pretrained(tmp_path / "small")
+    OwnNet().save_pretrained(tmp_path / "dense")
+    OwnNet.from_pretrained(tmp_path / "dense")
 
 
 def test_the_hub_mixin_of_a_dense_model_is_as_ever(tmp_path, capsys):
