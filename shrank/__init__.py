@@ -1,6 +1,8 @@
 """shrank: low-rank twins for the linear and convolution layers of any PyTorch model."""
 
+from . import diffusers_hook as diffusers_hook
 from . import peft_hook as peft_hook
+from . import safetensors_hook as safetensors_hook
 from . import transformers_hook as transformers_hook
 from .apply import apply, describe, merge
 from .auto_fact import auto_fact

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from . import tensor_file
 from .apply import attach_empty, describe, expected_state, indented
-from .plain import CONVOLUTIONS
+from .plain import CONVOLUTIONS, why_not_numbers
 from .plan import RankPlan
+from .saving import check_saveable, seals
+from .seal import sealed_names
 from .stages import memory_format
 
 METADATA_KEY = "shrank"
@@ -31,16 +33,26 @@ class Header:
 def save(model: nn.Module, path: str | os.PathLike) -> None:
     """Write the model's state and the structure of its low-rank layers to one safetensors file, atomically.
 
-    Raises TypeError on state that is not a tensor (a module's `get_extra_state`).
+    Raises, before anything is written, TypeError on state that is not a tensor (a module's `get_extra_state`), and
+    ValueError on what `load` could not read: stages with adapters, pruned, quantized or parametrized ones.
     """
+    tensor_file.write(path, *content(model))
+
+
+def content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, with a seal for every low-rank layer, and the metadata of a checkpoint; raises as `save` does."""
+    check_saveable(model)
     state = model.state_dict()
     if wrong := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise TypeError(f"safetensors hold only tensors; not one: {', '.join(wrong)}")
     if empty := [name for name, value in state.items() if value.is_meta]:
         raise ValueError(f"on the meta device, without data: {', '.join(empty[:5])}")
+    if wrong := [f"{name}: {reason}" for name, value in state.items() if (reason := why_not_numbers(value))]:
+        raise ValueError(f"safetensors hold only plain tensors; save before quantizing, gather shards first:"
+                         f"{indented(wrong)}")
     tensors, aliases = _without_aliases(state)
     metadata = {"plan": describe(model).to_dict(), "aliases": aliases}
-    tensor_file.write(path, tensors, {METADATA_KEY: json.dumps(metadata)})
+    return tensors | seals(model), {METADATA_KEY: json.dumps(metadata)}
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
@@ -54,6 +66,8 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     stored = header.shapes | {alias: header.shapes[name] for alias, name in header.aliases.items()}
+    sealed = sealed_names(stored)
+    stored = {name: shape for name, shape in stored.items() if name not in sealed or len(shape) != 1}
     _check_names_and_shapes(path, expected, stored)
     held = tensor_file.read(path, {header.aliases.get(name, name) for name in expected})
     state = {name: held[header.aliases.get(name, name)] for name in expected}

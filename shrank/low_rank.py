@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .linalg import FactorizationError, Factors, PivotedFactors, Shape, factorize, pivoted
 from .merged_weight import merged
 from .plain import why_no_matrix, why_not_plain
+from .seal import drop_seal
 from .stages import assign_bias, is_pivoted, merged_bias, set_stages
 
 _NAMES = ("down", "up")
@@ -99,10 +100,15 @@ class LowRankLayer(nn.Module):
         """A dense weight as (G, N/G, K/G), one matrix for each group of the first stage."""
         raise NotImplementedError
 
-    def why_not_plain(self) -> str:
-        """What keeps the parameters of the stages from being all that the layer does; '' if nothing does."""
-        named = zip(_NAMES, self.stages, strict=False)
-        return next((f"its {name} stage {reason}" for name, stage in named if (reason := why_not_plain(stage))), "")
+    def why_not_plain(self, sharded: bool = False) -> str:
+        """What keeps the parameters of the stages from being all that the layer does; '' if nothing does.
+
+        sharded: parameters that somebody will gather do.
+        """
+        for name, stage in zip(_NAMES, self.stages, strict=False):
+            if reason := why_not_plain(stage, sharded):
+                return f"its {name} stage {reason}"
+        return ""
 
     def built_with(self, number: int, name: str) -> object:
         """An attribute of a stage; of one that peft has adapted, that of the layer inside."""
@@ -161,6 +167,11 @@ class LowRankLayer(nn.Module):
         self.take(pivoted(found) if self.pivoted else found, self.bias)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(flags[name])
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *rest: object) -> None:
+        super()._load_from_state_dict(state, prefix, *rest)
+        _, _, _, unexpected, _ = rest
+        drop_seal(state, prefix, unexpected)
 
     def __getitem__(self, stage: int) -> nn.Module:
         return self.stages[stage]

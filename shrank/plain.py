@@ -13,12 +13,9 @@ CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 LAYERS = (nn.Linear, *CONVOLUTIONS.values())
 # On a stage of a user's subclass, which was found to compute what its base does (targets.py).
 TRUSTED = "_shrank_computes_as_base"
-_WAYS_OUT = {
-    "peft": "merge the adapter first (merge_and_unload), or unload it",
-    "torchao": "only plain weights can be read: convert before quantizing",
-    "bitsandbytes": "only plain weights can be read: convert before quantizing",
-    "torch": "only plain weights can be read: convert before quantizing",
-}
+_QUANTIZED = "only plain weights can be read: do this before quantizing"
+_WAYS_OUT = {"peft.": "merge the adapter first (merge_and_unload), or unload it", "torchao.": _QUANTIZED,
+             "torch.ao.": _QUANTIZED, "bitsandbytes.": _QUANTIZED}
 
 
 def why_no_matrix(stage: nn.Module) -> str:
@@ -28,15 +25,18 @@ def why_no_matrix(stage: nn.Module) -> str:
     if TRUSTED in vars(stage) and isinstance(stage, LAYERS):
         return ""
     kind = type(stage)
-    package = kind.__module__.partition(".")[0]
-    way_out = _WAYS_OUT.get(package, "put a plain layer there first")
+    ways_out = (way for package, way in _WAYS_OUT.items() if kind.__module__.startswith(package))
+    way_out = next(ways_out, "put a plain layer there first")
     return f"is a {kind.__module__}.{kind.__qualname__}, whose weight is not all that it does: {way_out}"
 
 
-def why_not_plain(stage: nn.Module) -> str:
-    """What keeps the weight and bias of a stage from being all there is of it; '' if they are."""
+def why_not_plain(stage: nn.Module, sharded: bool = False) -> str:
+    """What keeps the weight and bias of a stage from being all there is of it; '' if they are.
+
+    sharded: parameters that are held elsewhere meanwhile, or in parts, will do, since somebody gathers them.
+    """
     if inner := getattr(stage, "why_not_plain", None):
-        return f"is a low-rank layer of which {reason}" if (reason := inner()) else ""
+        return f"is a low-rank layer of which {reason}" if (reason := inner(sharded)) else ""
     if parametrize.is_parametrized(stage):
         names = ", ".join(stage.parametrizations)
         return f"has a parametrized {names}: remove_parametrizations first"
@@ -47,18 +47,17 @@ def why_not_plain(stage: nn.Module) -> str:
     extra = [name for name, _ in stage.named_parameters() if name not in ("weight", "bias")]
     if extra := extra + [name for name, _ in stage.named_buffers()]:
         return f"carries extra state: {', '.join(extra)}"
-    weight = stage._parameters.get("weight")
+    weight = stage.weight if sharded else stage._parameters.get("weight")
     if weight is None:
         return "does not own its weight, as in a replica or a shard of the model: gather the parameters first"
-    return why_not_plain_tensor(weight)
+    reason = "" if sharded and hasattr(weight, "full_tensor") else why_not_numbers(weight)
+    return f"has a weight that {reason}" if reason else ""
 
 
-def why_not_plain_tensor(tensor: Tensor) -> str:
-    """What keeps a tensor from being ordinary numbers; '' if it is."""
-    kind = type(tensor)
-    if kind in (Tensor, nn.Parameter):
-        return ""
-    return f"has a weight that is a {kind.__module__}.{kind.__qualname__}, not plain numbers"
+def why_not_numbers(tensor: Tensor) -> str:
+    """What keeps a tensor from being what its memory holds; '' if it is that."""
+    kind = type(tensor.detach())
+    return "" if kind is Tensor else f"is a {kind.__module__}.{kind.__qualname__}, not plain numbers"
 
 
 def why_not_quiet(stage: nn.Module) -> str:

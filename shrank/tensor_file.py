@@ -29,6 +29,15 @@ def read_table(path: str | os.PathLike) -> tuple[dict[str, tuple[int, ...]], dic
         raise ValueError(f"{path}: not a complete safetensors file ({_looks_like(path)}{error})") from error
 
 
+def has_metadata(path: str | os.PathLike, key: str) -> bool:
+    """Whether this is a safetensors file that says something under this key."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return key in (file.metadata() or {})
+    except SafetensorError:
+        return False
+
+
 def read(path: str | os.PathLike, names: Iterable[str]) -> dict[str, Tensor]:
     """These tensors of a file."""
     with safe_open(path, framework="pt") as file:

@@ -246,3 +246,18 @@ def test_an_interrupted_save_changes_nothing(error, exists, tmp_path, monkeypatc
     with pytest.raises(error if isinstance(error, type) else type(error)):
         shrank.save(shrank.auto_fact(mlp(), 8), path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+def test_loaders_that_do_not_know_low_rank_layers_fail(tmp_path):
+    shrank.save(shrank.auto_fact(mlp(), 4), tmp_path / "model.safetensors")
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.weight"):
+        mlp().load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+
+
+def test_files_without_seals_load(tmp_path):
+    saved, path = shrank.auto_fact(mlp(), 4), tmp_path / "model.safetensors"
+    shrank.save(saved, path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({name: value for name, value in load_file(path).items() if "led_unit" in name}, path, metadata)
+    assert torch.equal(shrank.load(mlp(), path)(draw(2, 32)), saved(draw(2, 32)))

@@ -11,12 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 import shrank
 from shrank import LED
-from shrank.transformers_hook import join
+from shrank.transformers_hook import join_models
 from tests.common.models import HF_MODELS, hf_inputs, hf_model
+from tests.common.sentences import sentence_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +61,124 @@ def test_new_process_and_import_orders(imports, tmp_path):
     run(f"{imports}\n{LOAD_ALL}", *saved_with_outputs(tmp_path, families, lambda model: model))
 
 
+REFUSED_WITHOUT_SHRANK = """
+import sys
+def refused(load, what):
+    try:
+        load()
+    except (ValueError, RuntimeError) as error:
+        assert what in str(error), error
+    else:
+        raise AssertionError("was loaded")
+    assert "shrank" not in sys.modules
+"""
+
+
+def test_transformers_alone_raises(tmp_path):
+    folders = saved_with_outputs(tmp_path, HF_MODELS, lambda model: model)
+    for folder in folders:
+        load_again = transformers.AutoModel.from_pretrained(folder)
+        assert shrank.describe(load_again).low_rank
+    run(f"""{REFUSED_WITHOUT_SHRANK}
+import transformers
+for folder in sys.argv[1:]:
+    kind = getattr(transformers, transformers.AutoConfig.from_pretrained(folder).architectures[0])
+    for loader in (kind, transformers.AutoModel):
+        for options in ({{}}, {{"device_map": "cpu"}}, {{"dtype": "float16"}}):
+            refused(lambda: loader.from_pretrained(folder, **options), "ignore_mismatched_sizes")
+""", *folders, path=None)
+
+
+def test_pipelines_and_sentence_transformers_alone_raise(tmp_path):
+    saved = shrank.auto_fact(sentence_model(tmp_path / "transformer"), 8)
+    saved.save_pretrained(str(tmp_path / "saved"))
+    run(f"""{REFUSED_WITHOUT_SHRANK}
+from sentence_transformers import SentenceTransformer
+from transformers import pipeline
+refused(lambda: SentenceTransformer(sys.argv[1], device="cpu"), "ignore_mismatched_sizes")
+refused(lambda: pipeline("feature-extraction", sys.argv[1]), "Could not load model")
+""", tmp_path / "saved", path=None)
+
+
+def test_the_hub_mixin_and_diffusers_alone_raise(tmp_path):
+    define = """
+import torch, huggingface_hub
+class Net(torch.nn.Module, huggingface_hub.PyTorchModelHubMixin):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 64)
+"""
+    run(f"""import sys, shrank, diffusers
+{define}
+shrank.auto_fact(Net(), 8).save_pretrained(sys.argv[1])
+net = diffusers.UNet2DModel(sample_size=8, block_out_channels=(32,), layers_per_block=1, norm_num_groups=8,
+                            down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+shrank.auto_fact(net, 0.5, allow_slower=True).save_pretrained(sys.argv[2])
+""", tmp_path / "hub", tmp_path / "unet")
+    run(f"""{REFUSED_WITHOUT_SHRANK}
+import diffusers
+{define}
+refused(lambda: Net.from_pretrained(sys.argv[1]), "size mismatch for layer.weight")
+refused(lambda: diffusers.UNet2DModel.from_pretrained(sys.argv[2]), "Unknown quantization type, got shrank")
+""", tmp_path / "hub", tmp_path / "unet", path=None)
+
+
+ORDERS = [
+    "import shrank; from transformers.quantizers.auto import AutoQuantizationConfig",
+    "from transformers.quantizers.auto import AutoQuantizationConfig; import shrank",
+    "import shrank; import transformers.modeling_utils; from transformers.quantizers import AutoQuantizationConfig",
+    "import transformers.modeling_utils; import shrank; from transformers.quantizers import AutoQuantizationConfig",
+    "import shrank.hf_models; from transformers.quantizers.auto import AutoQuantizationConfig",
+    "import shrank; import diffusers.models.modeling_utils; from transformers.quantizers import AutoQuantizationConfig",
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_whatever_of_transformers_is_asked_first_knows_shrank(order, tmp_path):
+    low_rank = shrank.auto_fact(hf_model("llama"), 8)
+    low_rank.save_pretrained(tmp_path / "small")
+    run(f"""{order}
+import sys, transformers
+assert type(AutoQuantizationConfig.from_dict({{"quant_method": "shrank"}})).__name__ == "ShrankConfig"
+folder, again = sys.argv[1:]
+model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+model.save_pretrained(again)
+assert shrank.describe(transformers.AutoModelForCausalLM.from_pretrained(again)) == shrank.describe(model)
+assert len(shrank.describe(model).low_rank) == 14
+""", tmp_path / "small", tmp_path / "again")
+
+
+def test_a_language_model_harness_loads_a_folder(tmp_path):
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(64)}, "w3"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1",
+                            unk_token="w3").save_pretrained(tmp_path)
+    shrank.auto_fact(hf_model("llama"), 8).save_pretrained(tmp_path)
+    run("""
+import shrank, sys
+from lm_eval.models.huggingface import HFLM
+harness = HFLM(pretrained=sys.argv[1], device="cpu", batch_size=1)
+assert len(shrank.describe(harness.model).low_rank) == 14
+""", tmp_path)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_functions_of_safetensors_that_others_took_before(late, tmp_path):
+    taken = "from safetensors.torch import load_model, save_model"
+    run(f"""
+import sys
+{taken if late else ''}
+import shrank, torch
+{'' if late else taken}
+model, path = shrank.auto_fact(torch.nn.Sequential(torch.nn.Linear(64, 64)), 8), sys.argv[1]
+save_model(model, path)
+loaded = torch.nn.Sequential(torch.nn.Linear(64, 64))
+load_model(loaded, path, strict=False)
+x = torch.randn(2, 64)
+assert torch.equal(loaded(x), model(x))
+assert not {{"transformers", "diffusers", "accelerate", "peft", "sentence_transformers"}} & sys.modules.keys()
+""", tmp_path / "model.safetensors")
+
+
 def test_a_merged_checkpoint_needs_no_shrank(tmp_path):
     folders = saved_with_outputs(tmp_path, HF_MODELS, shrank.merge)
     run(f"{LOAD_ALL}\nassert 'shrank' not in sys.modules", *folders, path=None)
@@ -87,7 +210,7 @@ def test_an_older_transformers_is_kept_from_writing_what_it_cannot_load(monkeypa
     old = types.ModuleType("modeling_utils")
     old.PreTrainedModel = PreTrainedModel
     monkeypatch.setattr("transformers.__version__", "4.57.1")
-    join(old)
+    join_models(old)
     assert PreTrainedModel(4, 4).save_pretrained("here") == "here"
     model = PreTrainedModel(4, 4)
     model.layer = LED(4, 4, 2)
