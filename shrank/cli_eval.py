@@ -30,12 +30,13 @@ def eval_command(source: Source,
         fail("give texts to measure on: --text FILE", USAGE)
     with errors():
         from .hf import load_model
+        from .folders import transformer_folder
         from .processors import load_tokenizer
 
         texts = {path: read_texts(path) for path in text}
         dense = load_model(source).eval()
         require_causal_language_model(dense, window)
-        tokenizer, results = load_tokenizer(source), {}
+        tokenizer, results = load_tokenizer(transformer_folder(source)), {}
         for name in [source, *([other] if other else [])]:
             model = dense if name == source else load_model(name).eval()
             require_causal_language_model(model, window)

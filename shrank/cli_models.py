@@ -41,6 +41,7 @@ from .cli_common import (
     trust,
 )
 from .file_batches import batches_from_file
+from .folders import transformer_folder
 from .files import size_on_disk
 from .fitting import PlanOptions
 from .heal import HEALING_ATTRIBUTE, LEARNING_RATE
@@ -199,7 +200,7 @@ def _batches(path: Path, model: nn.Module, source: str, loss: str | None, max_le
     """The data of a file for this model; ValueError if the model does not have the loss."""
     if loss == "lm":
         require_next_token(model)
-    return batches_from_file(path, model, source, max_length=max_length, batch_size=batch_size)
+    return batches_from_file(path, model, transformer_folder(source), max_length=max_length, batch_size=batch_size)
 
 
 def _told(model: nn.Module) -> str:

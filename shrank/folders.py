@@ -26,6 +26,12 @@ def transformer_of(source: str | os.PathLike) -> str:
     return next((path for path in paths if _is_transformer(Path(source) / path)), "")
 
 
+def transformer_folder(source: str) -> str:
+    """The source itself, or the folder of the transformer within a sentence-transformers folder."""
+    place = transformer_of(source)
+    return os.path.join(source, place) if place else source
+
+
 def copy_beside(model: nn.Module, source: Path, target: Path, place: str) -> None:
     """Copy what is not written yet: all of a sentence-transformers folder's other modules, and everywhere else what is
     not weights, exports or checkpoints of the transformer itself, at `place`; its card is not copied."""

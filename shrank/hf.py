@@ -12,7 +12,7 @@ from . import hf_saving as hf_saving
 from .apply import describe
 from .checkpoint import not_finite
 from .files import replacing
-from .folders import MODULES, copy_beside, transformer_of
+from .folders import MODULES, copy_beside, transformer_folder, transformer_of
 from .model_card import write_card
 from .plan import RankPlan
 from .saving import is_plan
@@ -27,7 +27,7 @@ def load_model(source: str) -> nn.Module:
 
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
         raise ValueError(f"{source}: no such folder")
-    source = os.path.join(source, transformer_of(source))
+    source = transformer_folder(source)
     config = transformers.AutoConfig.from_pretrained(source)
     name = (config.architectures or ["AutoModel"])[0]
     model_class = getattr(transformers, name, None)

@@ -155,3 +155,16 @@ def test_a_plain_folder_is_copied_as_ever(tmp_path):
     save_model(shrank.auto_fact(model, 8), str(tmp_path / "dense"), tmp_path / "copy")
     assert (tmp_path / "copy" / "vocab.txt").read_text() == "a\nb\n"
     assert torch.equal(hf_outputs(load_model(str(tmp_path / "copy")).eval()), hf_outputs(model))
+
+
+def test_names_of_the_hub_are_passed_on_as_they_are(monkeypatch) -> None:
+    asked = []
+
+    def from_pretrained(name: str) -> None:
+        asked.append(name)
+        raise OSError("there is no network here")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", from_pretrained)
+    with pytest.raises(OSError, match="no network"):
+        load_model("organisation/model")
+    assert asked == ["organisation/model"]
