@@ -15,7 +15,8 @@ import shrank
 from shrank import Budget, RankPlan, auto_fact, calibrate, make_plan
 from shrank.anchored import _stages, apply_anchored
 from shrank.batches import as_batches
-from shrank.passes import shared_inputs
+from shrank.passes import survey
+from shrank.streams import Masking
 from shrank.surgery import walk
 from tests.common.models import (
     HF_MODELS,
@@ -77,8 +78,10 @@ def test_full_rank_is_exact() -> None:
 
 def test_layers_are_taken_block_by_block_in_the_order_of_execution() -> None:
     def stages(model: nn.Module, call: object) -> list[list[str]]:
-        sites = [s for s in walk(model) if isinstance(s.module, nn.Linear)]
-        found = _stages(model, shared_inputs(model, sites, as_batches([call])[0])[0])
+        sites = {s.fqn: s for s in walk(model) if isinstance(s.module, nn.Linear)}
+        masking = Masking(model, {name: site.module for name, site in sites.items()})
+        shared = survey(model, list(sites.values()), as_batches([call]), masking).shared
+        found = _stages(model, [[sites[name] for name in names] for names in shared])
         return [sorted(site.fqn for sharing in stage for site in sharing) for stage in found]
 
     bert = hf_model("bert")
@@ -97,9 +100,7 @@ def test_runs_end_where_nothing_is_left_to_see() -> None:
     found = calibrate(model, batches)
     model[3].register_forward_hook(lambda *_: calls.append(1))
     apply_anchored(model, plan, batches, found)
-    # Once to see who shares an input; then in each of four stages both models with the first batch, and with the two
-    # others only where the last layer is to be seen.
-    assert len(calls) == 1 + 2 * 4 + 2 * 2
+    assert len(calls) == 3 + 2 * 3  # to see who shares an input; then both models only where the layer is to be seen
 
 
 def test_a_layer_used_twice() -> None:

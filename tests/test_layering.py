@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent / "shrank"
 ROWS = {
     "version": 0, "files": 0, "progress": 0, "parallel": 0, "linalg": 0, "_native": 0, "merged_weight": 0, "stages": 0,
-    "timing": 0, "batches": 0, "latency": 0, "hooks": 0, "spill": 0,
-    "ops": 1, "roofline": 1, "tensor_file": 1, "losses": 1, "schedule": 1,
-    "led": 2, "ced": 2,
-    "lr_module": 3, "targets": 3, "rank": 3,
+    "timing": 0, "latency": 0, "hooks": 0, "spill": 0, "nested": 0, "masks": 0,
+    "ops": 1, "roofline": 1, "tensor_file": 1, "fingerprint": 1, "traits": 1,
+    "led": 2, "ced": 2, "batches": 2,
+    "lr_module": 3, "targets": 3, "rank": 3, "losses": 3, "schedule": 3, "streams": 3,
     "surgery": 4, "dense": 4, "report": 4, "distillation": 4,
     "plan": 5, "passes": 5,
     "collect": 6, "fitting": 6,
