@@ -96,7 +96,8 @@ class Masks:
         masks = [m for m in known if m.stream is None or streams is None or m.stream in streams]
         for mask in sorted(masks, key=lambda m: -STREAMS.index(m.stream or STREAMS[-1])):
             if (flat := mask.fit(leading)) is not None:
-                self.fitting.add(mask.name)
+                alike = (mask.stream, mask.counts.shape)
+                self.fitting |= {m.name for m in known if (m.stream, m.counts.shape) == alike}
                 return flat
         return None
 

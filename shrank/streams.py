@@ -1,8 +1,8 @@
 """Which arguments the calls inside a model depend on, and so which mask is theirs.
 
 Where the inputs of an encoder and those of a decoder have one length, no shape tells them apart, and one layer may run
-on both. The first batch of every form is run again with the arguments of one side changed: calls whose outputs change
-depend on that side.
+on both. The first batch of every form is run again with the arguments of one side changed, and with gradients asked of
+them alone: calls whose outputs change, or have a gradient, depend on that side.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from . import nested
 from .batches import Batch
 from .ced import CONVOLUTIONS
-from .hooks import Hook, hooked, in_eval_mode, input_of
+from .hooks import Hook, frozen, hooked, in_eval_mode, input_of
 from .masks import STREAMS, is_mask, streams_of
 from .traits import traits_of
 
-# Of the norm of an output: what rounding changes is less, other tokens change more.
-_CHANGED = 1e-5
+# Times what differs between two runs that are alike: nothing, but on some devices.
+_BEYOND_NOISE = 10
+Call = tuple[str, int]  # a module's name, and which of its calls
 # Of a call: from a shape without features to the mask of what has it.
 MaskOfCall = Callable[[tuple[int, ...]], "Tensor | None"]
 
@@ -90,15 +91,22 @@ class Masking:
     def _probed(self, batch: Batch, data: dict[str, list[str]]) -> dict[str, list[set[str]]]:
         """The streams that every call depends on: all may depend on the first, which the others come after."""
         first, *others = sorted(data, key=STREAMS.index)
-        plain, change = _outputs(self.model, self.modules, batch), _Change(self.model)
-        found = {name: [{first} for _ in calls] for name, calls in plain.items()}
+        tables = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Embedding)}
+        watched, change = {**tables, **self.modules}, _Change(self.model)
+        plain, again = (_outputs(self.model, watched, batch) for _ in range(2))
+        noise = _BEYOND_NOISE * max((abs(plain[c] - again[c]) for c in plain.keys() & again.keys()), default=0.0)
+        found = {call: {first} for call in plain}
         for stream in others:
-            changed = batch.with_arguments(self.model, partial(change.of_arguments, data[stream]))
-            for name, calls in _outputs(self.model, self.modules, changed).items():
-                for streams, before, after in zip(found.get(name, ()), plain.get(name, ()), calls, strict=False):
-                    if not abs(before[0] - after[0]) <= _CHANGED * before[1]:
-                        streams.add(stream)
-        return found
+            changed = _outputs(self.model, watched, batch.with_arguments(
+                self.model, partial(change.of_arguments, data[stream])))
+            depend = {c for c in plain.keys() & changed.keys() if not abs(plain[c] - changed[c]) <= noise}
+            with torch.enable_grad(), frozen(self.model), _nothing_saved():
+                asked = batch.with_arguments(self.model, partial(_asked, data[stream]))
+                depend |= _with_gradients(self.model, watched, asked, {c for c in depend if c[0] in tables})
+            for call in depend & found.keys():
+                found[call].add(stream)
+        calls = Counter(name for name, _ in found if name in self.modules)
+        return {name: [found[name, i] for i in range(count)] for name, count in calls.items()}
 
 
 def warn_of_masks_that_fit_nothing(batches: Iterable[Batch]) -> None:
@@ -114,23 +122,63 @@ def warn_of_masks_that_fit_nothing(batches: Iterable[Batch]) -> None:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch) -> dict[str, list[tuple[float, float]]]:
-    """Of every call of these modules a number that is another for another output, and the norm."""
-    found: dict[str, list[tuple[float, float]]] = {}
+def _outputs(model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch) -> dict[Call, float]:
+    """Of every call of these modules a number that is another for another output, about 1 for all."""
+    found: dict[Call, float] = {}
 
-    def note(name: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+    def note(call: Call, y: Tensor) -> None:
+        flat = y.detach().flatten().double()
+        mixed = (flat * torch.arange(len(flat), device=flat.device, dtype=flat.dtype).sin()).sum()
+        found[call] = (mixed / flat.norm().clamp_min(torch.finfo(flat.dtype).tiny)).item()
+
+    _watch(model, modules, batch, note)
+    return found
+
+
+def _with_gradients(model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch, sources: set[Call]) -> set[Call]:
+    """The calls whose outputs have a gradient where those of `sources`, or arguments, ask for one."""
+    found: set[Call] = set()
+
+    def note(call: Call, y: Tensor) -> Tensor | None:
+        if y.requires_grad or call in sources:
+            found.add(call)
+        return _asking(y) if call in sources else None
+
+    _watch(model, modules, batch, note)
+    return found
+
+
+def _watch(model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch,
+           note: Callable[[Call, Tensor], object]) -> None:
+    """Run a batch, always with the same random numbers, with `note` of every call of these modules and its output."""
+    calls: Counter[str] = Counter()
+
+    def hook(name: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
         y = next((t for t in nested.tensors(output) if t.is_floating_point()), None)
-        if y is not None:
-            flat = y.detach().flatten().double()
-            mixed = (flat * torch.arange(len(flat), device=flat.device, dtype=flat.dtype).sin()).sum()
-            found.setdefault(name, []).append((mixed.item(), flat.norm().item()))
+        if y is None:
+            return None
+        number, calls[name] = calls[name], calls[name] + 1
+        new = note((name, number), y)
+        return new if output is y else None
 
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices), in_eval_mode(model), \
-            hooked((module, partial(note, name)) for name, module in modules.items()):
+            hooked((module, partial(hook, name)) for name, module in modules.items()):
         torch.manual_seed(0)
         batch.call(model)
-    return found
+
+
+def _nothing_saved() -> torch.autograd.graph.saved_tensors_hooks:
+    """For runs without a backward pass: that an output has a gradient is all that is asked."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
+
+
+def _asked(names: list[str], name: str, value: object) -> object:
+    return nested.mapped(lambda t: _asking(t) if t.is_floating_point() else t, value) if name in names else value
+
+
+def _asking(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_().clone()  # no leaf, which could not be changed in place
 
 
 class _Change:
