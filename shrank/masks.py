@@ -54,10 +54,11 @@ class Mask:
         return None
 
     def followed(self, before: tuple[int, ...], after: tuple[int, ...]) -> list[Mask]:
-        """Of the output positions `after` of a convolution over the positions `before`, where these are the mask's."""
+        """Of the output positions `after` of a convolution over the positions `before`, where these are the mask's or,
+        as behind pooling, those of an image of another size."""
         positions = tuple(self.counts.shape[1:])
-        if positions == before:
-            return [replace(self, counts=resampled(self.counts, after))]
+        if positions == before or len(positions) == len(before) > 1:
+            return [replace(self, counts=resampled(self.counts, sizes)) for sizes in (after, before)]
         if len(positions) == 1 and len(before) > 1 and positions[0] in before:  # of frames, beside frequencies
             axis = before.index(positions[0])
             frames = resampled(self.counts, after[axis : axis + 1])
@@ -110,9 +111,11 @@ class Masks:
                 self._derived.append(mask)
 
     def _by_rule(self, mask: Mask, leading: tuple[int, ...]) -> list[Mask]:
-        if mask.counts.dim() != 2 or len(leading) < 2 or leading[0] != len(mask.counts):
+        if mask.counts.dim() != 2 or len(leading) < 2:
             return []
-        found = (rule(leading[1], mask.counts) for rule in self.rules if leading[1] != mask.counts.shape[1])
+        sequences, before = mask.counts.shape
+        places = [n for n, other in (leading[1::-1], leading[:2]) if other == sequences and n != before]
+        found = (rule(n, mask.counts) for n in places for rule in self.rules)
         return [replace(mask, counts=counts) for counts in found if counts is not None]
 
 
@@ -191,7 +194,7 @@ def _counts(name: str, value: Tensor, traits: Traits) -> Tensor | None:
         return None
     value = value.detach().cpu()
     inverse = name in _PADDING or (name == "padding_mask" and not traits.of_transformers)
-    if value.is_floating_point() and (inverse or bool((value < 0).any())):  # added to scores: 0 where they count
+    if value.is_floating_point() and bool((value < 0).any()):  # added to scores: 0 where they count
         value, inverse = value >= 0, False
     value = ~value.bool() if inverse else value.bool()
     # Of attention from every position to every position: what none attends to is padding.
