@@ -44,8 +44,10 @@ def distance(student: nn.Module, teacher: nn.Module, batch: Batch, masking: Mask
     compare = relative_error if logits is None else divergence
     total = compare(main_output(answer), main_output(output), batch.mask_for)
     if hidden and wanted:
-        errors = [relative_error(found[name][0], y, mask) for name, (y, mask) in wanted.items()]
-        total = total + hidden * torch.stack(errors).mean()
+        pairs = [(x, y, mask) for name, calls in wanted.items()
+                 for (x, _), (y, mask) in zip(found.get(name, []), calls, strict=False) if x.shape == y.shape]
+        errors = [relative_error(x, y, mask) for x, y, mask in pairs]  # routers may send blocks other tokens
+        total = total + hidden * (torch.stack(errors).mean() if errors else 0.0)
     return total if loss is None else total + _TASK * loss.mean(answer, batch)
 
 
@@ -59,15 +61,14 @@ def common_blocks(student: nn.Module, teacher: nn.Module) -> list[str]:
 
 @contextmanager
 def _watched(model: nn.Module, names: list[str],
-             masking: Masking | None = None) -> Iterator[dict[str, tuple[Tensor, MaskOfCall | None]]]:
-    """The last outputs of blocks, and their masks, while a model runs inside a `with` block, by name."""
-    outputs: dict[str, tuple[Tensor, MaskOfCall | None]] = {}
+             masking: Masking | None = None) -> Iterator[dict[str, list[tuple[Tensor, MaskOfCall | None]]]]:
+    """The outputs of blocks and their masks, call by call, while a model runs inside a `with` block, by name."""
+    outputs: dict[str, list[tuple[Tensor, MaskOfCall | None]]] = {}
 
     def note(name: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         mask = masking and masking.call(name)
-        hidden = output[0] if isinstance(output, tuple) else output
-        if isinstance(hidden, Tensor) and hidden.is_floating_point():
-            outputs[name] = (hidden, mask)
+        if (hidden := next((t for t in nested.tensors(output) if t.is_floating_point() and t.dim()), None)) is not None:
+            outputs.setdefault(name, []).append((hidden, mask))
 
     with hooked((model.get_submodule(name), partial(note, name)) for name in names):
         yield outputs

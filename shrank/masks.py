@@ -78,7 +78,7 @@ class Masks:
     def __init__(self, found: tuple[Mask, ...] = (), rules: tuple[Rule, ...] = (), given: bool = False) -> None:
         self.found, self.rules, self.given = found, rules, given
         self._derived: list[Mask] = []
-        self.fitting: set[str] = set()  # names of those that some activation had the shape of
+        self.asked, self.fitting = False, set()  # whether any activation was, and names of the masks that one fitted
 
     def __iter__(self):
         return iter(self.found)
@@ -93,6 +93,7 @@ class Masks:
     def fit(self, leading: tuple[int, ...], streams: set[str] | None = None) -> Tensor | None:
         """The mask, flat, of activations of this shape without the features that depend on these streams; None if every
         position counts."""
+        self.asked = True
         known = (*self.found, *(new for mask in self.found for new in self._by_rule(mask, leading)), *self._derived)
         masks = [m for m in known if m.stream is None or streams is None or m.stream in streams]
         for mask in sorted(masks, key=lambda m: -STREAMS.index(m.stream or STREAMS[-1])):

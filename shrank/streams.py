@@ -113,7 +113,7 @@ def warn_of_masks_that_fit_nothing(batches: Iterable[Batch]) -> None:
     """After runs of these batches: name every mask with padding that no activation had the shape of."""
     told = set()
     for batch in batches:
-        for mask in batch.masks:
+        for mask in batch.masks if batch.masks.asked else ():
             if mask.name and mask.has_padding and mask.name not in batch.masks.fitting | told:
                 told.add(mask.name)
                 warnings.warn(f"{mask.name} {tuple(mask.counts.shape)} masks padding, but no layer that was looked at "

@@ -127,6 +127,51 @@ def test_layers_that_see_other_tokens_now_are_fitted_alone_and_named() -> None:
     assert small.shrank_plan["second"].rank == 4
 
 
+class Repeated(nn.Module):
+    """A layer that runs as often as there are rows, the second layer only on batches of more than two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = [self.first(row[None]) for row in x]
+        return torch.cat([self.second(torch.tanh(row)) for row in rows] if len(rows) > 2 else rows)
+
+
+def test_every_call_of_every_batch_is_anchored(monkeypatch) -> None:
+    anchored, found = importlib.import_module("shrank.anchored"), {}
+    observe = anchored._observed
+    monkeypatch.setattr(anchored, "_observed", lambda *args: found.update(seen := observe(*args)) or seen)
+    model, calls = seeded(Repeated), [draw(2, WIDTH), draw(5, WIDTH) + 1, draw(3, WIDTH) * 2, draw(1, WIDTH)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*fewer than 10 tokens")
+        small = auto_fact(copy.deepcopy(model), 4, calibrate=calls, anchored=1.0, loss=False)
+    inputs = {"first": torch.cat(calls), "second": torch.tanh(small.first(torch.cat([calls[i] for i in (1, 2)])))}
+    dense = torch.cat([torch.tanh(model.first(calls[i])) for i in (1, 2)]).detach().double()
+    for name, seen in inputs.items():
+        x, got = seen.detach().double(), found[name]
+        assert got.of_inputs and got.tokens == len(x)
+        assert_close(got.data[0], x.T @ x / len(x))
+    assert_close(found["second"].anchor[0], dense.T @ x / len(x))
+
+
+def test_padding_is_not_anchored() -> None:
+    model = hf_model("bert")
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[1, 3:] = 0
+    inputs = {"input_ids": hf_inputs(model)["input_ids"], "attention_mask": mask}
+    changed = inputs | {"input_ids": torch.where(mask == 0, 5, inputs["input_ids"])}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fewer than 10 tokens")
+        one, other = (auto_fact(hf_model("bert"), 4, calibrate=[x], anchored=True, loss=False)
+                      for x in (inputs, changed))
+    layer = "bert.encoder.layer.1.output.dense"
+    assert_close(one.get_submodule(layer).up @ one.get_submodule(layer).down,
+                 other.get_submodule(layer).up @ other.get_submodule(layer).down)
+
+
 def test_what_is_not_finite_behind_compressed_layers_stays_dense() -> None:
     model = mlp(2)
     plan = make_plan(model, 8)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import BatchEncoding
 
-from shrank.batches import as_batches, read_texts
+from shrank import auto_fact, calibrate, nested
+from shrank.batches import as_batches, bound, read_texts
 from shrank.fingerprint import fingerprint
-from tests.common.models import draw, tokens
+from shrank.losses import main_output
+from tests.common.models import WIDTH, draw, tokens
 
 
 @dataclass
@@ -97,6 +102,65 @@ def test_a_function_may_say_what_counts() -> None:
     batch, = as_batches([{"a": draw(2, 5)}], mask=lambda item: item["a"] > 0)
     assert torch.equal(batch.mask_for((2, 5)), (draw(2, 5) > 0).flatten())
     assert as_batches([draw(2)], mask=lambda item: None)[0].mask_for((2,)) is None
+
+
+class OneMapping(nn.Module):
+    """As a SentenceTransformer: all its inputs are one mapping, which it adds to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, features: dict, **kwargs: object) -> dict:
+        features["sentence_embedding"] = (features["input_ids"] * features["attention_mask"]).sum(1) * self.weight
+        return features
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict, BatchEncoding])
+def test_a_mapping_may_be_the_only_argument(kind) -> None:
+    item = kind({"input_ids": tokens(2, 5), "attention_mask": tokens(2, 5) % 2})
+    expected = (tokens(2, 5) * (tokens(2, 5) % 2)).sum(1)
+    for data in (item, (item,), [item]):
+        batch, = bound(as_batches([data]), OneMapping())
+        assert torch.equal(main_output(batch.call(OneMapping())), expected)
+        assert torch.equal(batch.mask_for((2, 5)), (tokens(2, 5) % 2).bool().flatten())
+        assert set(item) == {"input_ids", "attention_mask"}
+    texts = ["one two three", "four"]
+    assert main_output(as_batches(texts, WordTokenizer())[0].call(OneMapping())).tolist() == [11.0, 4.0]
+
+
+def test_a_dict_that_names_arguments_is_no_mapping_for_one() -> None:
+    assert torch.equal(as_batches({"a": draw(3), "b": 1})[0].call(Adds()), draw(3) + 1)
+    for item, says in (({"a": draw(3), "c": 1}, "unexpected keyword argument 'c'"), ({"b": 1}, "missing 1 required")):
+        with pytest.raises(TypeError, match=says):
+            as_batches(item)[0].call(Adds())
+
+
+def test_tensors_go_to_the_model_wherever_they_are(monkeypatch) -> None:
+    box, seen = SimpleNamespace(x=draw(2), rows=[UserDict(y=draw(2)), (draw(2),)]), []
+    monkeypatch.setattr("shrank.batches.device_of", lambda model: torch.device("meta"))
+    batch, = as_batches([(box,)], forward=lambda model, batch: seen.extend(batch.args))
+    batch.call(Adds())
+    assert [t.device.type for t in nested.tensors(seen)] == ["meta"] * 3 and type(seen[0]) is SimpleNamespace
+    assert [t.device.type for t in nested.tensors(box)] == ["cpu"] * 3
+
+
+def test_a_function_may_run_the_model() -> None:
+    class Generates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+
+        def generate(self, x: Tensor, times: int) -> Tensor:
+            for _ in range(times):
+                x = torch.tanh(self.layer(x))
+            return x
+
+    run = lambda model, batch: model.generate(batch.kwargs["x"], 3)  # noqa: E731
+    found = calibrate(Generates(), [{"x": draw(5, WIDTH)}], forward=run)
+    assert found.tokens("layer") == 15 and found.has_gradients
+    small = auto_fact(Generates(), 4, calibrate=[{"x": draw(5, WIDTH)}], forward=run)
+    assert small.shrank_plan.low_rank
 
 
 def digest(item: object) -> str:
