@@ -135,7 +135,8 @@ def calibrate(model: nn.Module, batches: Iterable[object] | Calibration, *,
     if temporary:
         weakref.finalize(found, temporary.cleanup)
     if loss and len(found) and not found.reached:
-        raise ValueError("the loss depends on no layer: does the model run without gradients?")
+        raise ValueError("the loss depends on no layer: does the model run without gradients, as generate does? "
+                         "loss=False calibrates without")
     return found
 
 

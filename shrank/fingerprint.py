@@ -29,7 +29,8 @@ _PLAIN = {str, bytes, bool, int, float, complex, type(None), type(...), torch.dt
 _IRRELEVANT = {"training", "warnings_issued", "_parameters", "_buffers", "_modules", "_hf_hook", "_old_forward",
                "hf_device_map", "_name_or_path", "name_or_path", "_commit_hash", "_non_persistent_buffers_set",
                "_is_hf_initialized", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
-               "_load_state_dict_post_hooks", "_compiled_call_impl", "_is_full_backward_hook"}
+               "_load_state_dict_post_hooks", "_compiled_call_impl", "_is_full_backward_hook",
+               "_flat_weights", "_flat_weight_refs", "_output_capturing_hooks_installed", "main_input_name"}
 _BY_NUMBER = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
               "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"}
 _OF_EVERY_CLASS = {"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__", "__annotate__", "__slots__",

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import BatchEncoding
+from transformers import BatchEncoding, BertTokenizerFast
 
-from shrank import auto_fact, calibrate, nested
+from shrank import auto_fact, calibrate, heal, nested
 from shrank.batches import as_batches, bound, read_texts
 from shrank.fingerprint import fingerprint
 from shrank.losses import main_output
-from tests.common.models import WIDTH, draw, tokens
+from tests.common.models import WIDTH, draw, hf_model, tokens
+from tests.common.tolerances import assert_close
 
 
 @dataclass
@@ -188,3 +189,28 @@ def test_files_of_texts(tmp_path) -> None:
     plain.write_text("\n\n")
     with pytest.raises(ValueError, match="holds no text"):
         read_texts(plain)
+
+
+def test_a_sentence_transformer(tmp_path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "three", "four"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    hf_model("bert").bert.save_pretrained(tmp_path)
+    transformer = modules.Transformer(str(tmp_path))
+    model = SentenceTransformer(modules=[transformer, modules.Pooling(transformer.get_embedding_dimension())])
+    texts = ["one two three", "four", "two two"]
+    found = calibrate(model, texts, tokenizer=model.tokenizer, loss=None)
+    name = next(name for name in found if name.endswith("layer.1.output.dense"))
+    assert found.tokens(name) == 5 + 3 + 4 and found[name].gradient.any()
+    features = model.tokenize(texts)
+    for data in (features, (features,)):
+        again = calibrate(model, [data])
+        assert again.tokens(name) == 12
+        assert_close(again[name].data, found[name].data)
+    small = auto_fact(model, 0.6, calibrate=texts, tokenizer=model.tokenizer, deepcopy=True)
+    assert small.shrank_plan.low_rank and small.encode(texts).shape == (3, WIDTH)
+    healed = heal(small, model, texts, tokenizer=model.tokenizer, batch_size=1, steps=2)
+    assert healed.shrank_healing.after <= healed.shrank_healing.before

@@ -139,6 +139,13 @@ def test_running_and_offloading_change_nothing(family: str) -> None:
     assert fingerprint(model) != before
 
 
+def test_recurrent_models_are_known_by_their_weights() -> None:
+    models = [nn.LSTM(4, 4) for _ in range(2)]
+    assert fingerprint(models[0]) != fingerprint(models[1])
+    models[1].load_state_dict(models[0].state_dict())
+    assert fingerprint(models[0]) == fingerprint(models[1])
+
+
 @pytest.mark.parametrize("value", [
     (i for i in range(3)), threading.Lock(), open(__file__), torch.empty(2, device="meta"), tokens(3).to_sparse(),  # noqa: SIM115
 ], ids=lambda v: type(v).__name__)

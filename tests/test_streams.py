@@ -310,3 +310,34 @@ def test_a_mask_that_fits_nothing_is_named_and_a_function_can_say_what_counts() 
     assert all(count == (13 if sees_the_encoder(name) else 11) for name, count in found.items())
     with pytest.raises(TypeError, match='"encoder" and "decoder"'):
         calibrate(hf_model("t5"), [{"input_ids": IDS, "labels": LABELS}], mask=lambda item: {"left": DECODER})
+
+
+class Experts(nn.Module):
+    """An encoder and a decoder with one layer each, the encoder's one of two by the first token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.encoder = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(2)])})
+        self.decoder = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor,
+                decoder_attention_mask: Tensor) -> Tensor:
+        x = self.encoder["experts"][int(input_ids[0, 0] > 30)](self.embedding(input_ids))
+        return self.decoder(self.embedding(decoder_input_ids)) + x.sum(1, keepdim=True)
+
+
+def test_layers_that_only_later_batches_reach_are_on_the_side_of_their_neighbours() -> None:
+    masks = {"attention_mask": ENCODER, "decoder_attention_mask": DECODER, "decoder_input_ids": IDS}
+    calls = [{"input_ids": IDS.index_fill(1, torch.tensor(0), first), **masks} for first in (3, 50)]
+    found = calibrate(seeded(Experts), calls)
+    assert {name: found.tokens(name) for name in found} == {
+        "encoder.experts.0": 11, "encoder.experts.1": 11, "decoder": 26}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_that_hardly_changes_is_still_the_decoders(dtype: torch.dtype) -> None:
+    model = seeded(MODELS["marian"]).to(dtype)  # its queries are so small that it attends to everything alike
+    found = counted(model, {"input_ids": IDS, "attention_mask": ENCODER, "labels": LABELS})
+    assert found["model.decoder.layers.0.encoder_attn.out_proj"] == 13
+    assert found["model.decoder.layers.0.encoder_attn.k_proj"] == 11
