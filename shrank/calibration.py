@@ -149,7 +149,7 @@ def _found(model: nn.Module, batches: list[Batch], loss: Loss | None, wanted: se
     masking = Masking(model, {site.fqn: site.module for site in possible})
     seen = _survey(folder, model, sites, batches, masking, [site for site in possible if site not in sites])
     if seen.unseen:
-        warnings.warn(f"layers that no batch reaches stay as they are: {', '.join(seen.unseen)}", stacklevel=4)
+        warnings.warn(f"layers that no batch reaches stay as they are: {', '.join(seen.unseen)}", stacklevel=3)
     passes = plan_passes(sites, seen, loss is not None, max_memory)
     files = [folder / f"{_digest([[site.fqn for site in group.sites] for group in groups])}.safetensors"
              for groups in passes]
@@ -213,7 +213,9 @@ def _key(model: nn.Module, batches: list[Batch], loss: Loss | None, seed: int) -
     """A hash of everything that the moments depend on; None, with a warning, where something cannot be hashed."""
     try:
         parts = {"model": model, "loss": loss, "data": [batch.content() for batch in batches]}
-        return fingerprint({"format": FORMAT, "seed": seed} | parts)[:32]
+        precision = [torch.get_float32_matmul_precision(), *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
+                                                             for d in ("cpu", "cuda"))]
+        return fingerprint({"format": FORMAT, "seed": seed, "precision": precision} | parts)[:32]
     except Unhashable as unhashable:
         warnings.warn(f"calibrating without the cache: {unhashable}", stacklevel=3)
         return None

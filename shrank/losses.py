@@ -164,7 +164,10 @@ def next_token_targets(logits: Tensor, batch: Batch, aligned: bool) -> tuple[Ten
     arguments = batch.arguments()
     labels = arguments.get("labels")
     if labels is not None and aligned:
-        return logits.flatten(0, 1), labels.to(logits.device).flatten()
+        labels = labels.to(logits.device)
+        if (mask := batch.mask_for(tuple(labels.shape), {"decoder"})) is not None:
+            labels = labels.masked_fill(~mask.view(labels.shape).to(labels.device), -100)
+        return logits.flatten(0, 1), labels.flatten()
     targets = labels if labels is not None else arguments.get("input_ids", batch.args[0] if batch.args else None)
     if not isinstance(targets, Tensor) or targets.shape != logits.shape[:2]:
         raise ValueError("the 'lm' loss needs input_ids (batch, tokens) and logits (batch, tokens, vocabulary), got "

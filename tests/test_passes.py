@@ -279,6 +279,8 @@ def test_the_cache_knows_data_in_containers_and_losses_by_what_they_do(tmp_path)
     assert calibrate(seeded(Net), [(UserDict(x=x.clone()),)], cache=tmp_path).folder == first.folder != other.folder
     losses = [lambda out, batch: out["sentence_embedding"].sum(), lambda out, batch: out["sentence_embedding"].mean()]
     assert len({calibrate(seeded(Net), [(UserDict(x=x),)], cache=tmp_path, loss=f).folder for f in losses}) == 2
+    with torch.autocast("cpu"):
+        assert calibrate(seeded(Net), [(UserDict(x=x),)], cache=tmp_path).folder != first.folder
     relu, gelu = (nn.Sequential(*mlp(2), act) for act in (nn.ReLU(), nn.GELU()))
     assert calibrate(relu, [x], cache=tmp_path).folder != calibrate(gelu, [x], cache=tmp_path).folder
 

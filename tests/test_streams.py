@@ -132,10 +132,14 @@ def test_one_side_without_padding_is_not_given_that_of_the_other() -> None:
     assert all(count == (11 if sees_the_encoder(name) else 16) for name, count in found.items())
 
 
-def test_moments_and_gradients_are_those_of_the_tokens_that_count() -> None:
+@pytest.mark.parametrize("said", [{"labels": LABELS}, {"labels": LABELS.masked_fill(DECODER == 0, 0)},
+                                  {"labels": IDS.flip(1), "decoder_attention_mask": DECODER}],
+                         ids=["ignored", "padded", "masked"])
+def test_moments_and_gradients_are_those_of_the_tokens_that_count(said: dict[str, Tensor]) -> None:
     model = hf_model("t5")
-    batch = {"input_ids": IDS, "attention_mask": ENCODER, "labels": LABELS}
+    batch = {"input_ids": IDS, "attention_mask": ENCODER, **said}
     found, rows = calibrate(model, [batch], loss="lm"), {}
+    batch["labels"] = batch["labels"].masked_fill(DECODER == 0, -100)
     exact = copy.deepcopy(model).double()
 
     def note(name: str, module: nn.Module, args: tuple, y: Tensor) -> None:
