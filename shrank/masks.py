@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,7 +43,7 @@ class Mask:
         if len(leading) == 1 and leading[0] == counts.numel():
             return (counts.mT if self.time_first and counts.dim() == 2 else counts).flatten()
         if counts.dim() != 2:
-            return counts.flatten() if leading in (tuple(counts.shape), (len(counts), counts[0].numel())) else None
+            return counts.flatten() if leading in (tuple(counts.shape), tuple(counts.flatten(1).shape)) else None
         straight, turned = (leading[:2] == tuple(shape) for shape in (counts.shape, counts.mT.shape))
         if turned and (self.time_first or not straight):
             counts, straight = counts.mT, True
@@ -80,7 +80,7 @@ class Masks:
         self._derived: list[Mask] = []
         self.asked, self.fitting = False, set()  # whether any activation was, and names of the masks that one fitted
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Mask]:
         return iter(self.found)
 
     def __len__(self) -> int:
