@@ -120,12 +120,15 @@ def _observed(model: nn.Module, masking: Masking, groups: list[Group], batches: 
     masking: of the dense model. calls: of every layer, by batch.
     """
     pairs = [_Pair(group, share) for group in groups]
+    # Where the data decides how often a layer runs, it may run more often behind compressed layers: look to the end.
+    steady = len(batches) > 1 and all(len(set(calls[pair.here.site.fqn])) == 1 for pair in pairs)
     with in_eval_mode(model, masking.model):
         for number, batch in enumerate(batches):
             if enough := sum(calls[pair.here.site.fqn][number] for pair in pairs):
-                for where, look in ((masking.model, _Pair.note), (model, _Pair.see)):
+                for where, look, end in ((masking.model, _Pair.note, enough),
+                                         (model, _Pair.see, enough if steady else None)):
                     masking.begin(batch)
-                    _run(where, batch, {p.here.site.fqn: partial(look, p, masking) for p in pairs}, enough)
+                    _run(where, batch, {p.here.site.fqn: partial(look, p, masking) for p in pairs}, end)
                 for pair in pairs:
                     pair.alike &= not pair.expected
                     pair.expected.clear()
@@ -134,8 +137,8 @@ def _observed(model: nn.Module, masking: Masking, groups: list[Group], batches: 
     return {name: pair.moments() for pair in pairs for name in pair.names if name not in unlike}
 
 
-def _run(model: nn.Module, batch: Batch, hooks: dict[str, Callable], enough: int) -> None:
-    """Run a model until these hooks, by the names of layers, were called `enough` times."""
+def _run(model: nn.Module, batch: Batch, hooks: dict[str, Callable], enough: int | None) -> None:
+    """Run a model until these hooks, by the names of layers, were called `enough` times, None: to its end."""
     calls = 0
 
     def counted(hook: Callable, *seen: object) -> None:

@@ -157,6 +157,27 @@ def test_every_call_of_every_batch_is_anchored(monkeypatch) -> None:
     assert_close(found["second"].anchor[0], dense.T @ x / len(x))
 
 
+class Loops(nn.Module):
+    """The second layer runs once for every row that the first sends to it."""
+
+    def __init__(self, sign: int) -> None:
+        super().__init__()
+        self.first, self.second, self.sign = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), sign
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return torch.cat([h, *(self.second(row[None]) for row in h if self.sign * row[0] > 0)])
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_layers_that_run_more_or_less_often_now_are_named(sign: int, batches: int) -> None:
+    model = seeded(lambda: Loops(sign))
+    with pytest.warns(UserWarning, match="not anchored, as the dense model calls them otherwise: second"):
+        small = auto_fact(copy.deepcopy(model), 1, calibrate=draw(200, WIDTH).chunk(batches), anchored=True)
+    assert len(small(draw(200, WIDTH))) != len(model(draw(200, WIDTH)))
+
+
 def test_padding_is_not_anchored() -> None:
     model = hf_model("bert")
     mask = torch.ones(2, 8, dtype=torch.long)
