@@ -23,7 +23,7 @@ from .progress import track
 
 # The options of `calibrate` and of `as_batches` that come with `calibrate=`.
 _DATA_OPTIONS = ("loss", "cache", "max_memory", "spill", "seed")
-_BATCH_OPTIONS = ("tokenizer", "mask", "batch_size", "max_length")
+_BATCH_OPTIONS = ("tokenizer", "mask", "batch_size", "max_length", "forward")
 _WITH_DATA = _DATA_OPTIONS + _BATCH_OPTIONS
 _KEYWORDS = ("module", "rank", "deepcopy", "calibrate", "anchored", *_WITH_DATA)
 _TRIALS = 7  # halvings of the share kept: to within 1 / 128

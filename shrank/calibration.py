@@ -10,25 +10,28 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from . import tensor_file
-from .batches import Batch, MaskFunction, as_batches
+from .batches import Batch, Forward, MaskFunction, as_batches, bound
 from .collect import Accumulator
-from .hooks import hooked, in_eval_mode
+from .files import replacing
+from .fingerprint import Unhashable, fingerprint
+from .hooks import frozen, hooked, in_eval_mode
 from .linalg import FactorizationError, Metric, Moments, metric
 from .losses import Loss, as_loss
-from .passes import Group, plan_passes
+from .passes import Survey, plan_passes, survey
 from .progress import track
 from .spill import saved_on_disk
-from .surgery import walk
-from .targets import why_not
+from .streams import Masking, warn_of_masks_that_fit_nothing
+from .surgery import Site, walk
+from .targets import target, why_not
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Calibration:
@@ -37,15 +40,14 @@ class Calibration:
     unseen: layers that saw no data. reached: whether gradients came to any layer.
     """
 
-    def __init__(self, folder: Path, files: Iterable[Path]) -> None:
+    def __init__(self, folder: Path, files: Iterable[Path], unseen: Iterable[str] = ()) -> None:
         self.folder = folder
         self._entries: dict[str, tuple[Path, dict]] = {}
-        self.unseen: list[str] = []
+        self.unseen = list(unseen)
         self.reached = False
         for file in files:
             header = json.loads(tensor_file.read_table(file)[1]["moments"])
             self._entries |= {fqn: (file, entry) for fqn, entry in header["layers"].items()}
-            self.unseen += header["unseen"]
             self.reached |= header["reached"]
 
     def __contains__(self, fqn: str) -> bool:
@@ -56,6 +58,10 @@ class Calibration:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __bool__(self) -> bool:
+        """True even if no layer saw anything: that is known then."""
+        return True
 
     @property
     def has_gradients(self) -> bool:
@@ -103,69 +109,89 @@ def calibrate(model: nn.Module, batches: Iterable[object] | Calibration, *,
               loss: Loss | Callable | str | bool | None = None, tokenizer: Callable | None = None,
               mask: MaskFunction | None = None, layers: Iterable[str] | None = None,
               cache: str | os.PathLike | None = None, max_memory: int | None = None, spill: bool = False, seed: int = 0,
-              batch_size: int = 8, max_length: int = 512) -> Calibration:
+              batch_size: int = 8, max_length: int = 512, forward: Forward | None = None) -> Calibration:
     """Run data through a model, which is not changed, and note what its layers see.
 
-    batches, tokenizer, mask, batch_size, max_length: see `as_batches`. loss: what gradients to weigh errors by: "lm"
-    (next-token cross entropy), a function (output, batch) -> scalar, None for the sensitivity of the outputs themselves
-    to every layer, False for none (no backward pass). layers: names, default all that could be replaced. cache: a
-    folder; passes over the data that are found there are not repeated. max_memory: bytes for moments held at a time,
-    default half of what the model takes in float32, and 64 MiB for a small one; more passes over the data where it does
-    not suffice. spill: keep what a backward pass needs in temporary files. Raises ValueError where data or gradients
-    are not finite, naming batch and layer, and where no gradient reaches any layer.
+    batches, tokenizer, mask, batch_size, max_length, forward: see `as_batches`. loss: what gradients to weigh errors
+    by: "lm" (next-token cross entropy), a function (output, batch) -> scalar, None for the sensitivity of the outputs
+    themselves to every layer, False for none (no backward pass). layers: names, default all that could be replaced.
+    cache: a folder; passes over the data that are found there are not repeated. It is not used, with a warning, where
+    model, data or loss hold something that has no value to know it again by. max_memory: bytes for moments held at a
+    time, default half of what the model takes in float32, and 64 MiB for a small one; more passes over the data where
+    it does not suffice. spill: keep what a backward pass needs in temporary files. Raises ValueError where data or
+    gradients are not finite, naming batch and layer, and where no gradient reaches any layer.
     """
     if isinstance(batches, Calibration):
         return batches
-    batches, loss = as_batches(batches, tokenizer, mask, batch_size, max_length), as_loss(loss)
-    wanted = None if layers is None else set(layers)
-    sites = [site for site in walk(model) if (wanted is None or site.fqn in wanted)
-             and not (site.why_not or why_not(site.module))]
+    batches, loss = as_batches(batches, tokenizer, mask, batch_size, max_length, forward), as_loss(loss)
+    batches = bound(batches, model)
+    key = _key(model, batches, loss, seed) if cache else None
+    temporary = None if key else tempfile.TemporaryDirectory(prefix="shrank-")
+    folder = Path(cache) / key if key else Path(temporary.name)
     if max_memory is None:
         max_memory = max(2 * sum(p.numel() for p in model.parameters()), 64 << 20)
-    temporary = None if cache else tempfile.TemporaryDirectory(prefix="shrank-")
-    folder = Path(cache) / _key(model, batches, loss, seed) if cache else Path(temporary.name)
-    passes, unseen = plan_passes(model, sites, batches, loss is not None, max_memory)
-    if unseen:
-        warnings.warn(f"layers that the first batch does not reach stay as they are: {', '.join(unseen)}", stacklevel=2)
-    files = [folder / f"{_digest([site.fqn for group in groups for site in group.sites])[:16]}.safetensors"
-             for groups in passes]
-    for number, (file, groups) in enumerate(zip(files, passes, strict=True), 1):
-        if not file.exists():
-            progress = f"calibrating, pass {number} of {len(passes)}"
-            _write(file, _run(model, groups, batches, loss, seed, spill, progress), unseen if number == 1 else [])
-    found = Calibration(folder, files)
+    with frozen(model), torch.set_grad_enabled(loss is not None):
+        found = _found(model, batches, loss, None if layers is None else set(layers), folder, max_memory, spill, seed)
     if temporary:
         weakref.finalize(found, temporary.cleanup)
     if loss and len(found) and not found.reached:
-        raise ValueError("the loss depends on no layer: does the model run without gradients?")
+        raise ValueError("the loss depends on no layer: does the model run without gradients, as generate does? "
+                         "loss=False calibrates without")
     return found
 
 
-def _run(model: nn.Module, groups: list[Group], batches: list[Batch], loss: Loss | None, seed: int, spill: bool,
-         progress: str) -> Accumulator:
-    """One pass over the data, with the moments of these layers."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    accumulator = Accumulator(groups, loss is not None)
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)  # gradients of the weights are not needed, those of activations are
-        with in_eval_mode(model), hooked(accumulator.hooks()), torch.enable_grad() if loss else torch.no_grad():
-            for number, batch in enumerate(track(batches, progress)):
-                accumulator.begin(number, batch)
-                with saved_on_disk(model) if spill and loss else nullcontext():
-                    output = batch.call(model)
-                    if loss:
-                        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-                        accumulator.samples += loss.backward(output, batch, generator)
-                del output  # the next forward pass needs the room
-                accumulator.check()
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-    return accumulator
+def _found(model: nn.Module, batches: list[Batch], loss: Loss | None, wanted: set[str] | None, folder: Path,
+           max_memory: int, spill: bool, seed: int) -> Calibration:
+    """What the layers see, in files of the folder; those that are there already are not made again."""
+    possible = [site for site in walk(model) if target(site.module) is not None]
+    sites = [site for site in possible if (wanted is None or site.fqn in wanted)
+             and not (site.why_not or why_not(site.module))]
+    masking = Masking(model, {site.fqn: site.module for site in possible})
+    seen = _survey(folder, model, sites, batches, masking, [site for site in possible if site not in sites])
+    if seen.unseen:
+        warnings.warn(f"layers that no batch reaches stay as they are: {', '.join(seen.unseen)}", stacklevel=3)
+    passes = plan_passes(sites, seen, loss is not None, max_memory)
+    files = [folder / f"{_digest([[site.fqn for site in group.sites] for group in groups])}.safetensors"
+             for groups in passes]
+    for number, (file, groups) in enumerate(zip(files, passes, strict=True), 1):
+        if not file.exists():
+            masking.prepare(batches)
+            accumulator = Accumulator(groups, loss is not None, masking)
+            _run(model, accumulator, batches, loss, seed, spill, f"calibrating, pass {number} of {len(passes)}")
+            _write(file, accumulator)
+    return Calibration(folder, files, seen.unseen)
 
 
-def _write(file: Path, accumulator: Accumulator, unseen: list[str]) -> None:
+def _survey(folder: Path, model: nn.Module, sites: list[Site], batches: list[Batch], masking: Masking,
+            others: list[Site]) -> Survey:
+    """What the layers are called with, from the folder if it is there."""
+    file = folder / f"{_digest([site.fqn for site in sites])}.json"
+    if file.exists():
+        return Survey(**json.loads(file.read_text()))
+    seen = survey(model, sites, batches, masking, others)
+    warn_of_masks_that_fit_nothing(batches)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as path:
+        path.write_text(json.dumps(asdict(seen)))
+    return seen
+
+
+def _run(model: nn.Module, accumulator: Accumulator, batches: list[Batch], loss: Loss | None, seed: int, spill: bool,
+         progress: str) -> None:
+    """One pass over the data."""
+    with in_eval_mode(model), hooked(accumulator.hooks()):
+        for number, batch in enumerate(track(batches, progress)):
+            accumulator.begin(number, batch)
+            with saved_on_disk(model) if spill and loss else nullcontext():
+                output = batch.call(model)
+                if loss:
+                    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+                    accumulator.samples += loss.backward(output, batch, generator)
+            del output  # the next forward pass needs the room
+            accumulator.check()
+
+
+def _write(file: Path, accumulator: Accumulator) -> None:
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict] = {}
     for fqn, moments, inputs_of in accumulator.results():
@@ -179,26 +205,21 @@ def _write(file: Path, accumulator: Accumulator, unseen: list[str]) -> None:
                 tensors[names[field]] = value.float().cpu().contiguous()
         layers[fqn] = {"tokens": moments.tokens, "of_inputs": moments.of_inputs, "tensors": names,
                        "gradient_samples": moments.gradient_samples}
-    header = {"format": FORMAT, "layers": layers, "unseen": unseen, "reached": accumulator.reached}
+    header = {"format": FORMAT, "layers": layers, "reached": accumulator.reached}
     tensor_file.write(file, tensors, {"moments": json.dumps(header)})
 
 
-def _key(model: nn.Module, batches: list[Batch], loss: Loss | None, seed: int) -> str:
-    """A hash of everything that the moments depend on."""
-    digest = hashlib.sha256(f"{FORMAT} {loss} {seed}".encode())
-    for part in (Batch((), _state(model)), *batches):
-        part.update(digest)
-    return digest.hexdigest()[:32]
+def _key(model: nn.Module, batches: list[Batch], loss: Loss | None, seed: int) -> str | None:
+    """A hash of everything that the moments depend on; None, with a warning, where something cannot be hashed."""
+    try:
+        parts = {"model": model, "loss": loss, "data": [batch.content() for batch in batches]}
+        precision = [torch.get_float32_matmul_precision(), *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
+                                                             for d in ("cpu", "cuda"))]
+        return fingerprint({"format": FORMAT, "seed": seed, "precision": precision} | parts)[:32]
+    except Unhashable as unhashable:
+        warnings.warn(f"calibrating without the cache: {unhashable}", stacklevel=3)
+        return None
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state, with what accelerate has put away."""
-    if not any(p.is_meta for p in model.parameters()):
-        return model.state_dict()
-    from accelerate.utils.modeling import get_state_dict_offloaded_model
-
-    return get_state_dict_offloaded_model(model)
-
-
-def _digest(names: list[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+def _digest(names: list) -> str:
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]

@@ -29,8 +29,8 @@ def eval_command(source: Source,
     if not text:
         fail("give texts to measure on: --text FILE", USAGE)
     with errors():
-        from .hf import load_model
         from .folders import transformer_folder
+        from .hf import load_model
         from .processors import load_tokenizer
 
         texts = {path: read_texts(path) for path in text}

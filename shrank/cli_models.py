@@ -41,9 +41,9 @@ from .cli_common import (
     trust,
 )
 from .file_batches import batches_from_file
-from .folders import transformer_folder
 from .files import size_on_disk
 from .fitting import PlanOptions
+from .folders import transformer_folder
 from .heal import HEALING_ATTRIBUTE, LEARNING_RATE
 from .heal import heal as heal_model
 from .measure import measured

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from functools import cached_property, partial
 
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from .batches import Batch
 from .hooks import Hook, input_of
 from .linalg import Moments
-from .passes import ROWS_IN_FLOAT32, Group
+from .passes import ROWS_IN_FLOAT32, Group, Inputs
+from .streams import Masking, MaskOfCall
 from .surgery import Site
 from .targets import target
 
@@ -60,7 +60,7 @@ class Observed:
         self.gradient_of_inputs = of_inputs and self.shape.out_features > self.shape.in_features
         self.data, self.sums = self.moment(of_inputs) if leader is None else None, None
         self.gradient = self.moment(self.gradient_of_inputs) if gradients else None
-        self.input: weakref.ref | None = None
+        self.inputs = Inputs()
 
     def moment(self, of_columns: bool) -> Moment:
         """An empty one of what it is observed by, of its inputs or of its outputs."""
@@ -69,59 +69,56 @@ class Observed:
         device = self.site.module.weight.device
         return Moment(groups, side // groups, torch.device("cpu") if device.type == "meta" else device)
 
-    def see(self, x: Tensor, y: Tensor, batch: Batch) -> Tensor | None:
+    def see(self, x: Tensor, y: Tensor, mask: MaskOfCall) -> Tensor | None:
         """Note an input and the output; the output to use instead where gradients need another one."""
-        chosen = self._chooser(y, batch)
-        self.input = weakref.ref(x)
+        before = self.leader.inputs.count
+        self.leader.inputs.number(x)
         if self.leader is self:
-            self._add(x.detach(), y.detach(), chosen)
-        elif self.leader.input is None or self.leader.input() is not x:
-            raise RuntimeError(f"{self.site.fqn} had the input of {self.leader.site.fqn} in the first batch and "
-                               "another later: calibrate them apart, with layers=")
+            self._add(x.detach(), y.detach(), mask)
+        elif self.leader.inputs.count > before:
+            raise RuntimeError(f"{self.site.fqn} is called with another input than {self.leader.site.fqn}, although "
+                               "they had the same when the data was first run: the model does not do the same twice")
         if self.gradient is None or not torch.is_grad_enabled():
             return None
         replaced = None
         if not y.requires_grad:
             y.requires_grad_()
             replaced = y.clone()  # a leaf would not bear what the model may do to it in place
-        y.register_hook(partial(self._add_gradient, chosen))
+        y.register_hook(partial(self._add_gradient, mask))
         return replaced
 
-    def rows_of(self, x: Tensor, y: Tensor, batch: Batch) -> Tensor:
+    def rows_of(self, x: Tensor, y: Tensor, mask: MaskOfCall) -> Tensor:
         """(G, tokens that count, m) of what the layer is observed by: its inputs, or its outputs without bias."""
-        return self._data(x, y, self._chooser(y, batch))
-
-    def _chooser(self, y: Tensor, batch: Batch) -> partial:
-        return partial(self._rows, mask=batch.mask_for(tuple(self.target.tokens(y).shape[:-1])))
-
-    def _data(self, x: Tensor, y: Tensor, chosen: partial) -> Tensor:
         if self.of_inputs:
-            return chosen(x, 1)
+            return self._rows(x, 1, mask)
         bias, y = self.site.module.bias, self.target.tokens(y)
-        return chosen(y if bias is None else y - bias, self.shape.groups, ordered=True)
+        return self._rows(y if bias is None else y - bias, self.shape.groups, mask, ordered=True)
 
-    def _add(self, x: Tensor, y: Tensor, chosen: partial) -> None:
-        rows = self._data(x, y, chosen)
+    def _add(self, x: Tensor, y: Tensor, mask: MaskOfCall) -> None:
+        rows = self.rows_of(x, y, mask)
+        if not rows.shape[1]:
+            return
         if self.of_inputs:
             energy = rows.square().sum(1)
         else:
-            energy = self.target.input_energy(x, chosen).view(len(rows), -1) * rows.shape[1]
+            energy = self.target.input_energy(x, partial(self._rows, mask=mask))
+            energy = energy.view(len(rows), -1) * rows.shape[1]
         self.data.add(rows)
         sums = rows.sum(1).double(), energy.double()
         self.sums = sums if self.sums is None else tuple(a + b for a, b in zip(self.sums, sums, strict=True))
 
-    def _add_gradient(self, chosen, gradient: Tensor) -> None:
-        rows = chosen(gradient.detach(), 1 if self.of_inputs else self.shape.groups)
+    def _add_gradient(self, mask: MaskOfCall, gradient: Tensor) -> None:
+        rows = self._rows(gradient.detach(), 1 if self.of_inputs else self.shape.groups, mask)
         if self.gradient_of_inputs:
             rows = rows @ self.target.matrices(self.shape).to(rows)
         self.gradient.add(rows)
 
-    def _rows(self, tensor: Tensor, groups: int, mask: Tensor | None, ordered: bool = False) -> Tensor:
+    def _rows(self, tensor: Tensor, groups: int, mask: MaskOfCall, ordered: bool = False) -> Tensor:
         """(groups, tokens that count, features of one group), float32."""
         rows = (tensor if ordered else self.target.tokens(tensor)).float()
-        rows = rows.reshape(-1, rows.shape[-1])
-        if mask is not None and len(mask) == len(rows):
-            rows = rows[mask.to(rows.device)]
+        counts, rows = mask(tuple(rows.shape[:-1])), rows.reshape(-1, rows.shape[-1])
+        if counts is not None:
+            rows = rows[counts.to(rows.device)]
         return rows.unflatten(1, (groups, -1)).transpose(0, 1)
 
     def moments(self, samples: int) -> Moments:
@@ -134,9 +131,10 @@ class Observed:
 class Accumulator:
     """The moments of some layers of a model, added up while it runs with these `hooks`."""
 
-    def __init__(self, groups: list[Group], gradients: bool) -> None:
+    def __init__(self, groups: list[Group], gradients: bool, masking: Masking) -> None:
         self.samples = 0
         self._layers: list[Observed] = []
+        self._masking = masking
         for group in groups:
             leader = None
             for site in group.sites:
@@ -151,13 +149,15 @@ class Accumulator:
 
     def hooks(self) -> Iterator[tuple[nn.Module, Hook]]:
         """What to call after the forwards of the layers."""
-        return ((layer.site.module, partial(self._hook, layer)) for layer in self._layers)
+        yield from self._masking.hooks()
+        yield from ((layer.site.module, partial(self._hook, layer)) for layer in self._layers)
 
     def begin(self, number: int, batch: Batch) -> None:
-        self._number, self._batch = number, batch
+        self._number = number
+        self._masking.begin(batch)
 
     def _hook(self, layer: Observed, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        return layer.see(input_of(args, kwargs), output, self._batch)
+        return layer.see(input_of(args, kwargs), output, self._masking.call(layer.site.fqn))
 
     def check(self) -> None:
         """ValueError that names the batch and its first layer with an input, output or gradient that is not finite."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .batches import device_of
-from .losses import main_output
+from .losses import NotComparable, divergences, main_output
 from .progress import track
 
 _LOOP = 3  # times that a phrase must follow itself to be a loop
@@ -48,11 +48,14 @@ def evaluate(model: nn.Module, tokenizer: Callable, texts: Iterable[str], refere
              window: int = 512, limit: int | None = None) -> Evaluation:
     """Measure a causal language model on texts, joined and cut into windows of `window` tokens, at most `limit`.
 
-    Raises ValueError if the texts fill no window or the model gives no logits for every token, and if the vocabularies
-    of the two models differ.
+    What both models rule out by logits of -inf does not count. Raises ValueError if the texts fill no window or there
+    is nothing to predict in them, if the model gives no logits for every token, if the vocabularies of the two models
+    differ, and where logits cannot be compared.
     """
+    if window < 2 or (limit is not None and limit < 1):
+        raise ValueError(f"window must be at least 2 and limit at least 1, got {window} and {limit}")
     nll = kl = equal = count = 0.0
-    for ids in track(windows(tokenizer, texts, window)[:limit], "evaluating"):
+    for number, ids in enumerate(track(windows(tokenizer, texts, window)[:limit], "evaluating")):
         logits, targets = _predictions(model, ids), ids[1:]
         nll += F.cross_entropy(logits, targets.to(logits.device), reduction="sum").item()
         count += len(targets)
@@ -62,10 +65,17 @@ def evaluate(model: nn.Module, tokenizer: Callable, texts: Iterable[str], refere
         if expected.shape != logits.shape:
             raise ValueError(f"the vocabularies differ: {expected.shape[-1]} and {logits.shape[-1]}")
         equal += (logits.argmax(-1) == expected.argmax(-1)).sum().item()
-        kl += F.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="sum").item()
+        kl += _divergence(logits, expected, number)
     perplexity = torch.tensor(nll / count).exp().item()
     compared = (None, None) if reference is None else (equal / count, kl / count)
     return Evaluation(int(count), perplexity, *compared)
+
+
+def _divergence(logits: Tensor, expected: Tensor, number: int) -> float:
+    try:
+        return divergences(logits, expected).sum().item()
+    except NotComparable as error:
+        raise NotComparable(f"window {number}: {error}") from error
 
 
 @torch.inference_mode()

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from . import tensor_file
-from .batches import Batch, MaskFunction, as_batches
-from .distillation import common_blocks, distance
+from .batches import Batch, Forward, MaskFunction, as_batches, bound
+from .distillation import distance, masking_of_blocks
+from .fingerprint import Unhashable, fingerprint
 from .hooks import in_eval_mode
-from .losses import Loss, OutputSensitivity, as_loss
+from .losses import Loss, NotComparable, OutputSensitivity, as_loss
 from .progress import track
 from .schedule import batch_of_step, rate, split
 from .storage import with_pivots, with_plain_factors
+from .streams import warn_of_masks_that_fit_nothing
 from .targets import LOW_RANK
 
 HEALING_ATTRIBUTE = "shrank_healing"
@@ -56,7 +57,6 @@ class _Options:
     steps: int
     learning_rate: float
     hidden: float
-    loss: str
     train: str
     evaluate_every: int
     seed: int
@@ -67,35 +67,35 @@ def heal(student: nn.Module, teacher: nn.Module, batches: Iterable[object], *, s
          train: str = "low_rank",
          held_out: Iterable[object] | None = None, evaluate_every: int = 50,
          checkpoint: str | os.PathLike | None = None, seed: int = 0, tokenizer: Callable | None = None,
-         mask: MaskFunction | None = None, batch_size: int = 8, max_length: int = 512) -> nn.Module:
+         mask: MaskFunction | None = None, batch_size: int = 8, max_length: int = 512,
+         forward: Forward | None = None) -> nn.Module:
     """Distil a compressed model against the dense one, in place; returns it with the best weights it had.
 
-    batches, tokenizer, mask, batch_size, max_length: see `as_batches`; one batch a step, in a random order. What is
-    minimised is the divergence of the logits (Hinton et al., 2015), or where there are none the relative error of the
-    output, plus `hidden` times the mean relative error of the blocks' outputs, plus half the mean of the task's own
-    `loss`: "lm" (next-token cross entropy), or a function (output, batch) -> scalar, summed over rows of the output.
+    batches, tokenizer, mask, batch_size, max_length, forward: see `as_batches`; one batch a step, in a random order.
+    What is minimised is the divergence of the logits (Hinton et al., 2015), or where there are none the relative error
+    of the output, plus `hidden` times the mean relative error of the blocks' outputs, plus half the mean of the task's
+    own `loss`: "lm" (next-token cross entropy), or a function (output, batch) -> scalar, summed over rows of output.
+    What both models rule out by logits of -inf does not count, nor does padding.
     train: the parameters of the "low_rank" layers, or "all". held_out: data that decides which weights are best, by
     default a tenth of `batches`, which then is not trained on; where an evaluation is worse than one before, training
     goes on from the best weights at a third of the rate. checkpoint: a file to go on from; written at every evaluation.
     Weights in 16 bits are trained through copies in 32, pivoted layers with plain factors. `shrank_healing` notes what
-    happened. Raises ValueError on arguments that do not fit and RuntimeError if the loss is not finite, the student
-    then as good as it was at best.
+    happened. Raises ValueError on arguments that do not fit and RuntimeError, which names the batch and the model, if
+    the loss is not finite, the student then as good as it was at best.
     """
     if steps < 1 or evaluate_every < 1:
         raise ValueError(f"steps must be at least 1 and evaluate_every too, got {steps} and {evaluate_every}")
     loss = None if loss is None else as_loss(loss)
     if isinstance(loss, OutputSensitivity):
         raise ValueError("loss must be 'lm' or a function: the outputs are compared anyway")
-    options = _Options(steps, learning_rate, hidden, repr(loss), train, evaluate_every, seed)
-    batches = as_batches(batches, tokenizer, mask, batch_size, max_length)
-    if held_out is None:
-        batches, held = split(batches)
-    else:
-        held = as_batches(held_out, tokenizer, mask, batch_size, max_length)
+    options = _Options(steps, learning_rate, hidden, train, evaluate_every, seed)
+    calls = partial(_calls, teacher, (tokenizer, mask, batch_size, max_length, forward))
+    batches, held = split(calls(batches)) if held_out is None else (calls(batches), calls(held_out))
     student, pivots = with_plain_factors(student)
     try:
         run = _Run(student, teacher, batches, held, options, loss)
         run.all_of_it(Path(checkpoint) if checkpoint else None)
+        warn_of_masks_that_fit_nothing((*batches, *held))
     finally:
         student = with_pivots(student, pivots)
     vars(student)[HEALING_ATTRIBUTE] = Healing(run.step, run.best_step, tuple(run.curve))
@@ -114,11 +114,12 @@ class _Run:
         self.best = {name: master.clone() for name, master in self.masters.items()}
         self.optimizer = torch.optim.AdamW(self.masters.values(), lr=options.learning_rate, betas=_BETAS,
                                            weight_decay=0.0)
-        self.blocks = common_blocks(student, teacher)
+        self.masking = masking_of_blocks(student, teacher, (*batches, *held))
         self.step, self.best_step, self.curve = 0, 0, []
 
     def all_of_it(self, checkpoint: Path | None) -> None:
         """Train, and leave the student with its best weights and both models' flags as they were."""
+        self.key = self._key_of() if checkpoint is not None else ""
         flags = {p: p.requires_grad for model in (self.student, self.teacher) for p in model.parameters()}
         try:
             with in_eval_mode(self.student, self.teacher):  # with dropout the teacher's outputs could not be reached
@@ -152,10 +153,7 @@ class _Run:
                 parameter.grad = None
 
     def _take_step(self) -> None:
-        loss = self._loss(batch_of_step(self.batches, self.step, self.options.seed))
-        if not loss.isfinite():
-            raise RuntimeError(f"step {self.step}: the loss is {loss.item()}; the student has its best weights, of "
-                               f"step {self.best_step}; a smaller learning_rate may help")
+        loss = self._loss(batch_of_step(self.batches, self.step, self.options.seed), "")
         loss.backward()
         for name, master in self.masters.items():
             gradient = self.trained[name].grad
@@ -175,9 +173,7 @@ class _Run:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        loss = sum(self._loss(batch).item() for batch in self.held) / len(self.held)
-        if not math.isfinite(loss):
-            raise RuntimeError(f"step {self.step}: the loss on held-out data is {loss}")
+        loss = sum(self._loss(batch, "held-out ").item() for batch in self.held) / len(self.held)
         if not self.curve or loss < min(value for _, value in self.curve):
             self.best_step = self.step
             self.best = {name: master.clone() for name, master in self.masters.items()}
@@ -193,21 +189,30 @@ class _Run:
         losses = [loss for _, loss in self.curve]
         return _AFTER_A_SETBACK ** sum(loss >= min(losses[:i]) for i, loss in enumerate(losses) if i)
 
-    def _loss(self, batch: Batch) -> Tensor:
-        return distance(self.student, self.teacher, batch, self.blocks, self.options.hidden, self.loss)
+    def _loss(self, batch: Batch, kind: str) -> Tensor:
+        """Of one batch; RuntimeError where it is not finite."""
+        try:
+            loss = distance(self.student, self.teacher, batch, self.masking, self.options.hidden, self.loss)
+            if bool(loss.isfinite()):
+                return loss
+            problem = NotComparable(f"the loss is {loss.item()}")
+        except NotComparable as error:
+            problem = error
+        raise RuntimeError(f"step {self.step}, {kind}batch {batch.number}: {problem}; the student has its best "
+                           f"weights, of step {self.best_step}; a smaller learning_rate may help") from problem
 
     def _save(self, path: Path) -> None:
         state = self.optimizer.state
         tensors = {f"{part}:{name}": value for name, master in self.masters.items() for part, value in (
             ("master", master), ("best", self.best[name]), *((key, state[master][key]) for key in
                                                              ("exp_avg", "exp_avg_sq", "step")))}
-        metadata = {"key": self._key(), "step": str(self.step), "best_step": str(self.best_step),
+        metadata = {"key": self.key, "step": str(self.step), "best_step": str(self.best_step),
                     "curve": json.dumps(self.curve)}
         tensor_file.write(path, {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
 
     def _resume(self, path: Path) -> None:
         shapes, metadata = tensor_file.read_table(path)
-        if metadata.get("key") != self._key():
+        if metadata.get("key") != self.key:
             raise ValueError(f"{path}: a checkpoint of another healing: its models, data or arguments differ")
         held = tensor_file.read(path, shapes)
         for name, master in self.masters.items():
@@ -219,13 +224,18 @@ class _Run:
         self.curve = [tuple(point) for point in json.loads(metadata["curve"])]
         self._show_masters()
 
-    def _key(self) -> str:
-        digest = hashlib.sha256(json.dumps(asdict(self.options)).encode())
+    def _key_of(self) -> str:
         shapes = {name: tuple(p.shape) for name, p in self.trained.items()}
-        Batch((shapes,), self.teacher.state_dict()).update(digest)
-        for batch in (*self.batches, *self.held):
-            batch.update(digest)
-        return digest.hexdigest()
+        data = [[batch.content() for batch in batches] for batches in (self.batches, self.held)]
+        try:
+            return fingerprint({"options": asdict(self.options), "loss": self.loss, "shapes": shapes,
+                                "teacher": self.teacher, "data": data})
+        except Unhashable as error:
+            raise ValueError(f"checkpoint: this healing could not be known again: {error}; do without") from error
+
+
+def _calls(teacher: nn.Module, how: tuple, data: Iterable[object]) -> list[Batch]:
+    return bound(as_batches(data, *how), teacher)
 
 
 def _trained(student: nn.Module, train: str) -> dict[str, nn.Parameter]:

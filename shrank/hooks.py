@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 # (module, args, kwargs, output) -> the output to use instead, or None.
@@ -13,11 +14,15 @@ Hook = Callable[[nn.Module, tuple, dict, object], object]
 
 @contextmanager
 def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
-    """Call these after the forwards of their modules."""
+    """Call these after the forwards of their modules, which then do run: torch's fused paths of attention and encoder
+    layers, which read weights instead of calling layers and pass nested tensors on, are off meanwhile."""
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
 
@@ -35,6 +40,19 @@ def in_eval_mode(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Without gradients of the parameters."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
 def input_of(args: tuple, kwargs: dict) -> Tensor:
     """What a layer of one input was called with."""
-    return args[0] if args else kwargs["input"]
+    return args[0] if args else next(iter(kwargs.values()))

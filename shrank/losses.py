@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
+from . import nested
 from .batches import Batch
 
 # Rows of outputs to draw gradients for: fewer know too few directions, where one row gathers many tokens.
 _ROWS_PER_BATCH, _MOST_DRAWS = 64, 8
+
+
+class NotComparable(ValueError):
+    """Outputs between which there is no finite distance; says whose they are, and why."""
 
 
 class Loss:
@@ -40,7 +45,7 @@ class OutputSensitivity(Loss):
         mask = batch.mask_for(tuple(output.shape[:-1]))
         rows = output[..., 0].numel() if mask is None else int(mask.sum())
         draws = min(max(-(-_ROWS_PER_BATCH // max(rows, 1)), 1), _MOST_DRAWS)
-        for draw in range(draws if output.requires_grad else 0):
+        for draw in range(draws if output.requires_grad and rows else 0):
             direction = torch.randn(output.shape, generator=generator).to(output)
             if mask is not None:
                 direction = direction * mask.view(output.shape[:-1])[..., None].to(output)
@@ -61,11 +66,11 @@ class NextToken(Loss):
 
     def mean(self, output: object, batch: Batch) -> Tensor:
         logits, targets = self._targets(output, batch)
-        return F.cross_entropy(logits.float(), targets)
+        return F.cross_entropy(logits.float(), targets, reduction="sum") / (targets != -100).sum().clamp_min(1)
 
     @staticmethod
     def _targets(output: object, batch: Batch) -> tuple[Tensor, Tensor]:
-        aligned = isinstance(output, Mapping) and "encoder_last_hidden_state" in output
+        aligned = next(nested.named(output, "encoder_last_hidden_state"), None) is not None
         return next_token_targets(main_output(output), batch, aligned)
 
 
@@ -75,9 +80,6 @@ class Custom(Loss):
 
     function: Callable[[object, Batch], Tensor]
 
-    def __repr__(self) -> str:
-        return f"{self.function.__module__}.{self.function.__qualname__}"
-
     def backward(self, output: object, batch: Batch, generator: torch.Generator) -> int:
         loss = self._sum(output, batch)
         if loss.requires_grad:
@@ -85,7 +87,7 @@ class Custom(Loss):
         return self._rows(output)
 
     def mean(self, output: object, batch: Batch) -> Tensor:
-        return self._sum(output, batch).reshape(()) / self._rows(output)
+        return self._sum(output, batch).reshape(()) / max(self._rows(output), 1)
 
     def _sum(self, output: object, batch: Batch) -> Tensor:
         loss = self.function(output, batch)
@@ -95,7 +97,7 @@ class Custom(Loss):
 
     @staticmethod
     def _rows(output: object) -> int:
-        return main_output(output)[..., 0].numel()
+        return math.prod(main_output(output).shape[:-1])
 
 
 def as_loss(loss: Loss | Callable | str | bool | None) -> Loss | None:
@@ -122,24 +124,51 @@ def cross_entropy_gradient(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def main_output(output: object) -> Tensor:
-    """The tensor that a model is run for: its logits, its last hidden state, or its first tensor of numbers."""
-    if isinstance(output, Mapping):
-        for name in ("logits", "last_hidden_state"):
-            if isinstance(output.get(name), Tensor):
-                return output[name]
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0:
-            return leaf
+    """The tensor that a model is run for: its logits, its sentence embeddings, its last hidden state, or its first
+    tensor of numbers, wherever they are in what it returns."""
+    for name in ("logits", "sentence_embedding", "last_hidden_state"):
+        if (found := next((t for t in nested.named(output, name) if isinstance(t, Tensor)), None)) is not None:
+            return found
+    for tensor in nested.tensors(output):
+        if tensor.is_floating_point() and tensor.dim() > 0:
+            return tensor
     raise TypeError(f"the model returns no tensor of numbers but {type(output).__name__}")
+
+
+def divergences(answer: Tensor, target: Tensor) -> Tensor:
+    """KL(target || answer) of every row of logits (tokens, vocabulary), nats (tokens,), float32.
+
+    What both rule out by -inf contributes nothing. Raises NotComparable that says whose logits they are, the model's or
+    the dense model's, if any hold NaN or +inf, a row of them is -inf, or the model rules out what the dense one does
+    not.
+    """
+    answer, target = answer.float(), target.float()
+    for whose, logits in (("the dense model's", target), ("the model's", answer)):
+        largest = logits.amax(-1) if logits.numel() else logits.new_zeros(())
+        if not bool(largest.isfinite().all()):  # the largest is NaN if any is
+            raise NotComparable(f"{whose} logits hold NaN or +inf, or nothing but -inf, in row "
+                                f"{int((~largest.isfinite()).nonzero()[0, 0])}")
+    ruled_out = target == -torch.inf
+    if bool((impossible := (answer == -torch.inf) & ~ruled_out).any()):
+        row, token = impossible.nonzero()[0].tolist()
+        raise NotComparable("the model's logits are -inf where the dense model's are not, first for token "
+                            f"{token} in row {row}: their divergence is infinite")
+    answer, target = (F.log_softmax(logits, -1) for logits in (answer, target))
+    difference = (target - answer).masked_fill(ruled_out, 0.0)  # -inf less -inf
+    return (target.exp() * difference).sum(-1)
 
 
 def next_token_targets(logits: Tensor, batch: Batch, aligned: bool) -> tuple[Tensor, Tensor]:
     """Logits (tokens, vocabulary) with the tokens (tokens,) they should predict, -100 where none counts; aligned: the
     labels stand where they are predicted, as those of an encoder-decoder."""
-    labels = batch.kwargs.get("labels")
+    arguments = batch.arguments()
+    labels = arguments.get("labels")
     if labels is not None and aligned:
-        return logits.flatten(0, 1), labels.to(logits.device).flatten()
-    targets = labels if labels is not None else batch.kwargs.get("input_ids", batch.args[0] if batch.args else None)
+        labels = labels.to(logits.device)
+        if (mask := batch.mask_for(tuple(labels.shape), {"decoder"})) is not None:
+            labels = labels.masked_fill(~mask.view(labels.shape).to(labels.device), -100)
+        return logits.flatten(0, 1), labels.flatten()
+    targets = labels if labels is not None else arguments.get("input_ids", batch.args[0] if batch.args else None)
     if not isinstance(targets, Tensor) or targets.shape != logits.shape[:2]:
         raise ValueError("the 'lm' loss needs input_ids (batch, tokens) and logits (batch, tokens, vocabulary), got "
                          f"{getattr(targets, 'shape', None)} and {tuple(logits.shape)}")

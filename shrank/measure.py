@@ -9,22 +9,25 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .batches import as_batches
+from .batches import Forward, MaskFunction, as_batches, bound
 from .ced import CED
 from .hooks import hooked, in_eval_mode
 from .led import LED
 from .plan import RankPlan
 from .progress import track
+from .streams import Masking, MaskOfCall
 from .targets import target
 
 
 @torch.no_grad()
 def measured(plan: RankPlan, dense: nn.Module, small: nn.Module, batches: Iterable[object],
-             tokenizer: Callable | None = None) -> RankPlan:
-    """The plan with the relative error of every low-rank layer's outputs, each alone at the dense layer's inputs.
+             tokenizer: Callable | None = None, mask: MaskFunction | None = None,
+             forward: Forward | None = None) -> RankPlan:
+    """The plan with the relative error of every low-rank layer's outputs, each alone at the dense layer's inputs, where
+    tokens count.
 
-    dense, small: the model before and after. batches, tokenizer: see `as_batches`. Raises ValueError if a layer of the
-    plan is missing from either.
+    dense, small: the model before and after. batches, tokenizer, mask, forward: see `as_batches`. Raises ValueError if
+    a layer of the plan is missing from either.
     """
     twins, sums = {}, {}
     for layer in plan.low_rank:
@@ -35,9 +38,14 @@ def measured(plan: RankPlan, dense: nn.Module, small: nn.Module, batches: Iterab
         if target(original) is not None and isinstance(twin, LED | CED):
             twins[layer.fqn] = (original, twin)
             sums[layer.fqn] = _Sums(original.bias is not None)
-    hooks = ((original, partial(_compare, twin, sums[fqn])) for fqn, (original, twin) in twins.items())
+    batches = bound(as_batches(batches, tokenizer, mask, forward=forward), dense)
+    masking = Masking(dense, {fqn: original for fqn, (original, _) in twins.items()})
+    hooks = [*masking.hooks(), *((original, partial(_compare, twin, sums[fqn], partial(masking.call, fqn)))
+                                 for fqn, (original, twin) in twins.items())]
+    masking.prepare(batches)
     with in_eval_mode(dense, small), hooked(hooks):
-        for batch in track(as_batches(batches, tokenizer), "measuring"):
+        for batch in track(batches, "measuring"):
+            masking.begin(batch)
             batch.call(dense)
     seen = {fqn: found.relative for fqn, found in sums.items() if found.tokens}
     return replace(plan, layers=tuple(replace(x, measured=seen.get(x.fqn)) for x in plan))
@@ -55,9 +63,11 @@ class _Sums:
         return (self.error / spread) ** 0.5 if spread > 0 else 0.0
 
 
-def _compare(twin: nn.Module, sums: _Sums, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-    vectors = target(module).tokens
-    y, answer = (vectors(t).float().flatten(0, -2) for t in (output, twin(*args, **kwargs)))
+def _compare(twin: nn.Module, sums: _Sums, next_mask: Callable[[], MaskOfCall], module: nn.Module, args: tuple,
+             kwargs: dict, output: Tensor) -> None:
+    y, answer = (target(module).tokens(t).float() for t in (output, twin(*args, **kwargs)))
+    counts = next_mask()(tuple(y.shape[:-1]))
+    y, answer = (t.flatten(0, -2) if counts is None else t.flatten(0, -2)[counts.to(t.device)] for t in (y, answer))
     sums.tokens += len(y)
     sums.error += (answer - y).square().sum().item()
     sums.energy += y.square().sum().item()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from .batches import Batch
 from .hooks import hooked, in_eval_mode, input_of
+from .progress import track
+from .streams import Masking
 from .surgery import Site
 from .targets import target
 
@@ -27,14 +29,42 @@ class Group:
     of_inputs: bool
 
 
-def plan_passes(model: nn.Module, sites: list[Site], batches: list[Batch], gradients: bool,
-                max_memory: int) -> tuple[list[list[Group]], list[str]]:
-    """The layers in groups that share an input, in the order of execution, split so that the moments of each part fit
-    into `max_memory` bytes (of a single group, whatever it needs); and the layers that the first batch does not reach.
-    """
-    shared, tokens = shared_inputs(model, sites, batches[0])
-    groups = [group for sites in shared for group in _sided(sites)]
-    spilled = 1 if tokens * len(batches) < ROWS_IN_FLOAT32 else 3  # a float64 sum beside the float32 one
+class Inputs:
+    """Tensors that layers are called with, known again while they live and nothing changes them in place."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[weakref.ref, int]] = []
+        self.count = 0
+
+    def number(self, x: Tensor) -> int:
+        """The same number for the same tensor, a new one for a new one."""
+        version = 0 if x.is_inference() else x._version  # how often it was changed in place
+        alive = [(n, ref, at) for n, ref, at in self._seen if ref() is not None]
+        if (known := next((n for n, ref, at in alive if ref() is x and at == version), None)) is None:
+            known, self.count = self.count, self.count + 1
+            alive.append((known, weakref.ref(x), version))
+        self._seen = alive
+        return known
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What all the data looks like from the layers: `shared`, those that every call gave the same inputs together, in
+    the order of execution; `calls`, how many each had in every batch; `rows`, how many the layer that saw most saw in
+    all; `unseen`, those that saw none."""
+
+    shared: list[list[str]]
+    calls: dict[str, list[int]]
+    rows: int
+    unseen: list[str]
+
+
+def plan_passes(sites: list[Site], survey: Survey, gradients: bool, max_memory: int) -> list[list[Group]]:
+    """The layers in groups that share their inputs, in the order of execution, split so that the moments of each part
+    fit into `max_memory` bytes (of a single group, whatever it needs)."""
+    by_name = {site.fqn: site for site in sites}
+    groups = [group for names in survey.shared for group in _sided([by_name[name] for name in names])]
+    spilled = 1 if survey.rows < ROWS_IN_FLOAT32 else 3  # a float64 sum beside the float32 one
     passes: list[list[Group]] = []
     free = 0
     for group in groups:
@@ -44,33 +74,43 @@ def plan_passes(model: nn.Module, sites: list[Site], batches: list[Batch], gradi
             free = max_memory
         passes[-1].append(group)
         free -= size
-    reached = {id(site) for sites in shared for site in sites}
-    return passes, [site.fqn for site in sites if id(site) not in reached]
+    return passes
 
 
-@torch.no_grad()
-def shared_inputs(model: nn.Module, sites: list[Site], batch: Batch) -> tuple[list[list[Site]], int]:
-    """The layers that one run reaches, in the order of execution, those with one input together; and the most tokens
-    that one of them sees."""
-    shared: list[tuple[weakref.ref, list[Site]]] = []  # an input, while it lives, and the layers that got it
-    seen: set[int] = set()
-    most = 0
+def survey(model: nn.Module, sites: list[Site], batches: list[Batch], masking: Masking,
+           others: Iterable[Site] = ()) -> Survey:
+    """Run all the batches, which are bound to the model, and look at what its layers are called with.
+
+    others: layers that are not asked about, whose shapes masks may have as well.
+    """
+    seen: dict[str, list[int]] = {}  # numbers of the inputs, in the order of the first calls
+    calls = {site.fqn: [0] * len(batches) for site in sites}
+    rows, inputs = dict.fromkeys(calls, 0), Inputs()
 
     def note(site: Site, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        nonlocal most
-        most = max(most, target(module).tokens(output)[..., 0].numel())
-        if id(site) in seen:
-            return
-        seen.add(id(site))
-        x = input_of(args, kwargs)
-        if target(module).takes_vectors and (sharing := [group for ref, group in shared if ref() is x]):
-            sharing[0].append(site)
-        else:
-            shared.append((weakref.ref(x), [site]))
+        leading = tuple(target(module).tokens(output).shape[:-1])
+        mask = masking.call(site.fqn)(leading)
+        rows[site.fqn] += math.prod(leading) if mask is None else int(mask.sum())
+        calls[site.fqn][done] += 1
+        seen.setdefault(site.fqn, []).append(inputs.number(input_of(args, kwargs)))
 
-    with in_eval_mode(model), hooked((site.module, partial(note, site)) for site in sites):
-        batch.call(model)
-    return [sites for _, sites in shared], most
+    def match(site: Site, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        masking.call(site.fqn)(tuple(target(module).tokens(output).shape[:-1]))
+
+    hooks = [*masking.hooks(), *((site.module, partial(note, site)) for site in sites),
+             *((site.module, partial(match, site)) for site in others)]
+    masking.prepare(batches)
+    with in_eval_mode(model), hooked(hooks):
+        for done, batch in enumerate(track(batches, "looking at the data")):  # noqa: B007 (note reads it)
+            masking.begin(batch)
+            batch.call(model)
+    shared: dict[object, list[str]] = {}
+    vectors = {site.fqn for site in sites if target(site.module).takes_vectors}
+    for name, numbers in seen.items():
+        if rows[name]:
+            shared.setdefault(tuple(numbers) if name in vectors else name, []).append(name)
+    unseen = [name for name, n in rows.items() if not n]
+    return Survey(list(shared.values()), calls, max(rows.values(), default=0), unseen)
 
 
 def _sided(sites: list[Site]) -> list[Group]:

@@ -15,7 +15,8 @@ import shrank
 from shrank import Budget, RankPlan, auto_fact, calibrate, make_plan
 from shrank.anchored import _stages, apply_anchored
 from shrank.batches import as_batches
-from shrank.passes import shared_inputs
+from shrank.passes import survey
+from shrank.streams import Masking
 from shrank.surgery import walk
 from tests.common.models import (
     HF_MODELS,
@@ -77,8 +78,10 @@ def test_full_rank_is_exact() -> None:
 
 def test_layers_are_taken_block_by_block_in_the_order_of_execution() -> None:
     def stages(model: nn.Module, call: object) -> list[list[str]]:
-        sites = [s for s in walk(model) if isinstance(s.module, nn.Linear)]
-        found = _stages(model, shared_inputs(model, sites, as_batches([call])[0])[0])
+        sites = {s.fqn: s for s in walk(model) if isinstance(s.module, nn.Linear)}
+        masking = Masking(model, {name: site.module for name, site in sites.items()})
+        shared = survey(model, list(sites.values()), as_batches([call]), masking).shared
+        found = _stages(model, [[sites[name] for name in names] for names in shared])
         return [sorted(site.fqn for sharing in stage for site in sharing) for stage in found]
 
     bert = hf_model("bert")
@@ -97,9 +100,7 @@ def test_runs_end_where_nothing_is_left_to_see() -> None:
     found = calibrate(model, batches)
     model[3].register_forward_hook(lambda *_: calls.append(1))
     apply_anchored(model, plan, batches, found)
-    # Once to see who shares an input; then in each of four stages both models with the first batch, and with the two
-    # others only where the last layer is to be seen.
-    assert len(calls) == 1 + 2 * 4 + 2 * 2
+    assert len(calls) == 3 + 2 * 3  # to see who shares an input; then both models only where the layer is to be seen
 
 
 def test_a_layer_used_twice() -> None:
@@ -124,6 +125,72 @@ def test_layers_that_see_other_tokens_now_are_fitted_alone_and_named() -> None:
     with pytest.warns(UserWarning, match="not anchored, as the dense model calls them otherwise: second"):
         small = auto_fact(seeded(Routed), 4, calibrate=[draw(ROWS, WIDTH)], anchored=True)
     assert small.shrank_plan["second"].rank == 4
+
+
+class Repeated(nn.Module):
+    """A layer that runs as often as there are rows, the second layer only on batches of more than two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = [self.first(row[None]) for row in x]
+        return torch.cat([self.second(torch.tanh(row)) for row in rows] if len(rows) > 2 else rows)
+
+
+def test_every_call_of_every_batch_is_anchored(monkeypatch) -> None:
+    anchored, found = importlib.import_module("shrank.anchored"), {}
+    observe = anchored._observed
+    monkeypatch.setattr(anchored, "_observed", lambda *args: found.update(seen := observe(*args)) or seen)
+    model, calls = seeded(Repeated), [draw(2, WIDTH), draw(5, WIDTH) + 1, draw(3, WIDTH) * 2, draw(1, WIDTH)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*fewer than 10 tokens")
+        small = auto_fact(copy.deepcopy(model), 4, calibrate=calls, anchored=1.0, loss=False)
+    inputs = {"first": torch.cat(calls), "second": torch.tanh(small.first(torch.cat([calls[i] for i in (1, 2)])))}
+    dense = torch.cat([torch.tanh(model.first(calls[i])) for i in (1, 2)]).detach().double()
+    for name, seen in inputs.items():
+        x, got = seen.detach().double(), found[name]
+        assert got.of_inputs and got.tokens == len(x)
+        assert_close(got.data[0], x.T @ x / len(x))
+    assert_close(found["second"].anchor[0], dense.T @ x / len(x))
+
+
+class Loops(nn.Module):
+    """The second layer runs once for every row that the first sends to it."""
+
+    def __init__(self, sign: int) -> None:
+        super().__init__()
+        self.first, self.second, self.sign = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), sign
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return torch.cat([h, *(self.second(row[None]) for row in h if self.sign * row[0] > 0)])
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_layers_that_run_more_or_less_often_now_are_named(sign: int, batches: int) -> None:
+    model = seeded(lambda: Loops(sign))
+    with pytest.warns(UserWarning, match="not anchored, as the dense model calls them otherwise: second"):
+        small = auto_fact(copy.deepcopy(model), 1, calibrate=draw(200, WIDTH).chunk(batches), anchored=True)
+    assert len(small(draw(200, WIDTH))) != len(model(draw(200, WIDTH)))
+
+
+def test_padding_is_not_anchored() -> None:
+    model = hf_model("bert")
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[1, 3:] = 0
+    inputs = {"input_ids": hf_inputs(model)["input_ids"], "attention_mask": mask}
+    changed = inputs | {"input_ids": torch.where(mask == 0, 5, inputs["input_ids"])}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fewer than 10 tokens")
+        one, other = (auto_fact(hf_model("bert"), 4, calibrate=[x], anchored=True, loss=False)
+                      for x in (inputs, changed))
+    layer = "bert.encoder.layer.1.output.dense"
+    assert_close(one.get_submodule(layer).up @ one.get_submodule(layer).down,
+                 other.get_submodule(layer).up @ other.get_submodule(layer).down)
 
 
 def test_what_is_not_finite_behind_compressed_layers_stays_dense() -> None:

@@ -44,6 +44,42 @@ def test_a_model_agrees_with_itself_and_not_with_another() -> None:
     assert apart.to_dict()["divergence"] == apart.divergence
 
 
+class Padded(nn.Module):
+    """A language model whose vocabulary has more places than tokens."""
+
+    def __init__(self, model: nn.Module, value: float, first: int = VOCAB - 4) -> None:
+        super().__init__()
+        self.model, self.value, self.first = model, value, first
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        logits = self.model(input_ids=input_ids).logits.clone()
+        logits[..., self.first :] = self.value
+        return logits
+
+
+class FewLetters(Letters):
+    def __call__(self, text: str, return_tensors: str, truncation: bool) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([[2 + ord(c) % (VOCAB - 8) for c in text]])}
+
+
+def test_places_without_tokens_do_not_count() -> None:
+    model, other = hf_model("llama"), hf_model("gpt2")
+    far, none = (evaluate(Padded(other, value), FewLetters(), TEXTS, Padded(model, value), window=10)
+                 for value in (-1e4, -math.inf))
+    assert none.divergence == pytest.approx(far.divergence, rel=1e-5) and none.divergence > 0
+    assert none.perplexity == pytest.approx(far.perplexity, rel=1e-5) and none.agreement == far.agreement
+    with pytest.raises(ValueError, match=r"window 0: the model's logits are -inf where .* token 60 in row 0"):
+        evaluate(Padded(other, -math.inf), FewLetters(), TEXTS, model, window=10)
+    with pytest.raises(ValueError, match="window 0: the dense model's logits hold NaN"):
+        evaluate(other, FewLetters(), TEXTS, Padded(model, math.nan), window=10)
+
+
+@pytest.mark.parametrize("options", [{"window": 1}, {"window": 10, "limit": 0}])
+def test_nothing_to_predict_is_an_error(options: dict) -> None:
+    with pytest.raises(ValueError, match="window must be at least 2 and limit at least 1"):
+        evaluate(hf_model("llama"), Letters(), TEXTS, **options)
+
+
 def test_bad_input_is_named() -> None:
     model = hf_model("llama")
     with pytest.raises(ValueError, match="fewer than one window of 512"):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.modeling_outputs import CausalLMOutput
 
 from shrank import auto_fact, heal
 from shrank.batches import as_batches
-from shrank.distillation import common_blocks, distance
+from shrank.distillation import common_blocks, distance, masking_of_blocks
 from shrank.losses import NextToken
-from tests.common.models import WIDTH, assert_untouched, draw, fingerprint, hf_model, mlp, tokens
+from tests.common.models import WIDTH, assert_untouched, draw, fingerprint, hf_model, mlp, seeded, tokens
 
 
 def pair(build=mlp, rank: int = 4) -> tuple[nn.Module, nn.Module]:
@@ -61,7 +63,7 @@ def test_the_best_weights_are_kept() -> None:
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     student, teacher = pair()
     heal(student, teacher, data(), steps=30, learning_rate=1e-2, held_out=held, evaluate_every=10)
-    blocks = common_blocks(student, teacher)
+    blocks = masking_of_blocks(student, teacher, [])
     now = sum(distance(student, teacher, b, blocks, 1.0).item() for b in as_batches(held)) / 3
     assert now == pytest.approx(student.shrank_healing.after, rel=1e-5)
 
@@ -148,7 +150,7 @@ def test_padding_does_not_count() -> None:
     mask[1, 6:] = 0
     changed = ids.clone()
     changed[1, 6:] = 5
-    blocks = common_blocks(student, teacher)
+    blocks = masking_of_blocks(student, teacher, [])
     losses = [distance(student, teacher, as_batches([{"input_ids": i, "attention_mask": mask}])[0], blocks, 1.0).item()
               for i in (ids, changed)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -157,7 +159,8 @@ def test_padding_does_not_count() -> None:
 def test_blocks_are_found_in_both_models() -> None:
     student, teacher = pair(llama)
     assert {"model.layers.0", "model.layers.1"} <= set(common_blocks(student, teacher))
-    assert distance(teacher, teacher, as_batches(texts(1))[0], common_blocks(teacher, teacher), 1.0).item() < 1e-9
+    blocks = masking_of_blocks(teacher, teacher, [])
+    assert distance(teacher, teacher, as_batches(texts(1))[0], blocks, 1.0).item() < 1e-9
 
 
 def test_pivots_heal_as_plain_factors_do() -> None:
@@ -177,10 +180,93 @@ def test_a_loss_that_is_not_finite_is_an_error_and_loses_nothing() -> None:
     student, teacher = pair()
     before, bad = state(student), data()
     bad = [torch.full_like(b, float("inf")) for b in bad]
-    with pytest.raises(RuntimeError, match="step 0: the loss is"):
+    with pytest.raises(RuntimeError, match=r"step 0, batch \d+: the dense model's outputs hold NaN"):
         heal(student, teacher, bad, held_out=data(2), steps=4)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in student.parameters())
+
+
+class Padded(nn.Module):
+    """A language model whose vocabulary has more places than tokens, and perhaps one more for the student."""
+
+    def __init__(self, first: int = 60, value: float = -torch.inf) -> None:
+        super().__init__()
+        self.embedding, self.layer, self.head = nn.Embedding(64, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 64)
+        self.first, self.value = first, value
+
+    def forward(self, input_ids: torch.Tensor) -> CausalLMOutput:
+        logits = self.head(torch.tanh(self.layer(self.embedding(input_ids))))
+        logits[..., self.first :] = self.value
+        return CausalLMOutput(logits=logits)
+
+
+def test_places_without_tokens_heal_as_places_with_hardly_any_share() -> None:
+    healed = []
+    for value in (-torch.inf, -1e4):
+        student, teacher = pair(lambda value=value: seeded(lambda: Padded(value=value)))
+        possible = [{"input_ids": x["input_ids"] % 60} for x in texts()]
+        heal(student, teacher, possible, steps=8, learning_rate=1e-3, evaluate_every=4, loss="lm")
+        healed.append(student.shrank_healing)
+    curves = [[loss for _, loss in done.curve] for done in healed]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4) and healed[0].after < healed[0].before
+
+
+@pytest.mark.parametrize("model, other, says", [
+    (0, {"first": 50}, r"step 0, held-out batch \d+: the model's logits are -inf where .* for token 50 in row 0"),
+    (1, {"value": torch.nan}, r"step 0, held-out batch \d+: the dense model's logits hold NaN"),
+    (0, {"value": torch.inf}, r"step 0, held-out batch \d+: the model's logits hold NaN or \+inf"),
+])
+def test_what_cannot_be_compared_says_which_model_and_which_batch(model: int, other: dict, says: str) -> None:
+    student, teacher = pair(lambda: seeded(Padded))
+    before = state(student)
+    vars((student, teacher)[model]).update(other)
+    with pytest.raises(RuntimeError, match=says):
+        heal(student, teacher, texts(), steps=2)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    student, teacher = pair(lambda: seeded(Padded))
+    with pytest.raises(ValueError, match=r"checkpoint: this healing could not be known again: .* is a generator"):
+        heal(student, teacher, texts(), steps=2, checkpoint="never", loss=partial(needs_lines, (i for i in ())))
+
+
+def needs_lines(lines: object, output: object, batch: object) -> torch.Tensor:
+    return output.logits[..., 0].sum()
+
+
+def test_batches_of_padding_alone_and_labels_that_do_not_count_change_nothing() -> None:
+    batches = [x | {"attention_mask": torch.ones(2, 9, dtype=torch.long)} for x in texts()]
+    nothing = [x | {"attention_mask": torch.zeros(2, 9, dtype=torch.long)} for x in texts(1)]
+    nothing += [x | {"labels": torch.full((2, 9), -100)} for x in nothing]
+    student, teacher = pair(llama)
+    heal(student, teacher, batches + nothing, held_out=batches[:2] + nothing[:1], steps=20, learning_rate=1e-3,
+         evaluate_every=10, loss="lm")
+    assert student.shrank_healing.after < student.shrank_healing.before
+    masking = masking_of_blocks(student, teacher, [])
+    for item in nothing:
+        loss = distance(student, teacher, as_batches([item])[0], masking, 1.0, NextToken())
+        loss.backward()
+        assert loss.item() == 0
+
+
+def test_blocks_that_run_several_times_are_compared_call_by_call() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks[0](self.blocks[0](x))
+
+    student, teacher = pair(lambda: seeded(Twice))
+    batch, = as_batches([data()[0]])
+    found = distance(student, teacher, batch, masking_of_blocks(student, teacher, [batch]), 1.0)
+
+    def error(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x - y).square().sum() / y.square().sum()
+
+    once = [model.blocks[0](data()[0]) for model in (student, teacher)]
+    twice = [model.blocks[0](x) for model, x in zip((student, teacher), once, strict=True)]
+    wanted = error(*twice) + (error(*once) + error(*twice)) / 2
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("change, says", [

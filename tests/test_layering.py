@@ -9,14 +9,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "shrank"
 ROWS = {
-    "_native": 0, "batches": 0, "bench_plot": 0, "files": 0, "hooks": 0, "latency": 0, "linalg": 0, "media": 0,
-    "merged_weight": 0, "model_inputs": 0, "names": 0, "parallel": 0, "peft_hook": 0, "plain": 0, "processors": 0,
-    "progress": 0, "references": 0, "seal": 0, "spill": 0, "stages": 0, "timing": 0, "version": 0,
-    "data_files": 1, "losses": 1, "low_rank": 1, "ops": 1, "rank": 1, "report": 1, "roofline": 1, "schedule": 1,
-    "subclasses": 1, "tensor_file": 1, "token_batches": 1,
-    "ced": 2, "evaluate": 2, "explain_plain": 2, "file_batches": 2, "led": 2, "plan": 2,
-    "cli_common": 3, "explain": 3, "lora": 3, "lr_module": 3, "targets": 3,
-    "distillation": 4, "measure": 4, "saving": 4, "surgery": 4,
+    "_native": 0, "bench_plot": 0, "files": 0, "hooks": 0, "latency": 0, "linalg": 0, "masks": 0, "media": 0,
+    "merged_weight": 0, "model_inputs": 0, "names": 0, "nested": 0, "parallel": 0, "peft_hook": 0, "plain": 0,
+    "processors": 0, "progress": 0, "references": 0, "seal": 0, "spill": 0, "stages": 0, "timing": 0, "version": 0,
+    "data_files": 1, "fingerprint": 1, "low_rank": 1, "ops": 1, "rank": 1, "report": 1, "roofline": 1,
+    "subclasses": 1, "tensor_file": 1, "traits": 1,
+    "batches": 2, "ced": 2, "explain_plain": 2, "led": 2, "plan": 2,
+    "cli_common": 3, "explain": 3, "lora": 3, "losses": 3, "lr_module": 3, "schedule": 3, "streams": 3, "targets": 3,
+    "token_batches": 3,
+    "distillation": 4, "evaluate": 4, "file_batches": 4, "measure": 4, "saving": 4, "surgery": 4,
     "dense": 5, "diffusers_hook": 5, "fitting": 5, "layer_times": 5, "passes": 5, "transformers_hook": 5,
     "budget": 6, "collect": 6, "storage": 6,
     "calibration": 7, "heal": 7,
