@@ -1,6 +1,7 @@
 """What compressed models are worth at every size, against the published methods: benchmarks/results/quality_*.json.
 
     python -m benchmarks.quality [minilm smollm2 whisper crepe-full crepe-tiny]
+    python -m benchmarks.quality [...] --keep 0.6    # that column alone, printed and not stored
     python -m benchmarks.quality [...] --heal 300    # what as many steps of healing add to what was measured
     python -m benchmarks.quality [...] --cost     # of calibrate, plan and apply: seconds and memory, on a quiet machine
     python -m benchmarks.quality [...] --table    # of what was measured
@@ -16,7 +17,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -108,6 +109,14 @@ def steps(calibration: Calibration, without: Calibration) -> dict[str, Callable[
         "+ pivots": partial(spent, viewed(WithoutBias), "auto"),
         f"+ bias = {OURS}": partial(spent, calibration, "auto"),
     }
+
+
+def column(study: Study, keep: float) -> Study:
+    """The study at one keep; ValueError if it measures nothing there."""
+    if keep not in study.keeps:
+        raise ValueError(f"the study measures at keep {', '.join(map(str, study.keeps))}, not at {keep}")
+    at = {name: tuple(x for x in getattr(study, name) if x == keep) for name in ("keeps", "steps_at", "anchored_at")}
+    return replace(study, **at)
 
 
 def rows(study: Study) -> Iterator[dict]:
@@ -232,12 +241,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=list(STUDIES), metavar="TASK")
     parser.add_argument("--heal", type=int, metavar="STEPS", help="measure healing alone")
+    parser.add_argument("--keep", type=float, help="measure this keep alone and store nothing")
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--cost", action="store_true", help="measure time and memory alone")
     parser.add_argument("--table", action="store_true", help="print the stored results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for name in arguments.tasks:
+        if arguments.keep:
+            for row in rows(column(STUDIES[name], arguments.keep)):
+                print(json.dumps(row), flush=True)
+            continue
         path = RESULTS / f"quality_{name}.json"
         results = json.loads(path.read_text()) if path.exists() else {}
         if arguments.cost:
