@@ -16,6 +16,8 @@ from .planning.make_plan import make_plan
 from .planning.options import PlanOptions
 from .planning.plan import LayerPlan, RankPlan
 from .planning.rank import Energy, Fraction
+from .reporting.drawings import figures
+from .reporting.page import report
 from .saving import diffusers_hook as diffusers_hook
 from .saving import safetensors_hook as safetensors_hook
 from .saving import transformers_hook as transformers_hook
@@ -40,6 +42,7 @@ __all__ = [
            "backend",
            "calibrate",
            "describe",
+           "figures",
            "heal",
            "load",
            "low_rank_conv",
@@ -47,6 +50,7 @@ __all__ = [
            "make_plan",
            "measured",
            "merge",
+           "report",
            "save",
            "treat_as_base",
            "why_not",

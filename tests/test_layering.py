@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "shrank"
 # Each may import from those before it; docs/architecture.md says what each is for.
-ROOMS = ["util", "linalg", "ops", "layers", "model", "calibration", "data", "planning", "compression", "healing", "saving",
-         "measuring", "cli"]
+ROOMS = ["util", "linalg", "ops", "layers", "model", "calibration", "data", "planning", "compression", "healing",
+         "saving", "measuring", "reporting", "cli"]
 FRONT = {"__init__", "__main__", "lr_module", "version"}  # files beside the rooms; all rooms may ask for the version
 FILES = sorted(ROOT.rglob("*.py"))
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}

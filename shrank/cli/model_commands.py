@@ -21,6 +21,8 @@ from ..measuring.layer_errors import measured
 from ..planning.make_plan import eligible, make_plan
 from ..planning.options import PlanOptions
 from ..planning.plan import RankPlan
+from ..planning.tables import table
+from ..reporting.page import report as write_page
 from ..saving.checkpoint import inspect_file
 from ..saving.folders import transformer_folder
 from ..util.files import size_on_disk
@@ -86,8 +88,8 @@ def plan(source: Source, rank: Rank = None, keep: Keep = None, energy: EnergyOpt
         if save:
             made.save(save)
         if report:
-            made.report(report)
-    show(made.to_dict(), made.table(), as_json, made.summary)
+            write_page(made, report)
+    show(made.to_dict(), table(made), as_json, made.summary)
     require_layers(made)
 
 
@@ -126,10 +128,10 @@ def compress(source: Source, out: Out, rank: Rank = None, keep: Keep = None, ene
         done = model.shrank_plan
         if report:
             done = measured(done, dense, model, batches[:8]) if dense is not None else done
-            done.report(report)
+            write_page(done, report)
         save_model(model, source, out)
     healing = f"\n{_told(model)}" if heal else ""
-    show({**done.to_dict(), "bytes": size_on_disk(out)}, done.table(), as_json,
+    show({**done.to_dict(), "bytes": size_on_disk(out)}, table(done), as_json,
          f"{done.summary}{healing}\nwrote {out}: {size_on_disk(out):,} bytes")
 
 
@@ -169,7 +171,7 @@ def inspect(path: Annotated[Path, typer.Argument(help="Folder or .safetensors fi
         else:
             found, problems = inspect_file(path)
     facts = {"path": str(path), "bytes": size_on_disk(path), "problems": problems, **found.to_dict()}
-    show(facts, found.table(), as_json, f"{found.summary}\n{path}: {facts['bytes']:,} bytes")
+    show(facts, table(found), as_json, f"{found.summary}\n{path}: {facts['bytes']:,} bytes")
     if problems:
         fail("; ".join(problems), DAMAGED)
 
