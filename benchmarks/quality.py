@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +29,9 @@ from benchmarks import baselines
 from benchmarks.models import THREADS
 from benchmarks.provenance import provenance
 from benchmarks.tasks import Crepe, MiniLM, SmolLM2, Task, Whisper
-from shrank import Budget, Calibration
+from shrank import Budget, Calibration, LayerStatistics, Metric
 from shrank.calibration.batches import Batch, as_batches
 from shrank.compression.anchored import apply_anchored
-from shrank.linalg import Metric, weighted
-from shrank.planning import budget
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "shrank"
@@ -60,54 +57,58 @@ STUDIES = {
 }
 
 
-class OneSided(Calibration):
+class View(LayerStatistics):
+    """What a calibration found, without the means that biases could make up for."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self._calibration = calibration
+
+    def __contains__(self, fqn: str) -> bool:
+        return fqn in self._calibration
+
+    @property
+    def has_gradients(self) -> bool:
+        return self._calibration.has_gradients
+
+    def tokens(self, fqn: str) -> int:
+        return self._calibration.tokens(fqn)
+
+    def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
+        return self._calibration.metric(fqn, matrices, centred=False)
+
+
+class WithoutBias(View):
+    """Two-sided errors, without bias correction."""
+
+
+class OneSided(View):
     """Errors of the outputs, of which gradients only say what each layer's are worth: its mean gradient energy."""
 
     def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
-        found = super().metric(fqn, matrices, centred=False)
-        if found is None or found.gradient is None:
-            return found
+        full = super().metric(fqn, matrices, centred)
+        if full is None or full.gradient is None:
+            return full
         W = matrices.double()
-        neutral = W.mT @ W if found.on_inputs else torch.eye(W.shape[1]).double()
-        energy = found.gradient[0].trace() / neutral.diagonal(dim1=-2, dim2=-1).sum()
-        return Metric(found.data, (energy * neutral).expand_as(found.gradient), found.on_inputs, None)
-
-
-class WithoutBias(Calibration):
-    def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
-        return super().metric(fqn, matrices, centred=False)
-
-
-def _never_dense(candidate, spent, options):
-    choices = _all_choices(candidate, spent, options)
-    return {rank: choice for rank, choice in choices.items() if rank is not None} or choices
-
-
-_all_choices = budget._choices
+        neutral = W.mT @ W if full.on_inputs else torch.eye(W.shape[1]).double()
+        energy = full.gradient[0].trace() / neutral.diagonal(dim1=-2, dim2=-1).sum()
+        return Metric(full.data, (energy * neutral).expand_as(full.gradient), full.on_inputs, None)
 
 
 def steps(calibration: Calibration, without: Calibration) -> dict[str, Callable[[nn.Module, float], nn.Module]]:
     """What each step adds, from the first to all of them: from a dense model and a keep to a compressed one."""
 
-    def viewed(kind: type[Calibration]) -> Calibration:
-        other = kind.__new__(kind)
-        vars(other).update(vars(calibration))
-        return other
+    def spent(seen: LayerStatistics, model: nn.Module, keep: float, **options: object) -> nn.Module:
+        plan = shrank.make_plan(model, Budget(keep_params=keep), calibration=seen, **options)
+        return shrank.apply(model, plan, seen)
 
-    def spent(seen: Calibration, pivot: bool | str, model: nn.Module, keep: float) -> nn.Module:
-        return shrank.auto_fact(model, Budget(keep_params=keep), calibrate=seen, pivot=pivot)
-
-    def never_dense(model: nn.Module, keep: float) -> nn.Module:
-        with patch.object(budget, "_choices", _never_dense):
-            return spent(viewed(OneSided), False, model, keep)
-
+    one_sided, without_bias = OneSided(calibration), WithoutBias(calibration)
     return {
         "whitening": lambda model, keep: shrank.auto_fact(model, shrank.Fraction(keep), calibrate=without),
-        "+ ranks by gradient energy": never_dense,
-        "+ dense option": partial(spent, viewed(OneSided), False),
-        "+ two-sided": partial(spent, viewed(WithoutBias), False),
-        "+ pivots": partial(spent, viewed(WithoutBias), "auto"),
-        f"+ bias = {OURS}": partial(spent, calibration, "auto"),
+        "+ ranks by gradient energy": partial(spent, one_sided, pivot=False, allow_dense=False),
+        "+ dense option": partial(spent, one_sided, pivot=False),
+        "+ two-sided": partial(spent, without_bias, pivot=False),
+        "+ pivots": partial(spent, without_bias),
+        f"+ bias = {OURS}": partial(spent, calibration),
     }
 
 
@@ -185,10 +186,13 @@ def healed_rows(study: Study, steps: int) -> Iterator[dict]:
 
 def _halved(task: Task, dense: nn.Module, calibration: Calibration, keep: float = 0.8) -> Iterator[dict]:
     """The model in bfloat16, with and without the fit of one factor to the other's rounding."""
-    for method, rounded in (("bf16, factors rounded", lambda up, down, dtype: (up.to(dtype), down.to(dtype))),
-                            (f"bf16, refitted = {OURS}", weighted.rounded)):
-        with patch.object(weighted, "rounded", rounded):
-            small = shrank.auto_fact(copy.deepcopy(dense).bfloat16(), Budget(keep_params=keep), calibrate=calibration)
+
+    def compressed(model: nn.Module) -> nn.Module:
+        return shrank.auto_fact(model, Budget(keep_params=keep), calibrate=calibration)
+
+    halved = copy.deepcopy(dense).bfloat16()
+    for method, small in (("bf16, factors rounded", compressed(copy.deepcopy(halved).float()).bfloat16()),
+                          (f"bf16, refitted = {OURS}", compressed(halved))):
         yield {"method": method, "keep": keep, **task.evaluate(small.float())}
 
 

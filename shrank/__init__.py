@@ -1,11 +1,13 @@
 """shrank: low-rank twins for the linear and convolution layers of any PyTorch model."""
 
 from .calibration.calibration import Calibration, calibrate
+from .calibration.metric_source import LayerStatistics, MetricSource
 from .compression.apply import apply, describe, merge
 from .compression.auto_fact import auto_fact
 from .healing.heal import heal
 from .layers.ced import CED
 from .layers.led import LED
+from .linalg import Metric
 from .measuring.layer_errors import measured
 from .model import peft_hook as peft_hook
 from .model.subclasses import treat_as_base
@@ -34,6 +36,9 @@ __all__ = [
            "Fraction",
            "LatencyTable",
            "LayerPlan",
+           "LayerStatistics",
+           "Metric",
+           "MetricSource",
            "PlanOptions",
            "RankPlan",
            "__version__",

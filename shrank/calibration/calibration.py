@@ -27,6 +27,7 @@ from ..util.progress import track
 from .activation_files import saved_on_disk
 from .batches import Batch, Forward, MaskFunction, as_batches, bound
 from .losses import Loss, as_loss
+from .metric_source import LayerStatistics
 from .observer import Accumulator
 from .sharing import Survey, plan_passes, survey
 from .streams import Masking, warn_of_masks_that_fit_nothing
@@ -34,7 +35,7 @@ from .streams import Masking, warn_of_masks_that_fit_nothing
 FORMAT = 2
 
 
-class Calibration:
+class Calibration(LayerStatistics):
     """Moments by layer name, kept in files of a folder, one for every pass over the data; read when asked for.
 
     unseen: layers that saw no data. reached: whether gradients came to any layer.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..calibration.batches import Batch, bound
 from ..calibration.calibration import Calibration
+from ..calibration.metric_source import MetricSource
 from ..calibration.observer import Observed
 from ..calibration.sharing import Group, survey
 from ..calibration.streams import Masking
@@ -66,8 +67,8 @@ def apply_anchored(model: nn.Module, plan: RankPlan, batches: list[Batch], calib
     return finish(model, **{PLAN_ATTRIBUTE: replace(plan, layers=tuple(done[layer.fqn] for layer in plan))})
 
 
-class _Anchored:
-    """What `apply` asks of a calibration, from the moments of one stage."""
+class _Anchored(MetricSource):
+    """A calibration, of whose layers those of one block see something else now."""
 
     def __init__(self, calibration: Calibration, moments: dict[str, Moments]) -> None:
         self._calibration, self._moments = calibration, moments
@@ -153,7 +154,7 @@ def _run(model: nn.Module, batch: Batch, hooks: dict[str, Callable], enough: int
 
 
 def _applied(model: nn.Module, plan: RankPlan, names: set[str],
-             calibration: Calibration | _Anchored) -> tuple[nn.Module, dict[str, LayerPlan]]:
+             calibration: MetricSource) -> tuple[nn.Module, dict[str, LayerPlan]]:
     """The model with these layers of the plan replaced, and what became of them."""
     model = apply(model, replace(plan, layers=tuple(x for x in plan if x.fqn in names)), calibration)
     return model, {layer.fqn: layer for layer in getattr(model, PLAN_ATTRIBUTE)}

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..calibration.calibration import Calibration
+from ..calibration.metric_source import MetricSource, metric_of
 from ..linalg import FactorizationError, factorize, factorize_weighted, pivoted
 from ..model import surgery
 from ..model.adapters import LOW_RANK, target, why_not, with_groups
@@ -27,7 +27,7 @@ _log = logging.getLogger("shrank")
 
 @torch.inference_mode(False)  # its results must stay trainable wherever it is called
 @torch.no_grad()
-def apply(model: nn.Module, plan: RankPlan, calibration: Calibration | None = None) -> nn.Module:
+def apply(model: nn.Module, plan: RankPlan, calibration: MetricSource | None = None) -> nn.Module:
     """Replace the planned layers in place, initialised from their weights, and return the root.
 
     calibration: what `calibrate` found of this model; the factors are then those that keep the layers' outputs best on
@@ -94,7 +94,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def _twins(jobs: list[tuple[Site, LayerPlan]],
-           calibration: Calibration | None) -> Iterator[tuple[Site, LayerPlan, nn.Module | None]]:
+           calibration: MetricSource | None) -> Iterator[tuple[Site, LayerPlan, nn.Module | None]]:
     """What shall stand in for each layer, in order, with the plan as it came out; None where it cannot be factorised.
 
     Takes the layers off `jobs`, so that nobody holds one that was replaced.
@@ -105,17 +105,17 @@ def _twins(jobs: list[tuple[Site, LayerPlan]],
 
 
 @torch.no_grad()
-def _twin(calibration: Calibration | None,
+def _twin(calibration: MetricSource | None,
           job: tuple[Site, LayerPlan]) -> tuple[Site, LayerPlan, nn.Module | None]:
     (site, layer), bias = job, job[0].module.bias
-    found = target(site.module)
-    matrices, rank = found.matrices(layer.shape), layer.rank // layer.shape.down_groups
+    adapter = target(site.module)
+    matrices, rank = adapter.matrices(layer.shape), layer.rank // layer.shape.down_groups
     try:
-        metric = None if calibration is None else calibration.metric(site.fqn, matrices, bias is not None)
+        metric = metric_of(calibration, site, matrices)
         factors = factorize(matrices, rank) if metric is None else factorize_weighted(matrices, metric, rank)
     except FactorizationError as error:
         return site, replace(layer, rank=None, error=None, reason=str(error)), None
-    twin = found.twin(layer.rank, layer.shape)
+    twin = adapter.twin(layer.rank, layer.shape)
     twin.take(pivoted(factors) if layer.shape.pivoted else factors,
               bias if factors.shift is None else _shifted(bias, factors.shift))
     return site, replace(layer, error=factors.relative_error), twin

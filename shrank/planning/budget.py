@@ -109,10 +109,10 @@ class _Choice:
 
 
 def spend(budget: Budget, candidates: list[Candidate], fixed: list[LayerPlan], options: PlanOptions,
-          weighed: bool) -> tuple[list[LayerPlan], TradeOff]:
+          weighted: bool) -> tuple[list[LayerPlan], TradeOff]:
     """The candidates with ranks, and the trade-off that there was.
 
-    fixed: layers whose ranks others decided, paid from the same budget. weighed: errors of different layers add up;
+    fixed: layers whose ranks others decided, paid from the same budget. weighted: errors of different layers add up;
     else every layer keeps the same share, which no measure of its own beats (README, what each step buys).
     """
     if not candidates:
@@ -122,7 +122,7 @@ def spend(budget: Budget, candidates: list[Candidate], fixed: list[LayerPlan], o
         return [_within(x, choices[x.site.fqn], budget.max_error) for x in candidates], TradeOff()
     items = [[x for x in candidates if x.site.fqn in names] for names in _tied(budget, candidates)]
     costs = _Costs(budget, {x.site.fqn: x.tokens for x in candidates})
-    problems = [_options(item, choices, costs, weighed) for item in items]
+    problems = [_options(item, choices, costs, weighted) for item in items]
     dense = sum(costs.of(x, None, x.shape) for x in (*(x.draft for x in candidates), *fixed))
     paid = sum(costs.of(x, x.rank, x.shape) for x in fixed)
     keep = budget.keep_params or budget.keep_flops or budget.keep_latency
@@ -130,7 +130,7 @@ def spend(budget: Budget, candidates: list[Candidate], fixed: list[LayerPlan], o
     planned = []
     for item, (_, common), chosen in zip(items, problems, found.chosen, strict=True):
         planned += [_decided(x, choices[x.site.fqn][common[chosen]]) for x in item]
-    whole = sum(_error_of_nothing(x, weighed) for x in candidates)
+    whole = sum(_error_of_nothing(x, weighted) for x in candidates)
     points = _thinned(frontier([options for options, _ in problems]))
     curve, spent = ([((p.cost + paid) / dense, p.error / (whole or 1.0)) for p in part] for part in (points, [found]))
     return planned, TradeOff(tuple(curve), spent[0])
@@ -155,9 +155,10 @@ class _Costs:
 
 
 def _choices(candidate: Candidate, budget: Budget, options: PlanOptions) -> dict[int | None, _Choice]:
-    """Every rank that the layer could have, by rank, and dense."""
+    """Every rank that the layer could have, by rank, and None, dense, where it may be or can be nothing else."""
     found, shape = target(candidate.site.module), candidate.draft.shape
-    choices: dict[int | None, _Choice] = {None: _Choice(None, shape)}
+    dense = {None: _Choice(None, shape)}
+    choices: dict[int | None, _Choice] = dict(dense) if options.allow_dense else {}
     multiple = math.lcm(options.round_to or (8 if shape.max_rank >= 128 else 1), shape.groups)
     pivots = options.pivot is True or (options.pivot == "auto" and not candidate.site.module.training
                                        and not candidate.site.module.weight.is_cuda)
@@ -176,32 +177,34 @@ def _choices(candidate: Candidate, budget: Budget, options: PlanOptions) -> dict
         grows = twin.low_rank_params(rank) + twin.index_size >= twin.dense_params
         if not grows and is_faster(rank, twin, found, options):
             choices[rank] = _Choice(rank, twin)
-    return choices
+    return choices or dense
 
 
 def _options(item: list[Candidate], choices: dict[str, dict[int | None, _Choice]], costs: _Costs,
-             weighed: bool) -> tuple[Options, list[int | None]]:
+             weighted: bool) -> tuple[Options, list[int | None]]:
     """What layers of one rank can be, with the ranks that all of them have."""
     own = [choices[x.site.fqn] for x in item]
     common = [rank for rank in own[0] if all(rank in other for other in own)]
     totals, errors = [], []
     for rank in common:
         totals.append(sum(costs.of(x.draft, rank, c[rank].shape) for x, c in zip(item, own, strict=True)))
-        errors.append(sum(_error(x, c[rank], weighed) for x, c in zip(item, own, strict=True)))
+        errors.append(sum(_error(x, c[rank], weighted) for x, c in zip(item, own, strict=True)))
     return Options(totals, errors), common
 
 
-def _error(candidate: Candidate, choice: _Choice, weighed: bool) -> float:
-    if weighed:
+def _error(candidate: Candidate, choice: _Choice, weighted: bool) -> float:
+    if weighted:
         return candidate.tail(choice.rank) * _weight(candidate)
     size = choice.shape.dense_params
     return 0.0 if choice.rank is None else size * (1 - choice.shape.low_rank_params(choice.rank) / size) ** 2
 
 
 def _within(candidate: Candidate, choices: dict[int | None, _Choice], max_error: float) -> LayerPlan:
-    """The layer at its smallest rank of at most this error."""
-    ranks = [rank for rank in choices if rank is not None and candidate.relative_error(rank) <= max_error]
-    return _decided(candidate, choices[min(ranks, default=None)])
+    """The layer at its smallest rank of at most this error; where it has none, dense, or at its largest rank."""
+    ranks = [rank for rank in choices if rank is not None]
+    within = [rank for rank in ranks if candidate.relative_error(rank) <= max_error]
+    otherwise = None if None in choices else max(ranks)
+    return _decided(candidate, choices[min(within, default=otherwise)])
 
 
 def _decided(candidate: Candidate, choice: _Choice) -> LayerPlan:
@@ -233,8 +236,8 @@ def _tied(budget: Budget, candidates: list[Candidate]) -> list[set[str]]:
     return groups + [{fqn} for fqn in free]
 
 
-def _error_of_nothing(candidate: Candidate, weighed: bool) -> float:
-    return candidate.tails[0] * _weight(candidate) if weighed else candidate.draft.shape.dense_params
+def _error_of_nothing(candidate: Candidate, weighted: bool) -> float:
+    return candidate.tails[0] * _weight(candidate) if weighted else candidate.draft.shape.dense_params
 
 
 def _weight(candidate: Candidate) -> float:

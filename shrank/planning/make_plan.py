@@ -10,7 +10,7 @@ from numbers import Real
 
 from torch import Tensor, nn
 
-from ..calibration.calibration import Calibration
+from ..calibration.metric_source import LayerStatistics, metric_of
 from ..linalg import FactorizationError, Shape, energy_curve, spectrum, squared_errors
 from ..model.adapters import LOW_RANK, is_lazy, target
 from ..model.surgery import Site, count, is_unit, walk
@@ -24,12 +24,13 @@ from .rank import Fraction, Layer, RankRule, as_rule
 _PARAMETERS = ("model", "rank", "calibration")
 
 
-def make_plan(model: nn.Module, rank: object, *, calibration: Calibration | None = None, **options: object) -> RankPlan:
+def make_plan(model: nn.Module, rank: object, *, calibration: LayerStatistics | None = None,
+              **options: object) -> RankPlan:
     """Decide the rank of every layer of `model`, which is not changed.
 
     rank: an int, a float in (0, 1), a rule such as Energy(0.9), a dict of glob pattern -> rule, a function
     (fqn, module) -> rank | None, or a Budget for all layers together. calibration: what `calibrate` found of the model;
-    errors are then those of the layers' outputs on that data, weighed by what they do to its loss, and a float is the
+    errors are then those of the layers' outputs on that data, weighted by what they do to its loss, and a float is the
     share that a Budget keeps (`Fraction` gives every layer the same). options: the fields of PlanOptions. Raises
     TypeError or ValueError on a bad rule.
     """
@@ -93,7 +94,7 @@ def _plan_layer(site: Site, draft: LayerPlan, rule: RankRule, options: PlanOptio
 
 
 def _planned_by_budget(sites: list[Site], drafts: list[LayerPlan], budget: Budget, options: PlanOptions,
-                       allowed: set[int] | None, calibration: Calibration | None,
+                       allowed: set[int] | None, calibration: LayerStatistics | None,
                        spectra: dict[str, Callable[[], Tensor]]) -> tuple[list[LayerPlan], TradeOff]:
     """Overridden layers by their rules, all other eligible ones by the budget."""
     layers, candidates, fixed = {draft.fqn: draft for draft in drafts}, [], []
@@ -121,12 +122,12 @@ def _planned_by_budget(sites: list[Site], drafts: list[LayerPlan], budget: Budge
     results = list(track(in_parallel(with_spectrum, candidates, workers), "spectra", total=len(candidates)))
     layers |= {x.fqn: x for x in results if isinstance(x, LayerPlan)}
     planned, trade_off = spend(budget, [x for x in results if isinstance(x, Candidate)], fixed, options,
-                               weighed=calibration is not None and calibration.has_gradients)
+                               weighted=calibration is not None and calibration.has_gradients)
     return list((layers | {layer.fqn: layer for layer in planned}).values()), trade_off
 
 
 def _with_errors(layers: list[LayerPlan], sites: dict[str, Site], spectra: dict[str, Callable[[], Tensor]],
-                 calibration: Calibration | None) -> list[LayerPlan]:
+                 calibration: LayerStatistics | None) -> list[LayerPlan]:
     """The layers with the error to expect at their ranks, or dense where their weights have no spectrum."""
 
     def with_error(layer: LayerPlan) -> LayerPlan:
@@ -145,12 +146,11 @@ def _with_errors(layers: list[LayerPlan], sites: dict[str, Site], spectra: dict[
     return list(track(in_parallel(with_error, layers, workers), "errors", total=len(layers)))
 
 
-def _spectrum(site: Site, calibration: Calibration | None, shape: Shape | None = None) -> Tensor:
+def _spectrum(site: Site, calibration: LayerStatistics | None, shape: Shape | None = None) -> Tensor:
     """Singular values of the weight, or in the norm of the calibration."""
-    found = target(site.module)
-    matrices = found.matrices(shape or found.shape())
-    centred = site.module.bias is not None
-    metric = None if calibration is None else calibration.metric(site.fqn, matrices, centred)
+    adapter = target(site.module)
+    matrices = adapter.matrices(shape or adapter.shape())
+    metric = metric_of(calibration, site, matrices)
     return spectrum(matrices) if metric is None else squared_errors(matrices, metric).sqrt()
 
 

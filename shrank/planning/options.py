@@ -29,7 +29,8 @@ class PlanOptions:
     kernels know plain factors only.
     min_features: layers whose smaller side is below stay dense. allow_growth: permit ranks that store more than the
     dense layer. allow_slower: permit convolutions that a CPU computes no faster than the dense layer, as allow_growth
-    does too. errors: compute the expected error of every layer.
+    does too. allow_dense: let a budget keep a layer dense that can be low-rank. errors: compute the expected
+    error of every layer.
     """
 
     groups_out: bool = False
@@ -44,6 +45,7 @@ class PlanOptions:
     min_features: int = 16
     allow_growth: bool = False
     allow_slower: bool = False
+    allow_dense: bool = True
     errors: bool = True
     pivot: bool | str = "auto"
 
