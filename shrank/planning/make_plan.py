@@ -16,10 +16,12 @@ from ..model.adapters import LOW_RANK, is_lazy, target
 from ..model.surgery import Site, count, is_unit, walk
 from ..util.parallel import in_parallel, workers_for
 from ..util.progress import track
-from .budget import Budget, Candidate, TradeOff, spend
+from .budget import Budget, SmallestGoodEnough
+from .costs import PricedLayer
 from .options import PlanOptions, StaysDense, at_or_below, check_eligible, fit, options_of
 from .plan import LayerPlan, RankPlan
 from .rank import Fraction, Layer, RankRule, as_rule
+from .spending import Candidate, Paid, TradeOff, spend
 
 _PARAMETERS = ("model", "rank", "calibration")
 
@@ -35,7 +37,7 @@ def make_plan(model: nn.Module, rank: object, *, calibration: LayerStatistics | 
     TypeError or ValueError on a bad rule.
     """
     rule, options = rank if isinstance(rank, Budget) else as_rule(rank), options_of("make_plan", options, _PARAMETERS)
-    if isinstance(rule, Budget) and rule.eval_fn is not None:
+    if isinstance(rule, Budget) and isinstance(rule.goal, SmallestGoodEnough):
         raise ValueError("a Budget(eval_fn=) is spent by trying compressed models, which a plan alone does not make: "
                          "call auto_fact(model, budget, deepcopy=True) and take its shrank_plan")
     if calibration is not None and isinstance(rank, Real):
@@ -97,7 +99,9 @@ def _planned_by_budget(sites: list[Site], drafts: list[LayerPlan], budget: Budge
                        allowed: set[int] | None, calibration: LayerStatistics | None,
                        spectra: dict[str, Callable[[], Tensor]]) -> tuple[list[LayerPlan], TradeOff]:
     """Overridden layers by their rules, all other eligible ones by the budget."""
-    layers, candidates, fixed = {draft.fqn: draft for draft in drafts}, [], []
+    layers: dict[str, LayerPlan] = {draft.fqn: draft for draft in drafts}
+    undecided: list[tuple[Site, LayerPlan]] = []
+    fixed: list[Paid] = []
     for site, draft in zip(sites, drafts, strict=True):
         try:
             check_eligible(site, options, allowed)
@@ -106,24 +110,31 @@ def _planned_by_budget(sites: list[Site], drafts: list[LayerPlan], budget: Budge
             continue
         if (rule := budget.rule_for(site.fqn)) is not None:
             layers[site.fqn] = _plan_layer(site, draft, rule, options, allowed, spectra[site.fqn])
-            fixed.append(layers[site.fqn])
+            fixed.append(Paid(layers[site.fqn], _priced(site, calibration)))
         elif calibration is not None and site.fqn not in calibration:
             layers[site.fqn] = replace(draft, reason="it saw no data in the calibration")
         else:
-            candidates.append(Candidate(site, draft, None if calibration is None else calibration.tokens(site.fqn)))
-    workers = workers_for(candidate.site.module.weight for candidate in candidates)
+            undecided.append((site, draft))
+    workers = workers_for(site.module.weight for site, _ in undecided)
 
-    def with_spectrum(candidate: Candidate) -> Candidate | LayerPlan:
+    def candidate(undecided: tuple[Site, LayerPlan]) -> Candidate | LayerPlan:
+        site, draft = undecided
         try:
-            return replace(candidate, squares=spectra[candidate.site.fqn]().square())
+            return Candidate(site, draft, _priced(site, calibration), spectra[site.fqn]().square())
         except FactorizationError as reason:
-            return replace(candidate.draft, reason=str(reason))
+            return replace(draft, reason=str(reason))
 
-    results = list(track(in_parallel(with_spectrum, candidates, workers), "spectra", total=len(candidates)))
+    results = list(track(in_parallel(candidate, undecided, workers), "spectra", total=len(undecided)))
     layers |= {x.fqn: x for x in results if isinstance(x, LayerPlan)}
     planned, trade_off = spend(budget, [x for x in results if isinstance(x, Candidate)], fixed, options,
                                weighted=calibration is not None and calibration.has_gradients)
     return list((layers | {layer.fqn: layer for layer in planned}).values()), trade_off
+
+
+def _priced(site: Site, calibration: LayerStatistics | None) -> PricedLayer:
+    """The layer as budgets price it; one that saw nothing in the calibration never runs."""
+    tokens = None if calibration is None else calibration.tokens(site.fqn) if site.fqn in calibration else 0
+    return PricedLayer(site.fqn, tokens, target(site.module).takes_vectors)
 
 
 def _with_errors(layers: list[LayerPlan], sites: dict[str, Site], spectra: dict[str, Callable[[], Tensor]],
