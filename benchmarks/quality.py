@@ -29,9 +29,7 @@ from benchmarks import baselines
 from benchmarks.models import THREADS
 from benchmarks.provenance import provenance
 from benchmarks.tasks import Crepe, MiniLM, SmolLM2, Task, Whisper
-from shrank import Budget, Calibration, LayerStatistics, Metric
-from shrank.calibration.batches import Batch, as_batches
-from shrank.compression.anchored import apply_anchored
+from shrank import Batch, Budget, Calibration, LayerStatistics, Metric
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "shrank"
@@ -127,10 +125,10 @@ def rows(study: Study) -> Iterator[dict]:
     yield from _baselines(task, study.keeps)
     started = time.perf_counter()
     names = list(baselines.layers(dense, task.exclude))
-    batches = as_batches(task.batches())
+    batches = shrank.batches(task.batches())
     calibration = shrank.calibrate(dense, batches, loss=task.own_loss, layers=names)
     seconds = round(time.perf_counter() - started)
-    without = shrank.calibrate(dense, batches, loss=False, layers=names)
+    without = shrank.calibrate(dense, batches, loss="none", layers=names)
 
     def row(name: str, step: Callable[[nn.Module, float], nn.Module], keep: float) -> dict:
         started = time.perf_counter()
@@ -152,12 +150,12 @@ def rows(study: Study) -> Iterator[dict]:
 
 def _anchored(batches: list[Batch], calibration: Calibration, model: nn.Module, keep: float) -> nn.Module:
     plan = shrank.make_plan(model, keep, calibration=calibration)
-    return apply_anchored(model, plan, batches, calibration)
+    return shrank.apply_anchored(model, plan, batches, calibration)
 
 
 def _baselines(task: Task, keeps: tuple[float, ...]) -> Iterator[dict]:
     model = task.model()
-    seen = baselines.statistics(model, as_batches(task.batches()), task.loss if task.kfac else None, task.exclude)
+    seen = baselines.statistics(model, shrank.batches(task.batches()), task.loss if task.kfac else None, task.exclude)
     for method in baselines.METHODS:
         if not task.kfac and method in ("ASVD", "K-FAC"):
             continue  # published for linear layers only
@@ -185,14 +183,16 @@ def healed_rows(study: Study, steps: int) -> Iterator[dict]:
 
 
 def _halved(task: Task, dense: nn.Module, calibration: Calibration, keep: float = 0.8) -> Iterator[dict]:
-    """The model in bfloat16, with and without the fit of one factor to the other's rounding."""
+    """The model in bfloat16: plain factors with and without the fit of one to the other's rounding, and the default."""
 
-    def compressed(model: nn.Module) -> nn.Module:
-        return shrank.auto_fact(model, Budget(keep_params=keep), calibrate=calibration)
+    def compressed(model: nn.Module, pivot: bool | str) -> nn.Module:
+        return shrank.auto_fact(model, Budget(keep_params=keep), calibrate=calibration, pivot=pivot)
 
     halved = copy.deepcopy(dense).bfloat16()
-    for method, small in (("bf16, factors rounded", compressed(copy.deepcopy(halved).float()).bfloat16()),
-                          (f"bf16, refitted = {OURS}", compressed(halved))):
+    rounded = compressed(copy.deepcopy(halved).float(), False).bfloat16()
+    refitted = compressed(copy.deepcopy(halved), False)
+    for method, small in (("bf16, plain factors rounded", rounded), ("bf16, plain factors refitted", refitted),
+                          (f"bf16, refitted = {OURS}", compressed(halved, "auto"))):
         yield {"method": method, "keep": keep, **task.evaluate(small.float())}
 
 
@@ -207,13 +207,12 @@ def cost(name: str) -> dict[str, float]:
 def _cost(name: str) -> dict[str, float]:
     torch.set_num_threads(THREADS)
     task = STUDIES[name].task()
-    batches, model = task.batches(), task.model()
+    data, model = shrank.Calibrate(task.batches(), loss=task.own_loss, spill=True), task.model()
     # Thread pools and libraries are not the model's.
     shrank.auto_fact(nn.Linear(256, 256).eval(), Budget(keep_params=0.5), calibrate=[torch.randn(256, 256)])
     size = 4 * sum(p.numel() for p in model.parameters())
     before, started = _resident(), time.perf_counter()
-    shrank.auto_fact(model, Budget(keep_params=0.8), calibrate=batches, exclude=task.exclude, loss=task.own_loss,
-                     spill=True)
+    shrank.auto_fact(model, Budget(keep_params=0.8), calibrate=data, exclude=task.exclude)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": round(seconds, 1), "model in MiB": size >> 20,

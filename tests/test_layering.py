@@ -90,5 +90,6 @@ def test_no_file_and_no_function_outgrows_its_room() -> None:
         assert len(lines) <= 250, f"{path.name} has {len(lines)} lines"
         for node in ast.walk(ast.parse("\n".join(lines))):
             if isinstance(node, ast.FunctionDef):
-                length = node.end_lineno - node.lineno + 1
+                text = node.body[0] if ast.get_docstring(node) else None
+                length = node.end_lineno - node.lineno + 1 - (text.end_lineno - text.lineno + 1 if text else 0)
                 assert length <= 40, f"{path.name}: {node.name} has {length} lines"

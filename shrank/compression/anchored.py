@@ -41,10 +41,23 @@ _TOKENS_PER_INPUT = 10
 
 def apply_anchored(model: nn.Module, plan: RankPlan, batches: list[Batch], calibration: Calibration,
                    share: float = SHARE) -> nn.Module:
-    """As `apply`, block by block, each fitted at the inputs that the compressed blocks before it give.
+    """Carry out a plan block by block, each fitted at the inputs that the compressed blocks before it give.
 
-    share: of the dense model's outputs in what the layers are fitted to, in (0, 1]; the rest are those of the dense
-    layers at the new inputs. Holds a copy of the model meanwhile. Raises ValueError as `apply` does.
+    Holds a copy of the model meanwhile.
+
+    Args:
+        model: The model that the plan is of, changed in place.
+        plan: What to do.
+        batches: The data, from `shrank.batches`; it runs twice for each block.
+        calibration: What `calibrate` found of the model.
+        share: Of the dense model's outputs in what the layers are fitted to, in (0, 1]; the rest are those of the dense
+            layers at the new inputs.
+
+    Returns:
+        The root of the model. The plan that was carried out, with the errors found, is its `shrank_plan`.
+
+    Raises:
+        ValueError: The share is out of its range, or the plan does not fit the model, which is then as it was.
     """
     if not 0 < share <= 1:
         raise ValueError(f"anchored must lie in (0, 1], got {share}")

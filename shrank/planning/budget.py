@@ -9,6 +9,7 @@ from functools import cached_property
 
 from torch import nn
 
+from ..util.names import checks_keywords
 from .costs import Cost, Flops, Latency, Params
 from .latency import LatencyTable
 from .rank import RankRule, as_rule
@@ -31,6 +32,7 @@ class SmallestGoodEnough:
     tolerated_drop: float
 
 
+@checks_keywords
 @dataclass(frozen=True)
 class Budget:
     """What all eligible layers may cost together, or how far the model may suffer: exactly one of the first five.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from numbers import Real
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -20,23 +21,44 @@ from .budget import Budget, SmallestGoodEnough
 from .costs import PricedLayer
 from .options import PlanOptions, StaysDense, at_or_below, check_eligible, fit, options_of
 from .plan import LayerPlan, RankPlan
-from .rank import Fraction, Layer, RankRule, as_rule
+from .rank import Fraction, Layer, Rank, RankRule, as_rule
 from .spending import Candidate, Paid, TradeOff, spend
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .keywords import PlanKeywords
 
 _PARAMETERS = ("model", "rank", "calibration")
 
 
-def make_plan(model: nn.Module, rank: object, *, calibration: LayerStatistics | None = None,
-              **options: object) -> RankPlan:
-    """Decide the rank of every layer of `model`, which is not changed.
+def make_plan(model: nn.Module, rank: Rank | Budget, *, calibration: LayerStatistics | None = None,
+              **options: Unpack[PlanKeywords]) -> RankPlan:
+    """Decide the rank of every layer of a model, which is not changed.
 
-    rank: an int, a float in (0, 1), a rule such as Energy(0.9), a dict of glob pattern -> rule, a function
-    (fqn, module) -> rank | None, or a Budget for all layers together. calibration: what `calibrate` found of the model;
-    errors are then those of the layers' outputs on that data, weighted by what they do to its loss, and a float is the
-    share that a Budget keeps (`Fraction` gives every layer the same). options: the fields of PlanOptions. Raises
-    TypeError or ValueError on a bad rule.
+    Args:
+        model: The dense model.
+        rank: An int; a float in (0, 1); a rule such as Energy(0.9); a dict of glob pattern -> rule; a function
+            (fqn, module) -> rank | None; or a Budget for all layers together. With a calibration a float is the share
+            of all weights that a Budget keeps; Fraction gives every layer the same share of its own.
+        calibration: What `calibrate` found of the model. Errors are then those of the layers' outputs on that data,
+            weighted by what they do to its loss.
+        **options: The fields of PlanOptions.
+
+    Returns:
+        The plan, with the reason for each layer that stays dense.
+
+    Raises:
+        TypeError: An option does not exist, or `rank` is none of the above.
+        ValueError: A rule or an option is out of its range, or the budget is less than the least possible.
     """
-    rule, options = rank if isinstance(rank, Budget) else as_rule(rank), options_of("make_plan", options, _PARAMETERS)
+    return plan_with(model, rank, calibration, options_of("make_plan", options, _PARAMETERS))
+
+
+def plan_with(model: nn.Module, rank: Rank | Budget, calibration: LayerStatistics | None,
+              options: PlanOptions) -> RankPlan:
+    """As `make_plan`."""
+    rule = rank if isinstance(rank, Budget) else as_rule(rank)
     if isinstance(rule, Budget) and isinstance(rule.goal, SmallestGoodEnough):
         raise ValueError("a Budget(eval_fn=) is spent by trying compressed models, which a plan alone does not make: "
                          "call auto_fact(model, budget, deepcopy=True) and take its shrank_plan")
@@ -65,8 +87,24 @@ def sites_of(model: nn.Module, options: PlanOptions) -> list[Site]:
     return [site for site in sites if not (options.fact_led_unit and isinstance(site.module, LOW_RANK))]
 
 
-def eligible(model: nn.Module, options: PlanOptions) -> list[str]:
-    """Names of the layers that may change."""
+def eligible(model: nn.Module, **options: Unpack[PlanKeywords]) -> list[str]:
+    """List the layers of a model that may become low-rank.
+
+    Args:
+        model: The dense model.
+        **options: The fields of PlanOptions.
+
+    Returns:
+        Their dotted names, in the model's order: what `calibrate(layers=)` takes.
+
+    Raises:
+        TypeError: An option does not exist.
+    """
+    return eligible_with(model, options_of("eligible", options, ("model",)))
+
+
+def eligible_with(model: nn.Module, options: PlanOptions) -> list[str]:
+    """As `eligible`."""
     allowed, names = None if options.submodules is None else at_or_below(options.submodules, model), []
     for site in sites_of(model, options):
         try:
@@ -79,9 +117,10 @@ def eligible(model: nn.Module, options: PlanOptions) -> list[str]:
 
 def _draft(site: Site, counted: set[int]) -> LayerPlan:
     """What is to be said of a layer whatever becomes of it."""
-    found = target(site.module)
-    shape = found.shape() if found and not is_lazy(site.module.weight) else None
-    return LayerPlan(site.fqn, found.kind if found else type(site.module).__name__, _size(site, counted), shape)
+    adapter = target(site.module)
+    shape = adapter.shape() if adapter and not is_lazy(site.module.weight) else None
+    kind = adapter.kind if adapter else type(site.module).__name__
+    return LayerPlan(site.fqn, kind, _size(site, counted), shape)
 
 
 def _plan_layer(site: Site, draft: LayerPlan, rule: RankRule, options: PlanOptions, allowed: set[int] | None,

@@ -245,8 +245,10 @@ def test_shared_and_tied_layers() -> None:
 
 
 def test_data_options_need_data() -> None:
-    with pytest.raises(TypeError, match="loss: only together with calibrate"):
-        auto_fact(mlp(), 0.5, loss="lm")
+    with pytest.raises(TypeError, match="anchored: only together with calibrate"):
+        auto_fact(mlp(), 0.5, anchored=True)
+    with pytest.raises(TypeError, match=r"no option 'loss'; did you mean calibrate=shrank.Calibrate\(data, loss=\)"):
+        auto_fact(mlp(), 0.5, calibrate=[draw(9, WIDTH)], loss="lm")
 
 
 def test_ranks_and_plans_take_a_calibration_too() -> None:

@@ -10,7 +10,18 @@ import re
 import pytest
 import torch
 
-from shrank import Budget, LayerPlan, RankPlan, auto_fact, calibrate, figures, make_plan, measured, report
+from shrank import (
+    Budget,
+    Calibrate,
+    LayerPlan,
+    RankPlan,
+    auto_fact,
+    calibrate,
+    figures,
+    make_plan,
+    measure_errors,
+    report,
+)
 from tests.common.models import WIDTH, Mixed, assert_untouched, draw, fingerprint, mlp, seeded
 
 
@@ -70,9 +81,9 @@ def test_figures_are_of_what_is_known() -> None:
                          ids=["mlp", "mixed"])
 def test_on_the_calibration_data_measured_errors_are_the_expected_ones(build, x) -> None:
     model, x = build(), draw(*x)
-    small = auto_fact(copy.deepcopy(model), Budget(keep_params=0.6), calibrate=[x], loss=False, groups_out=True,
-                      allow_slower=True)
-    found = measured(small.shrank_plan, model, small, [x])
+    small = auto_fact(copy.deepcopy(model), Budget(keep_params=0.6), groups_out=True,
+                      allow_slower=True, calibrate=Calibrate([x], loss="none"))
+    found = measure_errors(small.shrank_plan, model, small, [x])
     assert found.low_rank
     for layer in found.low_rank:
         # Expected errors count a little of what the data did not show: shrinkage.
@@ -85,7 +96,7 @@ def test_measuring_changes_neither_model() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.BatchNorm1d(WIDTH), torch.nn.Dropout())
     small = auto_fact(model, 4, deepcopy=True)
     before = [fingerprint(m) for m in (model, small)]
-    measured(small.shrank_plan, model, small, [draw(9, WIDTH)])
+    measure_errors(small.shrank_plan, model, small, [draw(9, WIDTH)])
     for m, state in zip((model, small), before, strict=True):
         assert_untouched(m, state)
 
@@ -93,9 +104,9 @@ def test_measuring_changes_neither_model() -> None:
 def test_measured_errors_are_relative_to_the_outputs() -> None:
     model, x = mlp(1), draw(50, WIDTH)
     small = auto_fact(copy.deepcopy(model), 4)
-    layer, = measured(small.shrank_plan, model, small, [x]).low_rank
+    layer, = measure_errors(small.shrank_plan, model, small, [x]).low_rank
     y = model(x).detach()
     expected = ((small(x) - y).norm() / (y - y.mean(0)).norm()).item()
     assert layer.measured == pytest.approx(expected, rel=1e-4)
     with pytest.raises(ValueError, match="not in both models"):
-        measured(small.shrank_plan, torch.nn.Sequential(), small, [x])
+        measure_errors(small.shrank_plan, torch.nn.Sequential(), small, [x])
