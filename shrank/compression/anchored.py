@@ -114,12 +114,12 @@ class _Pair:
         if not rows.shape[1]:
             return
         wanted = torch.lerp(rows, wanted, self.share)
-        self.here.see(x, output, mask)
+        self.here.observe(x, output, mask)
         self.anchor.add(rows, wanted)
         self.sum = self.sum + wanted.sum(1).double()
 
     def moments(self) -> Moments:
-        return replace(self.here.moments(0), anchor=self.anchor.mean, anchor_mean=self.sum / self.anchor.rows)
+        return replace(self.here.moments(0), anchor=self.anchor.take_mean(), anchor_mean=self.sum / self.anchor.rows)
 
 
 class _Enough(Exception):

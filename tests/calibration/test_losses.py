@@ -1,4 +1,4 @@
-"""The losses that weigh errors: their gradients are those of automatic differentiation."""
+"""The losses that weight errors: their gradients are those of automatic differentiation."""
 
 from __future__ import annotations
 
