@@ -132,7 +132,7 @@ class Casting(nn.Linear):
     """A subclass that a user would name."""
 
 
-@pytest.mark.parametrize("names", [["all"], ["tests.test_cli_models.Casting"], None])
+@pytest.mark.parametrize("names", [["all"], ["tests.cli.test_model_commands.Casting"], None])
 def test_subclasses_are_trusted_by_name_or_all(names, monkeypatch) -> None:
     monkeypatch.setattr(subclasses, "_trusted", set())
     trust(nn.Sequential(Casting(8, 8), nn.Linear(8, 8)), names)

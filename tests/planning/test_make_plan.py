@@ -164,7 +164,7 @@ class Mine(nn.Linear):
 
 
 NOTHING = {
-    "subclasses": (lambda: nn.Sequential(Mine(WIDTH, WIDTH)), {}, r"test_planning\.Mine is a subclass of Linear"),
+    "subclasses": (lambda: nn.Sequential(Mine(WIDTH, WIDTH)), {}, r"test_make_plan\.Mine is a subclass of Linear"),
     "excluded": (mlp, {"exclude": "*"}, r"excluded \(3 layers\)"),
     "no-layers": (lambda: nn.Sequential(nn.ReLU()), {}, "no layer owns a weight matrix"),
     "too-small": (lambda: nn.Sequential(nn.Linear(WIDTH, 4)), {}, r"too small: its smaller side is 4.*\(1 layer\)"),
