@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from shrank.ops import dispatch
+
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "build" / "cmake" / "libshrank.so"
 BAR_US = 6.0
@@ -37,7 +39,7 @@ def measure(device: str, rounds: int) -> dict[str, dict[str, float]]:
     On CUDA the clock stops when the device is done, which at this size waits for the host.
     """
     import shrank
-    from shrank.timing import time_in_turns
+    from shrank.measuring.timing import time_in_turns
 
     torch.manual_seed(0)
     x = torch.randn(1, 64, device=device)
@@ -64,10 +66,9 @@ def _taken_for_cuda(device: str) -> Iterator[None]:
     if device != "cpu":
         yield
         return
-    from shrank.ops import api
 
-    with (patch.object(torch.Tensor, "is_cuda", True), patch.object(api, "_find_why_not_here", lambda: ()),
-          patch.object(api, "_find_too_old", lambda index: "")):
+    with (patch.object(torch.Tensor, "is_cuda", True), patch.object(dispatch, "_find_why_not_here", lambda: ()),
+          patch.object(dispatch, "_find_too_old", lambda index: "")):
         yield
 
 

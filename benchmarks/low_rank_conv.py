@@ -12,11 +12,11 @@ from torch import Tensor
 
 import shrank
 from benchmarks.low_rank_linear import Family
-from shrank.explain import explain, parse_conv
+from benchmarks.roofline import Work
 from shrank.linalg import Shape
+from shrank.measuring.explain import explain, parse_conv
 from shrank.ops import reference
 from shrank.ops.reference import Window, output_sizes
-from shrank.roofline import Work
 
 Sizes = tuple[int, ...]
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import shrank
+from benchmarks.roofline import Floor, Roof, Work, layer_work
 from benchmarks.shapes import Case
-from shrank.explain import explain
+from shrank.measuring.explain import explain
+from shrank.measuring.timing import copies_beyond_cache, time_in_turns
 from shrank.ops import reference
-from shrank.roofline import Floor, Roof, Work, layer_work
-from shrank.timing import copies_beyond_cache, time_in_turns
 from tests.common.tolerances import assert_close
 
 SEQUENCE_SECONDS = 2e-3  # a sequence of calls lasts longer than this, so that its start does not count

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.low_rank_conv import LAYERS, Case, explained
-from shrank.explain import explain
+from shrank.measuring.explain import explain
 
 TOKENS = (1, 16, 128, 512, 1024, 4096, 16384, 65536)
 LINEAR_LAYERS = [(768, 768, 48), (768, 768, 96), (768, 768, 192), (768, 3072, 96), (3072, 768, 96), (1024, 1024, 128),

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
 
-from shrank.timing import time_in_turns
+from shrank.measuring.timing import time_in_turns
 
 logging.disable_progress_bar()
 THREADS = 2

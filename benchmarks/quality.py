@@ -29,10 +29,11 @@ from benchmarks import baselines
 from benchmarks.models import THREADS
 from benchmarks.provenance import provenance
 from benchmarks.tasks import Crepe, MiniLM, SmolLM2, Task, Whisper
-from shrank import Budget, Calibration, budget
-from shrank.anchored import apply_anchored
-from shrank.batches import Batch, as_batches
+from shrank import Budget, Calibration
+from shrank.calibration.batches import Batch, as_batches
+from shrank.compression.anchored import apply_anchored
 from shrank.linalg import Metric, weighted
+from shrank.planning import budget
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "shrank"

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import shrank
 from benchmarks.low_rank_linear import why_not_native
 from benchmarks.provenance import provenance
-from shrank.timing import Timing, time_in_turns
+from shrank.measuring.timing import Timing, time_in_turns
 from tests.common.tolerances import assert_close
 
 KEEP = 0.5

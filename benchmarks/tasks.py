@@ -14,7 +14,7 @@ from benchmarks import speech, texts, whisper
 from benchmarks.models import SMOLLM2_FILE, minilm, minilm_folder, package_folder, smollm2
 from examples.conv import load_crepe, make_tones, to_cents
 from examples.demo import embed
-from shrank.batches import Batch
+from shrank.calibration.batches import Batch
 
 
 class Task:

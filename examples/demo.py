@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 import shrank
-from shrank.files import size_on_disk
-from shrank.hf import save_model
+from shrank.saving.transformers_folder import save_model
+from shrank.util.files import size_on_disk
 
 SECONDS_PER_TIMING = 5.0
 

@@ -1,25 +1,25 @@
 """shrank: low-rank twins for the linear and convolution layers of any PyTorch model."""
 
-from . import diffusers_hook as diffusers_hook
-from . import peft_hook as peft_hook
-from . import safetensors_hook as safetensors_hook
-from . import transformers_hook as transformers_hook
-from .apply import apply, describe, merge
-from .auto_fact import auto_fact
-from .budget import Budget
-from .calibration import Calibration, calibrate
-from .ced import CED
-from .checkpoint import load, save
-from .fitting import PlanOptions
-from .heal import heal
-from .latency import LatencyTable
-from .led import LED
-from .measure import measured
-from .ops.api import Backend, backend, low_rank_conv, low_rank_linear, why_not
-from .plan import LayerPlan, RankPlan
-from .planning import make_plan
-from .rank import Energy, Fraction
-from .subclasses import treat_as_base
+from .calibration.calibration import Calibration, calibrate
+from .compression.apply import apply, describe, merge
+from .compression.auto_fact import auto_fact
+from .healing.heal import heal
+from .layers.ced import CED
+from .layers.led import LED
+from .measuring.layer_errors import measured
+from .model import peft_hook as peft_hook
+from .model.subclasses import treat_as_base
+from .ops.dispatch import Backend, backend, low_rank_conv, low_rank_linear, why_not
+from .planning.budget import Budget
+from .planning.latency import LatencyTable
+from .planning.make_plan import make_plan
+from .planning.options import PlanOptions
+from .planning.plan import LayerPlan, RankPlan
+from .planning.rank import Energy, Fraction
+from .saving import diffusers_hook as diffusers_hook
+from .saving import safetensors_hook as safetensors_hook
+from .saving import transformers_hook as transformers_hook
+from .saving.checkpoint import load, save
 from .version import __version__
 
 __all__ = [

@@ -1,6 +1,6 @@
 """The ancestors' import path."""
 
-from .ced import CED
-from .led import LED
+from .layers.ced import CED
+from .layers.led import LED
 
 __all__ = ["CED", "LED"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from shrank import _native
+from shrank.ops import native
 from tests.common.compiled import shared_library
 
 ROOT = Path(__file__).parents[1]
@@ -30,23 +30,23 @@ def wheels():
 
 @needs_nvcc
 def test_the_extension_loads_without_a_gpu() -> None:
-    assert _native.problems() == ()
+    assert native.problems() == ()
     listed = json.loads((ROOT / "csrc/sources.json").read_text())
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or listed["archs"]
-    assert _native.build_info()["archs"].split(", ") == wanted.replace(";", " ").split()
+    assert native.build_info()["archs"].split(", ") == wanted.replace(";", " ").split()
 
 
 @needs_nvcc
 def test_the_extension_ties_itself_to_no_torch_and_no_python(wheels) -> None:
-    symbols = wheels.undefined_symbols(_native.LIBRARY)
+    symbols = wheels.undefined_symbols(native.LIBRARY)
     assert "torch_call_dispatcher" in symbols
     assert wheels.forbidden(symbols) == []
 
 
 @needs_nvcc
 def test_the_extension_brings_what_finds_the_current_stream(wheels) -> None:
-    assert "libtorch.so" in wheels.needed(_native.LIBRARY)
-    assert wheels.faults_of_library(_native.LIBRARY) == []
+    assert "libtorch.so" in wheels.needed(native.LIBRARY)
+    assert wheels.faults_of_library(native.LIBRARY) == []
 
 
 @pytest.mark.parametrize(("link", "fault"), [

@@ -1,3 +1,7 @@
+"""Pure tensors in, tensors out: factors and what they cost, singular values, second moments and the norms that they
+make, pivots, and how a budget is spent. Imports nothing of shrank.
+"""
+
 from .allocation import Allocation, BudgetTooSmall, Options, allocate, frontier
 from .factors import Factors, Shape
 from .moments import Metric, Moments, metric

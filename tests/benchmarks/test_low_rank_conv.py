@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.low_rank_conv import CONV, Case, describe, draw, grid, tiny, work
 from benchmarks.low_rank_linear import check, choice
-from shrank import _native
+from shrank.ops import native
 from tests.csrc.conftest import dev_module
 from tests.csrc.test_conv_select import problem
 
@@ -41,7 +41,7 @@ def test_every_case_can_be_told_and_explained() -> None:
     for case in grid("bfloat16"):
         assert describe(case)["R"] == case.layer.rank
         told = choice(case, "cpu", CONV)
-        assert (told["choice"] is None) == bool(_native.problems())
+        assert (told["choice"] is None) == bool(native.problems())
 
 
 @pytest.mark.parametrize("case", grid("bfloat16")[:2], ids=str)

@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_low_rank_linear, low_rank_linear, shapes
+from benchmarks import bench_low_rank_linear, low_rank_linear, results_plot, shapes
 from benchmarks.bench_low_rank_linear import Results, run
 from benchmarks.low_rank_linear import LINEAR, check, choice, dense, draw, measure, two_calls
-from shrank import _native, bench_plot
-from shrank.roofline import Roof
+from benchmarks.roofline import Roof
+from shrank.ops import native
 
 CASES = shapes.tiny()
 ROOF = Roof(bandwidth=1e10, flops=1e11, launch=1e-5)
@@ -75,11 +75,11 @@ def test_who_is_wrong_is_not_timed(short, monkeypatch) -> None:
 
 def test_the_choice_is_that_of_select(monkeypatch) -> None:
     found = choice(CASES[0], "cpu")
-    if _native.problems():
+    if native.problems():
         assert found["choice"] is None and "native extension" in found["why_no_choice"]
     else:
         assert found["choice"] == "two_gemms_epilogue" and found["predicted_us"] > 0
-    monkeypatch.setattr(_native, "problems", lambda: ("it was never built",))
+    monkeypatch.setattr(native, "problems", lambda: ("it was never built",))
     found = choice(CASES[0], "cpu")
     assert found["choice"] is None and "native extension, which is not loaded: it was never built" in found[
         "why_no_choice"]
@@ -92,7 +92,7 @@ def test_a_run_stops_between_cases_and_its_file_can_be_shown(short, tmp_path, mo
     run([CASES[0], CASES[1], CASES[0]], "cpu", 100, results)  # two took 40 s each: a third would end too late
     data = json.loads((tmp_path / "results.json").read_text())
     assert data["cases_done"] == 2 and data["cases"] == 5 and len(data["rows"]) == 4
-    assert bench_plot.table(bench_plot.load(tmp_path / "results.json")).row_count == 2
+    assert results_plot.table(results_plot.load(tmp_path / "results.json")).row_count == 2
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 

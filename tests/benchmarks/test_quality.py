@@ -10,7 +10,7 @@ from benchmarks import baselines
 from benchmarks.quality import table
 from benchmarks.speech import distance, parse, word_error_rate, words
 from benchmarks.texts import paragraphs
-from shrank.batches import Batch, as_batches
+from shrank.calibration.batches import Batch, as_batches
 from tests.common.models import WIDTH, draw, mlp
 from tests.common.tolerances import assert_close
 

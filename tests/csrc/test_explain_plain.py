@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from shrank import explain_plain
+from shrank.measuring import explain_plain
 from shrank.ops.reference import ACTIVATIONS
 from tests.csrc.conftest import GPUS
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from shrank.ced import CED
-from shrank.led import LED
+from shrank.layers.ced import CED
+from shrank.layers.led import LED
 from shrank.linalg import Shape
 
 

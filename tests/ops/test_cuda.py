@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import shrank
-from shrank.explain import explain
+from shrank.measuring.explain import explain
 from shrank.ops import reference
 from tests.common.cases import Case
 from tests.common.tolerances import assert_close, assert_every_element_close

@@ -1,0 +1,225 @@
+"""What the layers of a model see: second moments of their inputs or outputs, and of the gradients that reach them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..linalg import FactorizationError, Metric, Moments, metric
+from ..model.adapters import target, why_not
+from ..model.hooks import frozen, hooked, in_eval_mode
+from ..model.surgery import Site, walk
+from ..util import tensor_file
+from ..util.files import replacing
+from ..util.fingerprint import Unhashable, fingerprint
+from ..util.progress import track
+from .activation_files import saved_on_disk
+from .batches import Batch, Forward, MaskFunction, as_batches, bound
+from .losses import Loss, as_loss
+from .observer import Accumulator
+from .sharing import Survey, plan_passes, survey
+from .streams import Masking, warn_of_masks_that_fit_nothing
+
+FORMAT = 2
+
+
+class Calibration:
+    """Moments by layer name, kept in files of a folder, one for every pass over the data; read when asked for.
+
+    unseen: layers that saw no data. reached: whether gradients came to any layer.
+    """
+
+    def __init__(self, folder: Path, files: Iterable[Path], unseen: Iterable[str] = ()) -> None:
+        self.folder = folder
+        self._entries: dict[str, tuple[Path, dict]] = {}
+        self.unseen = list(unseen)
+        self.reached = False
+        for file in files:
+            header = json.loads(tensor_file.read_table(file)[1]["moments"])
+            self._entries |= {fqn: (file, entry) for fqn, entry in header["layers"].items()}
+            self.reached |= header["reached"]
+
+    def __contains__(self, fqn: str) -> bool:
+        return fqn in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __bool__(self) -> bool:
+        """True even if no layer saw anything: that is known then."""
+        return True
+
+    @property
+    def has_gradients(self) -> bool:
+        return any("gradient" in entry["tensors"] for _, entry in self._entries.values())
+
+    def tokens(self, fqn: str) -> int:
+        """Tokens, or positions of a convolution's output, that the layer saw."""
+        return self._entries[fqn][1]["tokens"]
+
+    def of_inputs(self, fqn: str) -> bool:
+        """Whether the layer's moments are those of its inputs, else of its outputs."""
+        return self._entries[fqn][1]["of_inputs"]
+
+    def __getitem__(self, fqn: str) -> Moments:
+        if fqn not in self._entries:
+            raise KeyError(f"the calibration has no layer {fqn!r}")
+        file, entry = self._entries[fqn]
+        held = tensor_file.read(file, set(entry["tensors"].values()))
+        tensors = {field: held[name] for field, name in entry["tensors"].items()}
+        return Moments(entry["tokens"], of_inputs=entry["of_inputs"], gradient_samples=entry["gradient_samples"],
+                       **tensors)
+
+    def metric(self, fqn: str, matrices: Tensor, centred: bool, seen: Moments | None = None) -> Metric | None:
+        """The norm for the error of this layer, whose weight is these matrices (G, N, K); None where nothing is known
+        of it, or of groups as large as these. seen: what it sees now instead; gradients are those of the calibration.
+
+        Raises FactorizationError where the layer is of no consequence or what it sees is not finite.
+        """
+        if fqn not in self._entries:
+            return None
+        moments = self[fqn]
+        if seen is not None:
+            moments = replace(seen, gradient=moments.gradient, gradient_samples=moments.gradient_samples)
+        moments = moments.to(matrices.device)
+        if not moments.of_inputs and moments.data.shape[:2] != matrices.shape[:2]:
+            return None
+        if moments.gradient is not None and not bool(moments.gradient.any()):
+            raise FactorizationError("the loss does not depend on it")
+        if not bool(moments.data.isfinite().all()):
+            raise FactorizationError("what it sees behind compressed layers holds NaN or infinity")
+        return metric(matrices, moments, centred)
+
+
+def calibrate(model: nn.Module, batches: Iterable[object] | Calibration, *,
+              loss: Loss | Callable | str | bool | None = None, tokenizer: Callable | None = None,
+              mask: MaskFunction | None = None, layers: Iterable[str] | None = None,
+              cache: str | os.PathLike | None = None, max_memory: int | None = None, spill: bool = False, seed: int = 0,
+              batch_size: int = 8, max_length: int = 512, forward: Forward | None = None) -> Calibration:
+    """Run data through a model, which is not changed, and note what its layers see.
+
+    batches, tokenizer, mask, batch_size, max_length, forward: see `as_batches`. loss: what gradients to weigh errors
+    by: "lm" (next-token cross entropy), a function (output, batch) -> scalar, None for the sensitivity of the outputs
+    themselves to every layer, False for none (no backward pass). layers: names, default all that could be replaced.
+    cache: a folder; passes over the data that are found there are not repeated. It is not used, with a warning, where
+    model, data or loss hold something that has no value to know it again by. max_memory: bytes for moments held at a
+    time, default half of what the model takes in float32, and 64 MiB for a small one; more passes over the data where
+    it does not suffice. spill: keep what a backward pass needs in temporary files. Raises ValueError where data or
+    gradients are not finite, naming batch and layer, and where no gradient reaches any layer.
+    """
+    if isinstance(batches, Calibration):
+        return batches
+    batches, loss = as_batches(batches, tokenizer, mask, batch_size, max_length, forward), as_loss(loss)
+    batches = bound(batches, model)
+    key = _key(model, batches, loss, seed) if cache else None
+    temporary = None if key else tempfile.TemporaryDirectory(prefix="shrank-")
+    folder = Path(cache) / key if key else Path(temporary.name)
+    if max_memory is None:
+        max_memory = max(2 * sum(p.numel() for p in model.parameters()), 64 << 20)
+    with frozen(model), torch.set_grad_enabled(loss is not None):
+        found = _found(model, batches, loss, None if layers is None else set(layers), folder, max_memory, spill, seed)
+    if temporary:
+        weakref.finalize(found, temporary.cleanup)
+    if loss and len(found) and not found.reached:
+        raise ValueError("the loss depends on no layer: does the model run without gradients, as generate does? "
+                         "loss=False calibrates without")
+    return found
+
+
+def _found(model: nn.Module, batches: list[Batch], loss: Loss | None, wanted: set[str] | None, folder: Path,
+           max_memory: int, spill: bool, seed: int) -> Calibration:
+    """What the layers see, in files of the folder; those that are there already are not made again."""
+    possible = [site for site in walk(model) if target(site.module) is not None]
+    sites = [site for site in possible if (wanted is None or site.fqn in wanted)
+             and not (site.why_not or why_not(site.module))]
+    masking = Masking(model, {site.fqn: site.module for site in possible})
+    seen = _survey(folder, model, sites, batches, masking, [site for site in possible if site not in sites])
+    if seen.unseen:
+        warnings.warn(f"layers that no batch reaches stay as they are: {', '.join(seen.unseen)}", stacklevel=3)
+    passes = plan_passes(sites, seen, loss is not None, max_memory)
+    files = [folder / f"{_digest([[site.fqn for site in group.sites] for group in groups])}.safetensors"
+             for groups in passes]
+    for number, (file, groups) in enumerate(zip(files, passes, strict=True), 1):
+        if not file.exists():
+            masking.prepare(batches)
+            accumulator = Accumulator(groups, loss is not None, masking)
+            _run(model, accumulator, batches, loss, seed, spill, f"calibrating, pass {number} of {len(passes)}")
+            _write(file, accumulator)
+    return Calibration(folder, files, seen.unseen)
+
+
+def _survey(folder: Path, model: nn.Module, sites: list[Site], batches: list[Batch], masking: Masking,
+            others: list[Site]) -> Survey:
+    """What the layers are called with, from the folder if it is there."""
+    file = folder / f"{_digest([site.fqn for site in sites])}.json"
+    if file.exists():
+        return Survey(**json.loads(file.read_text()))
+    seen = survey(model, sites, batches, masking, others)
+    warn_of_masks_that_fit_nothing(batches)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as path:
+        path.write_text(json.dumps(asdict(seen)))
+    return seen
+
+
+def _run(model: nn.Module, accumulator: Accumulator, batches: list[Batch], loss: Loss | None, seed: int, spill: bool,
+         progress: str) -> None:
+    """One pass over the data."""
+    with in_eval_mode(model), hooked(accumulator.hooks()):
+        for number, batch in enumerate(track(batches, progress)):
+            accumulator.begin(number, batch)
+            with saved_on_disk(model) if spill and loss else nullcontext():
+                output = batch.call(model)
+                if loss:
+                    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+                    accumulator.samples += loss.backward(output, batch, generator)
+            del output  # the next forward pass needs the room
+            accumulator.check()
+
+
+def _write(file: Path, accumulator: Accumulator) -> None:
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, dict] = {}
+    for fqn, moments, inputs_of in accumulator.results():
+        fields = {"data": moments.data, "mean": moments.mean, "input_energy": moments.input_energy,
+                  "gradient": moments.gradient}
+        names = {}
+        for field, value in fields.items():
+            if value is not None:
+                # Layers with the same inputs share their tensors.
+                names[field] = f"{fqn if field == 'gradient' else inputs_of}:{field}"
+                tensors[names[field]] = value.float().cpu().contiguous()
+        layers[fqn] = {"tokens": moments.tokens, "of_inputs": moments.of_inputs, "tensors": names,
+                       "gradient_samples": moments.gradient_samples}
+    header = {"format": FORMAT, "layers": layers, "reached": accumulator.reached}
+    tensor_file.write(file, tensors, {"moments": json.dumps(header)})
+
+
+def _key(model: nn.Module, batches: list[Batch], loss: Loss | None, seed: int) -> str | None:
+    """A hash of everything that the moments depend on; None, with a warning, where something cannot be hashed."""
+    try:
+        parts = {"model": model, "loss": loss, "data": [batch.content() for batch in batches]}
+        precision = [torch.get_float32_matmul_precision(), *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
+                                                             for d in ("cpu", "cuda"))]
+        return fingerprint({"format": FORMAT, "seed": seed, "precision": precision} | parts)[:32]
+    except Unhashable as unhashable:
+        warnings.warn(f"calibrating without the cache: {unhashable}", stacklevel=3)
+        return None
+
+
+def _digest(names: list) -> str:
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]

@@ -1,0 +1,178 @@
+"""By which gradients a layer's error is weighed: those of a loss, or of the model's own outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..util import nested
+from .batches import Batch
+
+# Rows of outputs to draw gradients for: fewer know too few directions, where one row gathers many tokens.
+_ROWS_PER_BATCH, _MOST_DRAWS = 64, 8
+
+
+class NotComparable(ValueError):
+    """Outputs between which there is no finite distance; says whose they are, and why."""
+
+
+class Loss:
+    """Anything whose gradients reach the layers; `backward` returns how many rows of output they stem from.
+
+    Nothing happens where the loss depends on no layer that is observed.
+    """
+
+    def backward(self, output: object, batch: Batch, generator: torch.Generator) -> int:
+        raise NotImplementedError
+
+    def mean(self, output: object, batch: Batch) -> Tensor:
+        """Per row of the output, to train on."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class OutputSensitivity(Loss):
+    """Random projections of the main output: their gradients have the moment of the output's Jacobian, so that a
+    layer's weighed error is the squared change of the output that it causes."""
+
+    def backward(self, output: object, batch: Batch, generator: torch.Generator) -> int:
+        output = main_output(output)
+        mask = batch.mask_for(tuple(output.shape[:-1]))
+        rows = output[..., 0].numel() if mask is None else int(mask.sum())
+        draws = min(max(-(-_ROWS_PER_BATCH // max(rows, 1)), 1), _MOST_DRAWS)
+        for draw in range(draws if output.requires_grad and rows else 0):
+            direction = torch.randn(output.shape, generator=generator).to(output)
+            if mask is not None:
+                direction = direction * mask.view(output.shape[:-1])[..., None].to(output)
+            output.backward(direction, retain_graph=draw + 1 < draws)
+        return rows * draws
+
+
+@dataclass(frozen=True)
+class NextToken(Loss):
+    """Cross entropy of a language model's logits and the tokens that follow: `labels` if the batch has them (already in
+    place for an encoder-decoder, else shifted here), else `input_ids`."""
+
+    def backward(self, output: object, batch: Batch, generator: torch.Generator) -> int:
+        logits, targets = self._targets(output, batch)
+        if logits.requires_grad:
+            logits.backward(cross_entropy_gradient(logits.detach(), targets))
+        return int((targets != -100).sum())
+
+    def mean(self, output: object, batch: Batch) -> Tensor:
+        logits, targets = self._targets(output, batch)
+        return F.cross_entropy(logits.float(), targets, reduction="sum") / (targets != -100).sum().clamp_min(1)
+
+    @staticmethod
+    def _targets(output: object, batch: Batch) -> tuple[Tensor, Tensor]:
+        aligned = next(nested.named(output, "encoder_last_hidden_state"), None) is not None
+        return next_token_targets(main_output(output), batch, aligned)
+
+
+@dataclass(frozen=True)
+class Custom(Loss):
+    """A user's `(output, batch) -> scalar`, summed over what it averages."""
+
+    function: Callable[[object, Batch], Tensor]
+
+    def backward(self, output: object, batch: Batch, generator: torch.Generator) -> int:
+        loss = self._sum(output, batch)
+        if loss.requires_grad:
+            loss.backward()
+        return self._rows(output)
+
+    def mean(self, output: object, batch: Batch) -> Tensor:
+        return self._sum(output, batch).reshape(()) / max(self._rows(output), 1)
+
+    def _sum(self, output: object, batch: Batch) -> Tensor:
+        loss = self.function(output, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TypeError(f"loss must return a scalar tensor, got {getattr(loss, 'shape', type(loss).__name__)}")
+        return loss
+
+    @staticmethod
+    def _rows(output: object) -> int:
+        return math.prod(main_output(output).shape[:-1])
+
+
+def as_loss(loss: Loss | Callable | str | bool | None) -> Loss | None:
+    """The loss that a user's argument stands for; None where no gradients are wanted."""
+    if loss is None or loss == "output":
+        return OutputSensitivity()
+    if loss is False:
+        return None
+    if loss == "lm":
+        return NextToken()
+    if isinstance(loss, Loss):
+        return loss
+    if callable(loss):
+        return Custom(loss)
+    raise ValueError(f"loss must be 'lm', 'output', a function, None or False, got {loss!r}")
+
+
+def cross_entropy_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of the sum of the cross entropies, by the logits (tokens, vocabulary): one tensor of their size, where automatic
+    differentiation would hold three beside them. Tokens with target -100 have none."""
+    gradient, counted = logits.float().softmax(-1), targets != -100
+    gradient[counted.nonzero()[:, 0], targets[counted]] -= 1
+    return (gradient * counted[:, None]).to(logits.dtype) if not counted.all() else gradient.to(logits.dtype)
+
+
+def main_output(output: object) -> Tensor:
+    """The tensor that a model is run for: its logits, its sentence embeddings, its last hidden state, or its first
+    tensor of numbers, wherever they are in what it returns."""
+    for name in ("logits", "sentence_embedding", "last_hidden_state"):
+        if (found := next((t for t in nested.named(output, name) if isinstance(t, Tensor)), None)) is not None:
+            return found
+    for tensor in nested.tensors(output):
+        if tensor.is_floating_point() and tensor.dim() > 0:
+            return tensor
+    raise TypeError(f"the model returns no tensor of numbers but {type(output).__name__}")
+
+
+def divergences(answer: Tensor, target: Tensor) -> Tensor:
+    """KL(target || answer) of every row of logits (tokens, vocabulary), nats (tokens,), float32.
+
+    What both rule out by -inf contributes nothing. Raises NotComparable that says whose logits they are, the model's or
+    the dense model's, if any hold NaN or +inf, a row of them is -inf, or the model rules out what the dense one does
+    not.
+    """
+    answer, target = answer.float(), target.float()
+    for whose, logits in (("the dense model's", target), ("the model's", answer)):
+        largest = logits.amax(-1) if logits.numel() else logits.new_zeros(())
+        if not bool(largest.isfinite().all()):  # the largest is NaN if any is
+            raise NotComparable(f"{whose} logits hold NaN or +inf, or nothing but -inf, in row "
+                                f"{int((~largest.isfinite()).nonzero()[0, 0])}")
+    ruled_out = target == -torch.inf
+    if bool((impossible := (answer == -torch.inf) & ~ruled_out).any()):
+        row, token = impossible.nonzero()[0].tolist()
+        raise NotComparable("the model's logits are -inf where the dense model's are not, first for token "
+                            f"{token} in row {row}: their divergence is infinite")
+    answer, target = (F.log_softmax(logits, -1) for logits in (answer, target))
+    difference = (target - answer).masked_fill(ruled_out, 0.0)  # -inf less -inf
+    return (target.exp() * difference).sum(-1)
+
+
+def next_token_targets(logits: Tensor, batch: Batch, aligned: bool) -> tuple[Tensor, Tensor]:
+    """Logits (tokens, vocabulary) with the tokens (tokens,) they should predict, -100 where none counts; aligned: the
+    labels stand where they are predicted, as those of an encoder-decoder."""
+    arguments = batch.arguments()
+    labels = arguments.get("labels")
+    if labels is not None and aligned:
+        labels = labels.to(logits.device)
+        if (mask := batch.mask_for(tuple(labels.shape), {"decoder"})) is not None:
+            labels = labels.masked_fill(~mask.view(labels.shape).to(labels.device), -100)
+        return logits.flatten(0, 1), labels.flatten()
+    targets = labels if labels is not None else arguments.get("input_ids", batch.args[0] if batch.args else None)
+    if not isinstance(targets, Tensor) or targets.shape != logits.shape[:2]:
+        raise ValueError("the 'lm' loss needs input_ids (batch, tokens) and logits (batch, tokens, vocabulary), got "
+                         f"{getattr(targets, 'shape', None)} and {tuple(logits.shape)}")
+    targets = targets.to(logits.device)
+    if (mask := batch.mask_for(tuple(targets.shape))) is not None:
+        targets = targets.masked_fill(~mask.view(targets.shape).to(targets.device), -100)
+    return logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten()

@@ -1,0 +1,176 @@
+"""Hooks on a running model that add up what its layers see, each layer on the smaller side of its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor, nn
+
+from ..linalg import Moments
+from ..model.adapters import target
+from ..model.hooks import Hook, input_of
+from ..model.surgery import Site
+from .batches import Batch
+from .sharing import ROWS_IN_FLOAT32, Group, Inputs
+from .streams import Masking, MaskOfCall
+
+
+class Moment:
+    """Sum of x x^T over rows x, or of t x^T with other rows t beside them, for every group of features.
+
+    Its memory is taken before the run: between activations it would keep some of these, once freed, from going back to
+    the system.
+    """
+
+    def __init__(self, groups: int, side: int, device: torch.device) -> None:
+        self.rows, self._recent, self._total = 0, torch.zeros(groups, side, side, device=device), None
+
+    def add(self, rows: Tensor, others: Tensor | None = None) -> None:
+        """rows, others: (G, T, m), float32."""
+        if not self.rows:
+            self._recent = self._recent.to(rows.device)  # that of an offloaded layer is known only now
+        self._recent.baddbmm_((rows if others is None else others).mT, rows)
+        before, self.rows = self.rows, self.rows + rows.shape[1]
+        if before // ROWS_IN_FLOAT32 != self.rows // ROWS_IN_FLOAT32:
+            recent = self._recent.double()
+            self._total = recent if self._total is None else self._total.add_(recent)
+            self._recent.zero_()
+
+    def is_finite(self) -> Tensor:
+        return self._recent.diagonal(dim1=-2, dim2=-1).sum().isfinite()
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Over the rows, float32, zero without any; nothing can be added then, since it takes the place of the sum."""
+        total = self._recent if self._total is None else self._total.add_(self._recent)
+        self._recent = self._total = None
+        return total.div_(max(self.rows, 1)).float()
+
+
+class Observed:
+    """One layer under observation; `leader` is the layer of its group that observes the input they share."""
+
+    def __init__(self, site: Site, leader: Observed | None, of_inputs: bool, gradients: bool) -> None:
+        self.site, self.leader, self.of_inputs = site, leader or self, of_inputs
+        self.target = target(site.module)
+        self.shape = self.target.shape()
+        # Behind more outputs than inputs the gradients are needed only as the inputs feel them.
+        self.gradient_of_inputs = of_inputs and self.shape.out_features > self.shape.in_features
+        self.data, self.sums = self.moment(of_inputs) if leader is None else None, None
+        self.gradient = self.moment(self.gradient_of_inputs) if gradients else None
+        self.inputs = Inputs()
+
+    def moment(self, of_columns: bool) -> Moment:
+        """An empty one of what it is observed by, of its inputs or of its outputs."""
+        side = self.shape.in_features if of_columns else self.shape.out_features
+        groups = 1 if self.of_inputs else self.shape.groups
+        device = self.site.module.weight.device
+        return Moment(groups, side // groups, torch.device("cpu") if device.type == "meta" else device)
+
+    def see(self, x: Tensor, y: Tensor, mask: MaskOfCall) -> Tensor | None:
+        """Note an input and the output; the output to use instead where gradients need another one."""
+        before = self.leader.inputs.count
+        self.leader.inputs.number(x)
+        if self.leader is self:
+            self._add(x.detach(), y.detach(), mask)
+        elif self.leader.inputs.count > before:
+            raise RuntimeError(f"{self.site.fqn} is called with another input than {self.leader.site.fqn}, although "
+                               "they had the same when the data was first run: the model does not do the same twice")
+        if self.gradient is None or not torch.is_grad_enabled():
+            return None
+        replaced = None
+        if not y.requires_grad:
+            y.requires_grad_()
+            replaced = y.clone()  # a leaf would not bear what the model may do to it in place
+        y.register_hook(partial(self._add_gradient, mask))
+        return replaced
+
+    def rows_of(self, x: Tensor, y: Tensor, mask: MaskOfCall) -> Tensor:
+        """(G, tokens that count, m) of what the layer is observed by: its inputs, or its outputs without bias."""
+        if self.of_inputs:
+            return self._rows(x, 1, mask)
+        bias, y = self.site.module.bias, self.target.tokens(y)
+        return self._rows(y if bias is None else y - bias, self.shape.groups, mask, ordered=True)
+
+    def _add(self, x: Tensor, y: Tensor, mask: MaskOfCall) -> None:
+        rows = self.rows_of(x, y, mask)
+        if not rows.shape[1]:
+            return
+        if self.of_inputs:
+            energy = rows.square().sum(1)
+        else:
+            energy = self.target.input_energy(x, partial(self._rows, mask=mask))
+            energy = energy.view(len(rows), -1) * rows.shape[1]
+        self.data.add(rows)
+        sums = rows.sum(1).double(), energy.double()
+        self.sums = sums if self.sums is None else tuple(a + b for a, b in zip(self.sums, sums, strict=True))
+
+    def _add_gradient(self, mask: MaskOfCall, gradient: Tensor) -> None:
+        rows = self._rows(gradient.detach(), 1 if self.of_inputs else self.shape.groups, mask)
+        if self.gradient_of_inputs:
+            rows = rows @ self.target.matrices(self.shape).to(rows)
+        self.gradient.add(rows)
+
+    def _rows(self, tensor: Tensor, groups: int, mask: MaskOfCall, ordered: bool = False) -> Tensor:
+        """(groups, tokens that count, features of one group), float32."""
+        rows = (tensor if ordered else self.target.tokens(tensor)).float()
+        counts, rows = mask(tuple(rows.shape[:-1])), rows.reshape(-1, rows.shape[-1])
+        if counts is not None:
+            rows = rows[counts.to(rows.device)]
+        return rows.unflatten(1, (groups, -1)).transpose(0, 1)
+
+    def moments(self, samples: int) -> Moments:
+        leader, tokens = self.leader, self.leader.data.rows
+        mean, energy = (total / tokens for total in leader.sums)
+        gradient = self.gradient and self.gradient.mean  # zero where the loss does not depend on the layer
+        return Moments(tokens, leader.data.mean, mean, energy, self.of_inputs, gradient, samples)
+
+
+class Accumulator:
+    """The moments of some layers of a model, added up while it runs with these `hooks`."""
+
+    def __init__(self, groups: list[Group], gradients: bool, masking: Masking) -> None:
+        self.samples = 0
+        self._layers: list[Observed] = []
+        self._masking = masking
+        for group in groups:
+            leader = None
+            for site in group.sites:
+                observed = Observed(site, leader, group.of_inputs, gradients)
+                leader = leader or (observed if group.of_inputs else None)
+                self._layers.append(observed)
+
+    @property
+    def reached(self) -> bool:
+        """Whether gradients came to any of the layers."""
+        return any(layer.gradient is not None and layer.gradient.rows for layer in self._layers)
+
+    def hooks(self) -> Iterator[tuple[nn.Module, Hook]]:
+        """What to call after the forwards of the layers."""
+        yield from self._masking.hooks()
+        yield from ((layer.site.module, partial(self._hook, layer)) for layer in self._layers)
+
+    def begin(self, number: int, batch: Batch) -> None:
+        self._number = number
+        self._masking.begin(batch)
+
+    def _hook(self, layer: Observed, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        return layer.see(input_of(args, kwargs), output, self._masking.call(layer.site.fqn))
+
+    def check(self) -> None:
+        """ValueError that names the batch and its first layer with an input, output or gradient that is not finite."""
+        for what in ("data", "gradient"):
+            sums = [(x, m) for x in self._layers if (m := getattr(x, what)) is not None and m.rows]
+            if bool(torch.stack([m.is_finite().cpu() for _, m in sums]).all()) if sums else True:
+                continue
+            layer = next(x for x, m in sums if not m.is_finite())
+            raise ValueError(f"batch {self._number}: {layer.site.fqn} has NaN or infinity in its "
+                             f"{'gradients' if what == 'gradient' else 'inputs' if layer.of_inputs else 'outputs'}")
+
+    def results(self) -> Iterator[tuple[str, Moments, str]]:
+        """(name, moments, name of the layer whose data they are), for every layer that saw any."""
+        for layer in self._layers:
+            if layer.leader.data.rows:
+                yield layer.site.fqn, layer.moments(self.samples), layer.leader.site.fqn

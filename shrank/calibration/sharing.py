@@ -1,0 +1,136 @@
+"""Which layers of a model see the same, and in how many passes over the data their moments are added up."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from ..model.adapters import target
+from ..model.hooks import hooked, in_eval_mode, input_of
+from ..model.surgery import Site
+from ..util.progress import track
+from .batches import Batch
+from .streams import Masking
+
+# So many rows are added up in float32 before they go to a float64 sum.
+ROWS_IN_FLOAT32 = 1 << 16
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that get the same input; the moments are those of this input, or of each layer's own outputs."""
+
+    sites: tuple[Site, ...]
+    of_inputs: bool
+
+
+class Inputs:
+    """Tensors that layers are called with, known again while they live and nothing changes them in place."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[weakref.ref, int]] = []
+        self.count = 0
+
+    def number(self, x: Tensor) -> int:
+        """The same number for the same tensor, a new one for a new one."""
+        version = 0 if x.is_inference() else x._version  # how often it was changed in place
+        alive = [(n, ref, at) for n, ref, at in self._seen if ref() is not None]
+        if (known := next((n for n, ref, at in alive if ref() is x and at == version), None)) is None:
+            known, self.count = self.count, self.count + 1
+            alive.append((known, weakref.ref(x), version))
+        self._seen = alive
+        return known
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What all the data looks like from the layers: `shared`, those that every call gave the same inputs together, in
+    the order of execution; `calls`, how many each had in every batch; `rows`, how many the layer that saw most saw in
+    all; `unseen`, those that saw none."""
+
+    shared: list[list[str]]
+    calls: dict[str, list[int]]
+    rows: int
+    unseen: list[str]
+
+
+def plan_passes(sites: list[Site], survey: Survey, gradients: bool, max_memory: int) -> list[list[Group]]:
+    """The layers in groups that share their inputs, in the order of execution, split so that the moments of each part
+    fit into `max_memory` bytes (of a single group, whatever it needs)."""
+    by_name = {site.fqn: site for site in sites}
+    groups = [group for names in survey.shared for group in _sided([by_name[name] for name in names])]
+    spilled = 1 if survey.rows < ROWS_IN_FLOAT32 else 3  # a float64 sum beside the float32 one
+    passes: list[list[Group]] = []
+    free = 0
+    for group in groups:
+        size = 4 * spilled * sum(_entries(group, gradients))
+        if not passes or size > free:
+            passes.append([])
+            free = max_memory
+        passes[-1].append(group)
+        free -= size
+    return passes
+
+
+def survey(model: nn.Module, sites: list[Site], batches: list[Batch], masking: Masking,
+           others: Iterable[Site] = ()) -> Survey:
+    """Run all the batches, which are bound to the model, and look at what its layers are called with.
+
+    others: layers that are not asked about, whose shapes masks may have as well.
+    """
+    seen: dict[str, list[int]] = {}  # numbers of the inputs, in the order of the first calls
+    calls = {site.fqn: [0] * len(batches) for site in sites}
+    rows, inputs = dict.fromkeys(calls, 0), Inputs()
+
+    def note(site: Site, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        leading = tuple(target(module).tokens(output).shape[:-1])
+        mask = masking.call(site.fqn)(leading)
+        rows[site.fqn] += math.prod(leading) if mask is None else int(mask.sum())
+        calls[site.fqn][done] += 1
+        seen.setdefault(site.fqn, []).append(inputs.number(input_of(args, kwargs)))
+
+    def match(site: Site, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        masking.call(site.fqn)(tuple(target(module).tokens(output).shape[:-1]))
+
+    hooks = [*masking.hooks(), *((site.module, partial(note, site)) for site in sites),
+             *((site.module, partial(match, site)) for site in others)]
+    masking.prepare(batches)
+    with in_eval_mode(model), hooked(hooks):
+        for done, batch in enumerate(track(batches, "looking at the data")):  # noqa: B007 (note reads it)
+            masking.begin(batch)
+            batch.call(model)
+    shared: dict[object, list[str]] = {}
+    vectors = {site.fqn for site in sites if target(site.module).takes_vectors}
+    for name, numbers in seen.items():
+        if rows[name]:
+            shared.setdefault(tuple(numbers) if name in vectors else name, []).append(name)
+    unseen = [name for name, n in rows.items() if not n]
+    return Survey(list(shared.values()), calls, max(rows.values(), default=0), unseen)
+
+
+def _sided(sites: list[Site]) -> list[Group]:
+    """The layers with one input as a group that observes it, or each alone if their outputs are fewer numbers."""
+    if not target(sites[0].module).takes_vectors:
+        return [Group((site,), False) for site in sites]
+    shapes = [target(site.module).shape() for site in sites]
+    if shapes[0].in_features ** 2 <= sum(shape.out_features**2 for shape in shapes):
+        return [Group(tuple(sites), True)]
+    return [Group((site,), False) for site in sites]
+
+
+def _entries(group: Group, gradients: bool) -> Iterator[int]:
+    """Numbers in the moments of a group."""
+    shapes = [target(site.module).shape() for site in group.sites]
+    if group.of_inputs:
+        yield shapes[0].in_features ** 2
+    for shape in shapes:
+        outputs = shape.out_features**2 // shape.groups
+        if not group.of_inputs:
+            yield outputs
+        if gradients:
+            yield min(shape.in_features**2, outputs) if group.of_inputs else outputs

@@ -1,0 +1,189 @@
+"""Carrying out a plan, reading one off a model, and going back to dense."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.calibration import Calibration
+from ..linalg import FactorizationError, factorize, factorize_weighted, pivoted
+from ..model import surgery
+from ..model.adapters import LOW_RANK, target, why_not, with_groups
+from ..model.dense import dense_twin, require_plain
+from ..model.surgery import Site, walk
+from ..planning.plan import LayerPlan, RankPlan
+from ..util.parallel import in_parallel, workers_for
+from ..util.progress import track
+
+PLAN_ATTRIBUTE = "shrank_plan"
+_log = logging.getLogger("shrank")
+
+
+@torch.inference_mode(False)  # its results must stay trainable wherever it is called
+@torch.no_grad()
+def apply(model: nn.Module, plan: RankPlan, calibration: Calibration | None = None) -> nn.Module:
+    """Replace the planned layers in place, initialised from their weights, and return the root.
+
+    calibration: what `calibrate` found of this model; the factors are then those that keep the layers' outputs best on
+    that data, and biases make up for the mean error. The plan that was carried out, with the errors found, becomes
+    `model.shrank_plan`. Raises ValueError, before anything is changed, if the plan does not fit the model. A layer
+    whose factorisation fails stays dense, with a warning.
+    """
+    done = {layer.fqn: layer for layer in plan}
+    jobs = resolve(model, plan)
+    for site, layer, twin in track(_twins(jobs, calibration), "factorising", total=len(jobs)):
+        done[layer.fqn] = layer
+        if twin is None:
+            warnings.warn(f"{layer.fqn} stays dense: {layer.reason}", stacklevel=2)
+        else:
+            model = surgery.replace(model, site, twin)
+    done = replace(plan, layers=tuple(done.values()))
+    _log.info("%s", done.summary)
+    return surgery.finish(model, **{PLAN_ATTRIBUTE: done})
+
+
+def attach_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
+    """Replace the planned layers by twins whose weights are not set: what loading a checkpoint fills.
+
+    Layers that are low-rank already, as planned, stay. Raises ValueError, before anything is changed, if the plan does
+    not fit the model.
+    """
+    for site, twin in _empty_twins(model, plan):
+        model = surgery.replace(model, site, twin.to_empty(device=site.module.weight.device))
+    return surgery.finish(model, **{PLAN_ATTRIBUTE: plan})
+
+
+def expected_state(model: nn.Module, plan: RankPlan) -> dict[str, Tensor]:
+    """What `model.state_dict()` would hold after `attach_empty`, the factors on the meta device; raises ValueError as
+    that does."""
+    twins = {id(site.module): twin for site, twin in _empty_twins(model, plan)}
+    paths = {path: twins[id(m)] for path, m in model.named_modules(remove_duplicate=False) if id(m) in twins}
+    expected = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] not in paths}
+    for path, twin in paths.items():
+        prefix = f"{path}." if path else ""
+        expected |= {prefix + name: value for name, value in twin.state_dict().items()}
+    return expected
+
+
+def describe(model: nn.Module) -> RankPlan:
+    """The plan that the low-rank layers of a model amount to, however they came about."""
+    sites = walk(model, inside_low_rank=True)
+    plan = RankPlan(tuple(_describe_layer(site) for site in sites if isinstance(site.module, LOW_RANK)))
+    return replace(plan, other_params=surgery.count(model.parameters()) - plan.params_after)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Turn every low-rank layer back into the dense layer it stands for, in place, and return the root.
+
+    Raises ValueError, before anything is changed, if another tool made something of a stage that its weight does not
+    tell: LoRA, quantization, pruning, sharding, hooks.
+    """
+    sites = [site for site in walk(model, inside_low_rank=True) if isinstance(site.module, LOW_RANK)]
+    require_plain(sites, "merged")
+    for site in reversed(sites):  # innermost first: a stage of a low-rank layer may be low-rank itself
+        model = surgery.replace(model, site, dense_twin(site.module))
+    return surgery.finish(model, **{PLAN_ATTRIBUTE: None})
+
+
+def _twins(jobs: list[tuple[Site, LayerPlan]],
+           calibration: Calibration | None) -> Iterator[tuple[Site, LayerPlan, nn.Module | None]]:
+    """What shall stand in for each layer, in order, with the plan as it came out; None where it cannot be factorised.
+
+    Takes the layers off `jobs`, so that nobody holds one that was replaced.
+    """
+    workers = workers_for(site.module.weight for site, _ in jobs)
+    jobs.reverse()
+    return in_parallel(partial(_twin, calibration), iter(lambda: jobs.pop() if jobs else None, None), workers)
+
+
+@torch.no_grad()
+def _twin(calibration: Calibration | None,
+          job: tuple[Site, LayerPlan]) -> tuple[Site, LayerPlan, nn.Module | None]:
+    (site, layer), bias = job, job[0].module.bias
+    found = target(site.module)
+    matrices, rank = found.matrices(layer.shape), layer.rank // layer.shape.down_groups
+    try:
+        metric = None if calibration is None else calibration.metric(site.fqn, matrices, bias is not None)
+        factors = factorize(matrices, rank) if metric is None else factorize_weighted(matrices, metric, rank)
+    except FactorizationError as error:
+        return site, replace(layer, rank=None, error=None, reason=str(error)), None
+    twin = found.twin(layer.rank, layer.shape)
+    twin.take(pivoted(factors) if layer.shape.pivoted else factors,
+              bias if factors.shift is None else _shifted(bias, factors.shift))
+    return site, replace(layer, error=factors.relative_error), twin
+
+
+def _shifted(bias: nn.Parameter, shift: Tensor) -> nn.Parameter:
+    return nn.Parameter((bias + shift.flatten()).to(bias.dtype), bias.requires_grad)
+
+
+def _describe_layer(site: Site) -> LayerPlan:
+    layer, shape = site.module, site.module.shape
+    return LayerPlan(site.fqn, layer.kind, shape.dense_params, shape, layer.rank)
+
+
+def _empty_twins(model: nn.Module, plan: RankPlan) -> list[tuple[Site, nn.Module]]:
+    """The sites of the planned layers and a twin on the meta device for each, whose stages may be low-rank in turn."""
+    twins = []
+    for site, layer in resolve(model, plan.outermost, loading=True):
+        twin = target(site.module, vouched=True).twin(layer.rank, layer.shape)
+        for inner_site, inner_twin in _empty_twins(twin, plan.inside(layer.fqn)):
+            surgery.replace(twin, inner_site, inner_twin)
+        twins.append((site, twin))
+    return twins
+
+
+def resolve(model: nn.Module, plan: RankPlan, loading: bool = False) -> list[tuple[Site, LayerPlan]]:
+    """The sites of the planned layers; ValueError lists everything about the plan that does not fit the model."""
+    sites = {site.fqn: site for site in walk(model, inside_low_rank=True)}
+    jobs, problems = [], []
+    for layer in plan.low_rank:
+        site = sites.get(layer.fqn)
+        if site is None:
+            problems.append(f"{layer.fqn!r}: the model has no such layer")
+        elif loading and isinstance(site.module, LOW_RANK) and _same_structure(_describe_layer(site), layer):
+            continue
+        elif problem := _misfit(site, layer, loading):
+            problems.append(f"{layer.fqn!r}: {problem}")
+        else:
+            jobs.append((site, layer))
+    if problems:
+        raise ValueError(f"the plan does not fit the model:{indented(problems)}")
+    return jobs
+
+
+def indented(problems: list[str]) -> str:
+    """The problems, a line each, for the end of a message; of many, the first ten and how many more there are."""
+    more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
+    return "".join(f"\n  {line}" for line in [*problems[:10], *more])
+
+
+def _misfit(site: Site, layer: LayerPlan, loading: bool) -> str:
+    """What keeps this layer from being replaced as planned; '' if nothing does."""
+    found = target(site.module, vouched=loading)
+    if (found is None or not loading) and (reasons := [*site.why_not, *why_not(site.module)]):
+        return "; ".join(reasons)
+    if found.kind != layer.kind:
+        return f"it is a {found.kind} here and a {layer.kind} in the plan"
+    shape = with_groups(found.shape(), layer.rank, layer.shape.up_groups > 1, layer.shape.pivoted)
+    if reason := found.why_not_grouped(shape):
+        return reason
+    if shape != layer.shape:
+        return f"it is {shape} here and {layer.shape} in the plan"
+    if shape.pivoted and (shape.up_groups != shape.down_groups or layer.rank >= shape.out_features):
+        return "pivots need the same groups in both stages and a rank below the outputs"
+    if layer.rank > shape.max_rank or layer.rank % shape.down_groups:
+        return f"rank {layer.rank} is not a multiple of {shape.down_groups} in 1..{shape.max_rank}"
+    return ""
+
+
+def _same_structure(here: LayerPlan, planned: LayerPlan) -> bool:
+    return (here.kind, here.shape, here.rank) == (planned.kind, planned.shape, planned.rank)

@@ -1,0 +1,181 @@
+"""CED: the low-rank twin of a convolution."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..linalg import Factors, PivotedFactors, Shape
+from ..ops.dispatch import Backend, low_rank_conv, setting
+from .low_rank import LowRankLayer
+from .plain import CONVOLUTIONS
+from .two_stage import NO_PIVOTED_KERNEL, Pivots, checked_rank, is_untouched, memory_format, reset_stages, run_stages
+
+
+class CED(LowRankLayer):
+    """A k-dimensional convolution into `rank` channels, then a pointwise one; x: (batch, in_channels, *spatial).
+
+    `kernel_size` is a tuple whose length (1, 2 or 3) sets the dimension. The first stage has min(rank, groups) groups;
+    the second one as many if `groups_out`, else one. pivot: as for LED, within every group; both stages must have the
+    same groups. Raises ValueError on a rank, kernel or grouping that does not fit.
+    Source: Winata et al., ICASSP 2020 (convolutional encoder-decoder: Cahyawijaya et al., Greenformer, 2021).
+    """
+
+    unit = "ced_unit"
+
+    def __init__(self, in_channels: int, out_channels: int, rank: int | None = None,
+                 kernel_size: tuple[int, ...] | None = None, stride: int | tuple[int, ...] = 1,
+                 padding: int | tuple[int, ...] | str = 0, dilation: int | tuple[int, ...] = 1, groups: int = 1,
+                 groups_out: bool = False, padding_mode: str = "zeros", bias: bool = True,
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
+                 r: int | None = None, pivot: bool = False) -> None:
+        super().__init__()
+        rank = checked_rank(rank, r, out_channels if pivot else None)
+        if not isinstance(kernel_size, tuple | list) or len(kernel_size) not in CONVOLUTIONS:
+            raise ValueError(f"kernel_size must be a tuple of 1, 2 or 3 sizes, got {kernel_size!r}")
+        convolution = CONVOLUTIONS[len(kernel_size)]
+        self.dense_groups = groups
+        groups = min(rank, groups)
+        up_groups = groups if groups_out else 1
+        if pivot and up_groups != groups:
+            raise ValueError(f"pivots need the same groups in both stages, got {groups} and {up_groups} (groups_out)")
+        made = {"device": device, "dtype": dtype}
+        self.ced_unit = nn.Sequential(
+            convolution(in_channels, rank, tuple(kernel_size), stride, padding, dilation, groups, False, padding_mode,
+                        **made),
+            convolution(rank, out_channels - rank if pivot else out_channels, 1, groups=up_groups, bias=bias, **made),
+        )
+        if pivot:
+            self.ced_unit.append(Pivots(rank, out_channels, 1, bias, up_groups, **made))
+        fan_in = in_channels // groups * math.prod(kernel_size)
+        reset_stages(self.ced_unit, fan_in=fan_in, rank=rank // self.up_groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pivoted:
+            if setting.backend is Backend.NATIVE:
+                raise RuntimeError(NO_PIVOTED_KERNEL)
+            unbatched = x.dim() == len(self.kernel_size) + 1
+            return run_stages(self.ced_unit, x[None])[0] if unbatched else run_stages(self.ced_unit, x)
+        first, second = self.ced_unit
+        own = CONVOLUTIONS.get(x.dim() - 2), CONVOLUTIONS.get(x.dim() - 1)  # batched, unbatched
+        if not all(type(stage) in own and is_untouched(stage) for stage in (first, second)) or not (
+                first.weight.is_cuda or setting.backend is Backend.NATIVE):
+            return run_stages(self.ced_unit, x)
+        padding = first.padding
+        if first.padding_mode != "zeros":
+            x, padding = F.pad(x, first._reversed_padding_repeated_twice, first.padding_mode), 0
+        return low_rank_conv(x, first.weight, second.weight, second.bias, first.stride, padding, first.dilation,
+                             first.groups, second.groups)
+
+    @property
+    def kind(self) -> str:
+        return f"Conv{len(self.kernel_size)}d"
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.out_channels, self.in_channels * math.prod(self.kernel_size), self.dense_groups,
+                     self.down_groups, self.up_groups, self.pivoted)
+
+    @property
+    def rank(self) -> int:
+        return self.built_with(0, "out_channels")
+
+    @property
+    def in_channels(self) -> int:
+        return self.built_with(0, "in_channels")
+
+    @property
+    def out_channels(self) -> int:
+        return self.built_with(1, "out_channels") + (self.rank if self.pivoted else 0)
+
+    @property
+    def down_groups(self) -> int:
+        return self.built_with(0, "groups")
+
+    @property
+    def up_groups(self) -> int:
+        return self.built_with(1, "groups")
+
+    @property
+    def groups(self) -> int:
+        """Groups of the equivalent convolution, whose kernel is `weight`: a dense second stage mixes all of them."""
+        return self.up_groups
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        return self.built_with(0, "kernel_size")
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        return self.built_with(0, "stride")
+
+    @property
+    def padding(self) -> tuple[int, ...] | str:
+        return self.built_with(0, "padding")
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        return self.built_with(0, "dilation")
+
+    @property
+    def padding_mode(self) -> str:
+        return self.built_with(0, "padding_mode")
+
+    @property
+    def transposed(self) -> bool:
+        return False
+
+    @property
+    def output_padding(self) -> tuple[int, ...]:
+        return self.built_with(0, "output_padding")
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
+
+    def dense_weight(self) -> Tensor:
+        """The equivalent kernel, with `groups` groups."""
+        G, down, up = self.down_groups, self.down.flatten(1), self.up.flatten(1)
+        down = down.unflatten(0, (G, -1))                                   # (G, rank/G, in/G * kernel)
+        if self.up_groups == G:
+            kernel = (up.unflatten(0, (G, -1)) @ down).flatten(0, 1)        # (out, in/G * kernel)
+        else:
+            kernel = torch.einsum("ogr,grk->ogk", up.unflatten(1, (G, -1)), down).flatten(1)
+        if self.pivoted:
+            kernel = torch.cat((self.down.flatten(1), kernel)).index_select(0, self.ced_unit[2].order)
+        return kernel.reshape(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    def factors(self) -> Factors | PivotedFactors:
+        G, up = self.down_groups, self.up.flatten(1)
+        down = self.down.flatten(1).unflatten(0, (G, -1))
+        up = up.unflatten(0, (G, -1)) if self.up_groups == G else up.unflatten(1, (G, -1)).transpose(0, 1)
+        return PivotedFactors(down, up, self.order, 1.0) if self.pivoted else Factors(down, up, 0.0, 1.0)
+
+    def take(self, factors: Factors | PivotedFactors, bias: Tensor | None) -> None:
+        """As of LowRankLayer; where the dense groups did not split over those of the first stage, up has (G, N, R/G) or
+        its blocks are laid out with zeros between."""
+        up = factors.up
+        if self.up_groups == self.down_groups:
+            up = up.flatten(0, 1)                                           # (out, rank/G)
+        elif up.shape[0] * up.shape[1] == self.out_channels:
+            up = torch.block_diag(*up)                                      # (out, rank), zero across groups
+        else:
+            up = up.transpose(0, 1).flatten(1)                              # column blocks: (out, rank)
+        first, second = self.ced_unit[0].weight, self.ced_unit[1].weight
+        layout = {"memory_format": memory_format(first)}
+        down = factors.down.flatten(0, 1).reshape(first.shape).contiguous(**layout)
+        up = up.reshape(second.shape).contiguous(**layout)
+        self.set_factors(down, up, bias, getattr(factors, "order", None))
+
+    def blocks_of(self, weight: Tensor) -> Tensor:
+        weight, G = weight.flatten(1), self.down_groups
+        if self.up_groups == G:
+            return weight.unflatten(0, (G, -1))
+        return weight.unflatten(1, (G, -1)).transpose(0, 1)                 # column blocks, every output in each
+
+    def extra_repr(self) -> str:
+        pivoted = ", pivoted" if self.pivoted else ""
+        return f"{self.in_channels}, {self.out_channels}, rank={self.rank}, kernel_size={self.kernel_size}{pivoted}"

@@ -1,0 +1,177 @@
+"""What LED and CED share: two stages, read as factors, and the dense weight and bias that they stand for."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..linalg import FactorizationError, Factors, PivotedFactors, Shape, factorize, pivoted
+from .merged_weight import merged
+from .plain import why_no_matrix, why_not_plain
+from .seal import drop_seal
+from .two_stage import assign_bias, is_pivoted, merged_bias, set_stages
+
+_NAMES = ("down", "up")
+
+
+class LowRankLayer(nn.Module):
+    """A pair of stages in `unit`; a third puts the outputs of pivoted factors in order.
+
+    Reading `weight` or `bias` gives what the dense layer would have. Assigning to them works as on a dense layer where
+    the new weight has factors of the same rank, as after folding a batch norm; else it is a ValueError.
+    """
+
+    unit: ClassVar[str]  # the name of the sequence of stages, in attributes and checkpoints
+
+    @property
+    def stages(self) -> nn.Sequential:
+        return self._modules[self.unit]
+
+    @property
+    def kind(self) -> str:
+        """The class of the dense layer, as plans call it."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> Shape:
+        """The layer as a matrix."""
+        raise NotImplementedError
+
+    @property
+    def down(self) -> Tensor:
+        """The first factor, in the layout of the first stage's weight."""
+        return self._factor(0)
+
+    @property
+    def up(self) -> Tensor:
+        """The second factor, in the layout of the second stage's weight; with pivots, of the other outputs only."""
+        return self._factor(1)
+
+    @property
+    def pivoted(self) -> bool:
+        return is_pivoted(self.stages)
+
+    @property
+    def order(self) -> Tensor | None:
+        """With pivots, the place of every output in down and then up (N,)."""
+        return self.stages[2].order if self.pivoted else None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """That of the dense layer (N,); with pivots, put together from two parts."""
+        own = self.stages[1].bias
+        if not self.pivoted or own is None:
+            return own
+        return merged(own, (self.shape.out_features,), lambda: merged_bias(self.stages), self, "bias")
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, multiplied out when used."""
+        like = self.stages[0].weight
+        if not isinstance(like, Tensor):
+            return like  # a method where the stage is quantized, as it would be on the dense layer
+        return merged(like, self.weight_shape, self.dense_weight, self, "weight")
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the dense layer's weight."""
+        raise NotImplementedError
+
+    def dense_weight(self) -> Tensor:
+        """The product of the factors, in the layout of the dense layer's weight."""
+        raise NotImplementedError
+
+    def factors(self) -> Factors | PivotedFactors:
+        """The factors, group by group: down (G, R/G, K/G) and up (G, N/G, R/G), as `linalg` has them."""
+        raise NotImplementedError
+
+    def take(self, factors: Factors | PivotedFactors, bias: Tensor | None) -> None:
+        """Make these factors, group by group, and this bias (N,) the parameters."""
+        raise NotImplementedError
+
+    def set_factors(self, down: Tensor, up: Tensor, bias: Tensor | None, order: Tensor | None = None) -> None:
+        """Make down and up, in the layouts of the stages' weights, and bias (N,) the parameters, without a copy; with
+        pivots `up` is that of the other outputs and `order` (N,) gives every output's place in down and then up."""
+        set_stages(self.stages, down, up, bias, order)
+
+    def blocks_of(self, weight: Tensor) -> Tensor:
+        """A dense weight as (G, N/G, K/G), one matrix for each group of the first stage."""
+        raise NotImplementedError
+
+    def why_not_plain(self, sharded: bool = False) -> str:
+        """What keeps the parameters of the stages from being all that the layer does; '' if nothing does.
+
+        sharded: parameters that somebody will gather do.
+        """
+        for name, stage in zip(_NAMES, self.stages, strict=False):
+            if reason := why_not_plain(stage, sharded):
+                return f"its {name} stage {reason}"
+        return ""
+
+    def built_with(self, number: int, name: str) -> object:
+        """An attribute of a stage; of one that peft has adapted, that of the layer inside."""
+        stage = self.stages[number]
+        stage = stage.get_base_layer() if hasattr(stage, "get_base_layer") else stage
+        if not hasattr(stage, name):
+            raise RuntimeError(f"{type(self).__name__}: its {_NAMES[number]} stage is a {type(stage).__module__}."
+                               f"{type(stage).__qualname__}, which has no {name}: put a plain layer there first")
+        return getattr(stage, name)
+
+    def _factor(self, number: int) -> Tensor:
+        stage = self.stages[number]
+        if reason := why_no_matrix(stage):
+            raise RuntimeError(f"{type(self).__name__}: its {_NAMES[number]} stage {reason}")
+        return stage.weight
+
+    def assign(self, name: str, value: Tensor | None) -> None:
+        """Give the layer another dense `weight` or `bias`; ValueError where its factors cannot express it."""
+        if name == "weight":
+            self._assign_weight(value)
+        else:
+            assign_bias(self.stages, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("weight", "bias"):
+            self.assign(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of nn.Module; `weight` and `bias` go into the stages."""
+        if name in ("weight", "bias"):
+            self.assign(name, param)
+        else:
+            super().register_parameter(name, param)
+
+    @torch.no_grad()
+    def _assign_weight(self, weight: Tensor) -> None:
+        owner = type(self).__name__
+        if not isinstance(weight, Tensor) or tuple(weight.shape) != self.weight_shape:
+            raise ValueError(f"{owner}.weight is {tuple(self.weight_shape)}, got "
+                             f"{tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__}")
+        if reason := self.why_not_plain():
+            raise RuntimeError(f"{owner}.weight cannot be assigned: {reason}")
+        try:
+            found = factorize(self.blocks_of(weight.detach()), self.rank // self.shape.down_groups)
+        except FactorizationError as error:
+            raise ValueError(f"{owner}.weight cannot be assigned: {error}") from error
+        # Products that were rounded to the dtype; a weight of another rank is off by tens of percent.
+        tolerance = max(8 * torch.finfo(weight.dtype).eps, 1e-4)
+        if found.relative_error > tolerance:
+            raise ValueError(
+                f"{owner}.weight was given a weight that no factors of rank {self.rank} have (they miss "
+                f"{found.relative_error:.2g} of it): merge the model to dense layers first, or use set_factors")
+        flags = {name: p.requires_grad for name, p in self.named_parameters()}
+        self.take(pivoted(found) if self.pivoted else found, self.bias)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(flags[name])
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *rest: object) -> None:
+        super()._load_from_state_dict(state, prefix, *rest)
+        _, _, _, unexpected, _ = rest
+        drop_seal(state, prefix, unexpected)
+
+    def __getitem__(self, stage: int) -> nn.Module:
+        return self.stages[stage]

@@ -1,0 +1,188 @@
+"""Which kernel the native extension takes for a layer on a GPU, why, and at what predicted cost.
+
+Needs no GPU, and the extension only where it may have a kernel for the layer.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, astuple, dataclass
+
+import torch
+from rich.table import Table
+
+from ..ops import native
+from . import explain_plain
+
+Sizes = tuple[int, int, int]
+
+
+def parse_shape(text: str) -> tuple[int, int, int, int]:
+    """'16384,768,3072,96' -> M, K, N, R: tokens, in_features, out_features, rank."""
+    sizes = text.split(",")
+    if len(sizes) != 4 or not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise ValueError(f"--shape is {text!r}, wanted M,K,N,R: four whole numbers above 0, such as 16384,768,3072,96")
+    M, K, N, R = map(int, sizes)
+    return M, K, N, R
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A low-rank convolution; the sizes as (depth, height, width), 1 where there are fewer dimensions."""
+
+    batch: int
+    C: int
+    N: int
+    R: int
+    input: Sizes
+    kernel: Sizes
+    stride: Sizes = (1, 1, 1)
+    begin: Sizes = (0, 0, 0)
+    end: Sizes = (0, 0, 0)
+    dilation: Sizes = (1, 1, 1)
+    groups: int = 1
+    up_groups: int = 1
+
+    def output(self) -> Sizes:
+        padded = (size + begin + end for size, begin, end in zip(self.input, self.begin, self.end, strict=True))
+        return tuple((size - dilation * (kernel - 1) - 1) // stride + 1 for size, dilation, kernel, stride in
+                     zip(padded, self.dilation, self.kernel, self.stride, strict=True))
+
+
+def parse_conv(text: str, stride: str = "1", padding: str = "0", dilation: str = "1", groups: int = 1,
+               up_groups: int = 1) -> Conv:
+    """'32,64,56x56,3x3,64,16' -> batch, in_channels, input, kernel, out_channels, rank.
+
+    stride, padding, dilation: one number, or one for each dimension ('2x1'); of padding also before:after ('3:0x1:1').
+    Raises ValueError on anything else, on groups that do not divide, and on a kernel larger than the padded input.
+    """
+    parts = text.split(",")
+    if len(parts) != 6:
+        raise ValueError(f"--conv is {text!r}, wanted B,C,INPUT,KERNEL,N,R, such as 32,64,56x56,3x3,64,16")
+    batch, C, N, R = (_numbers("--conv", part, 1, 1)[0] for part in (*parts[:2], *parts[4:]))
+    size, kernel = (_numbers("--conv", part, None, 1) for part in parts[2:4])
+    d = len(size)
+    if len(kernel) != d or d > 3:
+        raise ValueError(f"--conv is {text!r}, wanted as many kernel as input sizes, at most 3")
+    pads = [_numbers("--padding", each, None, 0) for each in padding.split("x")]
+    if any(len(pad) > 2 for pad in pads) or len(pads) not in (1, d):
+        raise ValueError(f"--padding is {padding!r}, wanted 1 or {d} numbers or pairs such as 1:2")
+    pads = [(pad[0], pad[-1]) for pad in pads * (d // len(pads))]
+    conv = Conv(batch, C, N, R, _three(size, 1), _three(kernel, 1), _three(_numbers("--stride", stride, d, 1), 1),
+                _three([begin for begin, _ in pads], 0), _three([end for _, end in pads], 0),
+                _three(_numbers("--dilation", dilation, d, 1), 1), groups, up_groups)
+    _check(conv)
+    return conv
+
+
+def _numbers(name: str, text: str, count: int | None, least: int) -> list[int]:
+    """The numbers of '3x2' or '1:2', as many as wanted; a single one stands for all."""
+    parts = text.replace(":", "x").split("x")
+    if not all(part.strip().isdecimal() and int(part) >= least for part in parts):
+        raise ValueError(f"{name} has {text!r}, wanted whole numbers from {least} on, such as 3x3")
+    if count is not None and len(parts) not in (1, count):
+        raise ValueError(f"{name} is {text!r}, wanted 1 or {count} numbers")
+    return [int(part) for part in parts] * (count if count and len(parts) == 1 else 1)
+
+
+def _three(sizes: list[int], fill: int) -> Sizes:
+    return (*(fill,) * (3 - len(sizes)), *sizes)
+
+
+def _check(conv: Conv) -> None:
+    for name, groups, counts in (("--groups", conv.groups, {"C": conv.C, "R": conv.R}),
+                                 ("--up-groups", conv.up_groups, {"R": conv.R, "N": conv.N})):
+        for what, count in counts.items():
+            if groups < 1 or count % groups:
+                raise ValueError(f"{name} is {groups}, wanted a divisor of {what} {count}")
+    for i in range(3):
+        padded, reach = conv.input[i] + conv.begin[i] + conv.end[i], conv.dilation[i] * (conv.kernel[i] - 1) + 1
+        if padded < reach:
+            raise ValueError(f"--conv: the kernel reaches over {reach} numbers of a padded input of {padded}")
+
+
+def explain(shape: tuple[int, int, int, int] | Conv, dtype: str = "bf16", gpu: str | None = None,
+            activation: str = "none", bias: bool = True, residual: bool = False, training: bool = False) -> dict:
+    """The decision, the alternatives and the costs of a linear layer or of a convolution with its channels last
+    (csrc/select/explain.cpp lists the keys). gpu: a name, cuda:N or cpu.
+
+    Raises ValueError on an unknown name and without a GPU to explain for, RuntimeError with the reasons where the
+    extension decides and is not loaded.
+    """
+    explain_plain.check_names(dtype, activation, gpu)
+    if gpu is None:
+        if not torch.cuda.is_available():
+            raise ValueError("there is no CUDA device here: name a GPU with --gpu, such as H200, or cpu")
+        gpu = f"cuda:{torch.cuda.current_device()}"
+    end = (dtype, activation, bias, residual, training)
+    if (on_cpu := explain_plain.is_cpu(gpu)) or native.problems():
+        return _without_extension(_problem(shape, *end), gpu, on_cpu)
+    if isinstance(shape, Conv):
+        return json.loads(torch.ops.shrank.explain_conv(*astuple(shape), *end, True, gpu))
+    return json.loads(torch.ops.shrank.explain(*shape, *end, gpu))
+
+
+def _problem(shape: tuple[int, int, int, int] | Conv, dtype: str, activation: str, bias: bool, residual: bool,
+             training: bool) -> dict:
+    """What is asked, as the extension repeats it."""
+    end = {"dtype": explain_plain.DTYPES[dtype], "activation": activation, "bias": bias, "residual": residual,
+           "training": training}
+    if isinstance(shape, Conv):
+        return {**asdict(shape), "output": shape.output(), **end, "channels_last": True}
+    return {**dict(zip("MKNR", shape, strict=True)), **end, "aligned": True}
+
+
+def _without_extension(problem: dict, gpu: str, on_cpu: bool) -> dict:
+    if reason := explain_plain.why_plain(problem, on_cpu):
+        return explain_plain.facts(problem, gpu, reason)
+    raise RuntimeError("whether a kernel runs this layer is decided by the native extension, which is not loaded: "
+                       f"{'; '.join(native.problems())}. {native.HOW_TO_INSTALL}")
+
+
+def table(facts: dict) -> Table:
+    """The facts for people."""
+    problem, decision, runner_up = facts["problem"], facts["decision"], facts["runner_up"]
+    options = [problem["activation"], *(name for name in ("bias", "residual", "training") if problem[name])]
+    predicted = decision["microseconds"]
+    shown = Table(show_header=False)
+    shown.add_row("layer", _layer(problem))
+    shown.add_row("", ", ".join([problem["dtype"], *(option for option in options if option != "none")]))
+    shown.add_row("gpu", facts["device"]["name"])
+    shown.add_row("kernel", decision["kernel"])
+    shown.add_row("because", decision["reason"])
+    if grid := decision["grid"]:
+        held = f"h of rank up to {grid['max_rank']} held" if grid["max_rank"] else "h streamed"
+        tokens = f"pixels, read by {grid['gather']}" if "gather" in grid else "tokens"
+        shown.add_row("blocks", f"{grid['blocks_m']} x {grid['blocks_n']}, of {grid['block_m']} {tokens}, {held}")
+    if predicted is not None:
+        shown.add_row("predicted", _us(predicted))
+        shown.add_row("floor", f"{_us(facts['floor_us'])}; predicted is {predicted / facts['floor_us']:.2f}x that")
+    shown.add_row("runner-up", f"{runner_up['kernel']}, {_beside(runner_up['microseconds'], predicted)}" if runner_up
+                  else "none")
+    for candidate in facts["candidates"]:
+        if not candidate["legal"]:
+            shown.add_row("not possible", f"{candidate['kernel']}: {candidate['why_not']}")
+    if predicted is not None:
+        shown.add_row("dense layer", _beside(facts["dense_us"], predicted))
+    shown.add_row("figures", facts["status"])
+    if predicted is not None:
+        shown.add_row("", f"{facts['device']['name']}: {facts['device']['source']}")
+    return shown
+
+
+def _layer(problem: dict) -> str:
+    if "M" in problem:
+        return ", ".join(f"{name} {problem[name]}" for name in "MKNR")
+    sizes = {name: "x".join(map(str, problem[name])) for name in ("input", "kernel", "stride", "dilation")}
+    padding = "x".join(f"{begin}:{end}" for begin, end in zip(problem["begin"], problem["end"], strict=True))
+    return (f"{problem['batch']} of {problem['C']} channels, {sizes['input']}; kernel {sizes['kernel']}, stride "
+            f"{sizes['stride']}, padding {padding}, dilation {sizes['dilation']}; R {problem['R']}, N {problem['N']}, "
+            f"groups {problem['groups']} and {problem['up_groups']}")
+
+
+def _us(microseconds: float) -> str:
+    return f"{microseconds:.3g} us" if microseconds < 100 else f"{microseconds:,.0f} us"
+
+
+def _beside(microseconds: float, predicted: float) -> str:
+    return f"{_us(microseconds)}: {microseconds / predicted:.2f}x the predicted time"

@@ -1,0 +1,67 @@
+"""What `shrank explain` answers where PyTorch's own two calls run, whatever the native extension holds.
+
+Only the extension knows its kernels and their costs (csrc/select). What it never has a kernel for is told here:
+tests/csrc/test_explain_plain.py holds it to csrc/select.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ..ops.reference import ACTIVATIONS
+from ..util.names import unknown
+
+# Of csrc/select, which refuses others: the names of dtypes; the GPUs it has figures of, as people and CUDA call them.
+DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16", "half": "float16",
+          "fp32": "float32", "float32": "float32", "float": "float32", "fp64": "float64", "float64": "float64"}
+GPUS = {"A100": "NVIDIA A100-SXM4-80GB", "L40S": "NVIDIA L40S", "RTX 4090": "NVIDIA GeForce RTX 4090",
+        "H100": "NVIDIA H100 80GB HBM3", "H200": "NVIDIA H200", "B200": "NVIDIA B200"}
+_ELSEWHERE = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+              "identity": "none", "linear": "none"}  # what other libraries call an activation
+
+
+def check_names(dtype: str, activation: str, gpu: str | None) -> None:
+    """Raise ValueError, with the nearest right name, on one that is unknown."""
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    if activation not in ACTIVATIONS:
+        raise unknown("activation", activation, ACTIVATIONS, _ELSEWHERE)
+    known = {_plain(name) for pair in GPUS.items() for name in pair}
+    if gpu is None or is_cpu(gpu) or re.fullmatch(r"cuda:\d+", gpu) or _plain(gpu) in known:
+        return
+    raise unknown("gpu", gpu, [*GPUS, "cuda:0", "cpu"], {whole: name for name, whole in GPUS.items()}, _plain)
+
+
+def is_cpu(gpu: str) -> bool:
+    return gpu.lower() == "cpu"
+
+
+def _plain(gpu: str) -> str:
+    """As csrc/select/device.cpp compares: case, spaces, dashes and a leading NVIDIA do not count."""
+    return re.sub(r"[^a-z0-9]", "", gpu.lower()).removeprefix("nvidia")
+
+
+def why_plain(problem: dict, on_cpu: bool) -> str | None:
+    """Why PyTorch's own two calls run; None where the extension may have a kernel."""
+    if on_cpu:
+        return "a CPU has none of our kernels: PyTorch's own two calls, and its own activation and residual"
+    if problem["activation"] != "none" or problem["residual"]:
+        return None  # a kernel may apply them
+    if problem["dtype"] not in ("bfloat16", "float16"):
+        return f"no kernel takes {problem['dtype']}, and the second call adds the bias for free"
+    groups = problem.get("up_groups", 1)
+    sizes = {"K": problem.get("K", 0), "N": problem["N"] // groups, "R": problem["R"] // groups}
+    if odd := [f"{name} is {size}" for name, size in sizes.items() if size % 8]:
+        return f"{' and '.join(odd)}: kernels read 8 numbers at a time, and the second call adds the bias for free"
+    return None
+
+
+def facts(problem: dict, gpu: str, reason: str) -> dict:
+    """As the extension tells them (csrc/select/explain.cpp), without what only its model of costs knows."""
+    kernel = "two_gemms" if "M" in problem else "two_convs"
+    return {
+        "problem": problem, "device": {"name": gpu, "source": "no figures are needed"},
+        "decision": {"kernel": kernel, "microseconds": None, "reason": reason, "grid": None}, "runner_up": None,
+        "candidates": [{"kernel": kernel, "legal": True, "microseconds": None}], "floor_us": None, "dense_us": None,
+        "status": "nothing is predicted: that takes a GPU to explain for, and the native extension",
+    }

@@ -1,0 +1,121 @@
+"""What a compressed language model says, beside the dense one: perplexity, agreement, divergence and repetition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..calibration.batches import device_of
+from ..calibration.losses import NotComparable, divergences, main_output
+from ..util.progress import track
+
+_LOOP = 3  # times that a phrase must follow itself to be a loop
+_LONGEST_PHRASE = 16  # tokens
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity of the texts; of a model beside a dense one, the share of equal predictions of the next token, and the
+    mean divergence KL(dense || model) in nats per token."""
+
+    tokens: int
+    perplexity: float
+    agreement: float | None = None
+    divergence: float | None = None
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """Greedy continuations: shares of different n-grams among all (n = 1, 2, 3), and of continuations that end in a
+    loop."""
+
+    distinct: tuple[float, float, float]
+    loops: float
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, tokenizer: Callable, texts: Iterable[str], reference: nn.Module | None = None, *,
+             window: int = 512, limit: int | None = None) -> Evaluation:
+    """Measure a causal language model on texts, joined and cut into windows of `window` tokens, at most `limit`.
+
+    What both models rule out by logits of -inf does not count. Raises ValueError if the texts fill no window or there
+    is nothing to predict in them, if the model gives no logits for every token, if the vocabularies of the two models
+    differ, and where logits cannot be compared.
+    """
+    if window < 2 or (limit is not None and limit < 1):
+        raise ValueError(f"window must be at least 2 and limit at least 1, got {window} and {limit}")
+    nll = kl = equal = count = 0.0
+    for number, ids in enumerate(track(windows(tokenizer, texts, window)[:limit], "evaluating")):
+        logits, targets = _predictions(model, ids), ids[1:]
+        nll += F.cross_entropy(logits, targets.to(logits.device), reduction="sum").item()
+        count += len(targets)
+        if reference is None:
+            continue
+        expected = _predictions(reference, ids).to(logits.device)
+        if expected.shape != logits.shape:
+            raise ValueError(f"the vocabularies differ: {expected.shape[-1]} and {logits.shape[-1]}")
+        equal += (logits.argmax(-1) == expected.argmax(-1)).sum().item()
+        kl += _divergence(logits, expected, number)
+    perplexity = torch.tensor(nll / count).exp().item()
+    compared = (None, None) if reference is None else (equal / count, kl / count)
+    return Evaluation(int(count), perplexity, *compared)
+
+
+def _divergence(logits: Tensor, expected: Tensor, number: int) -> float:
+    try:
+        return divergences(logits, expected).sum().item()
+    except NotComparable as error:
+        raise NotComparable(f"window {number}: {error}") from error
+
+
+@torch.inference_mode()
+def repetition(model: nn.Module, tokenizer: Callable, texts: Iterable[str], *, prompts: int = 8,
+               prompt_tokens: int = 16, new_tokens: int = 64) -> Repetition:
+    """Continue the beginnings of some texts greedily and look for repetition: a compressed model may loop although its
+    perplexity looks well. Raises ValueError if no text has `prompt_tokens` tokens."""
+    starts = [ids[:prompt_tokens] for text in texts if len(ids := _ids(tokenizer, text)) >= prompt_tokens][:prompts]
+    if not starts:
+        raise ValueError(f"no text has {prompt_tokens} tokens to start from")
+    batch = torch.stack(starts).to(device_of(model))
+    made = model.generate(batch, attention_mask=torch.ones_like(batch), max_new_tokens=new_tokens, do_sample=False,
+                          pad_token_id=0)[:, prompt_tokens:].tolist()
+    grams = [[tuple(row[i : i + n]) for row in made for i in range(len(row) - n + 1)] for n in (1, 2, 3)]
+    distinct = tuple(len(set(found)) / max(len(found), 1) for found in grams)
+    return Repetition(distinct, sum(map(ends_in_a_loop, made)) / len(made))
+
+
+def ends_in_a_loop(tokens: list[int]) -> bool:
+    """Whether the tokens end in one phrase, of up to sixteen tokens, three times in a row."""
+    return any(tokens[-_LOOP * n :] == tokens[-n:] * _LOOP
+               for n in range(1, min(_LONGEST_PHRASE, len(tokens) // _LOOP) + 1))
+
+
+def windows(tokenizer: Callable, texts: Iterable[str], length: int) -> list[Tensor]:
+    """The texts as one sequence of tokens, cut into windows of this length; ValueError if they do not fill one."""
+    ids = _ids(tokenizer, "\n\n".join(texts))
+    if len(ids) < length:
+        raise ValueError(f"the texts have {len(ids)} tokens, fewer than one window of {length}")
+    return list(ids[: len(ids) // length * length].split(length))
+
+
+def _ids(tokenizer: Callable, text: str) -> Tensor:
+    return tokenizer(text, return_tensors="pt", truncation=False)["input_ids"][0]
+
+
+def _predictions(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits (tokens - 1, vocabulary), float32, of all tokens but the first."""
+    logits = main_output(model(input_ids=ids[None].to(device_of(model))))
+    if logits.dim() != 3 or logits.shape[:2] != (1, len(ids)):
+        raise ValueError(f"a causal language model gives logits (1, {len(ids)}, vocabulary), this one "
+                         f"{tuple(logits.shape)}")
+    return logits[0, :-1].float()

@@ -1,0 +1,43 @@
+"""The same low-rank layers in other storage: pivoted ones with plain factors, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..layers.two_stage import merged_bias
+from ..linalg import Factors, PivotedFactors, pivoted, unpivoted
+from . import surgery
+from .adapters import LOW_RANK, target
+from .dense import dense_twin, require_plain
+from .surgery import Site, walk
+
+Stored = Factors | PivotedFactors
+
+
+def with_plain_factors(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """The model, changed in place, with plain factors in its pivoted layers, and the names of these."""
+    return _stored_otherwise(model, lambda site: site.module.pivoted, unpivoted)
+
+
+def with_pivots(model: nn.Module, names: list[str]) -> nn.Module:
+    """The model, changed in place, with pivots in these low-rank layers."""
+    return _stored_otherwise(model, lambda site: site.fqn in names, pivoted)[0]
+
+
+@torch.no_grad()
+def _stored_otherwise(model: nn.Module, wanted: Callable[[Site], bool],
+                      convert: Callable[[Stored], Stored]) -> tuple[nn.Module, list[str]]:
+    sites = [site for site in walk(model) if isinstance(site.module, LOW_RANK) and wanted(site)]
+    require_plain(sites, "stored otherwise")
+    for site in sites:
+        layer = site.module
+        factors = convert(layer.factors())
+        pivots = isinstance(factors, PivotedFactors)
+        twin = target(dense_twin(layer), vouched=True).twin(layer.rank, replace(layer.shape, pivoted=pivots))
+        twin.take(factors, merged_bias(layer.stages))
+        model = surgery.replace(model, site, twin)
+    return model, [site.fqn for site in sites]
