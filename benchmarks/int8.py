@@ -9,6 +9,7 @@ import copy
 import json
 from pathlib import Path
 
+import torch
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -21,27 +22,42 @@ KEEPS = (0.9, 0.8, 0.6)
 BYTES_OF = {"bfloat16": 2, "int8": 1}
 
 
-def quantized(model: nn.Module) -> nn.Module:
+def in_int8(model: nn.Module) -> nn.Module:
     """A copy whose encoder has int8 weights, one scale for each row."""
     model = copy.deepcopy(model)
     quantize_(model.encoder, Int8WeightOnlyConfig())
     return model
 
 
+@torch.no_grad()
+def in_bfloat16(model: nn.Module) -> nn.Module:
+    """A copy whose encoder has weights rounded to bfloat16; it computes in float32, as that with int8 does."""
+    model = copy.deepcopy(model)
+    for parameter in model.encoder.parameters():
+        parameter.copy_(parameter.bfloat16())
+    return model
+
+
+FORMS = {"bfloat16": in_bfloat16, "int8": in_int8}
+
+
 def main() -> None:
     task = MiniLM()
     dense = task.model()
     found = shrank.calibrate(dense, task.batches())
-    rows = [{"model": "dense", "keep": 1.0, "pivoted": False, "int8": True, **task.evaluate(quantized(dense))}]
+    rows = []
+
+    def measure(model: nn.Module, keep: float, storage: str) -> None:
+        for dtype, of_model in FORMS.items():
+            rows.append({"keep": keep, "storage": storage, "dtype": dtype, **task.evaluate(of_model(model)),
+                         "bytes, of bfloat16 dense": keep * BYTES_OF[dtype] / 2})
+            print(rows[-1])
+
+    measure(dense, 1.0, "dense")
     for keep in KEEPS:
-        for pivot in ("auto", False):
+        for storage, pivot in (("pivoted", "auto"), ("plain", False)):
             small = shrank.auto_fact(dense, keep, calibrate=found, exclude="pooler*", pivot=pivot, deepcopy=True)
-            row = {"model": "shrank", "keep": keep, "pivoted": pivot == "auto"}
-            rows.append({**row, "int8": False, **task.evaluate(small)})
-            rows.append({**row, "int8": True, **task.evaluate(quantized(small))})
-            print(*rows[-2:], sep="\n")
-    for row in rows:
-        row["bytes, of bfloat16 dense"] = row["keep"] * BYTES_OF["int8" if row["int8"] else "bfloat16"] / 2
+            measure(small, keep, storage)
     RESULT.write_text(json.dumps({**provenance("cpu"), "rows": rows}, indent=1) + "\n")
 
 

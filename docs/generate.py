@@ -77,9 +77,8 @@ def int8() -> str:
     rows = sorted(rows_of("int8_minilm"), key=lambda row: -row["bytes, of bfloat16 dense"])
 
     def name(row: dict) -> str:
-        kind = "dense" if row["model"] == "dense" else f"keep {row['keep']:g}"
-        storage = {True: "pivoted", False: "plain"}[row["pivoted"]] if row["model"] != "dense" else ""
-        return ", ".join(filter(None, (kind, storage, "int8" if row["int8"] else "bfloat16")))
+        kind = "dense" if row["storage"] == "dense" else f"keep {row['keep']:g}, {row['storage']}"
+        return f"{kind}, {row['dtype']}"
 
     return table(["encoder weights", "bytes, of bfloat16 dense", "cosine to dense"],
                  [(name(row), f"{row['bytes, of bfloat16 dense']:.2f}", f"{row['cosine']:.4f}") for row in rows])
