@@ -7,7 +7,7 @@ block behind `<!-- not run: REASON -->` is only parsed. Either way every name of
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -84,6 +84,17 @@ def test_commands_exist(page: Path) -> None:
         options = {option for parameter in group.commands[name].params for option in parameter.opts}
         unknown = [word for word in words if word.startswith("--") and word not in options]
         assert not unknown, f"{page.name}: shrank {name} {' '.join(unknown)}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name_of)
+def test_files_and_programs_exist(page: Path) -> None:
+    text = page.read_text()
+    paths = re.findall(r"`((?:benchmarks|csrc|docs|examples|shrank|tests)/[\w./-]+)(?: [^`]*)?`", text)
+    named = [ROOT / path for path in paths if "NAME" not in path]
+    missing = [name_of(path) for path in named if not path.exists() and not path.with_suffix(".py").exists()]
+    programs = re.findall(r"python -m ((?:benchmarks|tests)[\w.]*\w)", text)
+    missing += [program for program in programs if importlib.util.find_spec(program) is None]
+    assert not missing, f"{page.name} names what is not there: {', '.join(missing)}"
 
 
 def test_tables_are_what_was_measured() -> None:
