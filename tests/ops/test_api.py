@@ -131,7 +131,7 @@ def test_an_unknown_backend_is_refused(value: object) -> None:
 
 @pytest.mark.parametrize(("value", "error"), [("native", ""), ("gpu", "SHRANK_BACKEND is 'gpu'")])
 def test_the_environment_sets_the_backend(value: str, error: str) -> None:
-    code = "import shrank; from shrank.ops.api import setting; print(setting.backend.value)"
+    code = "import shrank; from shrank.ops.dispatch import setting; print(setting.backend.value)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
                          env={"SHRANK_BACKEND": value, "PATH": ""})
     assert (ran.stdout.strip() == value and ran.returncode == 0) if not error else error in ran.stderr

@@ -52,7 +52,7 @@ def saved_with_outputs(folder: Path, families: Iterable[str], change: Callable[[
 
 
 @pytest.mark.parametrize("imports", ["import shrank", "from transformers import AutoModel; import shrank",
-                                     "import shrank.hf"])
+                                     "import shrank.saving.transformers_folder"])
 def test_new_process_and_import_orders(imports, tmp_path):
     families = HF_MODELS if imports == "import shrank" else ["vit"]
     run(f"{imports}\n{LOAD_ALL}", *saved_with_outputs(tmp_path, families, lambda model: model))
@@ -124,7 +124,7 @@ ORDERS = [  # the first is that of lm-evaluation-harness
     "import shrank; from transformers.quantizers.auto import AutoQuantizationConfig",
     "from transformers.quantizers.auto import AutoQuantizationConfig; import shrank",
     "import transformers.modeling_utils; import shrank; from transformers.quantizers import AutoQuantizationConfig",
-    "import shrank.hf_models; from transformers.quantizers.auto import AutoQuantizationConfig",
+    "import shrank.saving.transformers_models; from transformers.quantizers.auto import AutoQuantizationConfig",
     "import shrank; import diffusers.models.modeling_utils; from transformers.quantizers import AutoQuantizationConfig",
 ]
 
