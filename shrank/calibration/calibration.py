@@ -29,17 +29,24 @@ from .activation_files import saved_on_disk
 from .batches import Batch, as_batches, bound
 from .losses import LossLike, Sensitivity, as_sensitivity
 from .metric_source import LayerStatistics
+from .moment_files import FORMAT, write_moments
 from .observer import Accumulator
 from .sharing import Survey, plan_passes, survey
 from .streams import Masking, warn_of_masks_that_fit_nothing
-
-FORMAT = 2
 
 
 class Calibration(LayerStatistics):
     """Moments by layer name, kept in files of a folder, one for every pass over the data; read when asked for.
 
-    unseen: layers that saw no data. reached: whether gradients came to any layer.
+    `calibrate` makes them.
+
+    Args:
+        folder: Where the files are.
+        files: One for every pass over the data.
+        unseen: Layers that saw no data.
+
+    Attributes:
+        reached: Whether gradients came to any layer.
     """
 
     def __init__(self, folder: Path, files: Iterable[Path], unseen: Iterable[str] = ()) -> None:
@@ -67,6 +74,7 @@ class Calibration(LayerStatistics):
 
     @property
     def has_gradients(self) -> bool:
+        """Whether errors are weighted by a loss."""
         return any("gradient" in entry["tensors"] for _, entry in self._entries.values())
 
     def tokens(self, fqn: str) -> int:
@@ -87,10 +95,19 @@ class Calibration(LayerStatistics):
                        **tensors)
 
     def metric(self, fqn: str, matrices: Tensor, centred: bool, seen: Moments | None = None) -> Metric | None:
-        """The norm for the error of this layer, whose weight is these matrices (G, N, K); None where nothing is known
-        of it, or of groups as large as these. seen: what it sees now instead; gradients are those of the calibration.
+        """The norm for the error of one layer.
 
-        Raises FactorizationError where the layer is of no consequence or what it sees is not finite.
+        Args:
+            fqn: Its dotted name.
+            matrices: Its weight (G, N/G, K/G), one matrix for each group.
+            centred: Whether a bias makes up for the mean error.
+            seen: What it sees now instead; gradients are those of the calibration.
+
+        Returns:
+            The norm; None where nothing is known of the layer, or of groups as large as these.
+
+        Raises:
+            FactorizationError: The layer is of no consequence, or what it sees is not finite.
         """
         if fqn not in self._entries:
             return None
@@ -170,7 +187,7 @@ def _found(model: nn.Module, batches: list[Batch], loss: Sensitivity | None, wan
             masking.prepare(batches)
             accumulator = Accumulator(groups, loss is not None, masking)
             _run(model, accumulator, batches, loss, seed, spill, f"calibrating, pass {number} of {len(passes)}")
-            _write(file, accumulator)
+            write_moments(file, accumulator)
     return Calibration(folder, files, seen.unseen)
 
 
@@ -201,24 +218,6 @@ def _run(model: nn.Module, accumulator: Accumulator, batches: list[Batch], loss:
                     accumulator.samples += loss.backward(output, batch, generator)
             del output  # the next forward pass needs the room
             accumulator.check()
-
-
-def _write(file: Path, accumulator: Accumulator) -> None:
-    tensors: dict[str, Tensor] = {}
-    layers: dict[str, dict] = {}
-    for fqn, moments, inputs_of in accumulator.results():
-        fields = {"data": moments.data, "mean": moments.mean, "input_energy": moments.input_energy,
-                  "gradient": moments.gradient}
-        names = {}
-        for field, value in fields.items():
-            if value is not None:
-                # Layers with the same inputs share their tensors.
-                names[field] = f"{fqn if field == 'gradient' else inputs_of}:{field}"
-                tensors[names[field]] = value.float().cpu().contiguous()
-        layers[fqn] = {"tokens": moments.tokens, "of_inputs": moments.of_inputs, "tensors": names,
-                       "gradient_samples": moments.gradient_samples}
-    header = {"format": FORMAT, "layers": layers, "reached": accumulator.reached}
-    tensor_file.write(file, tensors, {"moments": json.dumps(header)})
 
 
 def _key(model: nn.Module, batches: list[Batch], loss: Sensitivity | None, seed: int) -> str | None:

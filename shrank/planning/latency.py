@@ -15,17 +15,30 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Seconds of every layer on one device, for the inputs of one call.
+    """Seconds of every layer on one device, for the inputs of one call: what `shrank bench --layers` measures.
 
-    layers: name -> {"dense": seconds, "plain": {rank: seconds}, "pivoted": {rank: seconds}}; between two ranks the time
-    is interpolated. `about`: device, torch, threads, batch and date of the measurement.
+    Args:
+        layers: name -> {"dense": seconds, "plain": {rank: seconds}, "pivoted": {rank: seconds}}.
+        about: Device, torch, threads, batch and date of the measurement.
     """
 
     layers: dict[str, dict] = field(repr=False)
     about: dict[str, object]
 
     def seconds(self, fqn: str, rank: int | None, pivoted: bool) -> float:
-        """The time of a layer at a rank; None means dense. Raises ValueError if it was not measured."""
+        """Look up or interpolate the time of a layer.
+
+        Args:
+            fqn: The layer's dotted name.
+            rank: None means dense.
+            pivoted: Whether its factors are stored with pivots.
+
+        Returns:
+            Seconds; between two ranks that were measured on the line between them, beyond them those of the nearest.
+
+        Raises:
+            ValueError: The layer was not measured.
+        """
         if fqn not in self.layers:
             raise ValueError(f"the latency table has no layer {fqn!r}: measure this model with `shrank bench --layers`")
         entry = self.layers[fqn]
@@ -37,13 +50,27 @@ class LatencyTable:
         return _interpolated(points, rank)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the table as JSON; an older file is replaced in one step."""
+        """Write the table as JSON.
+
+        Args:
+            path: The file; an older one is replaced in one step.
+        """
         with replacing(path) as temporary:
             temporary.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LatencyTable:
-        """The table in a JSON file; ValueError names the file and what is wrong with it."""
+        """Read the table in a JSON file.
+
+        Args:
+            path: A file that `save` wrote.
+
+        Returns:
+            The table.
+
+        Raises:
+            ValueError: The file holds no table; the text names it and what is wrong.
+        """
         try:
             data = json.loads(Path(path).read_text())
             if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("layers"), dict):

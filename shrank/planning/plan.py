@@ -17,11 +17,19 @@ from .tables import text
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer: its rank, or None to stay dense, and the reason.
+    """What happens to one layer, and why.
 
-    `size` counts its weights now, `error` is the expected relative error of the weight in Frobenius norm, or with a
-    calibration of the outputs (None: not computed), `measured` that of the outputs on other data. `spectrum`: singular
-    values over the largest, at evenly spaced ranks. `shape` is None for layers of unsupported types.
+    Args:
+        fqn: Its dotted name.
+        kind: Its type, such as "Linear".
+        size: Its weights now.
+        shape: The layer as a matrix; None for layers of unsupported types.
+        rank: None to stay dense.
+        error: The expected relative error of the weight in Frobenius norm, or with a calibration that of the outputs;
+            None if it was not computed.
+        reason: Why this rank, or why dense.
+        measured: The relative error of the outputs on other data; None if it was not measured.
+        spectrum: Singular values over the largest, at evenly spaced ranks from the first to the last.
     """
 
     fqn: str
@@ -36,19 +44,27 @@ class LayerPlan:
 
     @property
     def params_after(self) -> int:
+        """Its weights at the planned rank."""
         return self.size if self.rank is None else self.shape.low_rank_params(self.rank)
 
     @property
     def grows(self) -> bool:
+        """Whether it stores more at the planned rank than now."""
         return self.params_after > self.size
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Every layer of a model that owns a weight matrix, with its decision; `other_params` counts everything else.
+    """Every layer of a model that owns a weight matrix, with its decision.
 
-    `trade_off`: where a budget was spent, what else it could have bought: (share of the cost of the layers it decides
-    on, share of their squared error), from the least to all of it; `spent`: what this plan is there.
+    A value that can be printed, edited, compared and saved.
+
+    Args:
+        layers: The decisions, in the model's order.
+        other_params: Parameters of the model outside these layers' weights.
+        trade_off: Where a budget was spent, what else it could have bought: (share of the cost of the layers it decides
+            on, share of their squared error), from the least to all of it.
+        spent: What this plan is there.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -70,6 +86,7 @@ class RankPlan:
 
     @property
     def low_rank(self) -> tuple[LayerPlan, ...]:
+        """The layers that get a rank."""
         return tuple(layer for layer in self.layers if layer.rank is not None)
 
     @property
@@ -96,7 +113,20 @@ class RankPlan:
         return self.other_params + sum(layer.params_after for layer in outer) - saved_inside
 
     def with_rank(self, fqn: str, rank: int | None, reason: str = "set by hand") -> RankPlan:
-        """The plan with one layer's rank changed; None keeps it dense."""
+        """Change one layer's rank.
+
+        Args:
+            fqn: The layer's dotted name.
+            rank: At least 1; None keeps it dense.
+            reason: What the plan says about it.
+
+        Returns:
+            A new plan.
+
+        Raises:
+            KeyError: There is no such layer.
+            ValueError: The layer cannot be low-rank, or the rank is below 1.
+        """
         chosen = self[fqn]
         if rank is not None and rank < 1:
             raise ValueError(f"{fqn!r}: rank must be at least 1, got {rank}; None keeps it dense")
@@ -106,31 +136,63 @@ class RankPlan:
         return replace(self, layers=tuple(changed if x is chosen else x for x in self.layers))
 
     def diff(self, other: RankPlan) -> dict[str, tuple[int | None, int | None]]:
-        """fqn -> (rank here, rank there) where the two differ; a layer missing on one side counts as dense there."""
+        """Compare two plans.
+
+        Args:
+            other: Another plan.
+
+        Returns:
+            fqn -> (rank here, rank there) where the two differ; a layer missing on one side counts as dense there.
+        """
         here, there = ({x.fqn: x.rank for x in plan} for plan in (self, other))
         return {fqn: (here.get(fqn), there.get(fqn)) for fqn in here | there if here.get(fqn) != there.get(fqn)}
 
     def to_dict(self) -> dict:
+        """The plan as plain data, for JSON."""
         return {"format": FORMAT, "other_params": self.other_params, "layers": [asdict(x) for x in self.layers],
                 "trade_off": [list(point) for point in self.trade_off],
                 "spent": None if self.spent is None else list(self.spent)}
 
     @classmethod
     def from_dict(cls, data: object) -> RankPlan:
-        """The plan that `to_dict` wrote; ValueError names what is wrong with anything else."""
+        """Read what `to_dict` wrote.
+
+        Args:
+            data: Plain data.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ValueError: It is no plan; the text names the layer and what is wrong.
+        """
         check_plan(data, LayerPlan.__dataclass_fields__, Shape.__dataclass_fields__)
         spent = data.get("spent")
         return cls(tuple(map(_layer_from_dict, data["layers"])), data.get("other_params", 0),
                    tuple(map(tuple, data.get("trade_off", []))), None if spent is None else tuple(spent))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the plan as JSON; an older file is replaced in one step."""
+        """Write the plan as JSON.
+
+        Args:
+            path: The file; an older one is replaced in one step.
+        """
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> RankPlan:
-        """The plan in a JSON file; ValueError names the file and what is wrong with it."""
+        """Read the plan in a JSON file.
+
+        Args:
+            path: A file that `save` wrote.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ValueError: The file holds no plan; the text names it and what is wrong.
+        """
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
         except (ValueError, RecursionError) as error:

@@ -188,7 +188,7 @@ def test_an_interrupted_calibration_is_gone_on_from(tmp_path, monkeypatch) -> No
     from shrank.calibration import calibration
 
     model, calls = seeded(Two), CASES["reached later"][1]
-    write, written = calibration._write, []
+    write, written = calibration.write_moments, []
 
     def interrupted(*args: object) -> None:
         written.append(args)
@@ -196,7 +196,7 @@ def test_an_interrupted_calibration_is_gone_on_from(tmp_path, monkeypatch) -> No
             raise KeyboardInterrupt
         write(*args)
 
-    monkeypatch.setattr(calibration, "_write", interrupted)
+    monkeypatch.setattr(calibration, "write_moments", interrupted)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(KeyboardInterrupt):
