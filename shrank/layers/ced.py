@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..linalg import Factors, PivotedFactors, Shape
-from ..ops.dispatch import Backend, low_rank_conv, setting
+from ..ops.dispatch import low_rank_conv
 from .low_rank import LowRankLayer
 from .plain import CONVOLUTIONS
-from .two_stage import NO_PIVOTED_KERNEL, Pivots, checked_rank, is_untouched, memory_format, reset_stages, run_stages
+from .two_stage import Pivots, checked_rank, memory_format, reset_stages
 
 
 class CED(LowRankLayer):
@@ -25,6 +25,7 @@ class CED(LowRankLayer):
     """
 
     unit = "ced_unit"
+    stage_kinds = tuple(CONVOLUTIONS.values())
 
     def __init__(self, in_channels: int, out_channels: int, rank: int | None = None,
                  kernel_size: tuple[int, ...] | None = None, stride: int | tuple[int, ...] = 1,
@@ -49,21 +50,11 @@ class CED(LowRankLayer):
             convolution(rank, out_channels - rank if pivot else out_channels, 1, groups=up_groups, bias=bias, **made),
         )
         if pivot:
-            self.ced_unit.append(Pivots(rank, out_channels, 1, bias, up_groups, **made))
+            self.ced_unit.append(Pivots(rank, out_channels, -1 - len(kernel_size), bias, up_groups, **made))
         fan_in = in_channels // groups * math.prod(kernel_size)
         reset_stages(self.ced_unit, fan_in=fan_in, rank=rank // self.up_groups)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.pivoted:
-            if setting.backend is Backend.NATIVE:
-                raise RuntimeError(NO_PIVOTED_KERNEL)
-            unbatched = x.dim() == len(self.kernel_size) + 1
-            return run_stages(self.ced_unit, x[None])[0] if unbatched else run_stages(self.ced_unit, x)
-        first, second = self.ced_unit
-        own = CONVOLUTIONS.get(x.dim() - 2), CONVOLUTIONS.get(x.dim() - 1)  # batched, unbatched
-        if not all(type(stage) in own and is_untouched(stage) for stage in (first, second)) or not (
-                first.weight.is_cuda or setting.backend is Backend.NATIVE):
-            return run_stages(self.ced_unit, x)
+    def in_one_op(self, x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
         padding = first.padding
         if first.padding_mode != "zeros":
             x, padding = F.pad(x, first._reversed_padding_repeated_twice, first.padding_mode), 0

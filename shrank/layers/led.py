@@ -8,9 +8,9 @@ from torch.nn import Linear
 from torch.nn.functional import linear
 
 from ..linalg import Factors, PivotedFactors, Shape
-from ..ops.dispatch import Backend, low_rank_linear, setting
+from ..ops.dispatch import Backend, current_backend, low_rank_linear
 from .low_rank import LowRankLayer
-from .two_stage import NO_PIVOTED_KERNEL, Pivots, checked_rank, reset_stages, run_pivots, run_stages
+from .two_stage import Pivots, checked_rank, reset_stages, run_pivots
 
 NATIVE = Backend.NATIVE
 
@@ -25,6 +25,7 @@ class LED(LowRankLayer):
     """
 
     unit = "led_unit"
+    stage_kinds = (Linear,)
     kind = "Linear"
 
     def __init__(self, in_features: int, out_features: int, rank: int | None = None, bias: bool = True,
@@ -44,8 +45,9 @@ class LED(LowRankLayer):
         reset_stages(self.led_unit, fan_in=in_features, rank=rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Direct dictionary look-ups: attribute access on modules would cost as much as the product of a small layer
-        # (benchmarks/bench_inference.py).
+        # two_stage.run, inlined for stages that own their parameters: attribute access on modules and calls would cost as
+        # much as the product of a small layer (benchmarks/bench_inference.py). All else goes there, and
+        # tests/layers/test_two_stage.py holds both to the same answers.
         stages = self._modules["led_unit"]._modules
         first, second = stages["0"], stages["1"]
         a, b = first.__dict__, second.__dict__
@@ -57,17 +59,17 @@ class LED(LowRankLayer):
             or "forward" in a or "forward" in b
         ):
             down, up, bias = own["weight"], others["weight"], others["bias"]
-            if len(stages) == 3:
-                if setting.backend is NATIVE:
-                    raise RuntimeError(NO_PIVOTED_KERNEL)
+            if len(stages) == 2:
+                if down.is_cuda or current_backend() is NATIVE:
+                    return low_rank_linear(x, down, up, bias)
+                return linear(linear(x, down), up, bias)  # as low_rank_linear would, without the cost of asking
+            if current_backend() is not NATIVE:
                 h = linear(x, down)
                 return run_pivots(stages["2"], h, linear(h, up, bias))
-            if down.is_cuda or setting.backend is NATIVE:
-                return low_rank_linear(x, down, up, bias)
-            return linear(linear(x, down), up, bias)  # as low_rank_linear would, without the cost of asking
-        if setting.backend is NATIVE and self.pivoted:
-            raise RuntimeError(NO_PIVOTED_KERNEL)
-        return run_stages(self.led_unit, x)
+        return super().forward(x)
+
+    def in_one_op(self, x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
+        return low_rank_linear(x, first.weight, second.weight, second.bias)
 
     @property
     def rank(self) -> int:

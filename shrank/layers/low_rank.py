@@ -11,7 +11,7 @@ from ..linalg import FactorizationError, Factors, PivotedFactors, Shape, factori
 from .merged_weight import merged
 from .plain import why_no_matrix, why_not_plain
 from .seal import drop_seal
-from .two_stage import assign_bias, is_pivoted, merged_bias, set_stages
+from .two_stage import assign_bias, is_pivoted, merged_bias, run, set_stages
 
 _NAMES = ("down", "up")
 
@@ -24,6 +24,14 @@ class LowRankLayer(nn.Module):
     """
 
     unit: ClassVar[str]  # the name of the sequence of stages, in attributes and checkpoints
+    stage_kinds: ClassVar[tuple[type[nn.Module], ...]]  # that the op computes as well
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run(self.stages, x, self.stage_kinds, self.in_one_op)
+
+    def in_one_op(self, x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
+        """What both stages compute, one after the other, by the op of shrank."""
+        raise NotImplementedError
 
     @property
     def stages(self) -> nn.Sequential:

@@ -78,7 +78,7 @@ def test_native_names_every_reason() -> None:
         layer(torch.randn(2, 32))
     for reason in shrank.why_not(torch.randn(2, 32), layer.down, layer.up, layer.bias):
         assert reason in str(error.value)
-    assert dispatch.setting.backend is shrank.Backend.AUTO, "the context manager restores"
+    assert dispatch.current_backend() is shrank.Backend.AUTO, "the context manager restores"
 
 
 def test_why_not_collects_all_reasons() -> None:
@@ -131,7 +131,7 @@ def test_an_unknown_backend_is_refused(value: object) -> None:
 
 @pytest.mark.parametrize(("value", "error"), [("native", ""), ("gpu", "SHRANK_BACKEND is 'gpu'")])
 def test_the_environment_sets_the_backend(value: str, error: str) -> None:
-    code = "import shrank; from shrank.ops.api import setting; print(setting.backend.value)"
+    code = "import shrank; from shrank.ops.dispatch import current_backend; print(current_backend().value)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
                          env={"SHRANK_BACKEND": value, "PATH": ""})
     assert (ran.stdout.strip() == value and ran.returncode == 0) if not error else error in ran.stderr

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import shrank
-from shrank.ops import schema
+from shrank.ops import linear as schema
 from tests.common.tolerances import assert_close
 
 GOOD = {"x": (4, 32), "down": (8, 32), "up": (16, 8), "bias": (16,), "residual": (4, 16)}

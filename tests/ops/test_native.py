@@ -76,7 +76,7 @@ def test_what_runs_on_a_cpu_asks_the_driver_nothing(driver: Path, tmp_path: Path
 
 
 def test_the_version_of_the_driver_is_asked_and_nothing_else(driver: Path, tmp_path: Path) -> None:
-    code = "from shrank import _native; print(native.driver(), native.build_info().get('driver'))"
+    code = "from shrank.ops import native; print(native.driver(), native.build_info().get('driver'))"
     questions, printed = asked(driver, tmp_path / "log", "-c", code)
     assert set(questions) == {"cuDriverGetVersion"}
     assert printed.split() == ["13.7", "None" if native.problems() else "13.7"]
