@@ -117,7 +117,7 @@ CHANGES = {
     "pruned": (lambda m: torch.nn.utils.prune.l1_unstructured(m[0][1], "weight", 0.5),
                r"up stage is pruned.*prune\.remove"),
     "weight-norm": (lambda m: parametrizations.weight_norm(m[0][0]), "down stage has a parametrized weight"),
-    "wrapped": (lambda m: m[0].led_unit.__setitem__(1, Frozen(m[0][1])), "up stage is a tests.test_plain.Frozen"),
+    "wrapped": (lambda m: m[0].led_unit.__setitem__(1, Frozen(m[0][1])), "up stage is a tests.layers.test_plain.Frozen"),
     "quantized": (quantized, "down stage is a torch.ao.*Linear.*before quantizing"),
     "torchao": (torchao, "down stage has a weight that is a torchao.*not plain numbers"),
     "hooked": (lambda m: m[0][1].register_forward_hook(lambda *args: args[2] * 2), "up stage has forward hooks"),
@@ -172,9 +172,9 @@ def test_factors_are_what_the_stage_multiplies_by() -> None:
     torch.nn.utils.prune.l1_unstructured(model[0][1], "weight", 0.5)
     assert (model[0].up == 0).sum() == model[0].up.numel() // 2
     model[1].led_unit[1] = Frozen(model[1][1])
-    with pytest.raises(RuntimeError, match=r"LED: its up stage is a tests.test_plain.Frozen"):
+    with pytest.raises(RuntimeError, match=r"LED: its up stage is a tests.layers.test_plain.Frozen"):
         _ = model[1].up
-    with pytest.raises(RuntimeError, match=r"its up stage is a tests.test_plain.Frozen"):
+    with pytest.raises(RuntimeError, match=r"its up stage is a tests.layers.test_plain.Frozen"):
         model[1].weight.sum()
     assert model[1].weight.shape == (WIDTH, WIDTH)
 
