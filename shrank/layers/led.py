@@ -45,15 +45,15 @@ class LED(LowRankLayer):
         reset_stages(self.led_unit, fan_in=in_features, rank=rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        # two_stage.run, inlined for stages that own their parameters: attribute access on modules and calls would cost as
-        # much as the product of a small layer (benchmarks/bench_inference.py). All else goes there, and
-        # tests/layers/test_two_stage.py holds both to the same answers.
+        # two_stage.run, inlined for stages that own their parameters: attribute access on modules and more calls would
+        # cost as much as the product of a small layer (benchmarks/bench_inference.py). All else goes there, and
+        # tests/layers/test_run.py holds both to the same answers.
         stages = self._modules["led_unit"]._modules
         first, second = stages["0"], stages["1"]
         a, b = first.__dict__, second.__dict__
         own, others = a["_parameters"], b["_parameters"]
         # DataParallel and FSDP take the parameters away and leave tensors in their places, which the stages know.
-        if type(first) is Linear and type(second) is Linear and "weight" in own and len(others) == 2 and not (
+        if type(first) is type(second) is Linear and "weight" in own and len(others) == 2 and not (
             a["_forward_hooks"] or a["_forward_pre_hooks"] or a["_backward_hooks"] or a["_backward_pre_hooks"]
             or b["_forward_hooks"] or b["_forward_pre_hooks"] or b["_backward_hooks"] or b["_backward_pre_hooks"]
             or "forward" in a or "forward" in b

@@ -27,8 +27,8 @@ def checked_rank(rank: int | None, r: int | None, outputs: int | None = None) ->
 
 
 class Pivots(nn.Module):
-    """Puts h (..., R, ...), outputs themselves, and the other outputs (..., N - R, ...) in order along `dim`, a negative
-    number, so that a batch may lack.
+    """Puts h (..., R, ...), outputs themselves, and the other outputs (..., N - R, ...) in order along `dim`, which is
+    negative, so that a batch may be missing.
 
     order: (N,), for every output its place among h and then the others. Where h is one window of the outputs, no gather
     is needed. `bias` is that of the outputs in h: added after the others were computed from it, since a large bias

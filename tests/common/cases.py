@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class Case:
-    """x (*batch, K), down (R, K), up (N, R)."""
+    """A problem of the linear op: x (*batch, K), down (R, K), up (N, R)."""
 
     batch: tuple[int, ...]
     K: int
@@ -27,6 +27,28 @@ class Case:
     def __str__(self) -> str:
         ends = [self.activation] * (self.activation != "none") + ["bias"] * self.bias + ["residual"] * self.residual
         return "-".join(["x".join(map(str, (*self.batch, self.K))), f"R{self.R}", f"N{self.N}", *ends])
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        """The shape of y."""
+        return *self.batch, self.N
+
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        """The shape of h."""
+        return *self.batch, self.R
+
+    def is_laid_out(self, output: Tensor, x: Tensor) -> bool:
+        """Whether y, h or z is laid out as the op promises for x."""
+        return output.is_contiguous()
+
+    def other_inputs(self, device: str) -> list[Tensor]:
+        """x of other numbers of tokens."""
+        return [torch.randn(M, self.K, device=device) for M in (2, 5, 17)]
+
+    def residual_for(self, x: Tensor) -> Tensor | None:
+        """A residual for one of other_inputs."""
+        return x.new_ones(*x.shape[:-1], self.N)
 
     def tensors(self, dtype: torch.dtype, device: str, requires_grad: bool = False) -> tuple:
         """The op's arguments, scaled so that outputs have about unit variance."""
