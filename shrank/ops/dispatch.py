@@ -39,12 +39,18 @@ def _parse(value: Backend | str, source: str) -> Backend:
 native.problems()  # loads the extension, and asks no driver: torch.ops.shrank is complete once shrank is imported
 
 
-_current = _parse(os.environ.get("SHRANK_BACKEND", "auto"), "SHRANK_BACKEND")
+class _Process:
+    """What holds for the whole process, threads included."""
+
+    backend = _parse(os.environ.get("SHRANK_BACKEND", "auto"), "SHRANK_BACKEND")
+
+
+_process = _Process()
 
 
 def current_backend() -> Backend:
-    """The backend of the whole process, threads included, at this moment."""
-    return _current
+    """The backend of the process at this moment."""
+    return _process.backend
 
 
 @contextmanager
@@ -63,12 +69,11 @@ def backend(value: Backend | str) -> Iterator[None]:
         with shrank.backend("torch"):
             y = model(x)
     """
-    global _current
-    before, _current = _current, _parse(value, "backend")
+    before, _process.backend = _process.backend, _parse(value, "backend")
     try:
         yield
     finally:
-        _current = before
+        _process.backend = before
 
 
 def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: str = "none",

@@ -85,20 +85,15 @@ class _LowRank(torch.autograd.Function):
         return None, *grads, *(None for _ in ctx.between)
 
 
-def _wants_grad(tensors: tuple) -> bool:
-    for each in tensors:
-        if isinstance(each, Tensor) and each.requires_grad:
-            return True
-    return False
-
-
 def _autograd_kernel(op: Op) -> Callable[..., Tensor]:
     """Records the op if a gradient is wanted, then calls the kernel below autograd."""
 
     def autograd(*given: object) -> Tensor:
-        if torch.is_grad_enabled() and _wants_grad(given):
-            x, down, up, bias, *between, residual = op.complete(given)
-            return _LowRank.apply(op, x, down, up, bias, residual, *between)
+        if torch.is_grad_enabled():
+            for each in given:
+                if isinstance(each, Tensor) and each.requires_grad:
+                    x, down, up, bias, *between, residual = op.complete(given)
+                    return _LowRank.apply(op, x, down, up, bias, residual, *between)
         with torch._C._AutoDispatchBelowAutograd():
             return op.overload(*given)
 

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import shrank
-from shrank.ops import reference
+from shrank.ops import availability, reference
 from shrank.ops.conv import CONV
 from shrank.ops.linear import LINEAR
 from shrank.ops.reference import Window
@@ -120,3 +119,9 @@ def ops_of(call: Callable[[], object]) -> list[str]:
     with Recorded() as recorded:
         call()
     return recorded.names
+
+
+def pretend_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the native kernels could run here; the ops run what this machine has of them."""
+    monkeypatch.setattr(availability, "why_not_here", tuple)
+    monkeypatch.setattr(availability, "why_not_these", lambda *_: [])

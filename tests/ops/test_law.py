@@ -1,4 +1,4 @@
-"""Tables of calls that must be refused, with one error by the check, the fake, the op, the function and the compiler."""
+"""Tables of calls that must be refused, with one error by the check, the fake, the op and the function."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ LAWS = {
          "residual": (2, 16, 6, 5)},
         (2, 16, 6, 5), lambda x, down, up, bias: F.conv2d(F.conv2d(x, down, None, 1, 1, 1, 2), up, bias, groups=2),
         BAD_CONV, BAD_CONV_FUNCTION,
-        [({"x": (2, 9, 6, 5)}, "groups is"), ({"down": torch.bfloat16}, "down"), ({"activation": "swish"}, "activation"),
-         ({"padding": "full"}, "padding is 'full'")]),
+        [({"x": (2, 9, 6, 5)}, "groups is"), ({"down": torch.bfloat16}, "down"),
+         ({"activation": "swish"}, "activation"), ({"padding": "full"}, "padding is 'full'")]),
 }
 
 
