@@ -16,12 +16,29 @@ NATIVE = Backend.NATIVE
 
 
 class LED(LowRankLayer):
-    """y = (x @ down.T) @ up.T + bias; x: (..., in_features), down: (rank, in_features), up: (out_features, rank).
+    """A linear layer whose weight is a product of two factors: y = (x @ down.T) @ up.T + bias.
 
-    Drawn from scratch, its outputs have the variance that nn.Linear's have. `r` is the ancestors' name of `rank`.
-    pivot: `down` holds `rank` rows of the weight itself and up (out_features - rank, rank) gives the others in terms of
-    them: the same matrices in fewer numbers. Raises ValueError on a rank below 1, or of all outputs with pivots.
-    Source: Winata et al., ICASSP 2020 (linear encoder-decoder); Zhao et al., ICML 2025 (PIFA).
+    x is (..., in_features), y (..., out_features), `down` (rank, in_features), `up` (out_features, rank). The stages
+    are `led_unit[0]` and `led_unit[1]`, two nn.Linear. Drawn from scratch, the outputs have the variance of
+    nn.Linear's.
+
+    Args:
+        in_features: K, inputs.
+        out_features: N, outputs.
+        rank: R, at least 1; with pivots below `out_features`.
+        bias: Whether a bias (out_features,) is added.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        r: The name of `rank` in Greenformer and ShRank; give one of both.
+        pivot: Store the same matrices in fewer numbers: `down` holds `rank` rows of the weight itself, and `up`
+            (out_features - rank, rank) gives the other rows in terms of them.
+
+    Raises:
+        ValueError: The rank is below 1, or with pivots not below the outputs.
+        TypeError: The rank is not given, or given twice.
+
+    Source:
+        Winata et al., ICASSP 2020 (linear encoder-decoder); pivots: Zhao et al., ICML 2025 (PIFA).
     """
 
     unit = "led_unit"
@@ -84,18 +101,13 @@ class LED(LowRankLayer):
         return self.out_features, self.in_features
 
     def dense_weight(self) -> Tensor:
-        """up @ down, in the layout of the dense layer's weight."""
-        if not self.pivoted:
-            return self.up @ self.down
-        return torch.cat((self.down, self.up @ self.down)).index_select(0, self.led_unit[2].order)
+        return self.all_rows(self.up @ self.down)
 
-    def factors(self) -> Factors | PivotedFactors:
-        if self.pivoted:
-            return PivotedFactors(self.down[None], self.up[None], self.order, 1.0)
-        return Factors(self.down[None], self.up[None], 0.0, 1.0)
+    def grouped(self) -> tuple[Tensor, Tensor]:
+        return self.down[None], self.up[None]
 
-    def take(self, factors: Factors | PivotedFactors, bias: Tensor | None) -> None:
-        self.set_factors(factors.down[0], factors.up[0], bias, getattr(factors, "order", None))
+    def ungrouped(self, factors: Factors | PivotedFactors) -> tuple[Tensor, Tensor]:
+        return factors.down[0], factors.up[0]
 
     def blocks_of(self, weight: Tensor) -> Tensor:
         return weight[None]

@@ -91,13 +91,30 @@ class LowRankLayer(nn.Module):
         """The product of the factors, in the layout of the dense layer's weight."""
         raise NotImplementedError
 
-    def factors(self) -> Factors | PivotedFactors:
-        """The factors, group by group: down (G, R/G, K/G) and up (G, N/G, R/G), as `linalg` has them."""
+    def all_rows(self, product: Tensor) -> Tensor:
+        """The dense weight as a matrix (N, K), from the product of the factors: with pivots, of the other rows."""
+        if not self.pivoted:
+            return product
+        return torch.cat((self.down.flatten(1), product)).index_select(0, self.order)
+
+    def grouped(self) -> tuple[Tensor, Tensor]:
+        """down and up, group by group: (G, R/G, K/G) and (G, N/G, R/G)."""
         raise NotImplementedError
+
+    def ungrouped(self, factors: Factors | PivotedFactors) -> tuple[Tensor, Tensor]:
+        """down and up in the layouts of the stages' weights, from factors group by group."""
+        raise NotImplementedError
+
+    def factors(self) -> Factors | PivotedFactors:
+        """The factors, group by group, as `linalg` has them."""
+        if self.pivoted:
+            return PivotedFactors(*self.grouped(), self.order, 1.0)
+        return Factors(*self.grouped(), 0.0, 1.0)
 
     def take(self, factors: Factors | PivotedFactors, bias: Tensor | None) -> None:
         """Make these factors, group by group, and this bias (N,) the parameters."""
-        raise NotImplementedError
+        order = factors.order if isinstance(factors, PivotedFactors) else None
+        self.set_factors(*self.ungrouped(factors), bias, order)
 
     def set_factors(self, down: Tensor, up: Tensor, bias: Tensor | None, order: Tensor | None = None) -> None:
         """Make down and up, in the layouts of the stages' weights, and bias (N,) the parameters, without a copy; with

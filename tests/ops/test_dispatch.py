@@ -60,6 +60,7 @@ def test_a_layer_names_every_reason() -> None:
 
 @pytest.mark.usefixtures("native")
 def test_led_takes_the_op() -> None:
+    torch._dynamo.reset()
     layer, x = shrank.LED(32, 24, 8), torch.randn(4, 32)
     expected = layer(x)
     with shrank.backend("native"):
@@ -84,6 +85,7 @@ CED_LAYERS = {
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize(("kernel", "options"), CED_LAYERS.values(), ids=CED_LAYERS)
 def test_ced_takes_the_op(kernel: tuple, options: dict) -> None:
+    torch._dynamo.reset()  # it counts what it compiled of a function, whatever the parameters of the test
     layer, x = shrank.CED(8, 12, 4, kernel, **options), torch.randn(2, 8, *(9,) * len(kernel))
     expected = layer(x)
     with shrank.backend("native"), torch.no_grad():
