@@ -32,7 +32,7 @@ class CED(LowRankLayer):
         dilation: Of the first stage.
         groups: Of the dense convolution; the first stage has min(rank, groups).
         groups_out: Whether the second stage has as many groups as the first, else it has one.
-        padding_mode: Of the first stage, as of nn.Conv2d.
+        padding_mode: Of the first stage: zeros, reflect, replicate or circular.
         bias: Whether a bias (out_channels,) is added.
         device: Of the parameters.
         dtype: Of the parameters.

@@ -119,8 +119,7 @@ def low_rank_conv(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = Non
         up: (N, R / up_groups, 1, ...), the second factor.
         bias: (N,).
         stride: Of the convolution with down, one number or one for each dimension.
-        padding: Zeros on both sides of each dimension: one number, one for each dimension, or two for each, before and
-            after; or "same" or "valid".
+        padding: Zeros: one number, one for each dimension, or two for each (before, after); "same" or "valid".
         dilation: Of the convolution with down, one number or one for each dimension.
         groups: Of the convolution with down.
         up_groups: Of the convolution with up.
