@@ -66,12 +66,11 @@ class Op:
 
 class _LowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, op: Op, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, residual: Tensor | None,
-                *between: object) -> Tensor:
+    def forward(ctx, op: Op, *given: object) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            y, h, z = op.train_overload(x, down, up, bias, *between, residual)
-        ctx.save_for_backward(x, down, up, bias, h, z)
-        ctx.op, ctx.between = op, between
+            y, h, z = op.train_overload(*given)
+        ctx.save_for_backward(*given[:4], h, z)
+        ctx.op, ctx.between = op, given[4:-1]
         return y
 
     @staticmethod
@@ -80,22 +79,22 @@ class _LowRank(torch.autograd.Function):
         packed = ctx.op.pack(*ctx.between)
         if torch.is_grad_enabled():  # to be differentiated again: h and z must know where they come from
             _, h, z = ctx.op.stages(x, down, up, bias, *packed, None)
-        needs = Grads(*ctx.needs_input_grad[1:6])
-        grads = ctx.op.backward(grad, x, down, up, h, z, *packed, needs)
-        return None, *grads, *(None for _ in ctx.between)
+        _, *tensors, residual = ctx.needs_input_grad
+        grads = ctx.op.backward(grad, x, down, up, h, z, *packed, Grads(*tensors[:4], residual))
+        return None, *grads[:4], *(None for _ in ctx.between), grads.residual
 
 
 def _autograd_kernel(op: Op) -> Callable[..., Tensor]:
     """Records the op if a gradient is wanted, then calls the kernel below autograd."""
+    overload = op.overload  # every call of a layer on CUDA passes here: a microsecond counts
 
     def autograd(*given: object) -> Tensor:
         if torch.is_grad_enabled():
             for each in given:
                 if isinstance(each, Tensor) and each.requires_grad:
-                    x, down, up, bias, *between, residual = op.complete(given)
-                    return _LowRank.apply(op, x, down, up, bias, residual, *between)
+                    return _LowRank.apply(op, *op.complete(given))
         with torch._C._AutoDispatchBelowAutograd():
-            return op.overload(*given)
+            return overload(*given)
 
     return autograd
 
