@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,10 +16,12 @@ from shrank.ops.conv import CONV
 from shrank.ops.linear import LINEAR
 from shrank.ops.reference import Window
 from shrank.ops.registration import Op
-from tests.common import cases, conv_cases
-from tests.common.cases import Case
+from tests.common import conv_cases, linear_cases
 from tests.common.conv_cases import ConvCase
+from tests.common.linear_cases import LinearCase
 from tests.common.tolerances import assert_close
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,11 @@ class OpUnderTest:
     name: str
     definition: Op
     reference: Callable[..., Tensor]
-    full: dict[str, Case | ConvCase]
-    small: dict[str, Case | ConvCase]
-    values: list[Case | ConvCase]
-    gradients: list[Case | ConvCase]
-    odd: list[Case | ConvCase]
+    full: dict[str, LinearCase | ConvCase]
+    small: dict[str, LinearCase | ConvCase]
+    values: list[LinearCase | ConvCase]
+    gradients: list[LinearCase | ConvCase]
+    odd: list[LinearCase | ConvCase]
 
     def __str__(self) -> str:
         return self.name
@@ -61,14 +64,14 @@ def _conv_reference(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, *r
     return reference.low_rank_conv(x, down, up, bias, Window(*rest[:5]), *rest[5:])
 
 
-_linear = Case((3, 5), 24, 40, 8, True, "gelu", True)
+_linear = LinearCase((3, 5), 24, 40, 8, True, "gelu", True)
 _last = ConvCase((6, 5), (3, 2), 16, 24, 8, padding=(1, 0, 0, 1), activation="gelu", residual=True, last=True)
 _formats = {"channels_first": replace(_last, last=False), "channels_last": _last}
 LINEAR_OP = OpUnderTest(
     name="linear", definition=LINEAR, reference=reference.low_rank_linear, full={"rows": _linear},
-    small={"rows": _linear}, values=cases.ENDS + cases.SHAPES + cases.MATRICES,
-    gradients=cases.ENDS + cases.SHAPES + cases.MATRICES,
-    odd=[_linear, Case((), 8, 8, 2), Case((4,), 16, 7, 3, False, "silu"), Case((0,), 16, 8, 4)])
+    small={"rows": _linear}, values=linear_cases.ENDS + linear_cases.SHAPES + linear_cases.MATRICES,
+    gradients=linear_cases.ENDS + linear_cases.SHAPES + linear_cases.MATRICES,
+    odd=[_linear, LinearCase((), 8, 8, 2), LinearCase((4,), 16, 7, 3, False, "silu"), LinearCase((0,), 16, 8, 4)])
 CONV_OP = OpUnderTest(
     name="conv", definition=CONV, reference=_conv_reference, full=_formats,
     small={name: replace(case, input=(3, 3), C=4, N=4, R=2, groups=2) for name, case in _formats.items()},

@@ -8,9 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import shrank
-from tests.common.cases import Case
+from tests.common.linear_cases import LinearCase
 
-CASE = Case((4,), 32, 24, 8, True, "silu", True)
+CASE = LinearCase((4,), 32, 24, 8, True, "silu", True)
 
 
 def test_why_not_collects_all_reasons() -> None:

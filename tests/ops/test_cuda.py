@@ -12,17 +12,17 @@ from torch import nn
 import shrank
 from shrank.measuring.explain import explain
 from shrank.ops import reference
-from tests.common.cases import Case
 from tests.common.conv_cases import ConvCase
+from tests.common.linear_cases import LinearCase
 from tests.common.ops import CONV_OP, EACH_OP, LINEAR_OP, doubled, ops_of
 from tests.common.tolerances import assert_close, assert_every_element_close
 
 pytestmark = pytest.mark.gpu
-CASES = {"linear": Case((64,), 256, 384, 32, True, "gelu", True),
+CASES = {"linear": LinearCase((64,), 256, 384, 32, True, "gelu", True),
          "conv": ConvCase((28, 30), (3, 3), 64, 96, 32, B=4, padding=(1, 1), activation="gelu", residual=True,
                           last=True)}
 # Tokens are those of batches, single and full.
-LINEAR_MODELS = [Case((M,), K, N, R) for M in (1, 33, 128, 1000, 4096) for K, N, R in [
+LINEAR_MODELS = [LinearCase((M,), K, N, R) for M in (1, 33, 128, 1000, 4096) for K, N, R in [
     (768, 768, 64), (768, 3072, 96), (3072, 768, 128), (1024, 1032, 192), (4096, 4096, 256), (768, 776, 40),
     (2048, 2048, 320)]]
 CONV_MODELS = [  # by chunks, by numbers, depthwise, grouped; 1d, 2d, 3d
@@ -150,7 +150,7 @@ def test_more_elements_than_32_bits_count() -> None:
 
 
 def test_tf32_only_where_pytorch_allows_it() -> None:
-    arguments = Case((512,), 2048, 512, 256, False, "relu").tensors(torch.float32, "cuda")
+    arguments = LinearCase((512,), 2048, 512, 256, False, "relu").tensors(torch.float32, "cuda")
     assert not torch.backends.cuda.matmul.allow_tf32
     assert_close(LINEAR_OP.op(*arguments), reference.low_rank_linear(*doubled(arguments)))
 
@@ -158,7 +158,7 @@ def test_tf32_only_where_pytorch_allows_it() -> None:
 def test_memory_of_one_call() -> None:
     """y and h, nothing else of their size: the epilogue works in place."""
     M, K, N, R = 4096, 1024, 4096, 64
-    arguments = Case((M,), K, N, R, True, "gelu", True).tensors(torch.bfloat16, "cuda")
+    arguments = LinearCase((M,), K, N, R, True, "gelu", True).tensors(torch.bfloat16, "cuda")
     LINEAR_OP.op(*arguments)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from shrank.ops import reference
-from tests.common.cases import DTYPES
-from tests.common.ops import doubled, each_case, each_format, tensors_of
+from tests.common.ops import DTYPES, doubled, each_case, each_format, tensors_of
 from tests.common.tolerances import assert_close
 
 

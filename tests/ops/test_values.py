@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from shrank.ops import reference
-from tests.common.cases import DTYPES
 from tests.common.conv_cases import ConvCase, is_last
-from tests.common.ops import CONV_OP, EACH_OP, LINEAR_OP, doubled, each_case, each_format
+from tests.common.ops import CONV_OP, DTYPES, EACH_OP, LINEAR_OP, doubled, each_case, each_format
 from tests.common.tolerances import assert_close
 
 LINEAR_FULL, CONV_FULL = LINEAR_OP.full["rows"], CONV_OP.full["channels_last"]
