@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from shrank.calibration.batches import Batch
+from shrank import Batch
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _DAMPING = 1e-6  # of the largest diagonal entry, where a moment must be inverted

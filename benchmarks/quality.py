@@ -1,6 +1,7 @@
 """What compressed models are worth at every size, against the published methods: benchmarks/results/quality_*.json.
 
     python -m benchmarks.quality [minilm smollm2 whisper crepe-full crepe-tiny]
+    python -m benchmarks.quality [...] --keep 0.6    # that column alone, printed and not stored
     python -m benchmarks.quality [...] --heal 300    # what as many steps of healing add to what was measured
     python -m benchmarks.quality [...] --cost     # of calibrate, plan and apply: seconds and memory, on a quiet machine
     python -m benchmarks.quality [...] --table    # of what was measured
@@ -16,10 +17,9 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,7 @@ from benchmarks import baselines
 from benchmarks.models import THREADS
 from benchmarks.provenance import provenance
 from benchmarks.tasks import Crepe, MiniLM, SmolLM2, Task, Whisper
-from shrank import Budget, Calibration
-from shrank.calibration.batches import Batch, as_batches
-from shrank.compression.anchored import apply_anchored
-from shrank.linalg import Metric, weighted
-from shrank.planning import budget
+from shrank import Batch, Budget, Calibration, LayerStatistics, Metric
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "shrank"
@@ -59,55 +55,67 @@ STUDIES = {
 }
 
 
-class OneSided(Calibration):
+class View(LayerStatistics):
+    """What a calibration found, without the means that biases could make up for."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self._calibration = calibration
+
+    def __contains__(self, fqn: str) -> bool:
+        return fqn in self._calibration
+
+    @property
+    def has_gradients(self) -> bool:
+        return self._calibration.has_gradients
+
+    def tokens(self, fqn: str) -> int:
+        return self._calibration.tokens(fqn)
+
+    def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
+        return self._calibration.metric(fqn, matrices, centred=False)
+
+
+class WithoutBias(View):
+    """Two-sided errors, without bias correction."""
+
+
+class OneSided(View):
     """Errors of the outputs, of which gradients only say what each layer's are worth: its mean gradient energy."""
 
     def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
-        found = super().metric(fqn, matrices, centred=False)
-        if found is None or found.gradient is None:
-            return found
+        full = super().metric(fqn, matrices, centred)
+        if full is None or full.gradient is None:
+            return full
         W = matrices.double()
-        neutral = W.mT @ W if found.on_inputs else torch.eye(W.shape[1]).double()
-        energy = found.gradient[0].trace() / neutral.diagonal(dim1=-2, dim2=-1).sum()
-        return Metric(found.data, (energy * neutral).expand_as(found.gradient), found.on_inputs, None)
-
-
-class WithoutBias(Calibration):
-    def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
-        return super().metric(fqn, matrices, centred=False)
-
-
-def _never_dense(candidate, spent, options):
-    choices = _all_choices(candidate, spent, options)
-    return {rank: choice for rank, choice in choices.items() if rank is not None} or choices
-
-
-_all_choices = budget._choices
+        neutral = W.mT @ W if full.on_inputs else torch.eye(W.shape[1]).double()
+        energy = full.gradient[0].trace() / neutral.diagonal(dim1=-2, dim2=-1).sum()
+        return Metric(full.data, (energy * neutral).expand_as(full.gradient), full.on_inputs, None)
 
 
 def steps(calibration: Calibration, without: Calibration) -> dict[str, Callable[[nn.Module, float], nn.Module]]:
     """What each step adds, from the first to all of them: from a dense model and a keep to a compressed one."""
 
-    def viewed(kind: type[Calibration]) -> Calibration:
-        other = kind.__new__(kind)
-        vars(other).update(vars(calibration))
-        return other
+    def spent(seen: LayerStatistics, model: nn.Module, keep: float, **options: object) -> nn.Module:
+        plan = shrank.make_plan(model, Budget(keep_params=keep), calibration=seen, **options)
+        return shrank.apply(model, plan, seen)
 
-    def spent(seen: Calibration, pivot: bool | str, model: nn.Module, keep: float) -> nn.Module:
-        return shrank.auto_fact(model, Budget(keep_params=keep), calibrate=seen, pivot=pivot)
-
-    def never_dense(model: nn.Module, keep: float) -> nn.Module:
-        with patch.object(budget, "_choices", _never_dense):
-            return spent(viewed(OneSided), False, model, keep)
-
+    one_sided, without_bias = OneSided(calibration), WithoutBias(calibration)
     return {
         "whitening": lambda model, keep: shrank.auto_fact(model, shrank.Fraction(keep), calibrate=without),
-        "+ ranks by gradient energy": never_dense,
-        "+ dense option": partial(spent, viewed(OneSided), False),
-        "+ two-sided": partial(spent, viewed(WithoutBias), False),
-        "+ pivots": partial(spent, viewed(WithoutBias), "auto"),
-        f"+ bias = {OURS}": partial(spent, calibration, "auto"),
+        "+ ranks by gradient energy": partial(spent, one_sided, pivot=False, allow_dense=False),
+        "+ dense option": partial(spent, one_sided, pivot=False),
+        "+ two-sided": partial(spent, without_bias, pivot=False),
+        "+ pivots": partial(spent, without_bias),
+        f"+ bias = {OURS}": partial(spent, calibration),
     }
+
+
+def column(study: Study, keep: float) -> Study:
+    """The study at one keep; ValueError if it measures nothing there."""
+    if keep not in study.keeps:
+        raise ValueError(f"the study measures at keep {', '.join(map(str, study.keeps))}, not at {keep}")
+    at = {name: tuple(x for x in getattr(study, name) if x == keep) for name in ("keeps", "steps_at", "anchored_at")}
+    return replace(study, **at)
 
 
 def rows(study: Study) -> Iterator[dict]:
@@ -117,10 +125,10 @@ def rows(study: Study) -> Iterator[dict]:
     yield from _baselines(task, study.keeps)
     started = time.perf_counter()
     names = list(baselines.layers(dense, task.exclude))
-    batches = as_batches(task.batches())
+    batches = shrank.batches(task.batches())
     calibration = shrank.calibrate(dense, batches, loss=task.own_loss, layers=names)
     seconds = round(time.perf_counter() - started)
-    without = shrank.calibrate(dense, batches, loss=False, layers=names)
+    without = shrank.calibrate(dense, batches, loss="none", layers=names)
 
     def row(name: str, step: Callable[[nn.Module, float], nn.Module], keep: float) -> dict:
         started = time.perf_counter()
@@ -142,12 +150,12 @@ def rows(study: Study) -> Iterator[dict]:
 
 def _anchored(batches: list[Batch], calibration: Calibration, model: nn.Module, keep: float) -> nn.Module:
     plan = shrank.make_plan(model, keep, calibration=calibration)
-    return apply_anchored(model, plan, batches, calibration)
+    return shrank.apply_anchored(model, plan, batches, calibration)
 
 
 def _baselines(task: Task, keeps: tuple[float, ...]) -> Iterator[dict]:
     model = task.model()
-    seen = baselines.statistics(model, as_batches(task.batches()), task.loss if task.kfac else None, task.exclude)
+    seen = baselines.statistics(model, shrank.batches(task.batches()), task.loss if task.kfac else None, task.exclude)
     for method in baselines.METHODS:
         if not task.kfac and method in ("ASVD", "K-FAC"):
             continue  # published for linear layers only
@@ -175,11 +183,16 @@ def healed_rows(study: Study, steps: int) -> Iterator[dict]:
 
 
 def _halved(task: Task, dense: nn.Module, calibration: Calibration, keep: float = 0.8) -> Iterator[dict]:
-    """The model in bfloat16, with and without the fit of one factor to the other's rounding."""
-    for method, rounded in (("bf16, factors rounded", lambda up, down, dtype: (up.to(dtype), down.to(dtype))),
-                            (f"bf16, refitted = {OURS}", weighted.rounded)):
-        with patch.object(weighted, "rounded", rounded):
-            small = shrank.auto_fact(copy.deepcopy(dense).bfloat16(), Budget(keep_params=keep), calibrate=calibration)
+    """The model in bfloat16: plain factors with and without the fit of one to the other's rounding, and the default."""
+
+    def compressed(model: nn.Module, pivot: bool | str) -> nn.Module:
+        return shrank.auto_fact(model, Budget(keep_params=keep), calibrate=calibration, pivot=pivot)
+
+    halved = copy.deepcopy(dense).bfloat16()
+    rounded = compressed(copy.deepcopy(halved).float(), False).bfloat16()
+    refitted = compressed(copy.deepcopy(halved), False)
+    for method, small in (("bf16, plain factors rounded", rounded), ("bf16, plain factors refitted", refitted),
+                          (f"bf16, refitted = {OURS}", compressed(halved, "auto"))):
         yield {"method": method, "keep": keep, **task.evaluate(small.float())}
 
 
@@ -194,13 +207,12 @@ def cost(name: str) -> dict[str, float]:
 def _cost(name: str) -> dict[str, float]:
     torch.set_num_threads(THREADS)
     task = STUDIES[name].task()
-    batches, model = task.batches(), task.model()
+    data, model = shrank.Calibrate(task.batches(), loss=task.own_loss, spill=True), task.model()
     # Thread pools and libraries are not the model's.
     shrank.auto_fact(nn.Linear(256, 256).eval(), Budget(keep_params=0.5), calibrate=[torch.randn(256, 256)])
     size = 4 * sum(p.numel() for p in model.parameters())
     before, started = _resident(), time.perf_counter()
-    shrank.auto_fact(model, Budget(keep_params=0.8), calibrate=batches, exclude=task.exclude, loss=task.own_loss,
-                     spill=True)
+    shrank.auto_fact(model, Budget(keep_params=0.8), calibrate=data, exclude=task.exclude)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": round(seconds, 1), "model in MiB": size >> 20,
@@ -232,12 +244,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=list(STUDIES), metavar="TASK")
     parser.add_argument("--heal", type=int, metavar="STEPS", help="measure healing alone")
+    parser.add_argument("--keep", type=float, help="measure this keep alone and store nothing")
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--cost", action="store_true", help="measure time and memory alone")
     parser.add_argument("--table", action="store_true", help="print the stored results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for name in arguments.tasks:
+        if arguments.keep:
+            for row in rows(column(STUDIES[name], arguments.keep)):
+                print(json.dumps(row), flush=True)
+            continue
         path = RESULTS / f"quality_{name}.json"
         results = json.loads(path.read_text()) if path.exists() else {}
         if arguments.cost:

@@ -14,7 +14,7 @@ from benchmarks import speech, texts, whisper
 from benchmarks.models import SMOLLM2_FILE, minilm, minilm_folder, package_folder, smollm2
 from examples.conv import load_crepe, make_tones, to_cents
 from examples.demo import embed
-from shrank.calibration.batches import Batch
+from shrank import Batch
 
 
 class Task:
@@ -23,8 +23,8 @@ class Task:
     name: str
     exclude: tuple[str, ...] = ()
     kfac = True  # whether the baselines for linear layers can be measured, of which one needs a loss
-    own_loss: str | None = None  # what shrank weighs errors by
-    healing_loss: str | None = None  # what it is trained on beside the dense model's outputs
+    own_loss: str = "output"  # what shrank weights errors by
+    healing_loss: str = "none"  # what it is trained on beside the dense model's outputs
 
     def model(self) -> nn.Module:
         """The dense model, in eval mode."""

@@ -1,22 +1,31 @@
 """shrank: low-rank twins for the linear and convolution layers of any PyTorch model."""
 
+from .calibration.batches import Batch, batches
 from .calibration.calibration import Calibration, calibrate
+from .calibration.metric_source import LayerStatistics, MetricSource
+from .calibration.request import Calibrate
+from .compression.anchored import apply_anchored
 from .compression.apply import apply, describe, merge
 from .compression.auto_fact import auto_fact
-from .healing.heal import heal
+from .healing.heal import Healing, heal
+from .healing.options import HealOptions
 from .layers.ced import CED
 from .layers.led import LED
-from .measuring.layer_errors import measured
+from .linalg import Metric
+from .measuring.language_model import Evaluation, evaluate
+from .measuring.layer_errors import measure_errors
 from .model import peft_hook as peft_hook
 from .model.subclasses import treat_as_base
 from .ops.availability import why_not
 from .ops.dispatch import Backend, backend, low_rank_conv, low_rank_linear
 from .planning.budget import Budget
 from .planning.latency import LatencyTable
-from .planning.make_plan import make_plan
+from .planning.make_plan import eligible, make_plan
 from .planning.options import PlanOptions
 from .planning.plan import LayerPlan, RankPlan
-from .planning.rank import Energy, Fraction
+from .planning.rank import Energy, Fraction, Rank
+from .reporting.drawings import figures
+from .reporting.page import report
 from .saving import diffusers_hook as diffusers_hook
 from .saving import safetensors_hook as safetensors_hook
 from .saving import transformers_hook as transformers_hook
@@ -27,27 +36,42 @@ __all__ = [
            "CED",
            "LED",
            "Backend",
+           "Batch",
            "Budget",
+           "Calibrate",
            "Calibration",
            "Energy",
+           "Evaluation",
            "Fraction",
+           "HealOptions",
+           "Healing",
            "LatencyTable",
            "LayerPlan",
+           "LayerStatistics",
+           "Metric",
+           "MetricSource",
            "PlanOptions",
+           "Rank",
            "RankPlan",
            "__version__",
            "apply",
+           "apply_anchored",
            "auto_fact",
            "backend",
+           "batches",
            "calibrate",
            "describe",
+           "eligible",
+           "evaluate",
+           "figures",
            "heal",
            "load",
            "low_rank_conv",
            "low_rank_linear",
            "make_plan",
-           "measured",
+           "measure_errors",
            "merge",
+           "report",
            "save",
            "treat_as_base",
            "why_not",

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "shrank"
 # Each may import from those before it; docs/architecture.md says what each is for.
-ROOMS = ["util", "linalg", "ops", "layers", "model", "calibration", "data", "planning", "compression", "healing", "saving",
-         "measuring", "cli"]
+ROOMS = ["util", "linalg", "ops", "layers", "model", "calibration", "data", "planning", "compression", "healing",
+         "saving", "measuring", "reporting", "cli"]
 FRONT = {"__init__", "__main__", "lr_module", "version"}  # files beside the rooms; all rooms may ask for the version
 FILES = sorted(ROOT.rglob("*.py"))
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
@@ -90,5 +90,6 @@ def test_no_file_and_no_function_outgrows_its_room() -> None:
         assert len(lines) <= 250, f"{path.name} has {len(lines)} lines"
         for node in ast.walk(ast.parse("\n".join(lines))):
             if isinstance(node, ast.FunctionDef):
-                length = node.end_lineno - node.lineno + 1
+                text = node.body[0] if ast.get_docstring(node) else None
+                length = node.end_lineno - node.lineno + 1 - (text.end_lineno - text.lineno + 1 if text else 0)
                 assert length <= 40, f"{path.name}: {node.name} has {length} lines"

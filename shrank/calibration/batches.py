@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..util import nested
+from ..util.names import checks_keywords
 from .masks import Masks, find_masks, given_masks
 from .traits import parameters_of, traits_of
 
@@ -22,14 +23,23 @@ Forward = Callable[[nn.Module, "Batch"], object]
 
 @dataclass(frozen=True)
 class Batch:
-    """The arguments of one call, and the masks (True where a token counts) that its activations may be matched with."""
+    """One call of a model: its arguments, and which of their positions count. `shrank.batches` makes them.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        masks: True where a token counts, for activations to be matched with.
+        forward: (model, batch) -> output, where the model is not run by calling it with the arguments.
+        answer: What the caller's mask function gave.
+        number: The place of the call in the data.
+    """
 
     args: tuple
     kwargs: Mapping[str, object]
     masks: Masks = field(default_factory=Masks)
     forward: Forward | None = None
-    answer: object = None  # of the user's mask function
-    number: int = 0  # in the data
+    answer: object = None
+    number: int = 0
 
     def call(self, model: nn.Module) -> object:
         """The model's output, computed where its first parameter is."""
@@ -88,17 +98,29 @@ class Batch:
         return self.args, dict(self.kwargs)
 
 
-def as_batches(data: Iterable[object], tokenizer: Callable | None = None, mask: MaskFunction | None = None,
-               batch_size: int = 8, max_length: int = 512, forward: Forward | None = None) -> list[Batch]:
-    """The calls that `data` stands for, in order, kept in memory.
+@checks_keywords
+def batches(data: Iterable[object], tokenizer: Callable | None = None, *, mask: MaskFunction | None = None,
+            batch_size: int = 8, max_length: int = 512, forward: Forward | None = None) -> list[Batch]:
+    """Make the calls of a model that data stands for, in order, kept in memory.
 
-    data: an iterable of mappings (keyword arguments, or the only argument of a model that takes one mapping), tuples or
-    lists (positional ones) or tensors (the only one), a DataLoader of such, of what this function returned, or of
-    texts, which `tokenizer` turns into batches of `batch_size` texts of at most `max_length` tokens. mask: from a batch
-    to a boolean (batch, positions) tensor, True where a token counts, or to a mapping of "encoder" and "decoder" to
-    such; without it the masks among the arguments are used. forward: (model, batch) -> output, where the model is not
-    run by calling it; a batch may then be any other object too, in `batch.args[0]`. Raises TypeError on anything else
-    and ValueError where there is nothing.
+    Args:
+        data: Mappings (keyword arguments, or the only argument of a model that takes one mapping), tuples or lists
+            (positional arguments), tensors (the only argument), a DataLoader of such, or texts; or one mapping, tensor
+            or text.
+        tokenizer: Turns texts into batches; needed for texts only.
+        mask: From an item of the data to a boolean tensor (batch, positions), True where a token counts, or to a
+            mapping of "encoder" and "decoder" to such. Without it the masks among the arguments are used.
+        batch_size: Texts in a batch; 1 without a padding token.
+        max_length: Tokens of a text that are used.
+        forward: (model, batch) -> output, where the model is not run by calling it with the batch. An item may then be
+            any other object too, which is `batch.args[0]`.
+
+    Returns:
+        A Batch for each call: what `calibrate`, `auto_fact`, `heal` and `measure_errors` take.
+
+    Raises:
+        TypeError: An item is none of these, texts come without a tokenizer or are mixed with other items.
+        ValueError: There is no item.
     """
     if isinstance(data, str | Mapping | Tensor):
         data = [data]
@@ -109,16 +131,22 @@ def as_batches(data: Iterable[object], tokenizer: Callable | None = None, mask: 
         if len(texts) < len(items):
             raise TypeError("texts and other batches cannot be mixed")
         if tokenizer is None:
-            raise TypeError("texts were given without a tokenizer: give tokenizer=")
+            raise TypeError("texts were given without a tokenizer: give shrank.batches(texts, tokenizer)")
         items = list(_tokenized(texts, tokenizer, batch_size, max_length))
     return [item if isinstance(item, Batch) else replace(_batch(item, mask, forward), number=number)
             for number, item in enumerate(items)]
 
 
-def bound(batches: Iterable[Batch], model: nn.Module) -> list[Batch]:
+def as_batches(data: Iterable[object]) -> list[Batch]:
+    """What a caller gave as data: calls that `batches` made, or what it makes of anything else without being told how.
+    """
+    return batches(data)
+
+
+def bound(calls: Iterable[Batch], model: nn.Module) -> list[Batch]:
     """The batches with their masks as this model means them."""
     traits, made = traits_of(model), []
-    for batch in batches:
+    for batch in calls:
         arguments = batch.arguments(model)
         masks = given_masks(batch.answer, arguments, traits) if batch.masks.given else find_masks(arguments, traits)
         made.append(replace(batch, masks=masks))
@@ -139,7 +167,8 @@ def _batch(item: object, mask: MaskFunction | None, forward: Forward | None) -> 
         args, kwargs = (item,), {}
     else:
         raise TypeError(f"a batch must be a mapping, a tuple, a list, a tensor or a text, got {type(item).__name__}: "
-                        "give an object that is the only argument as (object,), or say how to run it with forward=")
+                        "give an object that is the only argument as (object,), or say how to run it with "
+                        "shrank.batches(data, forward=)")
     batch = Batch(args, kwargs, forward=forward)
     if mask is None:
         return replace(batch, masks=find_masks(batch.arguments()))

@@ -8,7 +8,7 @@ import os
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,10 +23,12 @@ from ..model.surgery import Site, walk
 from ..util import tensor_file
 from ..util.files import replacing
 from ..util.fingerprint import Unhashable, fingerprint
+from ..util.names import checks_keywords
 from ..util.progress import track
 from .activation_files import saved_on_disk
-from .batches import Batch, Forward, MaskFunction, as_batches, bound
-from .losses import Loss, as_loss
+from .batches import Batch, as_batches, bound
+from .losses import LossLike, Sensitivity, as_sensitivity
+from .metric_source import LayerStatistics
 from .observer import Accumulator
 from .sharing import Survey, plan_passes, survey
 from .streams import Masking, warn_of_masks_that_fit_nothing
@@ -34,7 +36,7 @@ from .streams import Masking, warn_of_masks_that_fit_nothing
 FORMAT = 2
 
 
-class Calibration:
+class Calibration(LayerStatistics):
     """Moments by layer name, kept in files of a folder, one for every pass over the data; read when asked for.
 
     unseen: layers that saw no data. reached: whether gradients came to any layer.
@@ -105,42 +107,52 @@ class Calibration:
         return metric(matrices, moments, centred)
 
 
-def calibrate(model: nn.Module, batches: Iterable[object] | Calibration, *,
-              loss: Loss | Callable | str | bool | None = None, tokenizer: Callable | None = None,
-              mask: MaskFunction | None = None, layers: Iterable[str] | None = None,
-              cache: str | os.PathLike | None = None, max_memory: int | None = None, spill: bool = False, seed: int = 0,
-              batch_size: int = 8, max_length: int = 512, forward: Forward | None = None) -> Calibration:
+@checks_keywords
+def calibrate(model: nn.Module, data: Iterable[object] | Calibration, *, loss: LossLike = "output",
+              layers: Iterable[str] | None = None, cache: str | os.PathLike | None = None,
+              max_memory: int | None = None, spill: bool = False, seed: int = 0) -> Calibration:
     """Run data through a model, which is not changed, and note what its layers see.
 
-    batches, tokenizer, mask, batch_size, max_length, forward: see `as_batches`. loss: what gradients to weigh errors
-    by: "lm" (next-token cross entropy), a function (output, batch) -> scalar, None for the sensitivity of the outputs
-    themselves to every layer, False for none (no backward pass). layers: names, default all that could be replaced.
-    cache: a folder; passes over the data that are found there are not repeated. It is not used, with a warning, where
-    model, data or loss hold something that has no value to know it again by. max_memory: bytes for moments held at a
-    time, default half of what the model takes in float32, and 64 MiB for a small one; more passes over the data where
-    it does not suffice. spill: keep what a backward pass needs in temporary files. Raises ValueError where data or
-    gradients are not finite, naming batch and layer, and where no gradient reaches any layer.
+    Args:
+        model: The dense model.
+        data: What `shrank.batches` made, or takes without further arguments. A Calibration is returned as it is.
+        loss: By which gradients errors are weighted. "output": the sensitivity of the model's outputs to every layer;
+            "lm": next-token cross entropy; a function (output, batch) -> scalar, summed over what it averages; "none":
+            not at all, without a backward pass.
+        layers: Names of the layers to observe; by default all that could be replaced.
+        cache: A folder. Passes over the data that are found there are not repeated. It is not used, with a warning,
+            where model, data or loss hold something that has no value to know it again by.
+        max_memory: Bytes for moments that are held at a time; more passes over the data where they do not suffice. By
+            default half of what the model takes in float32, and at least 64 MiB.
+        spill: Keep what a backward pass needs in temporary files.
+        seed: Of the random directions that "output" draws.
+
+    Returns:
+        The moments of every layer, in files that are read when asked for.
+
+    Raises:
+        ValueError: Data or gradients are not finite (the text names batch and layer), or no gradient reaches any layer.
     """
-    if isinstance(batches, Calibration):
-        return batches
-    batches, loss = as_batches(batches, tokenizer, mask, batch_size, max_length, forward), as_loss(loss)
-    batches = bound(batches, model)
-    key = _key(model, batches, loss, seed) if cache else None
+    if isinstance(data, Calibration):
+        return data
+    batches, weight = bound(as_batches(data), model), as_sensitivity(loss)
+    key = _key(model, batches, weight, seed) if cache else None
     temporary = None if key else tempfile.TemporaryDirectory(prefix="shrank-")
     folder = Path(cache) / key if key else Path(temporary.name)
     if max_memory is None:
         max_memory = max(2 * sum(p.numel() for p in model.parameters()), 64 << 20)
-    with frozen(model), torch.set_grad_enabled(loss is not None):
-        found = _found(model, batches, loss, None if layers is None else set(layers), folder, max_memory, spill, seed)
+    wanted = None if layers is None else set(layers)
+    with frozen(model), torch.set_grad_enabled(weight is not None):
+        found = _found(model, batches, weight, wanted, folder, max_memory, spill, seed)
     if temporary:
         weakref.finalize(found, temporary.cleanup)
-    if loss and len(found) and not found.reached:
+    if weight and len(found) and not found.reached:
         raise ValueError("the loss depends on no layer: does the model run without gradients, as generate does? "
-                         "loss=False calibrates without")
+                         "loss='none' calibrates without")
     return found
 
 
-def _found(model: nn.Module, batches: list[Batch], loss: Loss | None, wanted: set[str] | None, folder: Path,
+def _found(model: nn.Module, batches: list[Batch], loss: Sensitivity | None, wanted: set[str] | None, folder: Path,
            max_memory: int, spill: bool, seed: int) -> Calibration:
     """What the layers see, in files of the folder; those that are there already are not made again."""
     possible = [site for site in walk(model) if target(site.module) is not None]
@@ -149,7 +161,7 @@ def _found(model: nn.Module, batches: list[Batch], loss: Loss | None, wanted: se
     masking = Masking(model, {site.fqn: site.module for site in possible})
     seen = _survey(folder, model, sites, batches, masking, [site for site in possible if site not in sites])
     if seen.unseen:
-        warnings.warn(f"layers that no batch reaches stay as they are: {', '.join(seen.unseen)}", stacklevel=3)
+        warnings.warn(f"layers that no batch reaches stay as they are: {', '.join(seen.unseen)}", stacklevel=4)
     passes = plan_passes(sites, seen, loss is not None, max_memory)
     files = [folder / f"{_digest([[site.fqn for site in group.sites] for group in groups])}.safetensors"
              for groups in passes]
@@ -176,8 +188,8 @@ def _survey(folder: Path, model: nn.Module, sites: list[Site], batches: list[Bat
     return seen
 
 
-def _run(model: nn.Module, accumulator: Accumulator, batches: list[Batch], loss: Loss | None, seed: int, spill: bool,
-         progress: str) -> None:
+def _run(model: nn.Module, accumulator: Accumulator, batches: list[Batch], loss: Sensitivity | None, seed: int,
+         spill: bool, progress: str) -> None:
     """One pass over the data."""
     with in_eval_mode(model), hooked(accumulator.hooks()):
         for number, batch in enumerate(track(batches, progress)):
@@ -209,7 +221,7 @@ def _write(file: Path, accumulator: Accumulator) -> None:
     tensor_file.write(file, tensors, {"moments": json.dumps(header)})
 
 
-def _key(model: nn.Module, batches: list[Batch], loss: Loss | None, seed: int) -> str | None:
+def _key(model: nn.Module, batches: list[Batch], loss: Sensitivity | None, seed: int) -> str | None:
     """A hash of everything that the moments depend on; None, with a warning, where something cannot be hashed."""
     try:
         parts = {"model": model, "loss": loss, "data": [batch.content() for batch in batches]}
@@ -217,7 +229,7 @@ def _key(model: nn.Module, batches: list[Batch], loss: Loss | None, seed: int) -
                                                              for d in ("cpu", "cuda"))]
         return fingerprint({"format": FORMAT, "seed": seed, "precision": precision} | parts)[:32]
     except Unhashable as unhashable:
-        warnings.warn(f"calibrating without the cache: {unhashable}", stacklevel=3)
+        warnings.warn(f"calibrating without the cache: {unhashable}", stacklevel=4)
         return None
 
 

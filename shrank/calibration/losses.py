@@ -1,44 +1,51 @@
-"""By which gradients a layer's error is weighed: those of a loss, or of the model's own outputs."""
+"""By which gradients a layer's error is weighted, and what is trained on beside the dense model's outputs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..util import nested
+from ..util.names import meant
 from .batches import Batch
 
 # Rows of outputs to draw gradients for: fewer know too few directions, where one row gathers many tokens.
 _ROWS_PER_BATCH, _MOST_DRAWS = 64, 8
 
 
+# "output": the sensitivity of the outputs; "lm": next-token cross entropy; "none"; or (output, batch) -> scalar.
+LossLike = str | Callable[[object, Batch], Tensor]
+
+
 class NotComparable(ValueError):
     """Outputs between which there is no finite distance; says whose they are, and why."""
 
 
-class Loss:
-    """Anything whose gradients reach the layers; `backward` returns how many rows of output they stem from.
-
-    Nothing happens where the loss depends on no layer that is observed.
-    """
+class Sensitivity(Protocol):
+    """Whose gradients say how much an error of a layer matters."""
 
     def backward(self, output: object, batch: Batch, generator: torch.Generator) -> int:
-        raise NotImplementedError
+        """Send gradients to the layers that are observed, if it depends on any; how many rows of output they stem
+        from."""
+
+
+class TrainingLoss(Sensitivity, Protocol):
+    """What a model can be trained on."""
 
     def mean(self, output: object, batch: Batch) -> Tensor:
-        """Per row of the output, to train on."""
-        raise NotImplementedError
+        """The loss per row of the output."""
 
 
 @dataclass(frozen=True)
-class OutputSensitivity(Loss):
+class OutputSensitivity(Sensitivity):
     """Random projections of the main output: their gradients have the moment of the output's Jacobian, so that a
-    layer's weighed error is the squared change of the output that it causes."""
+    layer's weighted error is the squared change of the output that it causes."""
 
     def backward(self, output: object, batch: Batch, generator: torch.Generator) -> int:
         output = main_output(output)
@@ -54,7 +61,7 @@ class OutputSensitivity(Loss):
 
 
 @dataclass(frozen=True)
-class NextToken(Loss):
+class NextToken(TrainingLoss):
     """Cross entropy of a language model's logits and the tokens that follow: `labels` if the batch has them (already in
     place for an encoder-decoder, else shifted here), else `input_ids`."""
 
@@ -75,7 +82,7 @@ class NextToken(Loss):
 
 
 @dataclass(frozen=True)
-class Custom(Loss):
+class Custom(TrainingLoss):
     """A user's `(output, batch) -> scalar`, summed over what it averages."""
 
     function: Callable[[object, Batch], Tensor]
@@ -100,19 +107,25 @@ class Custom(Loss):
         return math.prod(main_output(output).shape[:-1])
 
 
-def as_loss(loss: Loss | Callable | str | bool | None) -> Loss | None:
-    """The loss that a user's argument stands for; None where no gradients are wanted."""
-    if loss is None or loss == "output":
-        return OutputSensitivity()
-    if loss is False:
-        return None
-    if loss == "lm":
-        return NextToken()
-    if isinstance(loss, Loss):
-        return loss
+def as_sensitivity(loss: LossLike) -> Sensitivity | None:
+    """What a user's `loss` means to a calibration; None for "none": no gradients, all errors count alike."""
     if callable(loss):
         return Custom(loss)
-    raise ValueError(f"loss must be 'lm', 'output', a function, None or False, got {loss!r}")
+    if isinstance(loss, str) and loss in _NAMED:
+        return _NAMED[loss]
+    found = f"got {loss!r}{meant(loss, _NAMED) if isinstance(loss, str) else ''}"
+    raise ValueError(f"loss must be {', '.join(map(repr, _NAMED))} or a function, {found}")
+
+
+def as_training_loss(loss: LossLike) -> TrainingLoss | None:
+    """What a user's `loss` means to training; None for "none": the dense model's outputs alone."""
+    chosen = as_sensitivity(loss)
+    if isinstance(chosen, OutputSensitivity):
+        raise ValueError("loss must be 'lm', 'none' or a function, got 'output': the outputs are compared anyway")
+    return chosen
+
+
+_NAMED: dict[str, Sensitivity | None] = {"output": OutputSensitivity(), "lm": NextToken(), "none": None}
 
 
 def cross_entropy_gradient(logits: Tensor, targets: Tensor) -> Tensor:

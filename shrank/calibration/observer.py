@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,15 @@ class Moment:
     """
 
     def __init__(self, groups: int, side: int, device: torch.device) -> None:
-        self.rows, self._recent, self._total = 0, torch.zeros(groups, side, side, device=device), None
+        self.rows = 0
+        self._recent: Tensor | None = torch.zeros(groups, side, side, device=device)
+        self._total: Tensor | None = None
+        self._mean: Tensor | None = None
 
     def add(self, rows: Tensor, others: Tensor | None = None) -> None:
         """rows, others: (G, T, m), float32."""
+        if self._mean is not None:
+            raise RuntimeError("the mean of this moment was taken: nothing can be added to it")
         if not self.rows:
             self._recent = self._recent.to(rows.device)  # that of an offloaded layer is known only now
         self._recent.baddbmm_((rows if others is None else others).mT, rows)
@@ -39,14 +44,15 @@ class Moment:
             self._recent.zero_()
 
     def is_finite(self) -> Tensor:
-        return self._recent.diagonal(dim1=-2, dim2=-1).sum().isfinite()
+        return (self._recent if self._mean is None else self._mean).diagonal(dim1=-2, dim2=-1).sum().isfinite()
 
-    @cached_property
-    def mean(self) -> Tensor:
-        """Over the rows, float32, zero without any; nothing can be added then, since it takes the place of the sum."""
-        total = self._recent if self._total is None else self._total.add_(self._recent)
-        self._recent = self._total = None
-        return total.div_(max(self.rows, 1)).float()
+    def take_mean(self) -> Tensor:
+        """Over the rows, float32, zero without any. It takes the place of the sum: nothing can be added any more."""
+        if self._mean is None:
+            total = self._recent if self._total is None else self._total.add_(self._recent)
+            self._recent = self._total = None
+            self._mean = total.div_(max(self.rows, 1)).float()
+        return self._mean
 
 
 class Observed:
@@ -69,8 +75,8 @@ class Observed:
         device = self.site.module.weight.device
         return Moment(groups, side // groups, torch.device("cpu") if device.type == "meta" else device)
 
-    def see(self, x: Tensor, y: Tensor, mask: MaskOfCall) -> Tensor | None:
-        """Note an input and the output; the output to use instead where gradients need another one."""
+    def observe(self, x: Tensor, y: Tensor, mask: MaskOfCall) -> None:
+        """Note an input and the output."""
         before = self.leader.inputs.count
         self.leader.inputs.number(x)
         if self.leader is self:
@@ -78,6 +84,9 @@ class Observed:
         elif self.leader.inputs.count > before:
             raise RuntimeError(f"{self.site.fqn} is called with another input than {self.leader.site.fqn}, although "
                                "they had the same when the data was first run: the model does not do the same twice")
+
+    def watch_gradient(self, y: Tensor, mask: MaskOfCall) -> Tensor | None:
+        """Have the gradient noted that will reach an output; the output to use instead where another one is needed."""
         if self.gradient is None or not torch.is_grad_enabled():
             return None
         replaced = None
@@ -124,8 +133,8 @@ class Observed:
     def moments(self, samples: int) -> Moments:
         leader, tokens = self.leader, self.leader.data.rows
         mean, energy = (total / tokens for total in leader.sums)
-        gradient = self.gradient and self.gradient.mean  # zero where the loss does not depend on the layer
-        return Moments(tokens, leader.data.mean, mean, energy, self.of_inputs, gradient, samples)
+        gradient = self.gradient and self.gradient.take_mean()  # zero where the loss does not depend on the layer
+        return Moments(tokens, leader.data.take_mean(), mean, energy, self.of_inputs, gradient, samples)
 
 
 class Accumulator:
@@ -157,7 +166,9 @@ class Accumulator:
         self._masking.begin(batch)
 
     def _hook(self, layer: Observed, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        return layer.see(input_of(args, kwargs), output, self._masking.call(layer.site.fqn))
+        mask = self._masking.call(layer.site.fqn)
+        layer.observe(input_of(args, kwargs), output, mask)
+        return layer.watch_gradient(output, mask)
 
     def check(self) -> None:
         """ValueError that names the batch and its first layer with an input, output or gradient that is not finite."""

@@ -11,16 +11,19 @@ from torch import nn
 
 from ..calibration.batches import Batch
 from ..calibration.calibration import calibrate as run_calibration
+from ..calibration.request import Calibrate
 from ..compression.apply import describe, merge
 from ..compression.auto_fact import auto_fact
 from ..data.file_batches import batches_from_file
 from ..data.model_inputs import require_next_token
-from ..healing.heal import HEALING_ATTRIBUTE, LEARNING_RATE
+from ..healing.heal import HEALING_ATTRIBUTE
 from ..healing.heal import heal as heal_model
-from ..measuring.layer_errors import measured
+from ..healing.options import LEARNING_RATE
+from ..measuring.layer_errors import measure_errors
 from ..planning.make_plan import eligible, make_plan
-from ..planning.options import PlanOptions
 from ..planning.plan import RankPlan
+from ..planning.tables import table
+from ..reporting.page import report as write_page
 from ..saving.checkpoint import inspect_file
 from ..saving.folders import transformer_folder
 from ..util.files import size_on_disk
@@ -56,7 +59,7 @@ Data = Annotated[Path | None, typer.Option(help=(
     "and audio (paths relative to it); or a folder of images or sounds, with what they say in NAME.txt beside "
     "NAME.jpg. The decoder of an encoder-decoder is to say the target, else the text itself, or what the dense model "
     "makes of an image or a sound that has neither."))]
-Loss = Annotated[str, typer.Option(help="What errors are weighed by: output, lm (next token) or none.")]
+Loss = Annotated[str, typer.Option(help="What errors are weighted by: output, lm (next token) or none.")]
 Anchored = Annotated[float, typer.Option(help="Fit block by block, to this share of the dense outputs, such as 0.25.")]
 MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of a text that are used, at most as many as the model has "
                                                   "positions for.")]
@@ -79,15 +82,15 @@ def plan(source: Source, rank: Rank = None, keep: Keep = None, energy: EnergyOpt
                                allow_slower=allow_slower)
         model, found = load_model(source), None
         trust(model, treat_as_base)
-        if calibrate and (layers := eligible(model, PlanOptions(**options))):
+        if calibrate and (layers := eligible(model, **options)):
             batches = _batches(calibrate, model, source, loss, max_length, batch_size)
-            found = run_calibration(model, batches, loss=_loss(loss), layers=layers)
+            found = run_calibration(model, batches, loss=loss, layers=layers)
         made = make_plan(model, rule, calibration=found, **options)
         if save:
             made.save(save)
         if report:
-            made.report(report)
-    show(made.to_dict(), made.table(), as_json, made.summary)
+            write_page(made, report)
+    show(made.to_dict(), table(made), as_json, made.summary)
     require_layers(made)
 
 
@@ -115,21 +118,21 @@ def compress(source: Source, out: Out, rank: Rank = None, keep: Keep = None, ene
                                allow_slower=allow_slower)
         model, dense = load_model(source), None
         trust(model, treat_as_base)
-        if calibrate and (plan or eligible(model, PlanOptions(**options))):
+        if calibrate and (plan or eligible(model, **options)):
             batches = _batches(calibrate, model, source, loss, max_length, batch_size)
-            options |= {"calibrate": batches, "loss": _loss(loss), "anchored": anchored}
+            options |= {"calibrate": Calibrate(batches, loss=loss), "anchored": anchored}
             dense = copy.deepcopy(model) if heal or report else None
         model = auto_fact(model, RankPlan.load(plan) if plan else rule, **options)
         require_layers(model.shrank_plan)
         if heal:
-            model = heal_model(model, dense, batches, steps=heal, loss="lm" if loss == "lm" else None)
+            model = heal_model(model, dense, batches, steps=heal, loss="lm" if loss == "lm" else "none")
         done = model.shrank_plan
         if report:
-            done = measured(done, dense, model, batches[:8]) if dense is not None else done
-            done.report(report)
+            done = measure_errors(done, dense, model, batches[:8]) if dense is not None else done
+            write_page(done, report)
         save_model(model, source, out)
     healing = f"\n{_told(model)}" if heal else ""
-    show({**done.to_dict(), "bytes": size_on_disk(out)}, done.table(), as_json,
+    show({**done.to_dict(), "bytes": size_on_disk(out)}, table(done), as_json,
          f"{done.summary}{healing}\nwrote {out}: {size_on_disk(out):,} bytes")
 
 
@@ -138,8 +141,8 @@ def heal_command(student: Annotated[str, typer.Argument(help="Folder of a compre
                  text: Annotated[Path, typer.Option(help="Data to train on, as compress takes it.")], out: Out,
                  steps: int = 300, learning_rate: float = LEARNING_RATE, max_length: MaxLength = 512,
                  batch_size: BatchSize = 8,
-                 loss: Annotated[str | None, typer.Option(help="Train on this as well: lm (next token).")] = None,
-                 checkpoint: Annotated[Path | None, typer.Option(help="A file to go on from.")] = None,
+                 loss: Annotated[str, typer.Option(help="Train on this as well: lm (next token) or none.")] = "none",
+                 checkpoint: Annotated[Path | None, typer.Option(help="A file to resume from.")] = None,
                  force: Force = False, as_json: Json = False) -> None:
     """Train the factors of a compressed model to do as the dense one does, and write the best that was reached."""
     require_free(out, force)
@@ -169,7 +172,7 @@ def inspect(path: Annotated[Path, typer.Argument(help="Folder or .safetensors fi
         else:
             found, problems = inspect_file(path)
     facts = {"path": str(path), "bytes": size_on_disk(path), "problems": problems, **found.to_dict()}
-    show(facts, found.table(), as_json, f"{found.summary}\n{path}: {facts['bytes']:,} bytes")
+    show(facts, table(found), as_json, f"{found.summary}\n{path}: {facts['bytes']:,} bytes")
     if problems:
         fail("; ".join(problems), DAMAGED)
 
@@ -191,11 +194,7 @@ def merge_command(source: Source, out: Out, force: Force = False, as_json: Json 
 COMMANDS = {"plan": plan, "compress": compress, "heal": heal_command, "inspect": inspect, "merge": merge_command}
 
 
-def _loss(name: str) -> str | bool:
-    return False if name == "none" else name
-
-
-def _batches(path: Path, model: nn.Module, source: str, loss: str | None, max_length: int,
+def _batches(path: Path, model: nn.Module, source: str, loss: str, max_length: int,
              batch_size: int) -> list[Batch]:
     """The data of a file for this model; ValueError if the model does not have the loss."""
     if loss == "lm":

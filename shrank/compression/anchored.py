@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..calibration.batches import Batch, bound
 from ..calibration.calibration import Calibration
+from ..calibration.metric_source import MetricSource
 from ..calibration.observer import Observed
 from ..calibration.sharing import Group, survey
 from ..calibration.streams import Masking
@@ -40,10 +41,23 @@ _TOKENS_PER_INPUT = 10
 
 def apply_anchored(model: nn.Module, plan: RankPlan, batches: list[Batch], calibration: Calibration,
                    share: float = SHARE) -> nn.Module:
-    """As `apply`, block by block, each fitted at the inputs that the compressed blocks before it give.
+    """Carry out a plan block by block, each fitted at the inputs that the compressed blocks before it give.
 
-    share: of the dense model's outputs in what the layers are fitted to, in (0, 1]; the rest are those of the dense
-    layers at the new inputs. Holds a copy of the model meanwhile. Raises ValueError as `apply` does.
+    Holds a copy of the model meanwhile.
+
+    Args:
+        model: The model that the plan is of, changed in place.
+        plan: What to do.
+        batches: The data, from `shrank.batches`; it runs twice for each block.
+        calibration: What `calibrate` found of the model.
+        share: Of the dense model's outputs in what the layers are fitted to, in (0, 1]; the rest are those of the dense
+            layers at the new inputs.
+
+    Returns:
+        The root of the model. The plan that was carried out, with the errors found, is its `shrank_plan`.
+
+    Raises:
+        ValueError: The share is out of its range, or the plan does not fit the model, which is then as it was.
     """
     if not 0 < share <= 1:
         raise ValueError(f"anchored must lie in (0, 1], got {share}")
@@ -66,8 +80,8 @@ def apply_anchored(model: nn.Module, plan: RankPlan, batches: list[Batch], calib
     return finish(model, **{PLAN_ATTRIBUTE: replace(plan, layers=tuple(done[layer.fqn] for layer in plan))})
 
 
-class _Anchored:
-    """What `apply` asks of a calibration, from the moments of one stage."""
+class _Anchored(MetricSource):
+    """A calibration, of whose layers those of one block see something else now."""
 
     def __init__(self, calibration: Calibration, moments: dict[str, Moments]) -> None:
         self._calibration, self._moments = calibration, moments
@@ -100,12 +114,12 @@ class _Pair:
         if not rows.shape[1]:
             return
         wanted = torch.lerp(rows, wanted, self.share)
-        self.here.see(x, output, mask)
+        self.here.observe(x, output, mask)
         self.anchor.add(rows, wanted)
         self.sum = self.sum + wanted.sum(1).double()
 
     def moments(self) -> Moments:
-        return replace(self.here.moments(0), anchor=self.anchor.mean, anchor_mean=self.sum / self.anchor.rows)
+        return replace(self.here.moments(0), anchor=self.anchor.take_mean(), anchor_mean=self.sum / self.anchor.rows)
 
 
 class _Enough(Exception):
@@ -153,7 +167,7 @@ def _run(model: nn.Module, batch: Batch, hooks: dict[str, Callable], enough: int
 
 
 def _applied(model: nn.Module, plan: RankPlan, names: set[str],
-             calibration: Calibration | _Anchored) -> tuple[nn.Module, dict[str, LayerPlan]]:
+             calibration: MetricSource) -> tuple[nn.Module, dict[str, LayerPlan]]:
     """The model with these layers of the plan replaced, and what became of them."""
     model = apply(model, replace(plan, layers=tuple(x for x in plan if x.fqn in names)), calibration)
     return model, {layer.fqn: layer for layer in getattr(model, PLAN_ATTRIBUTE)}

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..calibration.calibration import Calibration
+from ..calibration.metric_source import MetricSource, metric_of
 from ..linalg import FactorizationError, factorize, factorize_weighted, pivoted
 from ..model import surgery
 from ..model.adapters import LOW_RANK, target, why_not, with_groups
@@ -27,13 +27,22 @@ _log = logging.getLogger("shrank")
 
 @torch.inference_mode(False)  # its results must stay trainable wherever it is called
 @torch.no_grad()
-def apply(model: nn.Module, plan: RankPlan, calibration: Calibration | None = None) -> nn.Module:
-    """Replace the planned layers in place, initialised from their weights, and return the root.
+def apply(model: nn.Module, plan: RankPlan, calibration: MetricSource | None = None) -> nn.Module:
+    """Replace the planned layers in place, initialised from their weights.
 
-    calibration: what `calibrate` found of this model; the factors are then those that keep the layers' outputs best on
-    that data, and biases make up for the mean error. The plan that was carried out, with the errors found, becomes
-    `model.shrank_plan`. Raises ValueError, before anything is changed, if the plan does not fit the model. A layer
-    whose factorisation fails stays dense, with a warning.
+    A layer whose factorisation fails stays dense, with a warning.
+
+    Args:
+        model: The model that the plan is of.
+        plan: What to do.
+        calibration: What `calibrate` found of this model. The factors are then those that keep the layers' outputs best
+            on that data, and biases make up for the mean error.
+
+    Returns:
+        The root of the model. The plan that was carried out, with the errors found, is its `shrank_plan`.
+
+    Raises:
+        ValueError: The plan does not fit the model, which is then as it was.
     """
     done = {layer.fqn: layer for layer in plan}
     jobs = resolve(model, plan)
@@ -72,7 +81,14 @@ def expected_state(model: nn.Module, plan: RankPlan) -> dict[str, Tensor]:
 
 
 def describe(model: nn.Module) -> RankPlan:
-    """The plan that the low-rank layers of a model amount to, however they came about."""
+    """Read the plan off a model that its low-rank layers amount to, however they came about.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        A plan of its low-rank layers alone.
+    """
     sites = walk(model, inside_low_rank=True)
     plan = RankPlan(tuple(_describe_layer(site) for site in sites if isinstance(site.module, LOW_RANK)))
     return replace(plan, other_params=surgery.count(model.parameters()) - plan.params_after)
@@ -81,10 +97,17 @@ def describe(model: nn.Module) -> RankPlan:
 @torch.inference_mode(False)
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Turn every low-rank layer back into the dense layer it stands for, in place, and return the root.
+    """Turn every low-rank layer back into the dense layer it stands for, in place.
 
-    Raises ValueError, before anything is changed, if another tool made something of a stage that its weight does not
-    tell: LoRA, quantization, pruning, sharding, hooks.
+    Args:
+        model: Any model.
+
+    Returns:
+        The root of the model.
+
+    Raises:
+        ValueError: Another tool made something of a stage that its weight does not tell: LoRA, quantization, pruning,
+            sharding, hooks. The model is then as it was.
     """
     sites = [site for site in walk(model, inside_low_rank=True) if isinstance(site.module, LOW_RANK)]
     require_plain(sites, "merged")
@@ -94,7 +117,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def _twins(jobs: list[tuple[Site, LayerPlan]],
-           calibration: Calibration | None) -> Iterator[tuple[Site, LayerPlan, nn.Module | None]]:
+           calibration: MetricSource | None) -> Iterator[tuple[Site, LayerPlan, nn.Module | None]]:
     """What shall stand in for each layer, in order, with the plan as it came out; None where it cannot be factorised.
 
     Takes the layers off `jobs`, so that nobody holds one that was replaced.
@@ -105,17 +128,17 @@ def _twins(jobs: list[tuple[Site, LayerPlan]],
 
 
 @torch.no_grad()
-def _twin(calibration: Calibration | None,
+def _twin(calibration: MetricSource | None,
           job: tuple[Site, LayerPlan]) -> tuple[Site, LayerPlan, nn.Module | None]:
     (site, layer), bias = job, job[0].module.bias
-    found = target(site.module)
-    matrices, rank = found.matrices(layer.shape), layer.rank // layer.shape.down_groups
+    adapter = target(site.module)
+    matrices, rank = adapter.matrices(layer.shape), layer.rank // layer.shape.down_groups
     try:
-        metric = None if calibration is None else calibration.metric(site.fqn, matrices, bias is not None)
+        metric = metric_of(calibration, site, matrices)
         factors = factorize(matrices, rank) if metric is None else factorize_weighted(matrices, metric, rank)
     except FactorizationError as error:
         return site, replace(layer, rank=None, error=None, reason=str(error)), None
-    twin = found.twin(layer.rank, layer.shape)
+    twin = adapter.twin(layer.rank, layer.shape)
     twin.take(pivoted(factors) if layer.shape.pivoted else factors,
               bias if factors.shift is None else _shifted(bias, factors.shift))
     return site, replace(layer, error=factors.relative_error), twin

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..calibration.batches import as_batches
+from ..calibration.batches import batches
 from .model_inputs import ModelInputs, positions, text_config
 
 IGNORED = -100  # a label that no loss counts
@@ -19,7 +19,7 @@ def tokenized(texts: list[str], tokenizer: Callable, takes: ModelInputs, model: 
     what its decoder is to say. Raises ValueError if the tokenizer is one of another model."""
     most = min(max_length, positions(model, decoder) or max_length)
     side = _Side(tokenizer, decoder)
-    calls = [dict(batch.kwargs) for batch in as_batches(texts, side, batch_size=batch_size, max_length=most)]
+    calls = [dict(batch.kwargs) for batch in batches(texts, side, batch_size=batch_size, max_length=most)]
     known = getattr(text_config(model, decoder), "vocab_size", None)
     largest = max((int(call["input_ids"].max()) for call in calls if call["input_ids"].numel()), default=0)
     if known is not None and largest >= known:
@@ -47,7 +47,7 @@ def generated(call: dict[str, Tensor], takes: ModelInputs, model: nn.Module, max
 
 
 class _Side:
-    """A tokenizer as `as_batches` calls it, for the texts of the encoder or of the decoder."""
+    """A tokenizer as `batches` calls it, for the texts of the encoder or of the decoder."""
 
     def __init__(self, tokenizer: Callable, decoder: bool) -> None:
         self.tokenizer, self.decoder, self.pad_token = tokenizer, decoder, tokenizer.pad_token

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.batches import Batch
-from ..calibration.losses import Loss, NotComparable, divergences, main_output
+from ..calibration.losses import NotComparable, TrainingLoss, divergences, main_output
 from ..calibration.streams import Masking, MaskOfCall
 from ..model.adapters import LOW_RANK
 from ..model.hooks import hooked
@@ -30,7 +30,7 @@ def masking_of_blocks(student: nn.Module, teacher: nn.Module, batches: Iterable[
 
 
 def distance(student: nn.Module, teacher: nn.Module, batch: Batch, masking: Masking, hidden: float,
-             loss: Loss | None = None) -> Tensor:
+             loss: TrainingLoss | None = None) -> Tensor:
     """The divergence of the logits, or where there are none the relative error of the output, plus `hidden` times the
     mean relative error of the outputs of the blocks that `masking` is of, plus half the student's own mean `loss`;
     scalar, with the gradients of the student alone. Raises NotComparable."""

@@ -1,41 +1,36 @@
-"""Healing: the factors of a compressed model are trained to do as the dense model does (knowledge distillation)."""
+"""Healing: the factors of a compressed model are trained to match the dense one's outputs (knowledge distillation)."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..calibration.batches import Batch, Forward, MaskFunction, as_batches, bound
-from ..calibration.losses import Loss, NotComparable, OutputSensitivity, as_loss
+from ..calibration.batches import Batch, as_batches, bound
+from ..calibration.losses import LossLike, as_training_loss
 from ..calibration.streams import warn_of_masks_that_fit_nothing
-from ..model.adapters import LOW_RANK
-from ..model.hooks import in_eval_mode
 from ..model.storage import with_pivots, with_plain_factors
-from ..util import tensor_file
-from ..util.fingerprint import Unhashable, fingerprint
-from ..util.progress import track
-from .distance import distance, masking_of_blocks
-from .schedule import batch_of_step, rate, split
+from ..util.names import checks_keywords
+from .options import LEARNING_RATE, HealOptions, RunOptions
+from .run import Run
+from .schedule import split
 
 HEALING_ATTRIBUTE = "shrank_healing"
-# Distance to the dense model after 40 steps: Whisper tiny.en at keep 0.5, 0.178 -> 0.057 at 1e-5, 0.075 at 3e-5 (after
-# 300, word error rates of 9.2 % and 7.2 %); SmolLM2-135M at keep 0.8, 0.245 -> 0.222 at 1e-5, 0.221 at 5e-6, and worse
-# than before at 3e-5.
-LEARNING_RATE = 1e-5
-_AFTER_A_SETBACK = 1 / 3  # of the rate, from the best weights on
-_BETAS, _LARGEST_NORM = (0.9, 0.95), 1.0
 
 
 @dataclass(frozen=True)
 class Healing:
-    """What healing did: steps taken, the step whose weights were kept, and the held-out loss by step."""
+    """What healing did.
+
+    Args:
+        steps: Steps that were taken.
+        best_step: The step whose weights were kept.
+        curve: (step, held-out loss) of every evaluation.
+    """
 
     steps: int
     best_step: int
@@ -43,57 +38,59 @@ class Healing:
 
     @property
     def before(self) -> float:
+        """The held-out loss before the first step."""
         return self.curve[0][1]
 
     @property
     def after(self) -> float:
+        """The held-out loss of the weights that were kept."""
         return min(loss for _, loss in self.curve)
 
 
-@dataclass(frozen=True)
-class _Options:
-    """Everything that decides what a run does, beside models and data."""
-
-    steps: int
-    learning_rate: float
-    hidden: float
-    train: str
-    evaluate_every: int
-    seed: int
+_DEFAULTS = HealOptions()
 
 
-def heal(student: nn.Module, teacher: nn.Module, batches: Iterable[object], *, steps: int = 300,
-         learning_rate: float = LEARNING_RATE, hidden: float = 1.0, loss: Loss | Callable | str | None = None,
-         train: str = "low_rank",
-         held_out: Iterable[object] | None = None, evaluate_every: int = 50,
-         checkpoint: str | os.PathLike | None = None, seed: int = 0, tokenizer: Callable | None = None,
-         mask: MaskFunction | None = None, batch_size: int = 8, max_length: int = 512,
-         forward: Forward | None = None) -> nn.Module:
-    """Distil a compressed model against the dense one, in place; returns it with the best weights it had.
+@checks_keywords
+def heal(student: nn.Module, teacher: nn.Module, data: Iterable[object], *, steps: int = 300,
+         learning_rate: float = LEARNING_RATE, loss: LossLike = "none", held_out: Iterable[object] | None = None,
+         checkpoint: str | os.PathLike | None = None, options: HealOptions = _DEFAULTS) -> nn.Module:
+    """Distil a compressed model against the dense one, in place.
 
-    batches, tokenizer, mask, batch_size, max_length, forward: see `as_batches`; one batch a step, in a random order.
     What is minimised is the divergence of the logits (Hinton et al., 2015), or where there are none the relative error
-    of the output, plus `hidden` times the mean relative error of the blocks' outputs, plus half the mean of the task's
-    own `loss`: "lm" (next-token cross entropy), or a function (output, batch) -> scalar, summed over rows of output.
-    What both models rule out by logits of -inf does not count, nor does padding.
-    train: the parameters of the "low_rank" layers, or "all". held_out: data that decides which weights are best, by
-    default a tenth of `batches`, which then is not trained on; where an evaluation is worse than one before, training
-    goes on from the best weights at a third of the rate. checkpoint: a file to go on from; written at every evaluation.
-    Weights in 16 bits are trained through copies in 32, pivoted layers with plain factors. `shrank_healing` notes what
-    happened. Raises ValueError on arguments that do not fit and RuntimeError, which names the batch and the model, if
-    the loss is not finite, the student then as good as it was at best.
+    of the output, plus `options.hidden` times the mean relative error of the blocks' outputs, plus half the mean of the
+    task's own `loss`. What both models rule out by logits of -inf does not count, nor does padding. Weights in 16 bits
+    are trained through copies in 32, pivoted layers with plain factors.
+
+    Args:
+        student: The compressed model.
+        teacher: The dense model, which is not changed.
+        data: What `shrank.batches` made, or takes without further arguments; one batch a step, in a random order.
+        steps: At least 1.
+        learning_rate: Of the start; where an evaluation is worse than one before, training goes on from the best
+            weights at a third of the rate.
+        loss: Of the task, to train on as well: "lm" (next-token cross entropy), a function (output, batch) -> scalar,
+            summed over rows of the output, or "none".
+        held_out: Data that decides which weights are best; by default a tenth of `data`, which then is not trained on.
+        checkpoint: A file to resume from, written at every evaluation.
+        options: Which parameters are trained, and how.
+
+    Returns:
+        The student with the best weights it had. Its `shrank_healing` notes what happened.
+
+    Raises:
+        ValueError: Arguments do not fit, or the checkpoint is of another healing.
+        RuntimeError: The loss is not finite; the text names the batch and the model. The student then is as good as it
+            was at best.
     """
-    if steps < 1 or evaluate_every < 1:
-        raise ValueError(f"steps must be at least 1 and evaluate_every too, got {steps} and {evaluate_every}")
-    loss = None if loss is None else as_loss(loss)
-    if isinstance(loss, OutputSensitivity):
-        raise ValueError("loss must be 'lm' or a function: the outputs are compared anyway")
-    options = _Options(steps, learning_rate, hidden, train, evaluate_every, seed)
-    calls = partial(_calls, teacher, (tokenizer, mask, batch_size, max_length, forward))
-    batches, held = split(calls(batches)) if held_out is None else (calls(batches), calls(held_out))
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    task = as_training_loss(loss)
+    calls = partial(_calls, teacher)
+    batches, held = split(calls(data)) if held_out is None else (calls(data), calls(held_out))
     student, pivots = with_plain_factors(student)
     try:
-        run = _Run(student, teacher, batches, held, options, loss)
+        how = RunOptions(**asdict(options), steps=steps, learning_rate=learning_rate)
+        run = Run(student, teacher, batches, held, how, task)
         run.all_of_it(Path(checkpoint) if checkpoint else None)
         warn_of_masks_that_fit_nothing((*batches, *held))
     finally:
@@ -102,149 +99,5 @@ def heal(student: nn.Module, teacher: nn.Module, batches: Iterable[object], *, s
     return student
 
 
-class _Run:
-    """One healing: the models, the masters of the trained weights in float32, and how far it has come."""
-
-    def __init__(self, student: nn.Module, teacher: nn.Module, batches: list[Batch], held: list[Batch],
-                 options: _Options, loss: Loss | None) -> None:
-        self.student, self.teacher, self.batches, self.held = student, teacher, batches, held
-        self.options, self.loss = options, loss
-        self.trained = _trained(student, options.train)
-        self.masters = {name: p.detach().float().clone() for name, p in self.trained.items()}
-        self.best = {name: master.clone() for name, master in self.masters.items()}
-        self.optimizer = torch.optim.AdamW(self.masters.values(), lr=options.learning_rate, betas=_BETAS,
-                                           weight_decay=0.0)
-        self.masking = masking_of_blocks(student, teacher, (*batches, *held))
-        self.step, self.best_step, self.curve = 0, 0, []
-
-    def all_of_it(self, checkpoint: Path | None) -> None:
-        """Train, and leave the student with its best weights and both models' flags as they were."""
-        self.key = self._key_of() if checkpoint is not None else ""
-        flags = {p: p.requires_grad for model in (self.student, self.teacher) for p in model.parameters()}
-        try:
-            with in_eval_mode(self.student, self.teacher):  # with dropout the teacher's outputs could not be reached
-                for parameter in flags:
-                    parameter.requires_grad_(False)
-                for parameter in self.trained.values():
-                    parameter.requires_grad_(True)
-                self.train(checkpoint)
-        finally:
-            self.take_best()
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
-
-    def train(self, checkpoint: Path | None) -> None:
-        if checkpoint is not None and checkpoint.exists():
-            self._resume(checkpoint)
-        if not self.curve:
-            self._evaluate()
-        todo = range(self.step, self.options.steps)
-        for _ in track(todo, "healing"):
-            self._take_step()
-            if self.step % self.options.evaluate_every == 0 or self.step == self.options.steps:
-                self._evaluate()
-                if checkpoint is not None:
-                    self._save(checkpoint)
-
-    def take_best(self) -> None:
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(self.best[name])
-                parameter.grad = None
-
-    def _take_step(self) -> None:
-        loss = self._loss(batch_of_step(self.batches, self.step, self.options.seed), "")
-        loss.backward()
-        for name, master in self.masters.items():
-            gradient = self.trained[name].grad
-            master.grad = torch.zeros_like(master) if gradient is None else gradient.float()
-            self.trained[name].grad = None
-        nn.utils.clip_grad_norm_(self.masters.values(), _LARGEST_NORM)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.options.learning_rate * rate(self.step, self.options.steps) * self._slowed()
-        self.optimizer.step()
-        self._show_masters()
-        self.step += 1
-
-    def _show_masters(self) -> None:
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(self.masters[name])
-
-    @torch.no_grad()
-    def _evaluate(self) -> None:
-        loss = sum(self._loss(batch, "held-out ").item() for batch in self.held) / len(self.held)
-        if not self.curve or loss < min(value for _, value in self.curve):
-            self.best_step = self.step
-            self.best = {name: master.clone() for name, master in self.masters.items()}
-        else:
-            for name, master in self.masters.items():
-                master.copy_(self.best[name])
-                self.optimizer.state[master]["exp_avg"].zero_()
-            self._show_masters()
-        self.curve.append((self.step, loss))
-
-    def _slowed(self) -> float:
-        """What setbacks have left of the rate."""
-        losses = [loss for _, loss in self.curve]
-        return _AFTER_A_SETBACK ** sum(loss >= min(losses[:i]) for i, loss in enumerate(losses) if i)
-
-    def _loss(self, batch: Batch, kind: str) -> Tensor:
-        """Of one batch; RuntimeError where it is not finite."""
-        try:
-            loss = distance(self.student, self.teacher, batch, self.masking, self.options.hidden, self.loss)
-            if bool(loss.isfinite()):
-                return loss
-            problem = NotComparable(f"the loss is {loss.item()}")
-        except NotComparable as error:
-            problem = error
-        raise RuntimeError(f"step {self.step}, {kind}batch {batch.number}: {problem}; the student has its best "
-                           f"weights, of step {self.best_step}; a smaller learning_rate may help") from problem
-
-    def _save(self, path: Path) -> None:
-        state = self.optimizer.state
-        tensors = {f"{part}:{name}": value for name, master in self.masters.items() for part, value in (
-            ("master", master), ("best", self.best[name]), *((key, state[master][key]) for key in
-                                                             ("exp_avg", "exp_avg_sq", "step")))}
-        metadata = {"key": self.key, "step": str(self.step), "best_step": str(self.best_step),
-                    "curve": json.dumps(self.curve)}
-        tensor_file.write(path, {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
-
-    def _resume(self, path: Path) -> None:
-        shapes, metadata = tensor_file.read_table(path)
-        if metadata.get("key") != self.key:
-            raise ValueError(f"{path}: a checkpoint of another healing: its models, data or arguments differ")
-        held = tensor_file.read(path, shapes)
-        for name, master in self.masters.items():
-            master.copy_(held[f"master:{name}"])
-            self.best[name].copy_(held[f"best:{name}"])
-            self.optimizer.state[master] = {key: held[f"{key}:{name}"].to(master.device if key != "step" else "cpu")
-                                            for key in ("exp_avg", "exp_avg_sq", "step")}
-        self.step, self.best_step = int(metadata["step"]), int(metadata["best_step"])
-        self.curve = [tuple(point) for point in json.loads(metadata["curve"])]
-        self._show_masters()
-
-    def _key_of(self) -> str:
-        shapes = {name: tuple(p.shape) for name, p in self.trained.items()}
-        data = [[batch.content() for batch in batches] for batches in (self.batches, self.held)]
-        try:
-            return fingerprint({"options": asdict(self.options), "loss": self.loss, "shapes": shapes,
-                                "teacher": self.teacher, "data": data})
-        except Unhashable as error:
-            raise ValueError(f"checkpoint: this healing could not be known again: {error}; do without") from error
-
-
-def _calls(teacher: nn.Module, how: tuple, data: Iterable[object]) -> list[Batch]:
-    return bound(as_batches(data, *how), teacher)
-
-
-def _trained(student: nn.Module, train: str) -> dict[str, nn.Parameter]:
-    """The parameters to train, by name, each once."""
-    if train not in ("low_rank", "all"):
-        raise ValueError(f"train must be 'low_rank' or 'all', got {train!r}")
-    inside = {id(p) for m in student.modules() if isinstance(m, LOW_RANK) for p in m.parameters()}
-    chosen = {name: p for name, p in student.named_parameters()
-              if p.is_floating_point() and (train == "all" or id(p) in inside)}
-    if not chosen:
-        raise ValueError("the student has no low-rank layers to train: compress it first")
-    return chosen
+def _calls(teacher: nn.Module, data: Iterable[object]) -> list[Batch]:
+    return bound(as_batches(data), teacher)

@@ -9,25 +9,34 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..calibration.batches import Forward, MaskFunction, as_batches, bound
+from ..calibration.batches import as_batches, bound
 from ..calibration.streams import Masking, MaskOfCall
 from ..layers.ced import CED
 from ..layers.led import LED
 from ..model.adapters import target
 from ..model.hooks import hooked, in_eval_mode
 from ..planning.plan import RankPlan
+from ..util.names import checks_keywords
 from ..util.progress import track
 
 
+@checks_keywords
 @torch.no_grad()
-def measured(plan: RankPlan, dense: nn.Module, small: nn.Module, batches: Iterable[object],
-             tokenizer: Callable | None = None, mask: MaskFunction | None = None,
-             forward: Forward | None = None) -> RankPlan:
-    """The plan with the relative error of every low-rank layer's outputs, each alone at the dense layer's inputs, where
-    tokens count.
+def measure_errors(plan: RankPlan, dense: nn.Module, small: nn.Module, data: Iterable[object]) -> RankPlan:
+    """Measure the relative error of every low-rank layer's outputs, each alone at the dense layer's inputs.
 
-    dense, small: the model before and after. batches, tokenizer, mask, forward: see `as_batches`. Raises ValueError if
-    a layer of the plan is missing from either.
+    Args:
+        plan: What was done, such as `small.shrank_plan`.
+        dense: The model before.
+        small: The model after.
+        data: What `shrank.batches` made, or takes without further arguments; it need not be the calibration's.
+
+    Returns:
+        The plan with `measured` of every low-rank layer: the Frobenius norm of the error over that of the outputs,
+        around their mean if the layer has a bias, where tokens count.
+
+    Raises:
+        ValueError: A layer of the plan is missing from either model.
     """
     twins, sums = {}, {}
     for layer in plan.low_rank:
@@ -38,7 +47,7 @@ def measured(plan: RankPlan, dense: nn.Module, small: nn.Module, batches: Iterab
         if target(original) is not None and isinstance(twin, LED | CED):
             twins[layer.fqn] = (original, twin)
             sums[layer.fqn] = _Sums(original.bias is not None)
-    batches = bound(as_batches(batches, tokenizer, mask, forward=forward), dense)
+    batches = bound(as_batches(data), dense)
     masking = Masking(dense, {fqn: original for fqn, (original, _) in twins.items()})
     hooks = [*masking.hooks(), *((original, partial(_compare, twin, sums[fqn], partial(masking.call, fqn)))
                                  for fqn, (original, twin) in twins.items())]

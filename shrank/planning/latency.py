@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from ..util.files import replacing
+
 FORMAT = 1
 
 
@@ -35,7 +37,9 @@ class LatencyTable:
         return _interpolated(points, rank)
 
     def save(self, path: str | os.PathLike) -> None:
-        Path(path).write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        """Write the table as JSON; an older file is replaced in one step."""
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LatencyTable:

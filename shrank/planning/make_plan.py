@@ -7,34 +7,59 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from numbers import Real
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..calibration.calibration import Calibration
+from ..calibration.metric_source import LayerStatistics, metric_of
 from ..linalg import FactorizationError, Shape, energy_curve, spectrum, squared_errors
 from ..model.adapters import LOW_RANK, is_lazy, target
 from ..model.surgery import Site, count, is_unit, walk
 from ..util.parallel import in_parallel, workers_for
 from ..util.progress import track
-from .budget import Budget, Candidate, TradeOff, spend
+from .budget import Budget, SmallestGoodEnough
+from .costs import PricedLayer
 from .options import PlanOptions, StaysDense, at_or_below, check_eligible, fit, options_of
 from .plan import LayerPlan, RankPlan
-from .rank import Fraction, Layer, RankRule, as_rule
+from .rank import Fraction, Layer, Rank, RankRule, as_rule
+from .spending import Candidate, Paid, TradeOff, spend
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .keywords import PlanKeywords
 
 _PARAMETERS = ("model", "rank", "calibration")
 
 
-def make_plan(model: nn.Module, rank: object, *, calibration: Calibration | None = None, **options: object) -> RankPlan:
-    """Decide the rank of every layer of `model`, which is not changed.
+def make_plan(model: nn.Module, rank: Rank | Budget, *, calibration: LayerStatistics | None = None,
+              **options: Unpack[PlanKeywords]) -> RankPlan:
+    """Decide the rank of every layer of a model, which is not changed.
 
-    rank: an int, a float in (0, 1), a rule such as Energy(0.9), a dict of glob pattern -> rule, a function
-    (fqn, module) -> rank | None, or a Budget for all layers together. calibration: what `calibrate` found of the model;
-    errors are then those of the layers' outputs on that data, weighed by what they do to its loss, and a float is the
-    share that a Budget keeps (`Fraction` gives every layer the same). options: the fields of PlanOptions. Raises
-    TypeError or ValueError on a bad rule.
+    Args:
+        model: The dense model.
+        rank: An int; a float in (0, 1); a rule such as Energy(0.9); a dict of glob pattern -> rule; a function
+            (fqn, module) -> rank | None; or a Budget for all layers together. With a calibration a float is the share
+            of all weights that a Budget keeps; Fraction gives every layer the same share of its own.
+        calibration: What `calibrate` found of the model. Errors are then those of the layers' outputs on that data,
+            weighted by what they do to its loss.
+        **options: The fields of PlanOptions.
+
+    Returns:
+        The plan, with the reason for each layer that stays dense.
+
+    Raises:
+        TypeError: An option does not exist, or `rank` is none of the above.
+        ValueError: A rule or an option is out of its range, or the budget is less than the least possible.
     """
-    rule, options = rank if isinstance(rank, Budget) else as_rule(rank), options_of("make_plan", options, _PARAMETERS)
-    if isinstance(rule, Budget) and rule.eval_fn is not None:
+    return plan_with(model, rank, calibration, options_of("make_plan", options, _PARAMETERS))
+
+
+def plan_with(model: nn.Module, rank: Rank | Budget, calibration: LayerStatistics | None,
+              options: PlanOptions) -> RankPlan:
+    """As `make_plan`."""
+    rule = rank if isinstance(rank, Budget) else as_rule(rank)
+    if isinstance(rule, Budget) and isinstance(rule.goal, SmallestGoodEnough):
         raise ValueError("a Budget(eval_fn=) is spent by trying compressed models, which a plan alone does not make: "
                          "call auto_fact(model, budget, deepcopy=True) and take its shrank_plan")
     if calibration is not None and isinstance(rank, Real):
@@ -62,8 +87,24 @@ def sites_of(model: nn.Module, options: PlanOptions) -> list[Site]:
     return [site for site in sites if not (options.fact_led_unit and isinstance(site.module, LOW_RANK))]
 
 
-def eligible(model: nn.Module, options: PlanOptions) -> list[str]:
-    """Names of the layers that may change."""
+def eligible(model: nn.Module, **options: Unpack[PlanKeywords]) -> list[str]:
+    """List the layers of a model that may become low-rank.
+
+    Args:
+        model: The dense model.
+        **options: The fields of PlanOptions.
+
+    Returns:
+        Their dotted names, in the model's order: what `calibrate(layers=)` takes.
+
+    Raises:
+        TypeError: An option does not exist.
+    """
+    return eligible_with(model, options_of("eligible", options, ("model",)))
+
+
+def eligible_with(model: nn.Module, options: PlanOptions) -> list[str]:
+    """As `eligible`."""
     allowed, names = None if options.submodules is None else at_or_below(options.submodules, model), []
     for site in sites_of(model, options):
         try:
@@ -76,9 +117,10 @@ def eligible(model: nn.Module, options: PlanOptions) -> list[str]:
 
 def _draft(site: Site, counted: set[int]) -> LayerPlan:
     """What is to be said of a layer whatever becomes of it."""
-    found = target(site.module)
-    shape = found.shape() if found and not is_lazy(site.module.weight) else None
-    return LayerPlan(site.fqn, found.kind if found else type(site.module).__name__, _size(site, counted), shape)
+    adapter = target(site.module)
+    shape = adapter.shape() if adapter and not is_lazy(site.module.weight) else None
+    kind = adapter.kind if adapter else type(site.module).__name__
+    return LayerPlan(site.fqn, kind, _size(site, counted), shape)
 
 
 def _plan_layer(site: Site, draft: LayerPlan, rule: RankRule, options: PlanOptions, allowed: set[int] | None,
@@ -93,10 +135,12 @@ def _plan_layer(site: Site, draft: LayerPlan, rule: RankRule, options: PlanOptio
 
 
 def _planned_by_budget(sites: list[Site], drafts: list[LayerPlan], budget: Budget, options: PlanOptions,
-                       allowed: set[int] | None, calibration: Calibration | None,
+                       allowed: set[int] | None, calibration: LayerStatistics | None,
                        spectra: dict[str, Callable[[], Tensor]]) -> tuple[list[LayerPlan], TradeOff]:
     """Overridden layers by their rules, all other eligible ones by the budget."""
-    layers, candidates, fixed = {draft.fqn: draft for draft in drafts}, [], []
+    layers: dict[str, LayerPlan] = {draft.fqn: draft for draft in drafts}
+    undecided: list[tuple[Site, LayerPlan]] = []
+    fixed: list[Paid] = []
     for site, draft in zip(sites, drafts, strict=True):
         try:
             check_eligible(site, options, allowed)
@@ -105,28 +149,35 @@ def _planned_by_budget(sites: list[Site], drafts: list[LayerPlan], budget: Budge
             continue
         if (rule := budget.rule_for(site.fqn)) is not None:
             layers[site.fqn] = _plan_layer(site, draft, rule, options, allowed, spectra[site.fqn])
-            fixed.append(layers[site.fqn])
+            fixed.append(Paid(layers[site.fqn], _priced(site, calibration)))
         elif calibration is not None and site.fqn not in calibration:
             layers[site.fqn] = replace(draft, reason="it saw no data in the calibration")
         else:
-            candidates.append(Candidate(site, draft, None if calibration is None else calibration.tokens(site.fqn)))
-    workers = workers_for(candidate.site.module.weight for candidate in candidates)
+            undecided.append((site, draft))
+    workers = workers_for(site.module.weight for site, _ in undecided)
 
-    def with_spectrum(candidate: Candidate) -> Candidate | LayerPlan:
+    def candidate(undecided: tuple[Site, LayerPlan]) -> Candidate | LayerPlan:
+        site, draft = undecided
         try:
-            return replace(candidate, squares=spectra[candidate.site.fqn]().square())
+            return Candidate(site, draft, _priced(site, calibration), spectra[site.fqn]().square())
         except FactorizationError as reason:
-            return replace(candidate.draft, reason=str(reason))
+            return replace(draft, reason=str(reason))
 
-    results = list(track(in_parallel(with_spectrum, candidates, workers), "spectra", total=len(candidates)))
+    results = list(track(in_parallel(candidate, undecided, workers), "spectra", total=len(undecided)))
     layers |= {x.fqn: x for x in results if isinstance(x, LayerPlan)}
     planned, trade_off = spend(budget, [x for x in results if isinstance(x, Candidate)], fixed, options,
-                               weighed=calibration is not None and calibration.has_gradients)
+                               weighted=calibration is not None and calibration.has_gradients)
     return list((layers | {layer.fqn: layer for layer in planned}).values()), trade_off
 
 
+def _priced(site: Site, calibration: LayerStatistics | None) -> PricedLayer:
+    """The layer as budgets price it; one that saw nothing in the calibration never runs."""
+    tokens = None if calibration is None else calibration.tokens(site.fqn) if site.fqn in calibration else 0
+    return PricedLayer(site.fqn, tokens, target(site.module).takes_vectors)
+
+
 def _with_errors(layers: list[LayerPlan], sites: dict[str, Site], spectra: dict[str, Callable[[], Tensor]],
-                 calibration: Calibration | None) -> list[LayerPlan]:
+                 calibration: LayerStatistics | None) -> list[LayerPlan]:
     """The layers with the error to expect at their ranks, or dense where their weights have no spectrum."""
 
     def with_error(layer: LayerPlan) -> LayerPlan:
@@ -145,12 +196,11 @@ def _with_errors(layers: list[LayerPlan], sites: dict[str, Site], spectra: dict[
     return list(track(in_parallel(with_error, layers, workers), "errors", total=len(layers)))
 
 
-def _spectrum(site: Site, calibration: Calibration | None, shape: Shape | None = None) -> Tensor:
+def _spectrum(site: Site, calibration: LayerStatistics | None, shape: Shape | None = None) -> Tensor:
     """Singular values of the weight, or in the norm of the calibration."""
-    found = target(site.module)
-    matrices = found.matrices(shape or found.shape())
-    centred = site.module.bias is not None
-    metric = None if calibration is None else calibration.metric(site.fqn, matrices, centred)
+    adapter = target(site.module)
+    matrices = adapter.matrices(shape or adapter.shape())
+    metric = metric_of(calibration, site, matrices)
     return spectrum(matrices) if metric is None else squared_errors(matrices, metric).sqrt()
 
 

@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from torch import nn
 
 from ..linalg import Shape
 from ..model.adapters import Target, target, why_not, with_groups
 from ..model.surgery import Site
-from ..util.names import meant
+from ..util.names import checks_keywords, unknown_keyword
 
 Selector = str | Iterable[str] | Callable[[nn.Module, str], bool]
 
 
+@checks_keywords
 @dataclass(frozen=True)
 class PlanOptions:
-    """Which layers may change and how ranks are fitted; the keyword options of `auto_fact` and `make_plan`.
+    """Which layers may change and how ranks are fitted: the further keywords of `auto_fact`, `make_plan`, `eligible`.
 
-    include, exclude: glob patterns over dotted names, or `(module, fqn) -> bool`. submodules: modules at or below which
-    layers may change. groups_out, skip_high_groups: see `auto_fact`. fact_led_unit: open low-rank layers and factorise
-    their stages again. round_to: ranks become multiples of it; by default of 8 where a budget chooses among at least
-    128 ranks, which kernels reward. min_rank, max_rank: bounds on every rank. pivot: store factors in R (K + N - R)
-    numbers; "auto" where a budget pays for it with rank, in layers that are in eval mode and not on a GPU, whose fused
-    kernels know plain factors only.
-    min_features: layers whose smaller side is below stay dense. allow_growth: permit ranks that store more than the
-    dense layer. allow_slower: permit convolutions that a CPU computes no faster than the dense layer, as allow_growth
-    does too. errors: compute the expected error of every layer.
+    Args:
+        groups_out: The second stage of a grouped convolution is grouped too.
+        skip_high_groups: Leave a grouped convolution dense if its groups exceed the rank; False gives it
+            min(rank, groups) groups.
+        submodules: Modules at or below which layers may change.
+        fact_led_unit: Open low-rank layers and factorise their stages again.
+        include: Layers that may change: glob patterns of dotted names, or (module, fqn) -> bool.
+        exclude: Layers that may not, likewise.
+        round_to: Ranks become multiples of it. By default of 8 where a budget chooses among at least 128 ranks, which
+            kernels reward.
+        min_rank: The smallest rank of any layer.
+        max_rank: The largest rank of any layer.
+        min_features: Layers whose smaller side is below stay dense.
+        allow_growth: Permit ranks that store more than the dense layer.
+        allow_slower: Permit convolutions that a CPU computes no faster than the dense layer, as allow_growth does too.
+        allow_dense: Let a budget keep a layer dense that can be low-rank.
+        errors: Compute the expected error of every layer.
+        pivot: Store factors in R (K + N - R) numbers. "auto": where a budget pays for it with rank, in layers that are
+            in eval mode and not on a GPU, whose fused kernels know plain factors only.
+
+    Raises:
+        ValueError: A number is below 1, max_rank below min_rank, or pivot none of True, False and "auto".
     """
 
     groups_out: bool = False
@@ -44,8 +59,9 @@ class PlanOptions:
     min_features: int = 16
     allow_growth: bool = False
     allow_slower: bool = False
+    allow_dense: bool = True
     errors: bool = True
-    pivot: bool | str = "auto"
+    pivot: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("round_to", "min_rank", "max_rank", "min_features"):
@@ -57,16 +73,22 @@ class PlanOptions:
             raise ValueError(f"max_rank {self.max_rank} is below min_rank {self.min_rank}")
 
 
-def options_of(function: str, given: dict[str, object], others: Iterable[str] = ()) -> PlanOptions:
+# What a caller may take for an option, and what gives it.
+_ELSEWHERE = {name: f"calibrate=shrank.batches(data, {name}=)"
+              for name in ("tokenizer", "mask", "batch_size", "max_length", "forward")}
+_ELSEWHERE |= {name: f"calibrate=shrank.Calibrate(data, {name}=)"
+               for name in ("loss", "cache", "max_memory", "spill", "seed")}
+
+
+def options_of(function: str, given: Mapping[str, object], others: Iterable[str] = ()) -> PlanOptions:
     """The options that were given to a function by keyword; `others`: further keywords that it takes.
 
     Raises TypeError on one that there is none of, with the name that may have been meant.
     """
-    known = sorted({*PlanOptions.__dataclass_fields__, *others})
-    listed = ", ".join(known)
+    known = {*PlanOptions.__dataclass_fields__, *others}
     for name in given:
         if name not in known:
-            raise TypeError(f"{function}() has no option {name!r}{meant(name, known) or f': it has {listed}'}")
+            raise unknown_keyword(function, name, known, _ELSEWHERE if "calibrate" in known else None)
     return PlanOptions(**given)
 
 
@@ -90,9 +112,9 @@ def check_eligible(site: Site, options: PlanOptions, allowed: set[int] | None) -
         raise StaysDense(f"too small: its smaller side is {smaller}, below min_features={options.min_features}")
 
 
-def fit(rank: int | None, found: Target, options: PlanOptions) -> tuple[int, Shape]:
+def fit(rank: int | None, adapter: Target, options: PlanOptions) -> tuple[int, Shape]:
     """The rank that the layer's groups, the options and its cost allow, with the shape of the twin at that rank."""
-    shape = found.shape()
+    shape = adapter.shape()
     if rank is None:
         raise StaysDense("the rule keeps it dense")
     if options.min_rank is not None:
@@ -101,25 +123,25 @@ def fit(rank: int | None, found: Target, options: PlanOptions) -> tuple[int, Sha
         rank = min(rank, options.max_rank)
     if rank < 1:
         raise StaysDense(f"the rule gives rank {rank} (break-even rank {shape.break_even_rank})")
-    shape = grouped(rank, found, options)
+    shape = grouped(rank, adapter, options)
     rank = _round(min(rank, shape.max_rank), shape, options)
     shape = replace(shape, pivoted=options.pivot is True and can_pivot(shape, rank))
     if shape.low_rank_params(rank) + shape.index_size >= shape.dense_params and not options.allow_growth:
         raise StaysDense(f"rank {rank} saves nothing (break-even rank {shape.break_even_rank})")
-    if not is_faster(rank, shape, found, options):
+    if not is_faster(rank, shape, adapter, options):
         raise StaysDense(f"rank {rank} computes as {shape.channels_computed(rank)} of its "
                          f"{shape.channels_computed(None)} channels, and a second stage: no faster than dense on a "
                          "CPU (allow_slower)")
     return rank, shape
 
 
-def grouped(rank: int, found: Target, options: PlanOptions) -> Shape:
+def grouped(rank: int, adapter: Target, options: PlanOptions) -> Shape:
     """The shape of a twin of this rank, with its groups; raises StaysDense where there can be none."""
-    shape = found.shape()
+    shape = adapter.shape()
     if rank < shape.groups and options.skip_high_groups:
         raise StaysDense(f"its {shape.groups} groups exceed the rank {rank} (skip_high_groups)")
     shape = with_groups(shape, rank, options.groups_out)
-    if reason := found.why_not_grouped(shape):
+    if reason := adapter.why_not_grouped(shape):
         raise StaysDense(reason)
     return shape
 
@@ -135,9 +157,9 @@ def can_pivot(shape: Shape, rank: int) -> bool:
 FASTER_BELOW = 0.85
 
 
-def is_faster(rank: int, shape: Shape, found: Target, options: PlanOptions) -> bool:
+def is_faster(rank: int, shape: Shape, adapter: Target, options: PlanOptions) -> bool:
     """Whether a CPU computes the twin of a convolution faster, or nobody asked."""
-    if found.taps == 1 or options.allow_slower or options.allow_growth:
+    if adapter.taps == 1 or options.allow_slower or options.allow_growth:
         return True
     return shape.convolution_flops(rank) <= FASTER_BELOW * shape.convolution_flops(None)
 

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from rich.console import Console
-from rich.table import Table
 
 from ..linalg import Shape
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-FORMAT = 2
-_READABLE = (1, 2)
+from ..util.files import replacing
+from .plan_checks import FORMAT, check_plan
+from .tables import text
 
 
 @dataclass(frozen=True)
@@ -126,39 +118,15 @@ class RankPlan:
     @classmethod
     def from_dict(cls, data: object) -> RankPlan:
         """The plan that `to_dict` wrote; ValueError names what is wrong with anything else."""
-        if not isinstance(data, dict) or "layers" not in data:
-            raise ValueError("not a shrank plan: expected an object with the key 'layers'")
-        if data.get("format") not in _READABLE:
-            raise ValueError(f"plan of format {data.get('format')!r}; this version of shrank reads format "
-                             f"{' and '.join(map(str, _READABLE))}")
-        if not isinstance(data["layers"], list):
-            raise ValueError(f"'layers' must be a list, got {type(data['layers']).__name__}")
-        layers = tuple(_layer_from_dict(entry) for entry in data["layers"])
-        names = [layer.fqn for layer in layers]
-        if repeated := sorted({n for n in names if names.count(n) > 1}):
-            raise ValueError(f"the plan lists layers twice: {', '.join(repeated)}")
-        trade_off, spent = data.get("trade_off", []), data.get("spent")
-        points = [*trade_off, *([] if spent is None else [spent])] if isinstance(trade_off, list) else [None]
-        if not all(isinstance(p, list) and len(p) == 2 and _are_numbers(p) for p in points):
-            raise ValueError(f"'trade_off' must be a list of pairs of numbers and 'spent' one, got {points!r:.80}")
-        return cls(layers, _count(data.get("other_params", 0), "other_params"), tuple(map(tuple, trade_off)),
-                   None if spent is None else tuple(spent))
-
-    def report(self, path: str | os.PathLike) -> None:
-        """Write one self-contained HTML page: totals, trade-off, ranks, spectra, errors and every layer's reason."""
-        from .report import write_report
-
-        write_report(self, path)
-
-    def plot(self) -> dict[str, Figure]:
-        """Matplotlib figures by title, of everything that this plan knows; ImportError without matplotlib."""
-        from .report import figures
-
-        return figures(self)
+        check_plan(data, LayerPlan.__dataclass_fields__, Shape.__dataclass_fields__)
+        spent = data.get("spent")
+        return cls(tuple(map(_layer_from_dict, data["layers"])), data.get("other_params", 0),
+                   tuple(map(tuple, data.get("trade_off", []))), None if spent is None else tuple(spent))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        """Write the plan as JSON; an older file is replaced in one step."""
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> RankPlan:
@@ -186,65 +154,11 @@ class RankPlan:
         told = [f"{reason} ({number} layer{'s' * (number > 1)})" for reason, number in counted[:most]]
         return "; ".join(told + ["..."] * (len(counted) > most)) or "no layer owns a weight matrix"
 
-    def table(self) -> Table:
-        """The layers as a rich table."""
-        table = Table()
-        for column, justify in (("layer", "left"), ("kind", "left"), ("shape", "right"), ("rank", "right"),
-                                ("params", "right"), ("after", "right"), ("error", "right"), ("reason", "left")):
-            table.add_column(column, justify=justify, overflow="fold", no_wrap=column != "reason")
-        for x in self.layers:
-            shape = f"{x.shape.out_features}x{x.shape.in_features}" if x.shape else ""
-            pivots = "p" if x.shape and x.shape.pivoted else ""
-            groups = f"/{x.shape.groups}" if x.shape and x.shape.groups > 1 else ""
-            table.add_row(x.fqn or "(root)", x.kind, shape + groups, "dense" if x.rank is None else f"{x.rank}{pivots}",
-                          f"{x.size:,}", f"{x.params_after:,}", "" if x.error is None else f"{x.error:.4f}",
-                          x.reason, style="dim" if x.rank is None else None)
-        return table
-
     def __str__(self) -> str:
-        text = io.StringIO()
-        Console(file=text, width=160).print(self.table())
-        return "\n".join([self.summary, *(line.rstrip() for line in text.getvalue().splitlines())])
+        return "\n".join([self.summary, *text(self).splitlines()])
 
 
-def _layer_from_dict(entry: object) -> LayerPlan:
-    if not isinstance(entry, dict) or not isinstance(entry.get("fqn"), str):
-        raise ValueError(f"a layer of the plan must be an object with a string 'fqn', got {entry!r:.80}")
-    name = f"layer {entry['fqn']!r}"
-    if unknown := entry.keys() - LayerPlan.__dataclass_fields__.keys():
-        raise ValueError(f"{name}: unknown keys {', '.join(sorted(unknown))}")
-    rank, shape, spectrum = entry.get("rank"), entry.get("shape"), entry.get("spectrum", [])
-    if rank is not None and _count(rank, f"{name}: rank") < 1:
-        raise ValueError(f"{name}: rank must be at least 1, got {rank}")
-    if rank is not None and shape is None:
-        raise ValueError(f"{name}: has a rank but no shape")
-    for key in ("error", "measured"):
-        if (value := entry.get(key)) is not None and not _are_numbers([value]):
-            raise ValueError(f"{name}: {key} must be a number or null, got {value!r}")
-    if not isinstance(spectrum, list | tuple) or not _are_numbers(spectrum):
-        raise ValueError(f"{name}: spectrum must be a list of numbers, got {spectrum!r:.80}")
-    if not isinstance(entry.get("kind"), str) or not isinstance(entry.get("reason", ""), str):
-        raise ValueError(f"{name}: 'kind' and 'reason' must be strings")
-    return LayerPlan(**{**entry, "size": _count(entry.get("size"), f"{name}: size"), "spectrum": tuple(spectrum),
-                        "shape": None if shape is None else _shape_from_dict(shape, name)})
-
-
-def _shape_from_dict(shape: object, name: str) -> Shape:
-    if not isinstance(shape, dict) or {"pivoted": False, **shape}.keys() != Shape.__dataclass_fields__.keys():
-        raise ValueError(f"{name}: shape must have exactly the keys {', '.join(Shape.__dataclass_fields__)}")
-    if not isinstance(pivoted := shape.get("pivoted", False), bool):
-        raise ValueError(f"{name}: pivoted must be true or false, got {pivoted!r}")
-    sizes = {key: value for key, value in shape.items() if key != "pivoted"}
-    if wrong := [k for k, v in sizes.items() if _count(v, f"{name}: {k}") < 1]:
-        raise ValueError(f"{name}: {', '.join(wrong)} must be at least 1")
-    return Shape(**shape)
-
-
-def _are_numbers(values: Iterable[object]) -> bool:
-    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-
-
-def _count(value: object, name: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
-    return value
+def _layer_from_dict(entry: dict) -> LayerPlan:
+    shape = entry.get("shape")
+    return LayerPlan(**{**entry, "spectrum": tuple(entry.get("spectrum", ())),
+                        "shape": None if shape is None else Shape(**shape)})

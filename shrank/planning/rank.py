@@ -31,7 +31,14 @@ class RankRule(Protocol):
 
 @dataclass(frozen=True)
 class Fixed:
-    """The same rank for every layer."""
+    """The same rank for every layer.
+
+    Args:
+        rank: At least 1.
+
+    Raises:
+        ValueError: The rank is below 1.
+    """
 
     rank: int
 
@@ -45,7 +52,14 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Fraction:
-    """A fraction of the layer's break-even rank, so that it keeps about that fraction of its parameters."""
+    """A fraction of the layer's break-even rank, so that it keeps about that fraction of its parameters.
+
+    Args:
+        keep: The fraction, in (0, 1).
+
+    Raises:
+        ValueError: It is not in (0, 1).
+    """
 
     keep: float
 
@@ -61,7 +75,14 @@ class Fraction:
 
 @dataclass(frozen=True)
 class Energy:
-    """The smallest rank that keeps this share of the squared singular values."""
+    """The smallest rank that keeps a share of the squared singular values.
+
+    Args:
+        threshold: The share, in (0, 1].
+
+    Raises:
+        ValueError: It is not in (0, 1].
+    """
 
     threshold: float
 
@@ -98,6 +119,11 @@ class ByFunction:
     def __call__(self, layer: Layer) -> int | None:
         rank = self.function(layer.fqn, layer.module)
         return None if rank is None else as_rule(rank)(layer)
+
+
+Rank = (int | float | Fixed | Fraction | Energy | ByPattern | ByFunction | Mapping[str, object]
+        | Callable[[str, nn.Module], int | float | None])
+"""What stands for a rank rule wherever a caller gives one: see `shrank.auto_fact`."""
 
 
 def as_rule(rank: object) -> RankRule:

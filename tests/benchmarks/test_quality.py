@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+import shrank
 from benchmarks import baselines
-from benchmarks.quality import table
+from benchmarks.quality import STUDIES, column, table
 from benchmarks.speech import distance, parse, word_error_rate, words
 from benchmarks.texts import paragraphs
 from shrank.calibration.batches import Batch, as_batches
@@ -101,3 +105,22 @@ def test_a_table_has_a_column_per_keep() -> None:
                         {"method": "a", "keep": 0.8, "score": 0.25}, {"method": "b", "keep": 0.8, "score": 0.75}]}
     assert table(results).splitlines() == ["| score (dense 1) | keep 0.9 | keep 0.8 |", "|---|---|---|",
                                            "| a | 0.5 | 0.25 |", "| b |  | 0.75 |"]
+
+
+@pytest.mark.parametrize("name", ["quality", "tasks", "baselines"])
+def test_only_public_names_are_measured(name: str) -> None:
+    tree = ast.parse(Path(f"benchmarks/{name}.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "shrank":
+            assert node.module == "shrank" and {alias.name for alias in node.names} <= set(shrank.__all__)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "shrank":
+            assert node.attr in shrank.__all__
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name | ast.Attribute)]
+    assert not any("patch" in ast.unparse(name) for name in names)
+
+
+def test_a_column_is_a_study_of_one_keep() -> None:
+    alone = column(STUDIES["smollm2"], 0.8)
+    assert (alone.keeps, alone.steps_at, alone.anchored_at) == ((0.8,), (), ())
+    with pytest.raises(ValueError, match=r"measures at keep 0\.9, 0\.8, 0\.7, 0\.6, not at 0\.55"):
+        column(STUDIES["smollm2"], 0.55)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchEncoding, BertTokenizerFast
 
 from shrank import auto_fact, calibrate, heal
-from shrank.calibration.batches import as_batches, bound
+from shrank.calibration.batches import as_batches, batches, bound
 from shrank.calibration.losses import main_output
 from shrank.util import nested
 from shrank.util.fingerprint import fingerprint
@@ -67,16 +67,16 @@ def test_one_batch_alone_and_loaders() -> None:
 
 
 def test_batches_stay_as_they_are() -> None:
-    first = as_batches([draw(3, 4)], mask=lambda item: item[:, 0] > 0)
+    first = batches([draw(3, 4)], mask=lambda item: item[:, 0] > 0)
     assert as_batches(first) == first
 
 
 def test_texts_are_tokenized_in_batches() -> None:
     texts = ["one two three", "four", "five six", "a much longer text than that"]
-    batches = as_batches(texts, WordTokenizer(), batch_size=3, max_length=4)
-    assert [tuple(b.kwargs["input_ids"].shape) for b in batches] == [(3, 3), (1, 4)]
-    assert [int(mask.counts.sum()) for mask in batches[0].masks] == [6]
-    assert len(as_batches(texts, WordTokenizer(pad_token=None))) == 4  # cannot be padded
+    calls = batches(texts, WordTokenizer(), batch_size=3, max_length=4)
+    assert [tuple(b.kwargs["input_ids"].shape) for b in calls] == [(3, 3), (1, 4)]
+    assert [int(mask.counts.sum()) for mask in calls[0].masks] == [6]
+    assert len(batches(texts, WordTokenizer(pad_token=None))) == 4  # cannot be padded
 
 
 @pytest.mark.parametrize("data, tokenizer, error, says", [
@@ -87,7 +87,7 @@ def test_texts_are_tokenized_in_batches() -> None:
 ])
 def test_bad_data_is_named(data, tokenizer, error, says) -> None:
     with pytest.raises(error, match=says):
-        as_batches(data, tokenizer)
+        batches(data, tokenizer)
 
 
 def test_masks_belong_to_activations_of_their_shape() -> None:
@@ -101,9 +101,9 @@ def test_masks_belong_to_activations_of_their_shape() -> None:
 
 
 def test_a_function_may_say_what_counts() -> None:
-    batch, = as_batches([{"a": draw(2, 5)}], mask=lambda item: item["a"] > 0)
+    batch, = batches([{"a": draw(2, 5)}], mask=lambda item: item["a"] > 0)
     assert torch.equal(batch.mask_for((2, 5)), (draw(2, 5) > 0).flatten())
-    assert as_batches([draw(2)], mask=lambda item: None)[0].mask_for((2,)) is None
+    assert batches([draw(2)], mask=lambda item: None)[0].mask_for((2,)) is None
 
 
 class OneMapping(nn.Module):
@@ -128,7 +128,7 @@ def test_a_mapping_may_be_the_only_argument(kind) -> None:
         assert torch.equal(batch.mask_for((2, 5)), (tokens(2, 5) % 2).bool().flatten())
         assert set(item) == {"input_ids", "attention_mask"}
     texts = ["one two three", "four"]
-    assert main_output(as_batches(texts, WordTokenizer())[0].call(OneMapping())).tolist() == [11.0, 4.0]
+    assert main_output(batches(texts, WordTokenizer())[0].call(OneMapping())).tolist() == [11.0, 4.0]
 
 
 def test_a_dict_that_names_arguments_is_no_mapping_for_one() -> None:
@@ -141,7 +141,7 @@ def test_a_dict_that_names_arguments_is_no_mapping_for_one() -> None:
 def test_tensors_go_to_the_model_wherever_they_are(monkeypatch) -> None:
     box, seen = SimpleNamespace(x=draw(2), rows=[UserDict(y=draw(2)), (draw(2),)]), []
     monkeypatch.setattr("shrank.calibration.batches.device_of", lambda model: torch.device("meta"))
-    batch, = as_batches([(box,)], forward=lambda model, batch: seen.extend(batch.args))
+    batch, = batches([(box,)], forward=lambda model, batch: seen.extend(batch.args))
     batch.call(Adds())
     assert [t.device.type for t in nested.tensors(seen)] == ["meta"] * 3 and type(seen[0]) is SimpleNamespace
     assert [t.device.type for t in nested.tensors(box)] == ["cpu"] * 3
@@ -159,9 +159,10 @@ def test_a_function_may_run_the_model() -> None:
             return x
 
     run = lambda model, batch: model.generate(batch.kwargs["x"], 3)  # noqa: E731
-    found = calibrate(Generates(), [{"x": draw(5, WIDTH)}], forward=run)
+    data = batches([{"x": draw(5, WIDTH)}], forward=run)
+    found = calibrate(Generates(), data)
     assert found.tokens("layer") == 15 and found.has_gradients
-    small = auto_fact(Generates(), 4, calibrate=[{"x": draw(5, WIDTH)}], forward=run)
+    small = auto_fact(Generates(), 4, calibrate=data)
     assert small.shrank_plan.low_rank
 
 
@@ -189,7 +190,7 @@ def test_a_sentence_transformer(tmp_path) -> None:
     transformer = modules.Transformer(str(tmp_path))
     model = SentenceTransformer(modules=[transformer, modules.Pooling(transformer.get_embedding_dimension())])
     texts = ["one two three", "four", "two two"]
-    found = calibrate(model, texts, tokenizer=model.tokenizer, loss=None)
+    found = calibrate(model, batches(texts, model.tokenizer))
     name = next(name for name in found if name.endswith("layer.1.output.dense"))
     assert found.tokens(name) == 5 + 3 + 4 and found[name].gradient.any()
     features = model.tokenize(texts)
@@ -197,7 +198,7 @@ def test_a_sentence_transformer(tmp_path) -> None:
         again = calibrate(model, [data])
         assert again.tokens(name) == 12
         assert_close(again[name].data, found[name].data)
-    small = auto_fact(model, 0.6, calibrate=texts, tokenizer=model.tokenizer, deepcopy=True)
+    small = auto_fact(model, 0.6, calibrate=batches(texts, model.tokenizer), deepcopy=True)
     assert small.shrank_plan.low_rank and small.encode(texts).shape == (3, WIDTH)
-    healed = heal(small, model, texts, tokenizer=model.tokenizer, batch_size=1, steps=2)
+    healed = heal(small, model, batches(texts, model.tokenizer, batch_size=1), steps=2)
     assert healed.shrank_healing.after <= healed.shrank_healing.before

@@ -1,4 +1,4 @@
-"""The losses that weigh errors: their gradients are those of automatic differentiation."""
+"""The losses that weight errors: their gradients are those of automatic differentiation."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_batches_without_a_token_that_counts_contribute_nothing() -> None:
     nothing = divergences(draw(0, 4), draw(0, 4))
     assert nothing.shape == (0,)
     real, padding = {"input_ids": tokens(2, 8), "attention_mask": torch.ones(2, 8, dtype=torch.long)}, inputs
-    for loss in (None, "lm"):
+    for loss in ("output", "lm"):
         one, both = (calibrate(model, data, loss=loss) for data in ([real], [real, padding]))
         for name in one:
             assert both[name].gradient_samples == one[name].gradient_samples and both.tokens(name) == one.tokens(name)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shrank import Budget, Calibration, auto_fact, calibrate, make_plan
+from shrank import Budget, Calibrate, Calibration, auto_fact, calibrate, make_plan
 from shrank.calibration.sharing import Inputs
 from shrank.model.adapters import target
 from tests.common.models import WIDTH, draw, mlp, seeded
@@ -214,7 +214,7 @@ def test_whole_models_are_compressed(case: str, anchored: bool, rank: object) ->
     model = seeded(build)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few tokens, and of layers that stay
-        small = auto_fact(copy.deepcopy(model), rank, calibrate=calls, anchored=anchored, loss=False)
+        small = auto_fact(copy.deepcopy(model), rank, calibrate=Calibrate(calls, loss="none"), anchored=anchored)
     assert all(p.isfinite().all() for p in small.parameters())
     for args in calls:
         assert small(*args).shape == model(*args).shape

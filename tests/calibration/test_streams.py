@@ -37,7 +37,7 @@ from transformers import (
     XLNetModel,
 )
 
-from shrank import Calibration, auto_fact, calibrate, measured
+from shrank import Calibration, auto_fact, batches, calibrate, measure_errors
 from shrank.calibration.masks import resampled
 from shrank.model.adapters import target
 from tests.common.conv_models import wav2vec2
@@ -99,12 +99,12 @@ SAID: dict[str, Callable[[str], dict[str, Tensor]]] = {
 }
 
 
-def counted(model: nn.Module, batch: object, **options: object) -> dict[str, int]:
+def counted(model: nn.Module, batch: object, mask: Callable | None = None, **options: object) -> dict[str, int]:
     """Tokens by layer, without a warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*masks padding")
         warnings.filterwarnings("ignore", message=".*no batch reaches")
-        found = calibrate(model, [batch], **options)
+        found = calibrate(model, batches([batch], mask=mask), **options)
     return {name: found.tokens(name) for name in found}
 
 
@@ -180,7 +180,7 @@ def test_the_masks_of_torch(batch_first: bool, length: int) -> None:
     model, rows = seeded(transformer(batch_first)), {}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*masks padding")
-        found = calibrate(model, [batch], loss=False)
+        found = calibrate(model, [batch], loss="none")
 
     def note(name: str, module: nn.Module, args: tuple, y: Tensor) -> None:
         mask = masks[name.partition(".")[0]]
@@ -203,13 +203,13 @@ def test_fused_encoders_call_their_layers_and_are_fused_again_afterwards() -> No
     model = seeded(lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 4, 64, batch_first=True), 1))
     batch = {"src": draw(2, LENGTH, WIDTH), "src_key_padding_mask": ENCODER == 0}
     assert torch.backends.mha.get_fastpath_enabled()
-    found = counted(model, batch, loss=False)
+    found = counted(model, batch, loss="none")
     assert found == {"layers.0.linear1": 11, "layers.0.linear2": 11} and torch.backends.mha.get_fastpath_enabled()
     with pytest.raises(AssertionError, match="embedding dimension"):
         calibrate(model, [draw(2, LENGTH, WIDTH + 1)])
     assert torch.backends.mha.get_fastpath_enabled()
     small = auto_fact(copy.deepcopy(model), 8)
-    plan = measured(small.shrank_plan, model, small, [batch])
+    plan = measure_errors(small.shrank_plan, model, small, [batch])
     assert all(layer.measured > 0 for layer in plan.low_rank) and len(plan.low_rank) == 2
 
 
@@ -237,7 +237,7 @@ def test_speech_is_subsampled_by_the_models_own_rule() -> None:
     mask = torch.ones(2, 800, dtype=torch.long)
     mask[1, 410:] = 0
     batch = {"input_values": draw(2, 800), "attention_mask": mask}
-    found = calibrate(model, [batch], loss=False)
+    found = calibrate(model, [batch], loss="none")
     frames = model._get_feature_vector_attention_mask(39, mask)
     reference(found, model, batch, {39: frames, **{n: resampled(mask.bool(), (n,)) for n in (79, 159)}})
     logits = seeded(lambda: Wav2Vec2ForCTC(Wav2Vec2Config(**model.config.to_dict() | {"vocab_size": VOCAB})))
@@ -253,7 +253,7 @@ def test_images_are_masked_by_their_pixels() -> None:
         encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64,
         decoder_ffn_dim=64, num_queries=5)))
     batch = {"pixel_values": draw(2, 3, 32, 32), "pixel_mask": mask}
-    found = calibrate(model, [batch], loss=False)
+    found = calibrate(model, [batch], loss="none")
     reference(found, model, batch, {n * n: resampled(mask.bool(), (n, n)) for n in (16, 8, 4)})
 
 
@@ -313,7 +313,7 @@ def test_a_mask_that_fits_nothing_is_named_and_a_function_can_say_what_counts() 
                     mask=lambda item: sides)
     assert all(count == (13 if sees_the_encoder(name) else 11) for name, count in found.items())
     with pytest.raises(TypeError, match='"encoder" and "decoder"'):
-        calibrate(hf_model("t5"), [{"input_ids": IDS, "labels": LABELS}], mask=lambda item: {"left": DECODER})
+        counted(hf_model("t5"), {"input_ids": IDS, "labels": LABELS}, mask=lambda item: {"left": DECODER})
 
 
 class Experts(nn.Module):

@@ -50,7 +50,7 @@ def test_plan_compress_and_heal(name: str, data: str, loss: str, model_folder, d
 
 
 def test_what_the_data_says_reaches_the_plan(model_folder, data_folder, tmp_path) -> None:
-    """Targets are what the decoder's errors are weighed on."""
+    """Targets are what the decoder's errors are weighted by."""
     lines = [{"text": f"w{i} w{i + 1} w{i + 2}"} for i in range(12)]
     same = write_lines(tmp_path / "same.jsonl", lines)
     other = write_lines(tmp_path / "other.jsonl", [x | {"target": "w7 w7 w7 w7 w7 w7"} for x in lines])

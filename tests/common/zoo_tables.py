@@ -145,7 +145,7 @@ NOTHING_FOR_A_BUDGET: dict[str, str] = {
     "mllama": "its shrunk text model is layers of cross-attention, which text without images skips",
     "prompt_depth_anything": "its random model predicts no depth: its last ReLU is zero, and passes no gradient back",
 }
-# Families whose main output passes no gradient back to a layer: errors are weighed by inputs alone (loss=False).
+# Families whose main output passes no gradient back to a layer: errors are weighted by inputs alone (loss="none").
 NO_GRADIENTS: dict[str, str] = {
     "ibert": "its linear layers are of its own class, but for the pooler's, which its main output does not pass",
     "reformer": "its backward pass runs in training mode alone",

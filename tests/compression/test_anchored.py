@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import shrank
-from shrank import Budget, RankPlan, auto_fact, calibrate, make_plan
+from shrank import Budget, Calibrate, RankPlan, auto_fact, calibrate, make_plan
 from shrank.calibration.batches import as_batches
 from shrank.calibration.sharing import survey
 from shrank.calibration.streams import Masking
@@ -52,8 +52,8 @@ def test_the_model_comes_nearer_than_with_layers_fitted_alone(build: Callable[[]
     model = seeded(build)
     plan = make_plan(model, 0.5, errors=False, allow_slower=True)
     error = lambda m: (m(x) - model(x)).norm().item()  # noqa: E731
-    alone = auto_fact(copy.deepcopy(model), plan, calibrate=[x], loss=False)
-    anchored = auto_fact(copy.deepcopy(model), plan, calibrate=[x], loss=False, anchored=1.0)
+    alone = auto_fact(copy.deepcopy(model), plan, calibrate=Calibrate([x], loss="none"))
+    anchored = auto_fact(copy.deepcopy(model), plan, calibrate=Calibrate([x], loss="none"), anchored=1.0)
     assert error(anchored) < 0.97 * error(alone)
     assert {x.fqn: x.rank for x in anchored.shrank_plan} == {x.fqn: x.rank for x in plan}
 
@@ -147,7 +147,7 @@ def test_every_call_of_every_batch_is_anchored(monkeypatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*fewer than 10 tokens")
-        small = auto_fact(copy.deepcopy(model), 4, calibrate=calls, anchored=1.0, loss=False)
+        small = auto_fact(copy.deepcopy(model), 4, calibrate=Calibrate(calls, loss="none"), anchored=1.0)
     inputs = {"first": torch.cat(calls), "second": torch.tanh(small.first(torch.cat([calls[i] for i in (1, 2)])))}
     dense = torch.cat([torch.tanh(model.first(calls[i])) for i in (1, 2)]).detach().double()
     for name, seen in inputs.items():
@@ -186,7 +186,7 @@ def test_padding_is_not_anchored() -> None:
     changed = inputs | {"input_ids": torch.where(mask == 0, 5, inputs["input_ids"])}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fewer than 10 tokens")
-        one, other = (auto_fact(hf_model("bert"), 4, calibrate=[x], anchored=True, loss=False)
+        one, other = (auto_fact(hf_model("bert"), 4, calibrate=Calibrate([x], loss="none"), anchored=True)
                       for x in (inputs, changed))
     layer = "bert.encoder.layer.1.output.dense"
     assert_close(one.get_submodule(layer).up @ one.get_submodule(layer).down,

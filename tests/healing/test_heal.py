@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutput
 
-from shrank import auto_fact, heal
+from shrank import HealOptions, auto_fact, heal
 from shrank.calibration.batches import as_batches
 from shrank.calibration.losses import NextToken
 from shrank.healing.distance import common_blocks, distance, masking_of_blocks
@@ -46,7 +46,7 @@ def test_the_student_comes_nearer(build, batches) -> None:
     student, teacher = pair(build)
     student.train()
     before, outside = fingerprint(teacher), {n: p.clone() for n, p in student.named_parameters() if "_unit" not in n}
-    healed = heal(student, teacher, batches, steps=40, learning_rate=1e-2, evaluate_every=10)
+    healed = heal(student, teacher, batches, steps=40, learning_rate=1e-2, options=HealOptions(evaluate_every=10))
     assert healed is student and student.training and all(p.requires_grad for p in student.parameters())
     assert_untouched(teacher, before)
     assert all(torch.equal(dict(student.named_parameters())[n], p) for n, p in outside.items())  # only the factors
@@ -58,11 +58,12 @@ def test_the_student_comes_nearer(build, batches) -> None:
 def test_the_best_weights_are_kept() -> None:
     student, teacher = pair()
     before, held = state(student), data(3)
-    heal(student, teacher, data(), steps=6, learning_rate=30.0, held_out=held, evaluate_every=2)  # it diverges
+    heal(student, teacher, data(), steps=6, learning_rate=30.0, held_out=held,  # it diverges
+         options=HealOptions(evaluate_every=2))
     assert student.shrank_healing.best_step == 0
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     student, teacher = pair()
-    heal(student, teacher, data(), steps=30, learning_rate=1e-2, held_out=held, evaluate_every=10)
+    heal(student, teacher, data(), steps=30, learning_rate=1e-2, held_out=held, options=HealOptions(evaluate_every=10))
     blocks = masking_of_blocks(student, teacher, [])
     now = sum(distance(student, teacher, b, blocks, 1.0).item() for b in as_batches(held)) / 3
     assert now == pytest.approx(student.shrank_healing.after, rel=1e-5)
@@ -70,7 +71,7 @@ def test_the_best_weights_are_kept() -> None:
 
 def test_a_rate_that_is_too_large_is_lowered_until_it_helps() -> None:
     student, teacher = pair()
-    heal(student, teacher, data(), steps=60, learning_rate=1.0, evaluate_every=5)
+    heal(student, teacher, data(), steps=60, learning_rate=1.0, options=HealOptions(evaluate_every=5))
     losses = [loss for _, loss in student.shrank_healing.curve]
     assert losses[1] > 2 * losses[0] and student.shrank_healing.best_step > 5
     assert student.shrank_healing.after < 0.97 * student.shrank_healing.before
@@ -78,21 +79,21 @@ def test_a_rate_that_is_too_large_is_lowered_until_it_helps() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(dtype, tmp_path, monkeypatch) -> None:
-    arguments = {"steps": 9, "learning_rate": 1e-2, "evaluate_every": 3}
+    arguments = {"steps": 9, "learning_rate": 1e-2, "options": HealOptions(evaluate_every=3)}
     batches = [b.to(dtype) for b in data()]
     dense = mlp().to(dtype)
     students = [auto_fact(copy.deepcopy(dense), 4) for _ in range(2)]
     heal(students[0], dense, batches, **arguments)
-    from shrank.healing.heal import _Run
-    take_step, taken = _Run._take_step, []
+    from shrank.healing.run import Run
+    take_step, taken = Run._take_step, []
 
-    def interrupted(run: _Run) -> None:
+    def interrupted(run: Run) -> None:
         taken.append(1)
         if len(taken) == 6:
             raise KeyboardInterrupt
         take_step(run)
 
-    monkeypatch.setattr(_Run, "_take_step", interrupted)
+    monkeypatch.setattr(Run, "_take_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         heal(students[1], dense, batches, checkpoint=tmp_path / "run", **arguments)
     again = auto_fact(copy.deepcopy(dense), 4)
@@ -105,11 +106,12 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(dtype, tmp_path, monkey
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path) -> None:
     student, teacher = pair()
-    heal(student, teacher, data(), steps=2, evaluate_every=1, checkpoint=tmp_path / "run")
-    for change in ({"steps": 3}, {"learning_rate": 1e-4}, {"seed": 1}, {"batches": data(11)}):
+    heal(student, teacher, data(), steps=2, options=HealOptions(evaluate_every=1), checkpoint=tmp_path / "run")
+    for change in ({"steps": 3}, {"learning_rate": 1e-4}, {"data": data(11)},
+                   {"options": HealOptions(evaluate_every=1, seed=1)}):
         before = state(student)
         with pytest.raises(ValueError, match="another healing"):
-            heal(student, teacher, **{"batches": data(), "steps": 2, "evaluate_every": 1,
+            heal(student, teacher, **{"data": data(), "steps": 2, "options": HealOptions(evaluate_every=1),
                                       "checkpoint": tmp_path / "run", **change})
         assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
@@ -119,7 +121,8 @@ def test_half_precision_weights_move_by_less_than_their_rounding() -> None:
     student = auto_fact(copy.deepcopy(dense), 8)
     before = state(student)
     batches = [(b * torch.linspace(0.1, 3, WIDTH)).bfloat16() for b in data()]  # else plain SVD is the best already
-    heal(student, dense, batches, steps=60, learning_rate=2e-4, evaluate_every=60)  # a step is below half a unit
+    heal(student, dense, batches, steps=60, learning_rate=2e-4,  # a step is below half a unit
+         options=HealOptions(evaluate_every=60))
     moved = [name for name, value in student.state_dict().items() if not torch.equal(value, before[name])]
     assert student.shrank_healing.best_step == 60 and moved
     assert all(p.dtype == torch.bfloat16 for p in student.parameters())
@@ -128,7 +131,7 @@ def test_half_precision_weights_move_by_less_than_their_rounding() -> None:
 def test_all_parameters_if_asked_for() -> None:
     student, teacher = pair(llama)
     before = student.model.norm.weight.clone()
-    heal(student, teacher, texts(), steps=20, learning_rate=1e-3, train="all", evaluate_every=20)
+    heal(student, teacher, texts(), steps=20, learning_rate=1e-3, options=HealOptions(train="all", evaluate_every=20))
     assert not torch.equal(student.model.norm.weight, before)
 
 
@@ -137,8 +140,9 @@ def test_all_parameters_if_asked_for() -> None:
 def test_the_tasks_own_loss_counts_as_well(loss) -> None:
     teacher, batches, own = llama(), texts(1) * 8, []  # always the same tokens, of which the teacher knows nothing
     student = auto_fact(copy.deepcopy(teacher), 4)
-    for chosen in (None, loss):
-        healed = heal(copy.deepcopy(student), teacher, batches, steps=40, learning_rate=1e-2, loss=chosen, train="all")
+    for chosen in ("none", loss):
+        healed = heal(copy.deepcopy(student), teacher, batches, steps=40, learning_rate=1e-2, loss=chosen,
+                      options=HealOptions(train="all"))
         with torch.no_grad():
             own.append(NextToken().mean(healed(**batches[0]), as_batches(batches)[0]).item())
     assert own[1] < 0.8 * own[0]
@@ -168,7 +172,7 @@ def test_pivots_heal_as_plain_factors_do() -> None:
     for pivot in (False, True):
         student = auto_fact(copy.deepcopy(dense), 8, pivot=pivot)
         before, places = fingerprint(student), [m.led_unit[2].order for m in student if pivot]
-        heal(student, dense, data(), steps=30, learning_rate=3e-3, evaluate_every=10)
+        heal(student, dense, data(), steps=30, learning_rate=3e-3, options=HealOptions(evaluate_every=10))
         assert fingerprint(student)["types"] == before["types"] and len(places) == 3 * pivot
         found.append(student.shrank_healing)
     plain, pivoted = found
@@ -205,7 +209,7 @@ def test_places_without_tokens_heal_as_places_with_hardly_any_share() -> None:
     for value in (-torch.inf, -1e4):
         student, teacher = pair(lambda value=value: seeded(lambda: Padded(value=value)))
         possible = [{"input_ids": x["input_ids"] % 60} for x in texts()]
-        heal(student, teacher, possible, steps=8, learning_rate=1e-3, evaluate_every=4, loss="lm")
+        heal(student, teacher, possible, steps=8, learning_rate=1e-3, options=HealOptions(evaluate_every=4), loss="lm")
         healed.append(student.shrank_healing)
     curves = [[loss for _, loss in done.curve] for done in healed]
     assert curves[0] == pytest.approx(curves[1], rel=1e-4) and healed[0].after < healed[0].before
@@ -238,7 +242,7 @@ def test_batches_of_padding_alone_and_labels_that_do_not_count_change_nothing() 
     nothing += [x | {"labels": torch.full((2, 9), -100)} for x in nothing]
     student, teacher = pair(llama)
     heal(student, teacher, batches + nothing, held_out=batches[:2] + nothing[:1], steps=20, learning_rate=1e-3,
-         evaluate_every=10, loss="lm")
+         options=HealOptions(evaluate_every=10), loss="lm")
     assert student.shrank_healing.after < student.shrank_healing.before
     masking = masking_of_blocks(student, teacher, [])
     for item in nothing:
@@ -270,17 +274,28 @@ def test_blocks_that_run_several_times_are_compared_call_by_call() -> None:
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"batches": data(1)}, "cannot be trained on and held out"), ({"train": "none"}, "got 'none'"),
+    ({"data": data(1)}, "cannot be trained on and held out"), ({"loss": "none of these"}, "must be 'output', 'lm'"),
     ({"loss": "output"}, "the outputs are compared anyway"),
     ({"student": mlp()}, "no low-rank layers"), ({"steps": 0}, "steps must be at least 1"),
 ])
 def test_bad_arguments_are_named(change, says) -> None:
     student, teacher = pair()
     with pytest.raises(ValueError, match=says):
-        heal(**{"student": student, "teacher": teacher, "batches": data(), **change})
+        heal(**{"student": student, "teacher": teacher, "data": data(), **change})
 
 
 def test_what_happened_is_a_plain_record() -> None:
     student, teacher = pair()
-    heal(student, teacher, data(), steps=2, evaluate_every=1)
+    heal(student, teacher, data(), steps=2, options=HealOptions(evaluate_every=1))
     assert dataclasses.asdict(student.shrank_healing).keys() == {"steps", "best_step", "curve"}
+
+
+def test_bad_options_are_named() -> None:
+    with pytest.raises(ValueError, match="train must be 'low_rank' or 'all', got 'none'"):
+        HealOptions(train="none")
+    with pytest.raises(ValueError, match="evaluate_every must be at least 1, got 0"):
+        HealOptions(evaluate_every=0)
+    with pytest.raises(TypeError, match=r"heal\(\) has no option 'step'; did you mean steps\?"):
+        heal(*pair(), data(), step=3)
+    with pytest.raises(TypeError, match=r"HealOptions\(\) has no option 'hiden'; did you mean hidden\?"):
+        HealOptions(hiden=1.0)

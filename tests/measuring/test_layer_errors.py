@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from shrank import auto_fact, measured
+from shrank import auto_fact, batches, measure_errors
 from tests.common.models import WIDTH, draw, hf_model, mlp, tokens
 from tests.common.tolerances import assert_close
 
@@ -17,7 +17,7 @@ def test_errors_are_those_of_the_tokens_that_count() -> None:
     mask[1, 3:] = 0
     small = auto_fact(copy.deepcopy(model), 4)
     inputs = {"input_ids": tokens(2, 8), "attention_mask": mask}
-    plan = measured(small.shrank_plan, model, small, [inputs])
+    plan = measure_errors(small.shrank_plan, model, small, [inputs])
     name = "bert.encoder.layer.1.output.dense"
     layer, twin, seen = model.get_submodule(name), small.get_submodule(name), []
     layer.register_forward_hook(lambda m, args, y: seen.append((args[0][mask.bool()], y[mask.bool()])))
@@ -26,16 +26,18 @@ def test_errors_are_those_of_the_tokens_that_count() -> None:
         (x, y), = seen
         expected = (twin(x) - y).norm() / (y - y.mean(0)).norm()
     assert_close(torch.tensor(plan[name].measured), expected)
-    other = measured(small.shrank_plan, model, small, [inputs], mask=lambda item: 1 - item["attention_mask"])
+    other = measure_errors(small.shrank_plan, model, small,
+                           batches([inputs], mask=lambda item: 1 - item["attention_mask"]))
     assert other[name].measured != plan[name].measured
 
 
 def test_nothing_is_measured_where_nothing_counts() -> None:
     model = mlp(2)
     small = auto_fact(copy.deepcopy(model), 4)
-    for batches in ([draw(0, WIDTH)], [{"input": draw(2, WIDTH), "attention_mask": None}]):
+    for data in ([draw(0, WIDTH)], [{"input": draw(2, WIDTH), "attention_mask": None}]):
         run = lambda model, batch: model(batch.kwargs.get("input", draw(0, WIDTH)))  # noqa: E731
-        plan = measured(small.shrank_plan, model, small, batches, mask=lambda item: torch.zeros(2), forward=run)
+        plan = measure_errors(small.shrank_plan, model, small,
+                              batches(data, mask=lambda item: torch.zeros(2), forward=run))
         assert all(layer.measured is None for layer in plan)
 
 
@@ -50,5 +52,5 @@ def test_layers_of_every_batch_are_measured() -> None:
 
     model = Two()
     small = auto_fact(copy.deepcopy(model), 4)
-    plan = measured(small.shrank_plan, model, small, [draw(4, WIDTH), draw(9, WIDTH)])
+    plan = measure_errors(small.shrank_plan, model, small, [draw(4, WIDTH), draw(9, WIDTH)])
     assert all(layer.measured > 0 for layer in plan.low_rank) and len(plan.low_rank) == 2

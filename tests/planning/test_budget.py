@@ -245,8 +245,10 @@ def test_shared_and_tied_layers() -> None:
 
 
 def test_data_options_need_data() -> None:
-    with pytest.raises(TypeError, match="loss: only together with calibrate"):
-        auto_fact(mlp(), 0.5, loss="lm")
+    with pytest.raises(TypeError, match="anchored: only together with calibrate"):
+        auto_fact(mlp(), 0.5, anchored=True)
+    with pytest.raises(TypeError, match=r"no option 'loss'; did you mean calibrate=shrank.Calibrate\(data, loss=\)"):
+        auto_fact(mlp(), 0.5, calibrate=[draw(9, WIDTH)], loss="lm")
 
 
 def test_ranks_and_plans_take_a_calibration_too() -> None:
@@ -257,3 +259,48 @@ def test_ranks_and_plans_take_a_calibration_too() -> None:
     plan = make_plan(model, 8, calibration=found)
     again = auto_fact(copy.deepcopy(model), plan, calibrate=found)
     assert all(math.isclose(x.error, y.error, rel_tol=0.5) for x, y in zip(plan, again.shrank_plan, strict=True))
+
+
+def test_a_budget_can_be_kept_from_leaving_layers_dense() -> None:
+    model = mlp(4)
+    found = calibrate(model, [draw(300, WIDTH)])
+    plan = make_plan(model, Budget(keep_params=0.85), calibration=found, allow_dense=False)
+    assert len(plan.low_rank) == 4 and stored(plan) <= 0.85 * sum(x.size for x in plan)
+    largest = make_plan(model, Budget(max_error=1e-9), allow_dense=False, pivot=False)
+    assert all(x.rank is not None and x.params_after < x.size and x.error > 1e-9 for x in largest)
+    assert all(x.rank is None for x in make_plan(model, Budget(max_error=1e-9), pivot=False))
+
+
+class Uncentred(shrank.LayerStatistics):
+    """What a calibration found, with errors of the mean counted."""
+
+    def __init__(self, calibration: shrank.Calibration) -> None:
+        self.calibration, self.asked = calibration, []
+
+    @property
+    def has_gradients(self) -> bool:
+        return self.calibration.has_gradients
+
+    def __contains__(self, fqn: str) -> bool:
+        return fqn in self.calibration
+
+    def tokens(self, fqn: str) -> int:
+        return self.calibration.tokens(fqn)
+
+    def metric(self, fqn: str, matrices: torch.Tensor, centred: bool) -> shrank.Metric | None:
+        self.asked.append(fqn)
+        return self.calibration.metric(fqn, matrices, centred=False)
+
+
+def test_plans_and_factors_ask_whatever_says_how_errors_count() -> None:
+    model, x = mlp(2), draw(300, WIDTH) + 3
+    found = calibrate(model, [x])
+    seen = Uncentred(found)
+    plan = make_plan(model, Budget(keep_params=0.6), calibration=seen)
+    assert sorted(seen.asked) == ["0", "1"]
+    plain = shrank.apply(copy.deepcopy(model), plan, seen)
+    centred = shrank.apply(copy.deepcopy(model), plan, found)
+    assert sorted(seen.asked) == ["0", "0", "1", "1"]
+    for name in ("0", "1"):  # only where the mean error is free do biases make up for it
+        assert torch.equal(plain.get_submodule(name).bias, model.get_submodule(name).bias)
+        assert not torch.equal(centred.get_submodule(name).bias, model.get_submodule(name).bias)

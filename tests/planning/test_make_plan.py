@@ -142,15 +142,16 @@ def test_impossible_options_are_refused(options: dict, says: str) -> None:
     (make_plan, "exlude", r"make_plan\(\) has no option 'exlude'; did you mean exclude\?"),
     (make_plan, "calibrations", r"did you mean calibration\?"),
     (shrank.auto_fact, "exlude", r"auto_fact\(\) has no option 'exlude'; did you mean exclude\?"),
-    (shrank.auto_fact, "los", r"auto_fact\(\) has no option 'los'; did you mean loss\?"),
-    (shrank.auto_fact, "max_lenght", r"did you mean max_length\?"),
-    (shrank.auto_fact, "xyzzy", r"has no option 'xyzzy': it has .*allow_growth.*tokenizer"),
+    (shrank.auto_fact, "los", r"has no option 'los'; did you mean calibrate=shrank.Calibrate\(data, loss=\)\?"),
+    (shrank.auto_fact, "max_lenght", r"did you mean calibrate=shrank.batches\(data, max_length=\)\?"),
+    (shrank.auto_fact, "xyzzy", r"has no option 'xyzzy': it has allow_dense, allow_growth.*submodules"),
+    (shrank.eligible, "minrank", r"eligible\(\) has no option 'minrank'; did you mean min_rank\?"),
 ])
 def test_unknown_options_are_refused_with_the_nearest_name(call, option: str, says: str) -> None:
     net = mlp()
     before = fingerprint(net)
     with pytest.raises(TypeError, match=says):
-        call(net, 4, **{option: 1})
+        call(net, *((4,) if call is not shrank.eligible else ()), **{option: 1})
     assert_untouched(net, before)
 
 

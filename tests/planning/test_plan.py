@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from torch import nn
 
@@ -100,3 +102,12 @@ def test_files_that_are_no_plan_are_refused_by_name(content: bytes, tmp_path) ->
     (tmp_path / "bad.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"bad\.json: ."):
         RankPlan.load(tmp_path / "bad.json")
+
+
+def test_a_plan_that_cannot_be_written_leaves_the_old_file(tmp_path) -> None:
+    made = plan()
+    made.save(tmp_path / "plan.json")
+    with pytest.raises(TypeError, match="JSON"):
+        replace(made, other_params=object()).save(tmp_path / "plan.json")
+    assert RankPlan.load(tmp_path / "plan.json") == made
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]

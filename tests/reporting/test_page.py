@@ -10,7 +10,18 @@ import re
 import pytest
 import torch
 
-from shrank import Budget, LayerPlan, RankPlan, auto_fact, calibrate, make_plan, measured
+from shrank import (
+    Budget,
+    Calibrate,
+    LayerPlan,
+    RankPlan,
+    auto_fact,
+    calibrate,
+    figures,
+    make_plan,
+    measure_errors,
+    report,
+)
 from tests.common.models import WIDTH, Mixed, assert_untouched, draw, fingerprint, mlp, seeded
 
 
@@ -37,7 +48,7 @@ class Tags(html.parser.HTMLParser):
 
 def test_the_page_stands_alone_and_says_everything(tmp_path) -> None:
     plan = planned()
-    plan.report(tmp_path / "report.html")
+    report(plan, tmp_path / "report.html")
     page, tags = (tmp_path / "report.html").read_text(), Tags()
     tags.feed(page)
     assert not tags.open and len(tags.loads) == 3 and all(x.startswith("data:image/png;base64,") for x in tags.loads)
@@ -51,18 +62,18 @@ def test_the_page_stands_alone_and_says_everything(tmp_path) -> None:
 def test_names_cannot_break_the_page(tmp_path) -> None:
     bad = "</script><b>&'x"
     plan = RankPlan((LayerPlan(bad, "Linear", 10, reason=bad),))
-    plan.report(tmp_path / "report.html")
+    report(plan, tmp_path / "report.html")
     page, tags = (tmp_path / "report.html").read_text(), Tags()
     tags.feed(page)
     assert not tags.open and "<b>&'" not in page and page.count("</script>") == 1
 
 
 def test_figures_are_of_what_is_known() -> None:
-    assert list(planned().plot()) == ["What the budget could buy", "What every layer keeps", "Singular values"]
+    assert list(figures(planned())) == ["What the budget could buy", "What every layer keeps", "Singular values"]
     plain = make_plan(mlp(), 4)
-    assert list(plain.plot()) == ["What every layer keeps"]
-    assert RankPlan(()).plot() == {}
-    curve = planned().plot()["What the budget could buy"].axes[0].lines
+    assert list(figures(plain)) == ["What every layer keeps"]
+    assert figures(RankPlan(())) == {}
+    curve = figures(planned())["What the budget could buy"].axes[0].lines
     assert len(curve) == 2 and len(curve[1].get_xdata()) == 1  # the trade-off, and this plan
 
 
@@ -70,14 +81,14 @@ def test_figures_are_of_what_is_known() -> None:
                          ids=["mlp", "mixed"])
 def test_on_the_calibration_data_measured_errors_are_the_expected_ones(build, x) -> None:
     model, x = build(), draw(*x)
-    small = auto_fact(copy.deepcopy(model), Budget(keep_params=0.6), calibrate=[x], loss=False, groups_out=True,
-                      allow_slower=True)
-    found = measured(small.shrank_plan, model, small, [x])
+    small = auto_fact(copy.deepcopy(model), Budget(keep_params=0.6), groups_out=True,
+                      allow_slower=True, calibrate=Calibrate([x], loss="none"))
+    found = measure_errors(small.shrank_plan, model, small, [x])
     assert found.low_rank
     for layer in found.low_rank:
         # Expected errors count a little of what the data did not show: shrinkage.
         assert layer.measured == pytest.approx(layer.error, rel=0.35, abs=0.02), layer.fqn
-    assert "Expected and measured error" in found.plot()
+    assert "Expected and measured error" in figures(found)
     assert not any(m._forward_hooks for m in model.modules())
 
 
@@ -85,7 +96,7 @@ def test_measuring_changes_neither_model() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.BatchNorm1d(WIDTH), torch.nn.Dropout())
     small = auto_fact(model, 4, deepcopy=True)
     before = [fingerprint(m) for m in (model, small)]
-    measured(small.shrank_plan, model, small, [draw(9, WIDTH)])
+    measure_errors(small.shrank_plan, model, small, [draw(9, WIDTH)])
     for m, state in zip((model, small), before, strict=True):
         assert_untouched(m, state)
 
@@ -93,9 +104,9 @@ def test_measuring_changes_neither_model() -> None:
 def test_measured_errors_are_relative_to_the_outputs() -> None:
     model, x = mlp(1), draw(50, WIDTH)
     small = auto_fact(copy.deepcopy(model), 4)
-    layer, = measured(small.shrank_plan, model, small, [x]).low_rank
+    layer, = measure_errors(small.shrank_plan, model, small, [x]).low_rank
     y = model(x).detach()
     expected = ((small(x) - y).norm() / (y - y.mean(0)).norm()).item()
     assert layer.measured == pytest.approx(expected, rel=1e-4)
     with pytest.raises(ValueError, match="not in both models"):
-        measured(small.shrank_plan, torch.nn.Sequential(), small, [x])
+        measure_errors(small.shrank_plan, torch.nn.Sequential(), small, [x])

@@ -1,0 +1,48 @@
+"""Who says in what norm the error of a layer is measured."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ..linalg import Metric
+from ..model.surgery import Site
+
+
+class MetricSource(Protocol):
+    """The norm that each layer's factors are fitted in: a Calibration, or a view of one."""
+
+    def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
+        """The norm for the error of one layer.
+
+        Args:
+            fqn: The layer's dotted name.
+            matrices: Its weight (G, N/G, K/G), one matrix for each group.
+            centred: Whether a bias makes up for the mean error, so that only the rest counts.
+
+        Returns:
+            The norm; None if nothing is known of the layer: the plain Frobenius norm is then used.
+
+        Raises:
+            FactorizationError: The layer must stay dense; the text says why.
+        """
+
+
+class LayerStatistics(MetricSource, Protocol):
+    """What a plan asks of a calibration: the norms, and how much data is behind them."""
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether errors are weighted by a loss, so that those of different layers add up."""
+
+    def __contains__(self, fqn: str) -> bool:
+        """Whether the layer saw data."""
+
+    def tokens(self, fqn: str) -> int:
+        """Tokens, or positions of a convolution's output, that the layer saw."""
+
+
+def metric_of(source: MetricSource | None, site: Site, matrices: Tensor) -> Metric | None:
+    """The norm for the error of a layer at this site; None if there is no source or it knows nothing of the layer."""
+    return None if source is None else source.metric(site.fqn, matrices, site.module.bias is not None)

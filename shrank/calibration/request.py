@@ -1,0 +1,40 @@
+"""Data to calibrate on and how, before the layers are known that it is for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..util.names import checks_keywords
+from .calibration import Calibration, calibrate
+from .losses import LossLike
+
+
+@checks_keywords
+@dataclass(frozen=True)
+class Calibrate:
+    """Data to calibrate on and how: what `auto_fact(calibrate=)` passes on to `shrank.calibrate`.
+
+    Args:
+        data: See `shrank.calibrate`, as all of these.
+        loss: By which gradients errors are weighted: "output", "lm", "none" or a function.
+        cache: A folder for the results of passes over the data.
+        max_memory: Bytes for moments that are held at a time.
+        spill: Keep what a backward pass needs in temporary files.
+        seed: Of the random directions that "output" draws.
+    """
+
+    data: Iterable[object]
+    loss: LossLike = "output"
+    cache: str | os.PathLike | None = None
+    max_memory: int | None = None
+    spill: bool = False
+    seed: int = 0
+
+    def of(self, model: nn.Module, layers: Iterable[str]) -> Calibration:
+        """What these layers of the model see."""
+        return calibrate(model, self.data, loss=self.loss, layers=layers, cache=self.cache, max_memory=self.max_memory,
+                         spill=self.spill, seed=self.seed)

@@ -1,0 +1,166 @@
+"""One healing, step by step: what is trained, evaluated, kept and written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.batches import Batch
+from ..calibration.losses import NotComparable, TrainingLoss
+from ..model.adapters import LOW_RANK
+from ..model.hooks import in_eval_mode
+from ..util import tensor_file
+from ..util.fingerprint import Unhashable, fingerprint
+from ..util.progress import track
+from .distance import distance, masking_of_blocks
+from .options import RunOptions
+from .schedule import batch_of_step, rate
+
+_AFTER_A_SETBACK = 1 / 3  # of the rate, from the best weights on
+_BETAS, _LARGEST_NORM = (0.9, 0.95), 1.0
+
+
+class Run:
+    """One healing: the models, the masters of the trained weights in float32, and how far it has come."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, batches: list[Batch], held: list[Batch],
+                 options: RunOptions, loss: TrainingLoss | None) -> None:
+        self.student, self.teacher, self.batches, self.held = student, teacher, batches, held
+        self.options, self.loss = options, loss
+        self.trained = _trained(student, options.train)
+        self.masters = {name: p.detach().float().clone() for name, p in self.trained.items()}
+        self.best = {name: master.clone() for name, master in self.masters.items()}
+        self.optimizer = torch.optim.AdamW(self.masters.values(), lr=options.learning_rate, betas=_BETAS,
+                                           weight_decay=0.0)
+        self.masking = masking_of_blocks(student, teacher, (*batches, *held))
+        self.step, self.best_step, self.curve = 0, 0, []
+
+    def all_of_it(self, checkpoint: Path | None) -> None:
+        """Train, and leave the student with its best weights and both models' flags as they were."""
+        self.key = self._key_of() if checkpoint is not None else ""
+        flags = {p: p.requires_grad for model in (self.student, self.teacher) for p in model.parameters()}
+        try:
+            with in_eval_mode(self.student, self.teacher):  # with dropout the teacher's outputs could not be reached
+                for parameter in flags:
+                    parameter.requires_grad_(False)
+                for parameter in self.trained.values():
+                    parameter.requires_grad_(True)
+                self.train(checkpoint)
+        finally:
+            self.take_best()
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+
+    def train(self, checkpoint: Path | None) -> None:
+        if checkpoint is not None and checkpoint.exists():
+            self._resume(checkpoint)
+        if not self.curve:
+            self._evaluate()
+        todo = range(self.step, self.options.steps)
+        for _ in track(todo, "healing"):
+            self._take_step()
+            if self.step % self.options.evaluate_every == 0 or self.step == self.options.steps:
+                self._evaluate()
+                if checkpoint is not None:
+                    self._save(checkpoint)
+
+    def take_best(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(self.best[name])
+                parameter.grad = None
+
+    def _take_step(self) -> None:
+        loss = self._loss(batch_of_step(self.batches, self.step, self.options.seed), "")
+        loss.backward()
+        for name, master in self.masters.items():
+            gradient = self.trained[name].grad
+            master.grad = torch.zeros_like(master) if gradient is None else gradient.float()
+            self.trained[name].grad = None
+        nn.utils.clip_grad_norm_(self.masters.values(), _LARGEST_NORM)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.learning_rate * rate(self.step, self.options.steps) * self._slowed()
+        self.optimizer.step()
+        self._show_masters()
+        self.step += 1
+
+    def _show_masters(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(self.masters[name])
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        loss = sum(self._loss(batch, "held-out ").item() for batch in self.held) / len(self.held)
+        if not self.curve or loss < min(value for _, value in self.curve):
+            self.best_step = self.step
+            self.best = {name: master.clone() for name, master in self.masters.items()}
+        else:
+            for name, master in self.masters.items():
+                master.copy_(self.best[name])
+                self.optimizer.state[master]["exp_avg"].zero_()
+            self._show_masters()
+        self.curve.append((self.step, loss))
+
+    def _slowed(self) -> float:
+        """What setbacks have left of the rate."""
+        losses = [loss for _, loss in self.curve]
+        return _AFTER_A_SETBACK ** sum(loss >= min(losses[:i]) for i, loss in enumerate(losses) if i)
+
+    def _loss(self, batch: Batch, kind: str) -> Tensor:
+        """Of one batch; RuntimeError where it is not finite."""
+        try:
+            loss = distance(self.student, self.teacher, batch, self.masking, self.options.hidden, self.loss)
+            if bool(loss.isfinite()):
+                return loss
+            problem = NotComparable(f"the loss is {loss.item()}")
+        except NotComparable as error:
+            problem = error
+        raise RuntimeError(f"step {self.step}, {kind}batch {batch.number}: {problem}; the student has its best "
+                           f"weights, of step {self.best_step}; a smaller learning_rate may help") from problem
+
+    def _save(self, path: Path) -> None:
+        state = self.optimizer.state
+        tensors = {f"{part}:{name}": value for name, master in self.masters.items() for part, value in (
+            ("master", master), ("best", self.best[name]), *((key, state[master][key]) for key in
+                                                             ("exp_avg", "exp_avg_sq", "step")))}
+        metadata = {"key": self.key, "step": str(self.step), "best_step": str(self.best_step),
+                    "curve": json.dumps(self.curve)}
+        tensor_file.write(path, {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
+
+    def _resume(self, path: Path) -> None:
+        shapes, metadata = tensor_file.read_table(path)
+        if metadata.get("key") != self.key:
+            raise ValueError(f"{path}: a checkpoint of another healing: its models, data or arguments differ")
+        held = tensor_file.read(path, shapes)
+        for name, master in self.masters.items():
+            master.copy_(held[f"master:{name}"])
+            self.best[name].copy_(held[f"best:{name}"])
+            self.optimizer.state[master] = {key: held[f"{key}:{name}"].to(master.device if key != "step" else "cpu")
+                                            for key in ("exp_avg", "exp_avg_sq", "step")}
+        self.step, self.best_step = int(metadata["step"]), int(metadata["best_step"])
+        self.curve = [tuple(point) for point in json.loads(metadata["curve"])]
+        self._show_masters()
+
+    def _key_of(self) -> str:
+        shapes = {name: tuple(p.shape) for name, p in self.trained.items()}
+        data = [[batch.content() for batch in batches] for batches in (self.batches, self.held)]
+        try:
+            return fingerprint({"options": asdict(self.options), "loss": self.loss, "shapes": shapes,
+                                "teacher": self.teacher, "data": data})
+        except Unhashable as error:
+            raise ValueError(f"checkpoint: this healing could not be known again: {error}; do without") from error
+
+
+def _trained(student: nn.Module, train: str) -> dict[str, nn.Parameter]:
+    """The parameters to train, by name, each once."""
+    inside = {id(p) for m in student.modules() if isinstance(m, LOW_RANK) for p in m.parameters()}
+    chosen = {name: p for name, p in student.named_parameters()
+              if p.is_floating_point() and (train == "all" or id(p) in inside)}
+    if not chosen:
+        raise ValueError("the student has no low-rank layers to train: compress it first")
+    return chosen

@@ -1,0 +1,80 @@
+"""Whether plain data, such as JSON gives, is a plan; what is wrong with anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+FORMAT = 2
+_READABLE = (1, 2)
+
+
+def check_plan(data: object, layer_keys: Collection[str], shape_keys: Collection[str]) -> None:
+    """Raise ValueError, which names the layer and the entry, unless `data` is what `RankPlan.to_dict` writes.
+
+    layer_keys, shape_keys: what the entries of a layer and of its shape are called.
+    """
+    if not isinstance(data, dict) or "layers" not in data:
+        raise ValueError("not a shrank plan: expected an object with the key 'layers'")
+    if data.get("format") not in _READABLE:
+        raise ValueError(f"plan of format {data.get('format')!r}; this version of shrank reads format "
+                         f"{' and '.join(map(str, _READABLE))}")
+    layers = data["layers"]
+    if not isinstance(layers, list):
+        raise ValueError(f"'layers' must be a list, got {type(layers).__name__}")
+    for entry in layers:
+        _check_layer(entry, layer_keys, shape_keys)
+    names = [entry["fqn"] for entry in layers]
+    if repeated := sorted({n for n in names if names.count(n) > 1}):
+        raise ValueError(f"the plan lists layers twice: {', '.join(repeated)}")
+    _check_count(data.get("other_params", 0), "other_params")
+    _check_trade_off(data.get("trade_off", []), data.get("spent"))
+
+
+def _check_trade_off(trade_off: object, spent: object) -> None:
+    points = [*trade_off, *([] if spent is None else [spent])] if isinstance(trade_off, list) else [None]
+    if not all(isinstance(p, list) and len(p) == 2 and _are_numbers(p) for p in points):
+        raise ValueError(f"'trade_off' must be a list of pairs of numbers and 'spent' one, got {points!r:.80}")
+
+
+def _check_layer(entry: object, keys: Collection[str], shape_keys: Collection[str]) -> None:
+    if not isinstance(entry, dict) or not isinstance(entry.get("fqn"), str):
+        raise ValueError(f"a layer of the plan must be an object with a string 'fqn', got {entry!r:.80}")
+    name = f"layer {entry['fqn']!r}"
+    if unknown := entry.keys() - set(keys):
+        raise ValueError(f"{name}: unknown keys {', '.join(sorted(unknown))}")
+    rank, shape, spectrum = entry.get("rank"), entry.get("shape"), entry.get("spectrum", [])
+    if rank is not None:
+        _check_count(rank, f"{name}: rank", least=1)
+    if rank is not None and shape is None:
+        raise ValueError(f"{name}: has a rank but no shape")
+    for key in ("error", "measured"):
+        if (value := entry.get(key)) is not None and not _are_numbers([value]):
+            raise ValueError(f"{name}: {key} must be a number or null, got {value!r}")
+    if not isinstance(spectrum, list | tuple) or not _are_numbers(spectrum):
+        raise ValueError(f"{name}: spectrum must be a list of numbers, got {spectrum!r:.80}")
+    if not isinstance(entry.get("kind"), str) or not isinstance(entry.get("reason", ""), str):
+        raise ValueError(f"{name}: 'kind' and 'reason' must be strings")
+    _check_count(entry.get("size"), f"{name}: size")
+    if shape is not None:
+        _check_shape(shape, name, shape_keys)
+
+
+def _check_shape(shape: object, name: str, keys: Collection[str]) -> None:
+    if not isinstance(shape, dict) or {"pivoted": False, **shape}.keys() != set(keys):
+        raise ValueError(f"{name}: shape must have exactly the keys {', '.join(keys)}")
+    if not isinstance(pivoted := shape.get("pivoted", False), bool):
+        raise ValueError(f"{name}: pivoted must be true or false, got {pivoted!r}")
+    for key, value in shape.items():
+        if key != "pivoted":
+            _check_count(value, f"{name}: {key}", least=1)
+
+
+def _are_numbers(values: Iterable[object]) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _check_count(value: object, name: str, least: int = 0) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
