@@ -24,8 +24,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from shrank.ops import dispatch
-
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "build" / "cmake" / "libshrank.so"
 BAR_US = 6.0
@@ -67,8 +65,10 @@ def _taken_for_cuda(device: str) -> Iterator[None]:
         yield
         return
 
-    with (patch.object(torch.Tensor, "is_cuda", True), patch.object(dispatch, "_find_why_not_here", lambda: ()),
-          patch.object(dispatch, "_find_too_old", lambda index: "")):
+    from shrank.ops import availability  # not before the library is loaded
+
+    with (patch.object(torch.Tensor, "is_cuda", True), patch.object(availability, "_find_why_not_here", lambda: ()),
+          patch.object(availability, "_find_too_old", lambda index: "")):
         yield
 
 

@@ -9,8 +9,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # so that every te
 
 import torch
 
-from tests.common import conv_cases
-from tests.common.cases import DTYPES, ENDS, MATRICES, SHAPES
+from tests.common.ops import DTYPES, OPS
 
 
 def main() -> None:
@@ -18,10 +17,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     device = parser.parse_args().device
     calls = 0
-    ops = torch.ops.shrank
-    linear = [(ops.low_rank_linear, case) for case in [*ENDS, *SHAPES, *MATRICES]]
-    convolutions = [(ops.low_rank_conv, case) for case in [*conv_cases.ENDS[::3], *conv_cases.SHAPES]]
-    for op, case in linear + convolutions:
+    for op, case in [(tested.op, case) for tested in OPS for case in tested.gradients]:
         for dtype in DTYPES:
             for training in (False, True):
                 y = op(*case.tensors(dtype, device, requires_grad=training))

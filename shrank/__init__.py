@@ -16,7 +16,8 @@ from .measuring.language_model import Evaluation, evaluate
 from .measuring.layer_errors import measure_errors
 from .model import peft_hook as peft_hook
 from .model.subclasses import treat_as_base
-from .ops.dispatch import Backend, backend, low_rank_conv, low_rank_linear, why_not
+from .ops.availability import why_not
+from .ops.dispatch import Backend, backend, low_rank_conv, low_rank_linear
 from .planning.budget import Budget
 from .planning.latency import LatencyTable
 from .planning.make_plan import eligible, make_plan

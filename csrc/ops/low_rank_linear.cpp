@@ -9,7 +9,7 @@ namespace {
 
 constexpr const char* kOp = "shrank::low_rank_linear";
 
-// The law of schema.py, which eager calls do not pass through; tests/ops/test_law.py holds both to one table.
+// The law of ops/linear.py, which eager calls do not pass through; tests/ops/test_law.py holds both to one table.
 Problem checked_problem(const LowRankLinear& args, bool training) {
   const auto& [x, down, up, bias, activation, residual] = args;
   STD_TORCH_CHECK(x.dim() >= 1, "shrank::low_rank_linear: x is 0-dimensional, wanted (..., K)");

@@ -1,4 +1,4 @@
-// shrank::low_rank_linear and shrank::low_rank_linear_train (schemas and law: shrank/ops/schema.py).
+// shrank::low_rank_linear and shrank::low_rank_linear_train (schemas and law: shrank/ops/linear.py).
 #pragma once
 
 #include <optional>

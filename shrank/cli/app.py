@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..ops.dispatch import why_not
+from ..ops.availability import why_not
 from ..ops.native import build_info
 from ..version import __version__
 from . import eval_command, model_commands

@@ -9,22 +9,46 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..linalg import Factors, PivotedFactors, Shape
-from ..ops.dispatch import Backend, low_rank_conv, setting
+from ..ops.dispatch import low_rank_conv
 from .low_rank import LowRankLayer
 from .plain import CONVOLUTIONS
-from .two_stage import NO_PIVOTED_KERNEL, Pivots, checked_rank, is_untouched, memory_format, reset_stages, run_stages
+from .two_stage import Pivots, checked_rank, memory_format, reset_stages
 
 
 class CED(LowRankLayer):
-    """A k-dimensional convolution into `rank` channels, then a pointwise one; x: (batch, in_channels, *spatial).
+    """A convolution of low rank in 1 to 3 dimensions: one into `rank` channels, then a pointwise one.
 
-    `kernel_size` is a tuple whose length (1, 2 or 3) sets the dimension. The first stage has min(rank, groups) groups;
-    the second one as many if `groups_out`, else one. pivot: as for LED, within every group; both stages must have the
-    same groups. Raises ValueError on a rank, kernel or grouping that does not fit.
-    Source: Winata et al., ICASSP 2020 (convolutional encoder-decoder: Cahyawijaya et al., Greenformer, 2021).
+    x is (batch, in_channels, *spatial) or without a batch, y has `out_channels` channels. The stages are `ced_unit[0]`,
+    whose weight is `down` (rank, in_channels / groups, *kernel_size), and `ced_unit[1]`, whose weight is `up`
+    (out_channels, rank / groups, 1, ...). Drawn from scratch, the outputs have the variance of nn.Conv's.
+
+    Args:
+        in_channels: C, channels of x.
+        out_channels: N, channels of y.
+        rank: R, at least 1; with pivots below `out_channels`.
+        kernel_size: 1, 2 or 3 sizes; how many sets the dimension.
+        stride: Of the first stage.
+        padding: Of the first stage: numbers, "same" or "valid".
+        dilation: Of the first stage.
+        groups: Of the dense convolution; the first stage has min(rank, groups).
+        groups_out: Whether the second stage has as many groups as the first, else it has one.
+        padding_mode: Of the first stage: zeros, reflect, replicate or circular.
+        bias: Whether a bias (out_channels,) is added.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        r: The name of `rank` in Greenformer and ShRank; give one of both.
+        pivot: As of `LED`, within every group; both stages must have the same groups.
+
+    Raises:
+        ValueError: The rank, the kernel or the groups do not fit.
+        TypeError: The rank is not given, or given twice.
+
+    Source:
+        Winata et al., ICASSP 2020; the convolutional encoder-decoder: Cahyawijaya et al., Greenformer, 2021.
     """
 
     unit = "ced_unit"
+    stage_kinds = tuple(CONVOLUTIONS.values())
 
     def __init__(self, in_channels: int, out_channels: int, rank: int | None = None,
                  kernel_size: tuple[int, ...] | None = None, stride: int | tuple[int, ...] = 1,
@@ -49,21 +73,11 @@ class CED(LowRankLayer):
             convolution(rank, out_channels - rank if pivot else out_channels, 1, groups=up_groups, bias=bias, **made),
         )
         if pivot:
-            self.ced_unit.append(Pivots(rank, out_channels, 1, bias, up_groups, **made))
+            self.ced_unit.append(Pivots(rank, out_channels, -1 - len(kernel_size), bias, up_groups, **made))
         fan_in = in_channels // groups * math.prod(kernel_size)
         reset_stages(self.ced_unit, fan_in=fan_in, rank=rank // self.up_groups)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.pivoted:
-            if setting.backend is Backend.NATIVE:
-                raise RuntimeError(NO_PIVOTED_KERNEL)
-            unbatched = x.dim() == len(self.kernel_size) + 1
-            return run_stages(self.ced_unit, x[None])[0] if unbatched else run_stages(self.ced_unit, x)
-        first, second = self.ced_unit
-        own = CONVOLUTIONS.get(x.dim() - 2), CONVOLUTIONS.get(x.dim() - 1)  # batched, unbatched
-        if not all(type(stage) in own and is_untouched(stage) for stage in (first, second)) or not (
-                first.weight.is_cuda or setting.backend is Backend.NATIVE):
-            return run_stages(self.ced_unit, x)
+    def in_one_op(self, x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
         padding = first.padding
         if first.padding_mode != "zeros":
             x, padding = F.pad(x, first._reversed_padding_repeated_twice, first.padding_mode), 0
@@ -144,31 +158,25 @@ class CED(LowRankLayer):
             kernel = (up.unflatten(0, (G, -1)) @ down).flatten(0, 1)        # (out, in/G * kernel)
         else:
             kernel = torch.einsum("ogr,grk->ogk", up.unflatten(1, (G, -1)), down).flatten(1)
-        if self.pivoted:
-            kernel = torch.cat((self.down.flatten(1), kernel)).index_select(0, self.ced_unit[2].order)
-        return kernel.reshape(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        return self.all_rows(kernel).reshape(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
-    def factors(self) -> Factors | PivotedFactors:
+    def grouped(self) -> tuple[Tensor, Tensor]:
         G, up = self.down_groups, self.up.flatten(1)
-        down = self.down.flatten(1).unflatten(0, (G, -1))
         up = up.unflatten(0, (G, -1)) if self.up_groups == G else up.unflatten(1, (G, -1)).transpose(0, 1)
-        return PivotedFactors(down, up, self.order, 1.0) if self.pivoted else Factors(down, up, 0.0, 1.0)
+        return self.down.flatten(1).unflatten(0, (G, -1)), up
 
-    def take(self, factors: Factors | PivotedFactors, bias: Tensor | None) -> None:
-        """As of LowRankLayer; where the dense groups did not split over those of the first stage, up has (G, N, R/G) or
-        its blocks are laid out with zeros between."""
+    def ungrouped(self, factors: Factors | PivotedFactors) -> tuple[Tensor, Tensor]:
         up = factors.up
         if self.up_groups == self.down_groups:
             up = up.flatten(0, 1)                                           # (out, rank/G)
-        elif up.shape[0] * up.shape[1] == self.out_channels:
+        elif up.shape[0] * up.shape[1] == self.out_channels:                # groups of the dense convolution
             up = torch.block_diag(*up)                                      # (out, rank), zero across groups
-        else:
+        else:                                                               # up is (G, out, rank/G)
             up = up.transpose(0, 1).flatten(1)                              # column blocks: (out, rank)
         first, second = self.ced_unit[0].weight, self.ced_unit[1].weight
         layout = {"memory_format": memory_format(first)}
         down = factors.down.flatten(0, 1).reshape(first.shape).contiguous(**layout)
-        up = up.reshape(second.shape).contiguous(**layout)
-        self.set_factors(down, up, bias, getattr(factors, "order", None))
+        return down, up.reshape(second.shape).contiguous(**layout)
 
     def blocks_of(self, weight: Tensor) -> Tensor:
         weight, G = weight.flatten(1), self.down_groups

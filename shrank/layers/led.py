@@ -8,23 +8,41 @@ from torch.nn import Linear
 from torch.nn.functional import linear
 
 from ..linalg import Factors, PivotedFactors, Shape
-from ..ops.dispatch import Backend, low_rank_linear, setting
+from ..ops.dispatch import Backend, current_backend, low_rank_linear
 from .low_rank import LowRankLayer
-from .two_stage import NO_PIVOTED_KERNEL, Pivots, checked_rank, reset_stages, run_pivots, run_stages
+from .two_stage import Pivots, checked_rank, reset_stages, run_pivots
 
 NATIVE = Backend.NATIVE
 
 
 class LED(LowRankLayer):
-    """y = (x @ down.T) @ up.T + bias; x: (..., in_features), down: (rank, in_features), up: (out_features, rank).
+    """A linear layer whose weight is a product of two factors: y = (x @ down.T) @ up.T + bias.
 
-    Drawn from scratch, its outputs have the variance that nn.Linear's have. `r` is the ancestors' name of `rank`.
-    pivot: `down` holds `rank` rows of the weight itself and up (out_features - rank, rank) gives the others in terms of
-    them: the same matrices in fewer numbers. Raises ValueError on a rank below 1, or of all outputs with pivots.
-    Source: Winata et al., ICASSP 2020 (linear encoder-decoder); Zhao et al., ICML 2025 (PIFA).
+    x is (..., in_features), y (..., out_features), `down` (rank, in_features), `up` (out_features, rank). The stages
+    are `led_unit[0]` and `led_unit[1]`, two nn.Linear. Drawn from scratch, the outputs have the variance of
+    nn.Linear's.
+
+    Args:
+        in_features: K, inputs.
+        out_features: N, outputs.
+        rank: R, at least 1; with pivots below `out_features`.
+        bias: Whether a bias (out_features,) is added.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        r: The name of `rank` in Greenformer and ShRank; give one of both.
+        pivot: Store the same matrices in fewer numbers: `down` holds `rank` rows of the weight itself, and `up`
+            (out_features - rank, rank) gives the other rows in terms of them.
+
+    Raises:
+        ValueError: The rank is below 1, or with pivots not below the outputs.
+        TypeError: The rank is not given, or given twice.
+
+    Source:
+        Winata et al., ICASSP 2020 (linear encoder-decoder); pivots: Zhao et al., ICML 2025 (PIFA).
     """
 
     unit = "led_unit"
+    stage_kinds = (Linear,)
     kind = "Linear"
 
     def __init__(self, in_features: int, out_features: int, rank: int | None = None, bias: bool = True,
@@ -44,30 +62,31 @@ class LED(LowRankLayer):
         reset_stages(self.led_unit, fan_in=in_features, rank=rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Direct dictionary look-ups: attribute access on modules would cost as much as the product of a small layer
-        # (benchmarks/bench_inference.py).
+        # two_stage.run, inlined for stages that own their parameters: attribute access on modules and more calls would
+        # cost as much as the product of a small layer (benchmarks/bench_inference.py). All else goes there, and
+        # tests/layers/test_run.py holds both to the same answers.
         stages = self._modules["led_unit"]._modules
         first, second = stages["0"], stages["1"]
         a, b = first.__dict__, second.__dict__
         own, others = a["_parameters"], b["_parameters"]
         # DataParallel and FSDP take the parameters away and leave tensors in their places, which the stages know.
-        if type(first) is Linear and type(second) is Linear and "weight" in own and len(others) == 2 and not (
+        if type(first) is type(second) is Linear and "weight" in own and len(others) == 2 and not (
             a["_forward_hooks"] or a["_forward_pre_hooks"] or a["_backward_hooks"] or a["_backward_pre_hooks"]
             or b["_forward_hooks"] or b["_forward_pre_hooks"] or b["_backward_hooks"] or b["_backward_pre_hooks"]
             or "forward" in a or "forward" in b
         ):
             down, up, bias = own["weight"], others["weight"], others["bias"]
-            if len(stages) == 3:
-                if setting.backend is NATIVE:
-                    raise RuntimeError(NO_PIVOTED_KERNEL)
+            if len(stages) == 2:
+                if down.is_cuda or current_backend() is NATIVE:
+                    return low_rank_linear(x, down, up, bias)
+                return linear(linear(x, down), up, bias)  # as low_rank_linear would, without the cost of asking
+            if current_backend() is not NATIVE:
                 h = linear(x, down)
                 return run_pivots(stages["2"], h, linear(h, up, bias))
-            if down.is_cuda or setting.backend is NATIVE:
-                return low_rank_linear(x, down, up, bias)
-            return linear(linear(x, down), up, bias)  # as low_rank_linear would, without the cost of asking
-        if setting.backend is NATIVE and self.pivoted:
-            raise RuntimeError(NO_PIVOTED_KERNEL)
-        return run_stages(self.led_unit, x)
+        return super().forward(x)
+
+    def in_one_op(self, x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
+        return low_rank_linear(x, first.weight, second.weight, second.bias)
 
     @property
     def rank(self) -> int:
@@ -82,18 +101,13 @@ class LED(LowRankLayer):
         return self.out_features, self.in_features
 
     def dense_weight(self) -> Tensor:
-        """up @ down, in the layout of the dense layer's weight."""
-        if not self.pivoted:
-            return self.up @ self.down
-        return torch.cat((self.down, self.up @ self.down)).index_select(0, self.led_unit[2].order)
+        return self.all_rows(self.up @ self.down)
 
-    def factors(self) -> Factors | PivotedFactors:
-        if self.pivoted:
-            return PivotedFactors(self.down[None], self.up[None], self.order, 1.0)
-        return Factors(self.down[None], self.up[None], 0.0, 1.0)
+    def grouped(self) -> tuple[Tensor, Tensor]:
+        return self.down[None], self.up[None]
 
-    def take(self, factors: Factors | PivotedFactors, bias: Tensor | None) -> None:
-        self.set_factors(factors.down[0], factors.up[0], bias, getattr(factors, "order", None))
+    def ungrouped(self, factors: Factors | PivotedFactors) -> tuple[Tensor, Tensor]:
+        return factors.down[0], factors.up[0]
 
     def blocks_of(self, weight: Tensor) -> Tensor:
         return weight[None]

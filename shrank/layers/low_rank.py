@@ -11,7 +11,7 @@ from ..linalg import FactorizationError, Factors, PivotedFactors, Shape, factori
 from .merged_weight import merged
 from .plain import why_no_matrix, why_not_plain
 from .seal import drop_seal
-from .two_stage import assign_bias, is_pivoted, merged_bias, set_stages
+from .two_stage import assign_bias, is_pivoted, merged_bias, run, set_stages
 
 _NAMES = ("down", "up")
 
@@ -24,6 +24,14 @@ class LowRankLayer(nn.Module):
     """
 
     unit: ClassVar[str]  # the name of the sequence of stages, in attributes and checkpoints
+    stage_kinds: ClassVar[tuple[type[nn.Module], ...]]  # that the op computes as well
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run(self.stages, x, self.stage_kinds, self.in_one_op)
+
+    def in_one_op(self, x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
+        """What both stages compute, one after the other, by the op of shrank."""
+        raise NotImplementedError
 
     @property
     def stages(self) -> nn.Sequential:
@@ -83,13 +91,30 @@ class LowRankLayer(nn.Module):
         """The product of the factors, in the layout of the dense layer's weight."""
         raise NotImplementedError
 
-    def factors(self) -> Factors | PivotedFactors:
-        """The factors, group by group: down (G, R/G, K/G) and up (G, N/G, R/G), as `linalg` has them."""
+    def all_rows(self, product: Tensor) -> Tensor:
+        """The dense weight as a matrix (N, K), from the product of the factors: with pivots, of the other rows."""
+        if not self.pivoted:
+            return product
+        return torch.cat((self.down.flatten(1), product)).index_select(0, self.order)
+
+    def grouped(self) -> tuple[Tensor, Tensor]:
+        """down and up, group by group: (G, R/G, K/G) and (G, N/G, R/G)."""
         raise NotImplementedError
+
+    def ungrouped(self, factors: Factors | PivotedFactors) -> tuple[Tensor, Tensor]:
+        """down and up in the layouts of the stages' weights, from factors group by group."""
+        raise NotImplementedError
+
+    def factors(self) -> Factors | PivotedFactors:
+        """The factors, group by group, as `linalg` has them."""
+        if self.pivoted:
+            return PivotedFactors(*self.grouped(), self.order, 1.0)
+        return Factors(*self.grouped(), 0.0, 1.0)
 
     def take(self, factors: Factors | PivotedFactors, bias: Tensor | None) -> None:
         """Make these factors, group by group, and this bias (N,) the parameters."""
-        raise NotImplementedError
+        order = factors.order if isinstance(factors, PivotedFactors) else None
+        self.set_factors(*self.ungrouped(factors), bias, order)
 
     def set_factors(self, down: Tensor, up: Tensor, bias: Tensor | None, order: Tensor | None = None) -> None:
         """Make down and up, in the layouts of the stages' weights, and bias (N,) the parameters, without a copy; with

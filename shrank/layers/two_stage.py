@@ -1,12 +1,15 @@
 """What LED and CED share: a sequence of two stages, the down factor and the up factor with the bias, and in pivoted
-storage a third, which puts the outputs of both into their places."""
+storage a third, which puts the outputs of both into their places; and who computes them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from ..ops.dispatch import Backend, current_backend
 
 NO_PIVOTED_KERNEL = "backend is native, but the native kernels do not know pivoted storage: auto_fact(..., pivot=False)"
 
@@ -24,7 +27,8 @@ def checked_rank(rank: int | None, r: int | None, outputs: int | None = None) ->
 
 
 class Pivots(nn.Module):
-    """Puts h (..., R, ...), outputs themselves, and the other outputs (..., N - R, ...) in order along `dim`.
+    """Puts h (..., R, ...), outputs themselves, and the other outputs (..., N - R, ...) in order along `dim`, which is
+    negative, so that a batch may be missing.
 
     order: (N,), for every output its place among h and then the others. Where h is one window of the outputs, no gather
     is needed. `bias` is that of the outputs in h: added after the others were computed from it, since a large bias
@@ -44,7 +48,7 @@ class Pivots(nn.Module):
     def forward(self, h: Tensor, others: Tensor) -> Tensor:
         dim, bias = self.dim, self.bias
         if bias is not None:
-            h = h + (bias if dim == -1 else bias[(slice(None), *[None] * (h.dim() - dim - 1))])
+            h = h + (bias if dim == -1 else bias[(slice(None), *[None] * (-dim - 1))])
         if self.window is None:
             return torch.cat((h, others), dim).index_select(dim, self.order)
         if self.window == 0:
@@ -89,6 +93,26 @@ def reset_stages(stages: nn.Sequential, fan_in: int, rank: int) -> None:
 
 def is_pivoted(stages: nn.Sequential) -> bool:
     return len(stages) == 3
+
+
+def run(stages: nn.Sequential, x: Tensor, kinds: tuple[type[nn.Module], ...],
+        in_one_op: Callable[[Tensor, nn.Module, nn.Module], Tensor]) -> Tensor:
+    """Decides who computes a low-rank layer: the stages one by one, or `in_one_op` of x and the two stages.
+
+    The op computes where its kernels may run, that is on CUDA, or where they are insisted on; of stages that are what
+    they were built as, one of `kinds`, and that nobody hooked or patched. RuntimeError where the native kernels are
+    insisted on and the stages are pivoted.
+    """
+    native = current_backend() is Backend.NATIVE
+    if is_pivoted(stages):
+        if native:
+            raise RuntimeError(NO_PIVOTED_KERNEL)
+        return run_stages(stages, x)
+    first, second = stages
+    plain = all(type(stage) in kinds and is_untouched(stage) for stage in (first, second))
+    if plain and (native or first.weight.is_cuda):
+        return in_one_op(x, first, second)
+    return run_stages(stages, x)
 
 
 def run_stages(stages: nn.Sequential, x: Tensor) -> Tensor:

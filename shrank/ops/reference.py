@@ -66,6 +66,10 @@ def low_rank_linear_stages(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | N
     """low_rank_linear with what lies between."""
     h = F.linear(x, down)
     z = F.linear(h, up, bias)
+    return _finished(h, z, activation, residual)
+
+
+def _finished(h: Tensor, z: Tensor, activation: str, residual: Tensor | None) -> Stages:
     y = ACTIVATIONS[activation](z)
     if residual is not None:
         y = y + residual
@@ -147,10 +151,7 @@ def low_rank_conv_stages(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | Non
     x, padding = padded(x, window)
     h = convolve(x, down, None, window.stride, padding, window.dilation, window.groups)
     z = convolve(h, up, bias, groups=window.up_groups)
-    y = ACTIVATIONS[activation](z)
-    if residual is not None:
-        y = y + residual
-    return Stages(y, h, z if activation != "none" else z.new_empty(0))
+    return _finished(h, z, activation, residual)
 
 
 def padded(x: Tensor, window: Window) -> tuple[Tensor, list[int]]:

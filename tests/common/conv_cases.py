@@ -16,7 +16,8 @@ Sizes = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ConvCase:
-    """x (B, C, *input), down (R, C / groups, *kernel), up (N, R / up_groups, 1, ...)."""
+    """A problem of the convolution op: x (B, C, *input),
+    down (R, C / groups, *kernel), up (N, R / up_groups, 1, ...)."""
 
     input: Sizes
     kernel: Sizes
@@ -48,6 +49,34 @@ class ConvCase:
         return Window(list(self.stride or (1,) * d), list(self.padding or (0,) * d), list(self.dilation or (1,) * d),
                       self.groups, self.up_groups)
 
+    @property
+    def output(self) -> Sizes:
+        """The shape of y."""
+        return self.B, self.N, *self._sizes()
+
+    @property
+    def hidden(self) -> Sizes:
+        """The shape of h."""
+        return self.B, self.R, *self._sizes()
+
+    def _sizes(self) -> list[int]:
+        x, down = torch.empty(1, 1, *self.input, device="meta"), torch.empty(1, 1, *self.kernel, device="meta")
+        return output_sizes(x, down, self.window)
+
+    def is_laid_out(self, output: Tensor, x: Tensor) -> bool:
+        """Whether y, h or z is laid out as the op promises for x; where x may be read either way, as channels first."""
+        ambiguous = x.is_contiguous() and is_last(x)
+        return is_last(output) if self.last and not ambiguous else output.is_contiguous()
+
+    def other_inputs(self, device: str) -> list[Tensor]:
+        """x of other batches and images; no size of the weights among them: Dynamo would guard that equality."""
+        made = [torch.randn(B, self.C, *sizes, device=device) for B, *sizes in ((4, 11, 13), (5, 9, 7), (7, 10, 19))]
+        return [x.to(memory_format=torch.channels_last) for x in made] if self.last else made
+
+    def residual_for(self, x: Tensor) -> Tensor | None:
+        """A residual for one of other_inputs: none."""
+        return None
+
     def tensors(self, dtype: torch.dtype, device: str, requires_grad: bool = False) -> tuple:
         """The op's arguments, scaled so that outputs have about unit variance."""
         generator, d = torch.Generator().manual_seed(0), len(self.input)
@@ -63,9 +92,13 @@ class ConvCase:
                     fan_in=self.C // self.groups * math.prod(self.kernel))
         up = draw(self.N, self.R // self.up_groups, *(1,) * d, fan_in=self.R // self.up_groups)
         bias = draw(self.N) if self.bias else None
-        out = (self.B, self.N, *output_sizes(x, down, self.window))
         return (x, down, up, bias, *self.window, self.activation,
-                draw(*out, last=self.last) if self.residual else None)
+                draw(*self.output, last=self.last) if self.residual else None)
+
+
+def is_last(tensor: Tensor) -> bool:
+    """Whether the channels of a tensor (B, C, ...) are innermost, without gaps."""
+    return tensor.movedim(1, -1).is_contiguous()
 
 
 # Every end of the layer, in both memory formats.

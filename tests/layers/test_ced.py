@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+import shrank
 from shrank.lr_module import CED
 from tests.common.tolerances import assert_close
 
@@ -85,3 +88,18 @@ def test_channels_last_is_kept() -> None:
     layer = CED(8, 12, 4, (3, 3)).to(memory_format=torch.channels_last)
     x = torch.randn(2, 8, 9, 9).to(memory_format=torch.channels_last)
     assert layer(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_channels_last_brings_the_weights_into_the_kernels_layout_and_changes_no_state() -> None:
+    for kernel, memory_format in (((3, 3), torch.channels_last), ((2, 3, 3), torch.channels_last_3d)):
+        dense = nn.Sequential(CED(8, 12, 4, kernel))
+        state = copy.deepcopy(dense.state_dict())
+        last = dense.to(memory_format=memory_format)
+        assert last[0].down.movedim(1, -1).is_contiguous()
+        for name, value in last.state_dict().items():
+            assert torch.equal(value, state[name]) and value.shape == state[name].shape
+        last.load_state_dict(state)
+        assert last[0].down.movedim(1, -1).is_contiguous()
+        assert copy.deepcopy(last)[0].down.movedim(1, -1).is_contiguous()
+        convolution = {2: nn.Conv2d, 3: nn.Conv3d}[len(kernel)](32, 32, kernel).to(memory_format=memory_format)
+        assert shrank.auto_fact(convolution, 8).down.movedim(1, -1).is_contiguous()

@@ -17,6 +17,7 @@ import shrank
 from shrank import CED, LED
 from shrank.model.storage import with_plain_factors
 from tests.common.models import WIDTH, assert_untouched, draw, fingerprint, mlp, seeded
+from tests.common.replica import replica
 from tests.common.tolerances import assert_close
 
 LAYERS = {
@@ -29,24 +30,6 @@ LAYERS = {
     "ced-pivoted": (lambda: CED(8, 12, 4, (3, 3), pivot=True), (2, 8, 5, 5)),
 }
 each_layer = pytest.mark.parametrize(("build", "shape"), LAYERS.values(), ids=LAYERS)
-
-
-def replica(model: nn.Module) -> nn.Module:
-    """What nn.DataParallel makes of a model on every device: plain tensors where the parameters were."""
-    old = list(model.modules())
-    new = {id(m): m._replicate_for_data_parallel() for m in old}
-    for module in old:
-        made = new[id(module)]
-        for name, child in module._modules.items():
-            made._modules[name] = new[id(child)]
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                made._parameters[name] = None
-            else:
-                setattr(made, name, parameter.clone())
-        for name, buffer in module._buffers.items():
-            made._buffers[name] = buffer
-    return new[id(model)]
 
 
 @each_layer
@@ -117,7 +100,8 @@ CHANGES = {
     "pruned": (lambda m: torch.nn.utils.prune.l1_unstructured(m[0][1], "weight", 0.5),
                r"up stage is pruned.*prune\.remove"),
     "weight-norm": (lambda m: parametrizations.weight_norm(m[0][0]), "down stage has a parametrized weight"),
-    "wrapped": (lambda m: m[0].led_unit.__setitem__(1, Frozen(m[0][1])), "up stage is a tests.layers.test_plain.Frozen"),
+    "wrapped": (lambda m: m[0].led_unit.__setitem__(1, Frozen(m[0][1])),
+                "up stage is a tests.layers.test_plain.Frozen"),
     "quantized": (quantized, "down stage is a torch.ao.*Linear.*before quantizing"),
     "torchao": (torchao, "down stage has a weight that is a torchao.*not plain numbers"),
     "hooked": (lambda m: m[0][1].register_forward_hook(lambda *args: args[2] * 2), "up stage has forward hooks"),

@@ -7,7 +7,7 @@ import os
 import pytest
 
 import shrank
-from shrank.ops import dispatch
+from tests.common.ops import pretend_native
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -26,5 +26,4 @@ def on_cpp() -> bool:
 @pytest.fixture
 def native(monkeypatch) -> None:
     """As if the native kernels could run here."""
-    monkeypatch.setattr(dispatch, "_why_not_here", tuple)
-    monkeypatch.setattr(dispatch, "_why_not_these", lambda *_: [])
+    pretend_native(monkeypatch)

@@ -1,4 +1,5 @@
-"""What only a GPU can show: capture, streams, devices, sizes beyond 32 bits. Run with `-m gpu`."""
+"""What only a GPU can show: capture, streams, devices, sizes beyond 32 bits, cuDNN beside our kernels. Run with
+`-m gpu`."""
 
 from __future__ import annotations
 
@@ -6,44 +7,104 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import shrank
 from shrank.measuring.explain import explain
 from shrank.ops import reference
-from tests.common.cases import Case
+from tests.common.conv_cases import ConvCase
+from tests.common.linear_cases import LinearCase
+from tests.common.ops import CONV_OP, EACH_OP, LINEAR_OP, doubled, ops_of
 from tests.common.tolerances import assert_close, assert_every_element_close
-from tests.ops.test_api import ops_of
 
 pytestmark = pytest.mark.gpu
-op = torch.ops.shrank.low_rank_linear
-CASE = Case((64,), 256, 384, 32, True, "gelu", True)
+CASES = {"linear": LinearCase((64,), 256, 384, 32, True, "gelu", True),
+         "conv": ConvCase((28, 30), (3, 3), 64, 96, 32, B=4, padding=(1, 1), activation="gelu", residual=True,
+                          last=True)}
+# Tokens are those of batches, single and full.
+LINEAR_MODELS = [LinearCase((M,), K, N, R) for M in (1, 33, 128, 1000, 4096) for K, N, R in [
+    (768, 768, 64), (768, 3072, 96), (3072, 768, 128), (1024, 1032, 192), (4096, 4096, 256), (768, 776, 40),
+    (2048, 2048, 320)]]
+CONV_MODELS = [  # by chunks, by numbers, depthwise, grouped; 1d, 2d, 3d
+    ConvCase((56, 56), (3, 3), 64, 64, 16, B=8, padding=(1, 1), last=True),
+    ConvCase((28, 28), (3, 3), 128, 128, 32, B=8, padding=(1, 1), last=True),
+    ConvCase((14, 14), (3, 3), 256, 256, 64, B=8, padding=(1, 1), last=True),
+    ConvCase((7, 7), (3, 3), 512, 512, 128, B=8, padding=(1, 1), last=True),
+    ConvCase((32, 32), (3, 3), 320, 320, 80, padding=(1, 1), last=True),
+    ConvCase((112, 112), (7, 7), 3, 64, 24, stride=(2, 2), padding=(3, 3), last=True),
+    ConvCase((1532, 1), (512, 1), 1, 128, 48, B=8, stride=(4, 1), last=True),
+    ConvCase((127, 1), (64, 1), 128, 128, 56, B=8, padding=(31, 32, 0, 0), last=True),
+    ConvCase((300,), (3,), 80, 384, 40, B=4, padding=(1,), last=True),
+    ConvCase((149,), (128,), 768, 768, 384, padding=(64,), groups=16, up_groups=16, last=True),
+    ConvCase((8, 32, 32), (2, 16, 16), 3, 96, 48, stride=(2, 16, 16), last=True),
+    ConvCase((56, 56), (3, 3), 128, 128, 128, B=8, padding=(1, 1), groups=128, last=True),
+    ConvCase((56, 56), (7, 7), 96, 384, 96, padding=(3, 3), groups=96, last=True),
+    ConvCase((2048,), (4,), 1536, 80, 1536, padding=(3, 0), groups=1536, last=True),
+]
+MODELS = [(LINEAR_OP, case, case) for case in LINEAR_MODELS] + [
+    (CONV_OP, case, replace(case, last=False)) for case in CONV_MODELS]
 
 
-def test_the_native_kernels_run_here() -> None:
-    assert shrank.why_not(*CASE.tensors(torch.bfloat16, "cuda")[:4]) == []
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("shrank::low_rank_linear", "CUDA")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("tested", "case", "other"), MODELS, ids=[f"{tested}-{case}" for tested, case, _ in MODELS])
+def test_the_layers_of_models(tested, case, other, dtype: torch.dtype) -> None:
+    for end in (case, replace(case, activation="gelu", residual=True), replace(other, activation="silu")):
+        arguments = end.tensors(dtype, "cuda")
+        wanted, torchs = tested.reference(*doubled(arguments)), tested.reference(*arguments)
+        for y in (tested.op(*arguments), tested.op_train(*arguments)[0]):
+            assert_close(y, wanted, torchs)
+            assert_every_element_close(y, wanted)
+            assert end.is_laid_out(y, arguments[0])
 
 
-def test_led_is_one_op() -> None:
+@EACH_OP
+def test_the_native_kernels_run_here(tested) -> None:
+    assert shrank.why_not(*CASES[tested.name].tensors(torch.bfloat16, "cuda")[:4]) == []
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"shrank::{tested.definition.name}", "CUDA")
+
+
+LAYERS = {"linear": lambda: shrank.LED(256, 384, 32, device="cuda", dtype=torch.bfloat16),
+          "conv": lambda: shrank.CED(64, 96, 32, (3, 3), padding=1, device="cuda", dtype=torch.bfloat16)}
+
+
+def gradients(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(layer(x).float().square().mean(), [x, *layer.parameters()])
+
+
+@EACH_OP
+def test_a_layer_is_one_op_and_trains(tested) -> None:
+    layer, name = LAYERS[tested.name]().to(memory_format=torch.channels_last), tested.definition.name
+    x = CASES[tested.name].tensors(torch.bfloat16, "cuda")[0].requires_grad_()
+    with torch.no_grad():
+        assert ops_of(lambda: layer(x)) == [name]
+    assert ops_of(lambda: layer(x)) == [f"{name}_train"]
+    found = gradients(layer, x)
+    with shrank.backend("torch"):
+        wanted = gradients(layer, x)
+    for ours, torchs in zip(found, wanted, strict=True):
+        assert_close(ours, torchs)
+
+
+def test_led_computes_in_fp32() -> None:
     layer, x = shrank.LED(256, 384, 32, device="cuda"), torch.randn(64, 256, device="cuda")
-    assert ops_of(lambda: layer(x)) == ["low_rank_linear_train"]
     with torch.no_grad():
         assert ops_of(lambda: layer(x)) == ["low_rank_linear"]
         assert_close(layer(x), reference.low_rank_linear(x, layer.down, layer.up, layer.bias))
 
 
-def test_explain_knows_this_gpu() -> None:
-    facts = explain((64, 256, 384, 32), gpu=None)
-    assert facts["device"]["name"]
+CAPTURED = [
+    *((LINEAR_OP, replace(CASES["linear"], activation=each), torch.bfloat16) for each in reference.ACTIVATIONS),
+    *((CONV_OP, CASES["conv"], dtype) for dtype in (torch.bfloat16, torch.float32)),
+]
 
 
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
-def test_graph_capture(activation: str) -> None:
-    x, *rest = replace(CASE, activation=activation).tensors(torch.bfloat16, "cuda")
+@pytest.mark.parametrize(("tested", "case", "dtype"), CAPTURED, ids=str)
+def test_graph_capture(tested, case, dtype: torch.dtype) -> None:
+    op, (x, *rest) = tested.op, case.tensors(dtype, "cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        op(x, *rest)  # cuBLAS makes its workspace on the first call of a stream
+        op(x, *rest)  # on the first call of a stream cuBLAS makes its workspace, and cuDNN its plans
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
@@ -53,25 +114,26 @@ def test_graph_capture(activation: str) -> None:
     assert torch.equal(y, op(x, *rest))
 
 
-def test_other_streams() -> None:
+@pytest.mark.parametrize(("tested", "dtype"), [(LINEAR_OP, torch.float32), (CONV_OP, torch.bfloat16)], ids=str)
+def test_other_streams(tested, dtype: torch.dtype) -> None:
     """The kernel must queue behind what its own stream does, not the default one."""
-    x, *rest = CASE.tensors(torch.float32, "cuda")
+    op, (x, *rest) = tested.op, CASES[tested.name].tensors(dtype, "cuda")
     expected = op(x + 1, *rest)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(20):
             torch.cuda._sleep(10_000_000)
-            y = op(x + 1, *rest)
-            assert torch.equal(y, expected)
+            assert torch.equal(op(x + 1, *rest), expected)
 
 
+@EACH_OP
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_other_devices() -> None:
-    arguments = CASE.tensors(torch.float32, "cuda:1")
-    y = op(*arguments)  # while cuda:0 is the current one
+def test_other_devices(tested) -> None:
+    arguments = CASES[tested.name].tensors(torch.float32, "cuda:1")
+    y = tested.op(*arguments)  # while cuda:0 is the current one
     assert y.device.index == 1 and torch.cuda.current_device() == 0
-    assert_close(y, reference.low_rank_linear(*arguments))
+    assert_close(y, tested.reference(*arguments))
 
 
 def test_more_elements_than_32_bits_count() -> None:
@@ -81,44 +143,34 @@ def test_more_elements_than_32_bits_count() -> None:
     x = torch.randn(M, 8, device="cuda", dtype=torch.bfloat16)
     down, up = torch.randn(8, 8, device="cuda").bfloat16(), torch.randn(N, 8, device="cuda").bfloat16()
     residual = torch.ones(1, 1, device="cuda", dtype=torch.bfloat16).expand(M, N).contiguous()
-    y = op(x, down, up, None, "relu", residual)
+    y = LINEAR_OP.op(x, down, up, None, "relu", residual)
     for rows in (slice(0, 16), slice(M - 16, M)):
         assert_close(y[rows], reference.low_rank_linear(x[rows], down, up, None, "relu", residual[rows]))
     assert y.view(-1)[::1_000_003].isfinite().all()
 
 
 def test_tf32_only_where_pytorch_allows_it() -> None:
-    arguments = Case((512,), 2048, 512, 256, False, "relu").tensors(torch.float32, "cuda")
+    arguments = LinearCase((512,), 2048, 512, 256, False, "relu").tensors(torch.float32, "cuda")
     assert not torch.backends.cuda.matmul.allow_tf32
-    assert_close(op(*arguments), reference.low_rank_linear(*(a.double() if hasattr(a, "double") else a
-                                                             for a in arguments)))
+    assert_close(LINEAR_OP.op(*arguments), reference.low_rank_linear(*doubled(arguments)))
 
 
 def test_memory_of_one_call() -> None:
     """y and h, nothing else of their size: the epilogue works in place."""
     M, K, N, R = 4096, 1024, 4096, 64
-    arguments = Case((M,), K, N, R, True, "gelu", True).tensors(torch.bfloat16, "cuda")
-    op(*arguments)
+    arguments = LinearCase((M,), K, N, R, True, "gelu", True).tensors(torch.bfloat16, "cuda")
+    LINEAR_OP.op(*arguments)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    y = op(*arguments)
+    y = LINEAR_OP.op(*arguments)
     assert torch.cuda.max_memory_allocated() - before <= 1.1 * 2 * (M * N + M * R)
     assert y.is_cuda
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("M", [1, 33, 128, 1000, 4096])
-@pytest.mark.parametrize(("K", "N", "R"), [(768, 768, 64), (768, 3072, 96), (3072, 768, 128), (1024, 1032, 192),
-                                           (4096, 4096, 256), (768, 776, 40), (2048, 2048, 320)])
-def test_the_layers_of_models(M: int, K: int, N: int, R: int, dtype: torch.dtype) -> None:
-    for case in (Case((M,), K, N, R), Case((M,), K, N, R, True, "gelu", True), Case((M,), K, N, R, True, "silu")):
-        arguments = case.tensors(dtype, "cuda")
-        wide = tuple(a.double() if isinstance(a, torch.Tensor) else a for a in arguments)
-        wanted, torchs = reference.low_rank_linear(*wide), reference.low_rank_linear(*arguments)
-        for y in (op(*arguments), torch.ops.shrank.low_rank_linear_train(*arguments)[0]):
-            assert_close(y, wanted, torchs)
-            assert_every_element_close(y, wanted)
+def test_explain_knows_this_gpu() -> None:
+    facts = explain((64, 256, 384, 32), gpu=None)
+    assert facts["device"]["name"]
 
 
 def test_each_matrix_kernel_is_chosen_for_some_layer() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, export, load, save
+from torch.export import Dim, ExportedProgram, export, load, save
 
 import shrank
 from tests.common.tolerances import assert_close
@@ -19,7 +19,7 @@ from tests.common.tolerances import assert_close
 PROGRAM = Path(__file__).parents[2] / "build" / "cmake" / "run_package"
 
 
-class Net(nn.Module):
+class Linear(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.led = shrank.LED(64, 48, 16)
@@ -30,27 +30,43 @@ class Net(nn.Module):
         return self.norm(torch.ops.shrank.low_rank_linear(x, led.down, led.up, led.bias, "gelu"))
 
 
-@pytest.fixture
-def exported():
+class Conv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ced = shrank.CED(16, 24, 8, (3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ced, window = self.ced, ([1, 1], [1, 0, 0, 1], [1, 1], 1, 1)
+        return torch.ops.shrank.low_rank_conv(x, ced.down, ced.up, ced.bias, *window, "silu").relu()
+
+
+NETS = {"linear": (Linear, (64,)), "conv": (Conv, (16, 6, 5))}
+
+
+def exported(net: type[nn.Module], shape: tuple[int, ...]) -> tuple[nn.Module, ExportedProgram]:
+    """A net, and its program for any number of inputs of this shape."""
     torch.manual_seed(0)
-    net = Net().eval()
-    return net, export(net, (torch.randn(5, 64),), dynamic_shapes=({0: Dim("M")},))
+    net = net().eval()
+    return net, export(net, (torch.randn(5, *shape),), dynamic_shapes=({0: Dim("M")},))
 
 
-def test_export_keeps_the_op(exported) -> None:
-    net, program = exported
-    assert torch.ops.shrank.low_rank_linear.default in {node.target for node in program.graph.nodes}
+@pytest.mark.parametrize("name", NETS)
+def test_export_keeps_the_op(name: str) -> None:
+    kind, shape = NETS[name]
+    net, program = exported(kind, shape)
+    op = getattr(torch.ops.shrank, f"low_rank_{name}").default
+    assert op in {node.target for node in program.graph.nodes}
     buffer = io.BytesIO()
     save(program, buffer)
     buffer.seek(0)
-    x = torch.randn(9, 64)
+    x = torch.randn(9, *shape)
     assert_close(load(buffer).module()(x), net(x))
 
 
 @pytest.mark.skipif("SHRANK_TEST_LIBRARY" in os.environ, reason="the package is the same: compiled once is enough")
-def test_aot_inductor_package_runs_in_a_cpp_program(exported, tmp_path: Path) -> None:
+def test_aot_inductor_package_runs_in_a_cpp_program(tmp_path: Path) -> None:
     assert PROGRAM.exists(), "cmake -S . -B build/cmake && cmake --build build/cmake"
-    net, program = exported
+    net, program = exported(*NETS["linear"])
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "net.pt2"))
     x = torch.randn(9, 64)
     x.numpy().tofile(tmp_path / "x")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shrank.ops import reference
-from tests.common.cases import Case
+from tests.common.linear_cases import LinearCase
 
 TILES = ((32, 64), (32, 96), (32, 128), (32, 192), (32, 256), (64, 0), (64, 64), (64, 96), (64, 128), (64, 192),
          (64, 256), (128, 0), (128, 64), (128, 96), (128, 128), (128, 192), (128, 256))
@@ -44,7 +44,7 @@ class Run:
                 f"by{self.blocks_n}-{'-'.join(end)}-{str(self.dtype)[6:]}")
 
     def arguments(self) -> tuple:
-        case = Case((self.M,), self.K, self.N, self.R, self.bias, self.activation, self.residual)
+        case = LinearCase((self.M,), self.K, self.N, self.R, self.bias, self.activation, self.residual)
         return case.tensors(self.dtype, "cpu")
 
 

@@ -1,0 +1,99 @@
+"""Why the native kernels cannot run: every reason, of this process, of a device, of the tensors of a call."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from . import native
+from .law import DTYPES
+
+OLDEST_CAPABILITY = (8, 0)
+
+
+def why_not(x: Tensor | None = None, down: Tensor | None = None, up: Tensor | None = None, bias: Tensor | None = None,
+            residual: Tensor | None = None) -> list[str]:
+    """Every reason why the native kernels cannot run here.
+
+    Args:
+        x: The input of a call of `low_rank_linear` or `low_rank_conv`. Without it, only the reasons that hold for every
+            call in this process are given.
+        down: The down factor of that call.
+        up: The up factor of that call.
+        bias: The bias of that call.
+        residual: The residual of that call.
+
+    Returns:
+        The reasons, one sentence each; an empty list if the native kernels can run.
+    """
+    return [*why_not_here(), *(() if x is None else why_not_these(x, down, up, bias, residual))]
+
+
+def why_not_these(x: Tensor, down: Tensor | None, up: Tensor | None, bias: Tensor | None,
+                   residual: Tensor | None) -> list[str]:
+    """The reasons that hold for these tensors, and for what surrounds the call."""
+    reasons = []
+    for name, tensor in (("x", x), ("down", down), ("up", up), ("bias", bias), ("residual", residual)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            reasons.append(f"{name} is a {type(tensor).__name__}, not a tensor")  # of a symbolic trace, for one
+            continue
+        if not tensor.is_cuda:
+            reasons.append(f"{name} is on {tensor.device}, not on a CUDA device")
+        elif too_old := _too_old(tensor.get_device()):
+            reasons.append(f"{name} is on {too_old}")
+        if tensor.dtype not in DTYPES:
+            reasons.append(f"{name} is {tensor.dtype}, not one of {', '.join(map(str, DTYPES))}")
+        kind = type(tensor)
+        if kind is not Tensor and kind is not Parameter and is_traceable_wrapper_subclass(tensor):
+            reasons.append(f"{name} is a {kind.__name__}, which may mean something else by a product")
+    if torch._C._are_functorch_transforms_active():
+        reasons.append("torch.func transforms (vmap, grad, jvp, ...) are active")
+    if forward_ad._current_level >= 0:
+        reasons.append("forward-mode differentiation is active")
+    if torch.onnx.is_in_onnx_export():
+        reasons.append("ONNX has no such op")
+    return reasons
+
+
+# Dynamo traces through caches; it takes the answers of these two as constants instead.
+@torch.compiler.assume_constant_result
+def why_not_here() -> tuple[str, ...]:
+    return _find_why_not_here()
+
+
+@torch.compiler.assume_constant_result
+def _too_old(device: int) -> str:
+    return _find_too_old(device)
+
+
+@cache
+def _find_why_not_here() -> tuple[str, ...]:
+    """The reasons that hold for every tensor of this process."""
+    reasons = list(native.problems())
+    if torch.version.cuda is None:
+        reasons.append(f"torch {torch.__version__} is built without CUDA")
+    elif not torch.cuda.is_available():
+        reasons.append(f"torch {torch.__version__} sees no CUDA device")
+    driver, built = (native.build_info().get(key) for key in ("driver", "cuda"))
+    if driver and int(driver.split(".")[0]) < int(built.split(".")[0]):
+        reasons.append(f"the driver runs CUDA up to {driver}, the native extension was built for {built}")
+    return tuple(reasons)
+
+
+@cache
+def _find_too_old(device: int) -> str:
+    """What is wrong with a CUDA device that the kernels cannot run on; empty for all others."""
+    if not torch.cuda.is_available():
+        return ""  # a fake tensor, of a device that is elsewhere
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_CAPABILITY:
+        return ""
+    found, wanted = (".".join(map(str, c)) for c in (capability, OLDEST_CAPABILITY))
+    return f"{torch.cuda.get_device_name(device)} of compute capability {found}, older than {wanted}"

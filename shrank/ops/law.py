@@ -1,0 +1,50 @@
+"""What both ops refuse in the same words: the parts of their laws that do not depend on how they move over their input.
+
+Everything that does not fit is a RuntimeError, as in torch's own functions, that names the op, what was found and what
+was wanted.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import ACTIVATIONS
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def refusal(op: str, complaint: str) -> RuntimeError:
+    return RuntimeError(f"shrank::{op}: {complaint}")
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def check_activation(op: str, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise refusal(op, f"activation is {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
+
+
+def check_bias(op: str, bias: Tensor | None, up: Tensor) -> None:
+    if bias is not None and (bias.dim() != 1 or bias.size(0) != up.size(0)):
+        raise refusal(op, f"bias is {shape_of(bias)}, wanted ({up.size(0)},) for up {shape_of(up)}")
+
+
+def check_residual(op: str, residual: Tensor | None, wanted: tuple[int, ...]) -> None:
+    if residual is not None and shape_of(residual) != wanted:
+        raise refusal(op, f"residual is {shape_of(residual)}, wanted {wanted}")
+
+
+def check_alike(op: str, casts: bool, x: Tensor, **others: Tensor | None) -> None:
+    """Refuse what is not of one of DTYPES, the dtype of x unless autocast casts, and on the device of x."""
+    for name, tensor in (("x", x), *others.items()):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype and not casts:
+            raise refusal(op, f"{name} is {tensor.dtype}, wanted the {x.dtype} of x")
+        if tensor.dtype not in DTYPES:
+            raise refusal(op, f"{name} is {tensor.dtype}, wanted one of {', '.join(map(str, DTYPES))}")
+        if tensor.device != x.device:
+            raise refusal(op, f"{name} is on {tensor.device}, wanted the {x.device} of x")

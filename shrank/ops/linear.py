@@ -1,0 +1,48 @@
+"""The linear op: its law, its outputs, and `shrank::low_rank_linear` made of them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import reference
+from .law import check_activation, check_alike, check_bias, check_residual, refusal, shape_of
+from .reference import Stages
+from .registration import Op, register
+
+NAME = "low_rank_linear"
+
+
+def check_low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str,
+                          residual: Tensor | None, casts: bool = False) -> None:
+    """Raise RuntimeError on shapes, names, dtypes and devices that do not fit.
+
+    casts: autocast makes the dtypes alike.
+    """
+    check_activation(NAME, activation)
+    if x.dim() < 1:
+        raise refusal(NAME, "x is 0-dimensional, wanted (..., K)")
+    if down.dim() != 2 or down.size(1) != x.size(-1):
+        raise refusal(NAME, f"down is {shape_of(down)}, wanted (R, {x.size(-1)}) for x {shape_of(x)}")
+    if up.dim() != 2 or up.size(1) != down.size(0):
+        raise refusal(NAME, f"up is {shape_of(up)}, wanted (N, {down.size(0)}) for down {shape_of(down)}")
+    check_bias(NAME, bias, up)
+    check_residual(NAME, residual, (*x.shape[:-1], up.size(0)))
+    check_alike(NAME, casts, x=x, down=down, up=up, bias=bias, residual=residual)
+
+
+def _stages(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str,
+            residual: Tensor | None) -> Stages:
+    stages = reference.low_rank_linear_stages(x, down, up, bias, activation, residual)
+    return Stages(*(each.contiguous() for each in stages))
+
+
+def _empty(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str,
+           residual: Tensor | None) -> Stages:
+    y, h = (x.new_empty((*x.shape[:-1], factor.size(0))) for factor in (up, down))
+    return Stages(y, h, x.new_empty(y.shape if activation != "none" else 0))
+
+
+LINEAR = Op(
+    NAME, "Tensor x, Tensor down, Tensor up, Tensor? bias=None, str activation='none', Tensor? residual=None",
+    check_low_rank_linear, _stages, reference.low_rank_linear_backward, _empty)
+register(LINEAR)

@@ -1,0 +1,130 @@
+"""The ops under test: what the tests of tests/ops ask of each, so that every one of them is asked the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import shrank
+from shrank.ops import availability, reference
+from shrank.ops.conv import CONV
+from shrank.ops.linear import LINEAR
+from shrank.ops.reference import Window
+from shrank.ops.registration import Op
+from tests.common import conv_cases, linear_cases
+from tests.common.conv_cases import ConvCase
+from tests.common.linear_cases import LinearCase
+from tests.common.tolerances import assert_close
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class OpUnderTest:
+    """An op, and the problems that it is tried on.
+
+    full: a problem with every end, in each memory format; small: one for numerical derivatives; odd: for opcheck.
+    reference: PyTorch's answer to the op's own arguments.
+    """
+
+    name: str
+    definition: Op
+    reference: Callable[..., Tensor]
+    full: dict[str, LinearCase | ConvCase]
+    small: dict[str, LinearCase | ConvCase]
+    values: list[LinearCase | ConvCase]
+    gradients: list[LinearCase | ConvCase]
+    odd: list[LinearCase | ConvCase]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def op(self) -> Callable[..., Tensor]:
+        return self.definition.overload
+
+    @property
+    def op_train(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        return self.definition.train_overload
+
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        return getattr(shrank, self.definition.name)
+
+    def assert_as_good_as_torch(self, actual: Tensor, arguments: tuple) -> None:
+        assert_close(actual, self.reference(*doubled(arguments)), self.reference(*arguments))
+
+
+def _conv_reference(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, *rest) -> Tensor:
+    return reference.low_rank_conv(x, down, up, bias, Window(*rest[:5]), *rest[5:])
+
+
+_linear = LinearCase((3, 5), 24, 40, 8, True, "gelu", True)
+_last = ConvCase((6, 5), (3, 2), 16, 24, 8, padding=(1, 0, 0, 1), activation="gelu", residual=True, last=True)
+_formats = {"channels_first": replace(_last, last=False), "channels_last": _last}
+LINEAR_OP = OpUnderTest(
+    name="linear", definition=LINEAR, reference=reference.low_rank_linear, full={"rows": _linear},
+    small={"rows": _linear}, values=linear_cases.ENDS + linear_cases.SHAPES + linear_cases.MATRICES,
+    gradients=linear_cases.ENDS + linear_cases.SHAPES + linear_cases.MATRICES,
+    odd=[_linear, LinearCase((), 8, 8, 2), LinearCase((4,), 16, 7, 3, False, "silu"), LinearCase((0,), 16, 8, 4)])
+CONV_OP = OpUnderTest(
+    name="conv", definition=CONV, reference=_conv_reference, full=_formats,
+    small={name: replace(case, input=(3, 3), C=4, N=4, R=2, groups=2) for name, case in _formats.items()},
+    values=conv_cases.ENDS + conv_cases.SHAPES, gradients=conv_cases.ENDS[::3] + conv_cases.SHAPES,
+    odd=[*_formats.values(), ConvCase((7,), (3,), 8, 5, 3, bias=False), replace(_last, B=0),
+         ConvCase((3, 4, 5), (2, 2, 2), 8, 8, 8, groups=4, activation="silu", last=True)])
+OPS = (LINEAR_OP, CONV_OP)
+
+
+def each_case(of: Callable[[OpUnderTest], list]) -> pytest.MarkDecorator:
+    """For tests of `tested` at `case`: every case that `of` an op gives."""
+    return pytest.mark.parametrize(("tested", "case"), [
+        pytest.param(tested, case, id=f"{tested}-{case}") for tested in OPS for case in of(tested)])
+
+
+def each_format(of: Callable[[OpUnderTest], dict] = lambda tested: tested.full) -> pytest.MarkDecorator:
+    """For tests of `tested` at `full`: a problem with every end, in each memory format."""
+    return pytest.mark.parametrize(("tested", "full"), [
+        pytest.param(tested, case, id=f"{tested}-{name}") for tested in OPS for name, case in of(tested).items()])
+
+
+EACH_OP = pytest.mark.parametrize("tested", OPS, ids=str)
+
+
+def doubled(arguments: tuple) -> tuple:
+    """The arguments in float64, each its own leaf."""
+    return tuple(a.detach().double().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in arguments)
+
+
+def tensors_of(arguments: tuple) -> list[Tensor]:
+    return [each for each in arguments if isinstance(each, Tensor)]
+
+
+class Recorded(TorchDispatchMode):
+    """The names of the ops of shrank that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "shrank":
+            self.names.append(func._opname)
+        return func(*args, **kwargs or {})
+
+
+def ops_of(call: Callable[[], object]) -> list[str]:
+    with Recorded() as recorded:
+        call()
+    return recorded.names
+
+
+def pretend_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the native kernels could run here; the ops run what this machine has of them."""
+    monkeypatch.setattr(availability, "why_not_here", tuple)
+    monkeypatch.setattr(availability, "why_not_these", lambda *_: [])

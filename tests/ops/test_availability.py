@@ -1,0 +1,63 @@
+"""Why the native kernels cannot run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
+import shrank
+from tests.common.linear_cases import LinearCase
+
+CASE = LinearCase((4,), 32, 24, 8, True, "silu", True)
+
+
+def test_why_not_collects_all_reasons() -> None:
+    x, down, up, bias, _, residual = CASE.tensors(torch.float32, "cpu")
+    here = shrank.why_not()
+    assert here, "no GPU here"
+    reasons = shrank.why_not(x.int(), down, up, bias, residual)
+    assert reasons[:len(here)] == here
+    for name in ("x", "down", "up", "bias", "residual"):
+        assert f"{name} is on cpu, not on a CUDA device" in reasons
+    assert any(reason.startswith("x is torch.int32") for reason in reasons)
+
+
+def test_why_not_knows_what_surrounds_a_call() -> None:
+    x, down, up, *_ = CASE.tensors(torch.float32, "cpu")
+    seen = []
+
+    def ask(x: Tensor) -> Tensor:
+        seen.append(shrank.why_not(x, down, up))
+        return x
+
+    torch.vmap(ask)(x)
+    assert any("torch.func" in reason for reason in seen[-1])
+    with forward_ad.dual_level():
+        ask(x)
+    assert any("forward-mode" in reason for reason in seen[-1])
+    ask(x)
+    assert not any("forward-mode" in reason or "torch.func" in reason for reason in seen[-1])
+    assert any("Proxy" in reason for reason in shrank.why_not(torch.fx.Graph().placeholder("x"), down, up)) or any(
+        "Node" in reason for reason in shrank.why_not(torch.fx.Graph().placeholder("x"), down, up))
+
+
+def test_a_tensor_subclass_is_left_to_pytorch() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    x, down, up, *_ = CASE.tensors(torch.float32, "cpu")
+    both = TwoTensor(down, down.clone())
+    assert any("TwoTensor" in reason for reason in shrank.why_not(x, both, up))
+    assert not any("Parameter" in reason for reason in shrank.why_not(x, nn.Parameter(down), up))
+
+
+def test_a_fake_tensor_of_a_device_that_is_elsewhere_asks_for_no_device() -> None:
+    """As a model is planned, on a machine without a GPU, for one with."""
+    if torch.cuda.is_available():
+        assert shrank.why_not() == []
+        return
+    with FakeTensorMode():
+        x, down, up = (torch.empty(shape, device="cuda:1") for shape in ((4, 32), (8, 32), (16, 8)))
+        assert shrank.why_not(x, down, up) == shrank.why_not()
+        assert shrank.low_rank_linear(x, down, up).shape == (4, 16)
