@@ -23,8 +23,8 @@ def join_quantizers(quantizers: ModuleType) -> None:
 
 
 def join_models(modeling_utils: ModuleType) -> None:
-    """Import transformers_saving and transformers_models, which wrap what models do; an older transformers, whose files it
-    could not load again, is kept from writing them."""
+    """Import transformers_saving and transformers_models, which wrap what models do; an older transformers, whose files
+    it could not load again, is kept from writing them."""
     version = _version()
     if _is_known(version):
         import_module("shrank.saving.transformers_saving")

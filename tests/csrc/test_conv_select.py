@@ -11,8 +11,8 @@ from shrank.linalg.factors import Shape
 HALF, FULL = ("bfloat16", "float16"), ("float32", "float64")
 TAILS = [dict(activation=activation, bias=bias, residual=residual)
          for activation, bias, residual in product(("none", "gelu"), *[(False, True)] * 2)]
-# B, C, N, R, input, kernel: the rows of docs/csrc/predicted.md (ResNet's four stages, a UNet, a high resolution, a point), a stem, CREPE,
-# Whisper, tubes.
+# B, C, N, R, input, kernel: the rows of docs/csrc/predicted.md (ResNet's four stages, a UNet, a high resolution, a
+# point), a stem, CREPE, Whisper, tubes.
 SPATIAL = [(32, 64, 64, 16, (56, 56), (3, 3)), (32, 128, 128, 32, (28, 28), (3, 3)),
            (32, 256, 256, 64, (14, 14), (3, 3)), (32, 512, 512, 128, (7, 7), (3, 3)),
            (8, 320, 320, 80, (64, 64), (3, 3)), (8, 128, 128, 32, (128, 128), (3, 3)),
