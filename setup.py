@@ -23,6 +23,8 @@ WANTED = os.environ.get("SHRANK_BUILD", "auto")
 # libtorch.so brings libtorch_cuda.so, where the current stream is asked for, and exports nothing itself: a linker that
 # keeps only what is used, as those of Debian and conda do, would drop it.
 LINK_TORCH = ["-Wl,--push-state,--no-as-needed,-ltorch,--pop-state"]
+# Objects stay here, for editable installations too: the next build compiles what changed, and CMake can link them.
+OBJECTS = "build/extension"
 
 
 class NotBuildable(Exception):
@@ -66,6 +68,11 @@ def native_extension() -> dict:
     find_torch()
     from torch.utils import cpp_extension
 
+    class BuildExtension(cpp_extension.BuildExtension):
+        def build_extensions(self) -> None:
+            self.build_temp = OBJECTS  # only now: an editable installation sets a temporary one
+            super().build_extensions()
+
     listed = json.loads((ROOT / "csrc/sources.json").read_text())
     archs = architectures(home, listed["archs"])
     os.environ["TORCH_CUDA_ARCH_LIST"] = archs
@@ -85,7 +92,7 @@ def native_extension() -> dict:
     extension.library_dirs.extend(str(home / folder) for folder in ("lib64", "lib"))
     release = re.search(r"release (\d+)\.(\d+)", nvcc_says(home, "--version"))
     return {"version": f"{VERSION}+cu{release[1]}{release[2]}", "ext_modules": [extension],
-            "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+            "cmdclass": {"build_ext": BuildExtension},
             "options": {"bdist_wheel": {"py_limited_api": "cp310"}}}
 
 
