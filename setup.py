@@ -62,6 +62,15 @@ def architectures(home: Path, wanted: str) -> str:
     return " ".join([*kept[:-1], kept[-1].removesuffix("+PTX") + "+PTX"])
 
 
+def remove_old_kernels(sources: list[str]) -> None:
+    """Those older than a header: beside a torch without CUDA, ninja does not know what nvcc's objects include."""
+    headers = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh")]
+    newest = max(path.stat().st_mtime for path in headers)
+    for made in (ROOT / OBJECTS / f"{source.removesuffix('.cu')}.o" for source in sources if source.endswith(".cu")):
+        if made.exists() and made.stat().st_mtime < newest:
+            made.unlink()
+
+
 def native_extension() -> dict:
     """The arguments of setup() that build the extension."""
     home = find_cuda_home()
@@ -71,6 +80,7 @@ def native_extension() -> dict:
     class BuildExtension(cpp_extension.BuildExtension):
         def build_extensions(self) -> None:
             self.build_temp = OBJECTS  # only now: an editable installation sets a temporary one
+            remove_old_kernels(listed["cuda"])
             super().build_extensions()
 
     listed = json.loads((ROOT / "csrc/sources.json").read_text())
