@@ -22,7 +22,7 @@ zoo: $(VENV)/.ready  # every transformers family that builds offline
 
 bench: $(VENV)/.bench-ready build/cmake/.ready
 	$(BIN)/python -m pytest benchmarks --benchmark-json build/benchmarks.json
-	$(BIN)/python -m benchmarks.trade_off
+	$(BIN)/python -m benchmarks.quality.trade_off
 
 CUDA ?= 13.0
 TORCH ?= 2.13.0

@@ -80,6 +80,11 @@ def test_examples_use_the_public_api_alone(path: Path) -> None:
     assert not private
 
 
+def test_nobody_imports_an_example() -> None:
+    for path in (path for folder in ("shrank", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")):
+        assert not [name for name in imports(path) if name.split(".")[0] == "examples"], path
+
+
 def imports(path: Path) -> set[str]:
     """The full names of what a file imports, `package.name` for `from package import name`, and of their modules."""
     found = set()

@@ -45,7 +45,7 @@ class LED(LowRankLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         # Direct dictionary look-ups: attribute access on modules would cost as much as the product of a small layer
-        # (benchmarks/bench_inference.py).
+        # (benchmarks/speed/bench_inference.py).
         stages = self._modules["led_unit"]._modules
         first, second = stages["0"], stages["1"]
         a, b = first.__dict__, second.__dict__

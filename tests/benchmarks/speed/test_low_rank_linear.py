@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_low_rank_linear, low_rank_linear, results_plot, shapes
-from benchmarks.bench_low_rank_linear import Results, run
-from benchmarks.low_rank_linear import LINEAR, check, choice, dense, draw, measure, two_calls
-from benchmarks.roofline import Roof
+from benchmarks.speed import bench_low_rank_linear, low_rank_linear, results_plot, shapes
+from benchmarks.speed.bench_low_rank_linear import Results, run
+from benchmarks.speed.low_rank_linear import LINEAR, check, choice, dense, draw, measure, two_calls
+from benchmarks.speed.roofline import Roof
 from shrank.ops import native
 
 CASES = shapes.tiny()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.low_rank_conv import CONV, Case, describe, draw, grid, tiny, work
-from benchmarks.low_rank_linear import check, choice
+from benchmarks.speed.low_rank_conv import CONV, Case, describe, draw, grid, tiny, work
+from benchmarks.speed.low_rank_linear import check, choice
 from shrank.ops import native
 from tests.csrc.conftest import dev_module
 from tests.csrc.test_conv_select import problem

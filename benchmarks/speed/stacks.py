@@ -1,6 +1,6 @@
 """Whole stacks of layers, dense against low-rank on PyTorch and on the native kernels: tokens/s, eager and as a graph.
 
-    python -m benchmarks.stacks --device cuda --out STACKS.json
+    python -m benchmarks.speed.stacks --device cuda --out STACKS.json
 
 Transformer blocks in plain PyTorch with random weights, no positions and no embeddings: the time of the layers, not the
 quality of a model. Eager mode shows what the host costs, a CUDA graph what the device costs.
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shrank
-from benchmarks.low_rank_linear import why_not_native
 from benchmarks.provenance import provenance
+from benchmarks.speed.low_rank_linear import why_not_native
 from shrank.measuring.timing import Timing, time_in_turns
 from tests.common.tolerances import assert_close
 

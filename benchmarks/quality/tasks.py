@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from benchmarks import speech, texts, whisper
-from benchmarks.models import SMOLLM2_FILE, minilm, minilm_folder, package_folder, smollm2
-from examples.conv import load_crepe, make_tones, to_cents
-from examples.demo import embed
+from benchmarks.data import speech, texts, whisper
+from benchmarks.data.crepe import load_crepe, make_tones, to_cents
+from benchmarks.data.models import SMOLLM2_FILE, embed, minilm, minilm_folder, package_folder, smollm2
 from shrank.calibration.batches import Batch
 
 

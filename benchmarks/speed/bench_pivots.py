@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import shrank
-from benchmarks.models import in_turns, minilm
+from benchmarks.data.models import minilm
+from benchmarks.speed.turns import in_turns
 from shrank import Budget
 from shrank.linalg import Shape
 

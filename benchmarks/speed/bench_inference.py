@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import linear
 
 import shrank
-from benchmarks.models import in_turns, minilm
+from benchmarks.data.models import minilm
+from benchmarks.speed.turns import in_turns
 
 CALLS = 2000
 

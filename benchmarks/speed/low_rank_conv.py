@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import shrank
-from benchmarks.low_rank_linear import Family
-from benchmarks.roofline import Work
+from benchmarks.speed.low_rank_linear import Family
+from benchmarks.speed.roofline import Work
 from shrank.linalg import Shape
 from shrank.measuring.explain import explain, parse_conv
 from shrank.ops import reference

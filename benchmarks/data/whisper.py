@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-from benchmarks.models import package_folder
-from benchmarks.speech import RATE, Prompt
+from benchmarks.data.models import package_folder
+from benchmarks.data.speech import RATE, Prompt
 
 START, NO_TIMESTAMPS, END = 50257, 50362, 50256
 _BLANK = 220

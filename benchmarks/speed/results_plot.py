@@ -1,6 +1,6 @@
-"""Measured rows of benchmarks/bench_low_rank_linear.py as a table and as a roofline picture.
+"""Measured rows of benchmarks/speed/bench_low_rank_linear.py as a table and as a roofline picture.
 
-    python -m benchmarks.results_plot RESULTS.json      the table, and RESULTS.png beside the file
+    python -m benchmarks.speed.results_plot RESULTS.json      the table, and RESULTS.png beside the file
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def load(path: Path) -> Results:
         data = data["steps"].get("grid", {}).get("data") or {}
     keys = {"about", "roofs", "choice_on", "rows"}
     if not isinstance(data, dict) or not keys <= data.keys():
-        raise ValueError(f"{path} holds no results of benchmarks/bench_low_rank_linear.py, which have "
+        raise ValueError(f"{path} holds no results of benchmarks/speed/bench_low_rank_linear.py, which have "
                          f"{', '.join(sorted(keys))}")
     for number, row in enumerate(data["rows"]):
         if missing := _NEEDED - row.keys() or (set() if "error" in row else _MEASURED - row.keys()):
@@ -202,12 +202,16 @@ def _si(value: float) -> str:
     return f"{value / 1000**power:.3g} {'kMGTP'[power - 1] if power else ''}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    path = parser.parse_args().results
-    results, picture = load(path), path.with_suffix(".png")
-    draw(results, picture)
+    path = parser.parse_args(arguments).results
+    picture = path.with_suffix(".png")
+    try:
+        results = load(path)
+        draw(results, picture)
+    except (ValueError, ImportError) as error:  # what the file or the installation lacks
+        parser.exit(1, f"{error}\n")
     console = Console()
     console.print(table(results))
     console.print(f"wrote {picture}", highlight=False)

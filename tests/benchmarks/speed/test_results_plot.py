@@ -1,4 +1,4 @@
-"""`shrank bench --plot`: what it reads, the table, the picture, and what it refuses."""
+"""The table and the picture of measured rows: what they are made from, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from benchmarks import results_plot
-from shrank.cli.app import app
-from shrank.cli.options import FAILED, USAGE
+from benchmarks.speed import results_plot
 
 
 def row(provider: str, microseconds: float, M: int = 512, R: int = 304, **more: object) -> dict:
@@ -38,21 +35,29 @@ def file(tmp_path) -> Path:
     return path
 
 
-def run(*arguments: object):
-    return CliRunner().invoke(app, ["bench", *(str(a) for a in arguments)])
+@pytest.fixture(autouse=True)
+def wide(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
 
 
-def test_the_table_has_a_line_per_case(file: Path) -> None:
-    shown = run("--plot", file)
-    assert shown.exit_code == 0, shown.stderr
-    lines = [" ".join(line.replace("│", " ").split()) for line in shown.stdout.splitlines()]
+def refusal(arguments: list[str], capsys) -> tuple[int, str]:
+    """The exit status, and what is said on standard error, in one line."""
+    with pytest.raises(SystemExit) as left:
+        results_plot.main(arguments)
+    return left.value.code, " ".join(capsys.readouterr().err.split())
+
+
+def test_the_table_has_a_line_per_case(file: Path, capsys) -> None:
+    results_plot.main([str(file)])
+    shown = capsys.readouterr().out
+    lines = [" ".join(line.replace("│", " ").split()) for line in shown.splitlines()]
     assert "BERT-base fc1 512 304 bfloat16 30 20 6 4 memory 1.50 5.00x two_gemms" in lines
     assert "BERT-base fc1 1 304 bfloat16 7 5 error 4 memory 1.25 1.40x two_gemms" in lines
-    assert "some GPU, torch 2.13.0, 2026-11-24, abc" in shown.stdout
+    assert "some GPU, torch 2.13.0, 2026-11-24, abc" in shown
 
 
 def test_the_picture_lies_beside_the_results(file: Path) -> None:
-    assert run("--plot", file).exit_code == 0
+    results_plot.main([str(file)])
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -67,8 +72,8 @@ def test_any_number_of_layers_dtypes_and_ranks_is_drawn(layers: int, tmp_path) -
     assert results_plot.table(results).row_count == 4 * layers
 
 
-def test_json_is_the_rows(file: Path) -> None:
-    assert json.loads(run("--plot", file, "--json").stdout) == DATA["rows"]
+def test_the_rows_are_those_of_the_file(file: Path) -> None:
+    assert results_plot.load(file).rows == DATA["rows"]
 
 
 def test_the_results_of_a_whole_run_hold_the_grid(tmp_path) -> None:
@@ -92,23 +97,23 @@ def without(*path: object) -> dict:
     ({**DATA, "rows": []}, "holds no measured row"), ({**DATA, "rows": DATA["rows"][-1:]}, "holds no measured row"),
     ("{", "is not JSON"),
 ])
-def test_other_files_are_refused(data: object, says: str, file: Path) -> None:
+def test_other_files_are_refused(data: object, says: str, file: Path, capsys) -> None:
     file.write_text(data if isinstance(data, str) else json.dumps(data))
-    refused = run("--plot", file)
-    assert refused.exit_code == FAILED and says in " ".join(refused.stderr.split())
+    status, said = refusal([str(file)], capsys)
+    assert status == 1 and says in said
     assert not file.with_suffix(".png").exists()
 
 
-def test_without_matplotlib_it_says_what_to_install(file: Path, monkeypatch) -> None:
+def test_without_matplotlib_it_says_what_to_install(file: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    refused = run("--plot", file)
-    assert refused.exit_code == FAILED and "shrank[plot]" in refused.stderr
+    status, said = refusal([str(file)], capsys)
+    assert status == 1 and "shrank[plot]" in said
 
 
-@pytest.mark.parametrize("arguments", [(), ("model", "--plot", "results.json")])
-def test_a_model_or_results_but_not_both(arguments: tuple) -> None:
-    refused = run(*arguments)
-    assert refused.exit_code == USAGE and "--plot" in refused.stderr
+@pytest.mark.parametrize("arguments", [[], ["one.json", "another.json"]])
+def test_it_takes_one_file(arguments: list[str], capsys) -> None:
+    status, said = refusal(arguments, capsys)
+    assert status == 2 and said.startswith("usage:")
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.5, "0.5 "), (45e9, "45 G"), (4.3e12, "4.3 T"), (7.9e14, "790 T"),

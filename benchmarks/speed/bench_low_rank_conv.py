@@ -1,7 +1,7 @@
 """The convolution op against the dense convolution, PyTorch's two and torch.compile's, all channels last.
 
     make bench                                              a few cases on the CPU
-    python -m benchmarks.bench_low_rank_conv --device cuda --dtype bfloat16 --budget 90 --out RESULTS.json
+    python -m benchmarks.speed.bench_low_rank_conv --device cuda --dtype bfloat16 --budget 90 --out RESULTS.json
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from functools import partial
 
 import pytest
 
-from benchmarks import bench_low_rank_linear
-from benchmarks.bench_low_rank_linear import report_rows, roof_of
-from benchmarks.low_rank_conv import CONV, Case, cpu_subset, draw, grid, tiny, two_calls
-from benchmarks.low_rank_linear import measure
+from benchmarks.speed import bench_low_rank_linear
+from benchmarks.speed.bench_low_rank_linear import report_rows, roof_of
+from benchmarks.speed.low_rank_conv import CONV, Case, cpu_subset, draw, grid, tiny, two_calls
+from benchmarks.speed.low_rank_linear import measure
 
 CASES = {"grid": grid, "cpu": cpu_subset, "tiny": tiny}
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import shrank
-from benchmarks import stacks
+from benchmarks.speed import stacks
 from tests.common.tolerances import assert_close
 
 

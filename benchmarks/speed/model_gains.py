@@ -1,7 +1,7 @@
 """What the native kernels gain over two calls of cuBLAS or cuDNN and PyTorch's own activation, by select's model of a
 GPU.
 
-python -m benchmarks.model_gains [--gpu h200] [--activation gelu] [--conv]
+python -m benchmarks.speed.model_gains [--gpu h200] [--activation gelu] [--conv]
 Not a measurement: bench_low_rank_linear.py and bench_low_rank_conv.py measure. A dash: the model takes the two calls.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.low_rank_conv import LAYERS, Case, explained
+from benchmarks.speed.low_rank_conv import LAYERS, Case, explained
 from shrank.measuring.explain import explain
 
 TOKENS = (1, 16, 128, 512, 1024, 4096, 16384, 65536)

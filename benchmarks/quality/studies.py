@@ -25,17 +25,16 @@ import torch
 from torch import Tensor, nn
 
 import shrank
-from benchmarks import baselines
-from benchmarks.models import THREADS
-from benchmarks.provenance import provenance
-from benchmarks.tasks import Crepe, MiniLM, SmolLM2, Task, Whisper
+from benchmarks.provenance import RESULTS, provenance
+from benchmarks.quality import baselines
+from benchmarks.quality.tasks import Crepe, MiniLM, SmolLM2, Task, Whisper
+from benchmarks.speed.turns import THREADS
 from shrank import Budget, Calibration
 from shrank.calibration.batches import Batch, as_batches
 from shrank.compression.anchored import apply_anchored
 from shrank.linalg import Metric, weighted
 from shrank.planning import budget
 
-RESULTS = Path(__file__).parent / "results"
 OURS = "shrank"
 
 

@@ -1,13 +1,14 @@
-"""English text that a package brings: Wikipedia articles, split by article, and news from elsewhere (in gensim)."""
+"""English text that packages bring: Wikipedia articles, split by article, news (in gensim), and Python's reference."""
 
 from __future__ import annotations
 
 import bz2
 import html
+import pydoc_data.topics
 import re
 from functools import cache
 
-from benchmarks.models import package_folder
+from benchmarks.data.models import package_folder
 
 _WIKIPEDIA = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _END = {"see also", "references", "external links", "notes", "further reading", "bibliography", "sources", "footnotes"}
@@ -41,6 +42,13 @@ def sentences(split: str, count: int) -> list[str]:
     """Sentences of middling length, spread over the articles of a split."""
     text = "\n\n".join(articles(split))
     found = [s for s in re.split(r"(?<=[.!?])\s+", text) if 40 < len(s) < 300]
+    return found[:: len(found) // count][:count]
+
+
+def reference_sentences(count: int) -> list[str]:
+    """Sentences of Python's language reference, which every Python has."""
+    text = " ".join(" ".join(pydoc_data.topics.topics.values()).split())
+    found = [s for s in re.split(r"(?<=[.!?]) ", text) if 40 < len(s) < 300 and s[0].isupper()]
     return found[:: len(found) // count][:count]
 
 

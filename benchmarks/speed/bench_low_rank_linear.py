@@ -1,8 +1,8 @@
 """The op against the dense layer, PyTorch and torch.compile.
 
     make bench                                              a few cases on the CPU
-    python -m benchmarks.bench_low_rank_linear --device cuda --dtype bfloat16 --budget 200 --out RESULTS.json
-    python -m benchmarks.results_plot RESULTS.json                        the table and the picture
+    python -m benchmarks.speed.bench_low_rank_linear --device cuda --dtype bfloat16 --budget 200 --out RESULTS.json
+    python -m benchmarks.speed.results_plot RESULTS.json                        the table and the picture
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import shapes
-from benchmarks.low_rank_linear import LINEAR, MODEL_GPU, Family, draw, measure, two_calls, why_not_native
 from benchmarks.provenance import ROOT, provenance
-from benchmarks.roofline import Roof, measure_roof
+from benchmarks.speed import shapes
+from benchmarks.speed.low_rank_linear import LINEAR, MODEL_GPU, Family, draw, measure, two_calls, why_not_native
+from benchmarks.speed.roofline import Roof, measure_roof
 
 CASES = {"grid": shapes.grid, "cpu": lambda dtype: shapes.cpu_subset(), "tiny": lambda dtype: shapes.tiny()}
 OUT = ROOT / "build" / "low_rank_linear.json"

@@ -2,8 +2,8 @@
 
 On a CPU the C++ implementation must be loaded before shrank, so a process of its own measures:
 
-    python -m benchmarks.bench_host_cost --library build/cmake/libshrank.so
-    python -m benchmarks.bench_host_cost --device cuda
+    python -m benchmarks.speed.bench_host_cost --library build/cmake/libshrank.so
+    python -m benchmarks.speed.bench_host_cost --device cuda
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from benchmarks.provenance import ROOT
 from shrank.ops import dispatch
 
-ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "build" / "cmake" / "libshrank.so"
 BAR_US = 6.0
 CALLS, PROCESSES = 2000, 3
@@ -81,8 +81,8 @@ def measured_apart() -> dict[str, dict[str, float]]:
 
 
 def _process() -> dict[str, dict[str, float]]:
-    done = subprocess.run([sys.executable, "-m", "benchmarks.bench_host_cost", "--library", str(LIBRARY)], cwd=ROOT,
-                          capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.speed.bench_host_cost", "--library", str(LIBRARY)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the measuring process failed: {done.stderr[-2000:]}")
     return json.loads(done.stdout)

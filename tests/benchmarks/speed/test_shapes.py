@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import shapes
+from benchmarks.speed import shapes
 from shrank.ops.reference import ACTIVATIONS
 
 

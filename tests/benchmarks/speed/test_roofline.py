@@ -7,8 +7,8 @@ from itertools import product
 import pytest
 import torch
 
-from benchmarks import roofline
-from benchmarks.roofline import Floor, Roof, Work, layer_work, measure_roof
+from benchmarks.speed import roofline
+from benchmarks.speed.roofline import Floor, Roof, Work, layer_work, measure_roof
 from shrank.linalg import Shape
 from shrank.measuring import explain
 from shrank.measuring.timing import Timing

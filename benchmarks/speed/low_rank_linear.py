@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import shrank
-from benchmarks.roofline import Floor, Roof, Work, layer_work
-from benchmarks.shapes import Case
+from benchmarks.speed.roofline import Floor, Roof, Work, layer_work
+from benchmarks.speed.shapes import Case
 from shrank.measuring.explain import explain
 from shrank.measuring.timing import copies_beyond_cache, time_in_turns
 from shrank.ops import reference

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import shrank
-from benchmarks.models import in_turns
-from examples.conv import compress, load_crepe, make_tones
+from benchmarks.data.crepe import load_crepe, make_tones
+from benchmarks.speed.turns import in_turns
 
 BATCH, KEEP, ROUNDS = 16, 0.5, 7
 BAR = ">= 1.3, or dense with a reason"
@@ -31,7 +31,7 @@ def inputs_of(model: nn.Module, names: list[str], x: Tensor) -> dict[str, Tensor
 def bench_torchcrepe(size: str, layout: str, benchmark, report) -> None:
     """Windows/s of 1024 samples at batch 16, and times faster, of the model and of each convolution."""
     dense = load_crepe(size)
-    small = compress(dense, KEEP)
+    small = shrank.auto_fact(dense, KEEP, deepcopy=True, include=lambda m, fqn: isinstance(m, nn.Conv2d))
     dense.to(memory_format=LAYOUTS[layout])
     small.to(memory_format=LAYOUTS[layout])
     x, _ = make_tones(BATCH)

@@ -1,16 +1,13 @@
 """What plain SVD keeps of all-MiniLM-L6-v2 at every size: table, JSON and picture under benchmarks/results/.
 
-    python -m benchmarks.trade_off [--draw-only]
+    python -m benchmarks.quality.trade_off [--draw-only]
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
-import platform
-import subprocess
 from pathlib import Path
 
 import matplotlib
@@ -22,17 +19,18 @@ from matplotlib import pyplot as plt
 from transformers import AutoTokenizer
 
 import shrank
-from benchmarks.models import THREADS, in_turns, minilm, minilm_folder
-from examples.demo import embed, sentences
+from benchmarks.data.models import embed, minilm, minilm_folder
+from benchmarks.data.texts import reference_sentences
+from benchmarks.provenance import RESULTS, provenance
+from benchmarks.speed.turns import THREADS, in_turns
 
 KEEPS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-RESULTS = Path(__file__).parent / "results"
 
 
 def measure() -> list[dict[str, float]]:
     """Cosine to dense, error, parameters and speed at every keep; the dense model comes first."""
     tokenizer, dense = AutoTokenizer.from_pretrained(minilm_folder()), minilm()
-    text = sentences()
+    text = reference_sentences(256)
     batches = [tokenizer(text[i : i + 32], padding="max_length", truncation=True, max_length=128, return_tensors="pt")
                for i in range(0, len(text), 32)]
     rows = [{"keep": 1.0, "cosine": 1.0, "error": 0.0, "speed": 1.0,
@@ -71,12 +69,6 @@ def draw(rows: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def provenance() -> dict[str, str]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    return {"device": f"{THREADS} threads of {platform.machine()} CPU", "torch": torch.__version__,
-            "date": datetime.date.today().isoformat(), "commit": commit.stdout.strip()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draw-only", action="store_true", help="draw the stored figures again")
@@ -84,7 +76,7 @@ def main() -> None:
     if not parser.parse_args().draw_only:
         torch.set_num_threads(THREADS)
         RESULTS.mkdir(exist_ok=True)
-        results.write_text(json.dumps({**provenance(), "rows": measure()}, indent=1) + "\n")
+        results.write_text(json.dumps({**provenance("cpu"), "rows": measure()}, indent=1) + "\n")
     draw(json.loads(results.read_text())["rows"], results.with_suffix(".png"))
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import baselines
-from benchmarks.quality import table
-from benchmarks.speech import distance, parse, word_error_rate, words
-from benchmarks.texts import paragraphs
+from benchmarks.data.speech import distance, parse, word_error_rate, words
+from benchmarks.data.texts import paragraphs
+from benchmarks.quality import baselines
+from benchmarks.quality.studies import table
 from shrank.calibration.batches import Batch, as_batches
 from tests.common.models import WIDTH, draw, mlp
 from tests.common.tolerances import assert_close

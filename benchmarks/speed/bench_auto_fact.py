@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import shrank
-from benchmarks.models import in_turns, minilm, smollm2
+from benchmarks.data.models import minilm, smollm2
+from benchmarks.speed.turns import in_turns
 
 KEEP = 0.5
 MODELS = {"minilm": (minilm, 5), "smollm2": (smollm2, 1)}
