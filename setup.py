@@ -23,6 +23,8 @@ WANTED = os.environ.get("SHRANK_BUILD", "auto")
 # libtorch.so brings libtorch_cuda.so, where the current stream is asked for, and exports nothing itself: a linker that
 # keeps only what is used, as those of Debian and conda do, would drop it.
 LINK_TORCH = ["-Wl,--push-state,--no-as-needed,-ltorch,--pop-state"]
+# Objects stay here, for editable installations too: the next build compiles what changed, and CMake can link them.
+OBJECTS = "build/extension"
 
 
 class NotBuildable(Exception):
@@ -60,11 +62,26 @@ def architectures(home: Path, wanted: str) -> str:
     return " ".join([*kept[:-1], kept[-1].removesuffix("+PTX") + "+PTX"])
 
 
+def remove_old_kernels(sources: list[str]) -> None:
+    """Those older than a header: beside a torch without CUDA, ninja does not know what nvcc's objects include."""
+    headers = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh")]
+    newest = max(path.stat().st_mtime for path in headers)
+    for made in (ROOT / OBJECTS / f"{source.removesuffix('.cu')}.o" for source in sources if source.endswith(".cu")):
+        if made.exists() and made.stat().st_mtime < newest:
+            made.unlink()
+
+
 def native_extension() -> dict:
     """The arguments of setup() that build the extension."""
     home = find_cuda_home()
     find_torch()
     from torch.utils import cpp_extension
+
+    class BuildExtension(cpp_extension.BuildExtension):
+        def build_extensions(self) -> None:
+            self.build_temp = OBJECTS  # only now: an editable installation sets a temporary one
+            remove_old_kernels(listed["cuda"])
+            super().build_extensions()
 
     listed = json.loads((ROOT / "csrc/sources.json").read_text())
     archs = architectures(home, listed["archs"])
@@ -85,7 +102,7 @@ def native_extension() -> dict:
     extension.library_dirs.extend(str(home / folder) for folder in ("lib64", "lib"))
     release = re.search(r"release (\d+)\.(\d+)", nvcc_says(home, "--version"))
     return {"version": f"{VERSION}+cu{release[1]}{release[2]}", "ext_modules": [extension],
-            "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+            "cmdclass": {"build_ext": BuildExtension},
             "options": {"bdist_wheel": {"py_limited_api": "cp310"}}}
 
 

@@ -27,9 +27,9 @@ LIBRARY = "shrank/_C.abi3.so"
 ALLOWED = re.compile(r"(aoti_torch_|torch_)\w+|\w+@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+|__gmon_start__|_ITM_\w+")
 SMOKE = """
 import json, sys, torch, shrank
-from shrank import _native
+from shrank.ops import native
 wanted = sys.argv[1]
-problems, info = _native.problems(), _native.build_info()
+problems, info = native.problems(), native.build_info()
 assert bool(problems) == (wanted == "pure"), problems
 assert info.get("cuda", "pure").replace(".", "") == wanted, info
 if not problems:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.models import THREADS
+from benchmarks.speed.turns import THREADS
 
 _ratios: list[str] = []
 

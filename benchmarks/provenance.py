@@ -16,6 +16,7 @@ import torch
 import shrank
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 _CPUINFO = Path("/proc/cpuinfo")
 
 

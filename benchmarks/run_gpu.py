@@ -47,28 +47,28 @@ def module(name: str, *arguments: str) -> tuple[str, ...]:
 
 def sanitized(tool: str) -> tuple[str, ...]:
     return (SANITIZER, "--tool", tool, "--error-exitcode", "9",
-            *module("benchmarks.sanitize_cases", "--device", "cuda"))
+            *module("benchmarks.speed.sanitize_cases", "--device", "cuda"))
 
 
+MEASURED = ("--device", "cuda", "--out", DATA)
+REHEARSED = ("--cases", "tiny", "--dtype", "float32", "--budget", "10", "--out", DATA)
 STEPS = (
     Step("conformance", (str(BUILD / "conformance"), DATA), 20, (str(BUILD / "conformance_emulated"), DATA),
          file="conformance.json"),
-    Step("environment", module("benchmarks.provenance", "--device", "cuda", "--out", DATA), 30,
+    Step("environment", module("benchmarks.provenance", *MEASURED), 30,
          module("benchmarks.provenance", "--out", DATA)),
     Step("tests", module("pytest", "-m", "gpu", "tests/ops", "-p", "no:cacheprovider"), 130,
          module("pytest", "-m", "gpu", "tests/ops", "-p", "no:cacheprovider", "--collect-only", "-q")),
     Step("memcheck", sanitized("memcheck"), 60),
     Step("racecheck", sanitized("racecheck"), 60),
-    Step("sanitized cases", module("benchmarks.sanitize_cases", "--device", "cuda"), 30,
-         module("benchmarks.sanitize_cases", "--device", "cpu")),
-    Step("grid", module("benchmarks.bench_low_rank_linear", "--device", "cuda", "--budget", "80", "--out", DATA), 100,
-         module("benchmarks.bench_low_rank_linear", "--cases", "tiny", "--dtype", "float32", "--budget", "10", "--out",
-                DATA)),
-    Step("convolutions", module("benchmarks.bench_low_rank_conv", "--device", "cuda", "--budget", "35", "--out", DATA),
-         50, module("benchmarks.bench_low_rank_conv", "--cases", "tiny", "--dtype", "float32", "--budget", "10",
-                    "--out", DATA)),
-    Step("stacks", module("benchmarks.stacks", "--device", "cuda", "--out", DATA), 55,
-         module("benchmarks.stacks", "--tiny", "--out", DATA)),
+    Step("sanitized cases", module("benchmarks.speed.sanitize_cases", "--device", "cuda"), 30,
+         module("benchmarks.speed.sanitize_cases", "--device", "cpu")),
+    Step("grid", module("benchmarks.speed.bench_low_rank_linear", *MEASURED, "--budget", "80"), 100,
+         module("benchmarks.speed.bench_low_rank_linear", *REHEARSED)),
+    Step("convolutions", module("benchmarks.speed.bench_low_rank_conv", *MEASURED, "--budget", "35"), 50,
+         module("benchmarks.speed.bench_low_rank_conv", *REHEARSED)),
+    Step("stacks", module("benchmarks.speed.stacks", *MEASURED), 55,
+         module("benchmarks.speed.stacks", "--tiny", "--out", DATA)),
 )
 
 

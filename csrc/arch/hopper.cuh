@@ -76,7 +76,8 @@ SHRANK_DEVICE void await_barrier(SharedAddress barrier, uint32_t parity) {
       "{\n.reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
+      "@!done bra again;\n}" ::"r"(barrier),
+      "r"(parity) : "memory");
 #else
   emulator::await_barrier(barrier, parity);
 #endif
@@ -87,8 +88,9 @@ SHRANK_DEVICE void await_barrier(SharedAddress barrier, uint32_t parity) {
 SHRANK_DEVICE void copy_tile_async(SharedAddress to, const TensorMap& map, int column, int row, SharedAddress barrier) {
 #ifdef __CUDACC__
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-      ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
 #else
   emulator::copy_tile_async(to, map, column, row, barrier);
 #endif

@@ -34,18 +34,19 @@ template <typename T>
 SHRANK_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 #ifdef __CUDACC__
-#define SHRANK_MULTIPLY_ADD(type, name)                                                                               \
-  template <>                                                                                                         \
-  SHRANK_DEVICE void multiply_add<type>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {          \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 "                                       \
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                    \
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                             \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                     \
+#define SHRANK_MULTIPLY_ADD(type, name)                                                                                \
+  template <>                                                                                                          \
+  SHRANK_DEVICE void multiply_add<type>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {           \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                                \
+                 ".f32 "                                                                                               \
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                     \
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                      \
   }
 #else
-#define SHRANK_MULTIPLY_ADD(type, name)                                                                               \
-  template <>                                                                                                         \
-  SHRANK_DEVICE void multiply_add<type>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {          \
+#define SHRANK_MULTIPLY_ADD(type, name)                                                                                \
+  template <>                                                                                                          \
+  SHRANK_DEVICE void multiply_add<type>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {           \
     emulator::multiply_add(sum, a, b0, b1, emulator::Half::type);                                                      \
   }
 #endif

@@ -8,8 +8,8 @@ namespace shrank::arch {
 inline constexpr int kWarpSize = 32;
 
 struct Position {
-  int64_t column, row;          // of this thread in the whole grid
-  int64_t columns, rows;        // threads of the whole grid
+  int64_t column, row;  // of this thread in the whole grid
+  int64_t columns, rows;  // threads of the whole grid
 };
 
 #if defined(__CUDACC__) || defined(SHRANK_EMULATED)

@@ -35,9 +35,8 @@ SHRANK_DEVICE void store_shared(SharedAddress address, const Pack<float, 2>& val
 
 SHRANK_DEVICE void store_shared(SharedAddress address, const Pack<uint32_t, 4>& value) {
 #ifdef __CUDACC__
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
-               ::"r"(address), "r"(value.item[0]), "r"(value.item[1]), "r"(value.item[2]), "r"(value.item[3])
-               : "memory");
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.item[0]), "r"(value.item[1]),
+               "r"(value.item[2]), "r"(value.item[3]) : "memory");
 #else
   emulator::store_shared(address, &value, sizeof value);
 #endif
@@ -46,9 +45,9 @@ SHRANK_DEVICE void store_shared(SharedAddress address, const Pack<uint32_t, 4>& 
 SHRANK_DEVICE Pack<float, 4> load_shared_floats(SharedAddress address) {
   Pack<float, 4> value;
 #ifdef __CUDACC__
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(value.item[0]), "=f"(value.item[1]), "=f"(value.item[2]), "=f"(value.item[3])
-               : "r"(address) : "memory");
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(value.item[0]), "=f"(value.item[1]),
+                                                            "=f"(value.item[2]),
+                                                            "=f"(value.item[3]) : "r"(address) : "memory");
 #else
   emulator::load_shared(&value, address, sizeof value);
 #endif
@@ -58,9 +57,9 @@ SHRANK_DEVICE Pack<float, 4> load_shared_floats(SharedAddress address) {
 SHRANK_DEVICE Pack<uint32_t, 4> load_shared_words(SharedAddress address) {
   Pack<uint32_t, 4> value;
 #ifdef __CUDACC__
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.item[0]), "=r"(value.item[1]), "=r"(value.item[2]), "=r"(value.item[3])
-               : "r"(address) : "memory");
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(value.item[0]), "=r"(value.item[1]),
+                                                            "=r"(value.item[2]),
+                                                            "=r"(value.item[3]) : "r"(address) : "memory");
 #else
   emulator::load_shared(&value, address, sizeof value);
 #endif
@@ -71,8 +70,8 @@ SHRANK_DEVICE Pack<uint32_t, 4> load_shared_words(SharedAddress address) {
 // with 0 nothing is read. Both addresses are aligned to 16 bytes.
 SHRANK_DEVICE void copy_async(SharedAddress to, const void* from, int valid) {
 #ifdef __CUDACC__
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-               ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(valid) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
+               "r"(valid) : "memory");
 #else
   emulator::copy_async(to, from, valid);
 #endif
@@ -81,8 +80,8 @@ SHRANK_DEVICE void copy_async(SharedAddress to, const void* from, int valid) {
 // The same for bytes that the SM will ask for again: they may stay in its L1.
 SHRANK_DEVICE void copy_async_reused(SharedAddress to, const void* from, int valid) {
 #ifdef __CUDACC__
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;"
-               ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(valid) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
+               "r"(valid) : "memory");
 #else
   emulator::copy_async(to, from, valid);
 #endif

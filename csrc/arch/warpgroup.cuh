@@ -54,25 +54,26 @@ template <typename T, int N>
 SHRANK_DEVICE void warpgroup_multiply_add(float (&sum)[N / 2], uint64_t a, uint64_t b);
 
 #ifdef __CUDACC__
-#define SHRANK_SUMS_8(i)                                                                                              \
-  "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3]), "+f"(sum[i + 4]), "+f"(sum[i + 5]),             \
+#define SHRANK_SUMS_8(i)                                                                                               \
+  "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3]), "+f"(sum[i + 4]), "+f"(sum[i + 5]),              \
       "+f"(sum[i + 6]), "+f"(sum[i + 7])
 #define SHRANK_SUMS_32(i) SHRANK_SUMS_8(i), SHRANK_SUMS_8(i + 8), SHRANK_SUMS_8(i + 16), SHRANK_SUMS_8(i + 24)
 #define SHRANK_SUMS_64 SHRANK_SUMS_32(0), SHRANK_SUMS_32(32)
-#define SHRANK_NAMES_32                                                                                               \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                            \
+#define SHRANK_NAMES_32                                                                                                \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                             \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define SHRANK_NAMES_64                                                                                               \
-  SHRANK_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                \
-                  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SHRANK_NAMES_64                                                                                                \
+  SHRANK_NAMES_32                                                                                                      \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                                 \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 // The last operands: add to the sums, do not negate a or b, both operands have their 16 columns side by side.
-#define SHRANK_WARPGROUP_MULTIPLY_ADD(type, name, n, names, a_name, b_name, ...)                                      \
-  template <>                                                                                                         \
-  SHRANK_DEVICE void warpgroup_multiply_add<type, n>(float (&sum)[n / 2], uint64_t a, uint64_t b) {                   \
-    asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                                       \
-                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." name "." name " {" names "}, " a_name ", " b_name  \
-                 ", add, 1, 1, 0, 0;\n}"                                                                              \
-                 : __VA_ARGS__ : "l"(a), "l"(b));                                                                     \
+#define SHRANK_WARPGROUP_MULTIPLY_ADD(type, name, n, names, a_name, b_name, ...)                                       \
+  template <>                                                                                                          \
+  SHRANK_DEVICE void warpgroup_multiply_add<type, n>(float (&sum)[n / 2], uint64_t a, uint64_t b) {                    \
+    asm volatile(                                                                                                      \
+        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                                                 \
+        "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." name "." name " {" names "}, " a_name ", " b_name            \
+        ", add, 1, 1, 0, 0;\n}" : __VA_ARGS__ : "l"(a), "l"(b));                                                       \
   }
 SHRANK_WARPGROUP_MULTIPLY_ADD(bfloat16, "bf16", 64, SHRANK_NAMES_32, "%32", "%33", SHRANK_SUMS_32(0))
 SHRANK_WARPGROUP_MULTIPLY_ADD(float16, "f16", 64, SHRANK_NAMES_32, "%32", "%33", SHRANK_SUMS_32(0))

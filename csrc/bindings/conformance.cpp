@@ -13,9 +13,7 @@ using namespace py::literals;
 namespace shrank {
 namespace {
 
-struct Words {
-  std::vector<uint32_t> input, output;
-};
+struct Words { std::vector<uint32_t> input, output; };
 
 std::map<std::string, Words> run(uint64_t seed, bool copies_early) {
   std::map<std::string, Words> words;

@@ -18,9 +18,7 @@ void bind_emulator(py::module_ m) {
       .def_readonly("load_matrices", &Counts::load_matrices)
       .def_readonly("bank_conflicts", &Counts::bank_conflicts)
       .def_readonly("barriers", &Counts::barriers);
-  py::class_<Result>(m, "Result")
-      .def_readonly("problems", &Result::problems)
-      .def_readonly("counts", &Result::counts);
+  py::class_<Result>(m, "Result").def_readonly("problems", &Result::problems).def_readonly("counts", &Result::counts);
   m.attr("MICRO") = micro::names();
   using Address = std::uintptr_t;
   m.def("micro", [](const std::string& name, Address input, Address output, uint64_t seed, bool copies_early) {

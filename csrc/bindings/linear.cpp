@@ -17,8 +17,19 @@ emulator::Result emulate(const LinearGrid& grid, int64_t M, int K, int N, int R,
                          const std::string& activation, Address x, Address down, Address up, Address bias,
                          Address residual, Address h, Address z, Address y, uint64_t seed, bool copies_early) {
   const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
-  const LowRankLinearParams params{pointer(x), pointer(down), pointer(up), pointer(bias), pointer(residual),
-                                   pointer(h), pointer(z), pointer(y), M, K, N, R, parse_dtype(dtype),
+  const LowRankLinearParams params{pointer(x),
+                                   pointer(down),
+                                   pointer(up),
+                                   pointer(bias),
+                                   pointer(residual),
+                                   pointer(h),
+                                   pointer(z),
+                                   pointer(y),
+                                   M,
+                                   K,
+                                   N,
+                                   R,
+                                   parse_dtype(dtype),
                                    parse_activation(activation)};
   return emulate_low_rank_linear(params, grid, {seed, copies_early});
 }

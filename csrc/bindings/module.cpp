@@ -45,8 +45,9 @@ void bind_select(py::module_ m) {
       .def_readonly("training", &Problem::training)
       .def_readonly("aligned", &Problem::aligned)
       .def_property_readonly("dtype", [](const Problem& p) { return name_of(p.dtype); })
-      .def_property_readonly("activation", [](const Problem& p) { return name_of(p.activation); })
-      .def_property_readonly("keeps_preactivation", &keeps_preactivation);
+      .def_property_readonly("activation", [](const Problem& p) {
+    return name_of(p.activation);
+  }).def_property_readonly("keeps_preactivation", &keeps_preactivation);
 
   py::class_<Device>(m, "Device")
       .def_static("from_attributes", &from_attributes_of, "name"_a, "major"_a, "minor"_a, "sms"_a, "clock_khz"_a,
@@ -94,13 +95,12 @@ void bind_select(py::module_ m) {
       .def_property_readonly("up_stages", &LinearTile::up_stages)
       .def_property_readonly("shared_bytes", &LinearTile::shared_bytes)
       .def("__repr__", [](const LinearTile& tile) {
-        return "LinearTile(" + std::to_string(tile.block_m) + ", " + std::to_string(tile.max_rank) + ")";
-      });
+    return "LinearTile(" + std::to_string(tile.block_m) + ", " + std::to_string(tile.max_rank) + ")";
+  });
 
   py::class_<LinearGrid>(m, "LinearGrid")
-      .def(py::init([](LinearTile tile, int64_t blocks_m, int blocks_n) {
-             return LinearGrid{tile, blocks_m, blocks_n};
-           }),
+      .def(py::init(
+               [](LinearTile tile, int64_t blocks_m, int blocks_n) { return LinearGrid{tile, blocks_m, blocks_n}; }),
            "tile"_a, "blocks_m"_a, "blocks_n"_a)
       .def_readonly("tile", &LinearGrid::tile)
       .def_readonly("blocks_m", &LinearGrid::blocks_m)

@@ -16,8 +16,24 @@ ConvProblem problem(int64_t batch, int64_t C, int64_t N, int64_t R, const Size3&
                     const Size3& stride, const Size3& begin, const Size3& end, const Size3& dilation, int64_t groups,
                     int64_t up_groups, const std::string& dtype, const std::string& activation, bool bias,
                     bool residual, bool training, bool channels_last) {
-  return {batch, C, N, R, in, kernel, stride, begin, end, dilation, groups, up_groups, parse_dtype(dtype),
-          parse_activation(activation), bias, residual, training, channels_last};
+  return {batch,
+          C,
+          N,
+          R,
+          in,
+          kernel,
+          stride,
+          begin,
+          end,
+          dilation,
+          groups,
+          up_groups,
+          parse_dtype(dtype),
+          parse_activation(activation),
+          bias,
+          residual,
+          training,
+          channels_last};
 }
 
 ConvTile tile(const std::string& gather, int block_m, int max_rank) {
@@ -50,9 +66,9 @@ void bind_select_conv(py::module_ m) {
       .def_property_readonly("down_stages", [](const ConvTile& t) { return t.tile.down_stages(); })
       .def_property_readonly("shared_bytes", &ConvTile::shared_bytes)
       .def("__repr__", [](const ConvTile& t) {
-        return "ConvTile(" + std::string(name_of(t.gather)) + ", " + std::to_string(t.tile.block_m) + ", " +
-               std::to_string(t.tile.max_rank) + ")";
-      });
+    return "ConvTile(" + std::string(name_of(t.gather)) + ", " + std::to_string(t.tile.block_m) + ", " +
+           std::to_string(t.tile.max_rank) + ")";
+  });
 
   py::class_<ConvGrid>(m, "ConvGrid")
       .def(py::init([](ConvTile tile, int64_t blocks_m, int blocks_n) { return ConvGrid{tile, blocks_m, blocks_n}; }),

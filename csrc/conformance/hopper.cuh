@@ -9,9 +9,7 @@
 namespace shrank::conformance {
 
 // The input as a matrix of which two tiles are copied: one inside, one that ends beyond the last row and column.
-struct TileParams : Params {
-  arch::TensorMap map;
-};
+struct TileParams : Params { arch::TensorMap map; };
 inline constexpr int kMatrixRows = 24, kMatrixColumns = 72, kTileRows = 16, kTileColumns = 64;
 
 struct CopyTileAsync : Case<Inputs::bits, kWarp, kMatrixRows * kMatrixColumns / 2, kTileRows * kTileColumns, 4096 + 8> {

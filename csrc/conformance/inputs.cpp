@@ -29,9 +29,9 @@ uint32_t bits_of(float value) {
 }
 
 // Zeros, subnormals, the largest, infinities and NaNs of both half types, two to a word.
-const std::vector<uint32_t> kHalves = {
-    0x80000000u, 0x80010001u, 0x040003ffu, 0x840083ffu, 0x7c007bffu, 0xfc00fbffu, 0x7e007c01u, 0xffff7fffu,
-    0x007f0080u, 0x807f8080u, 0x7f807f7fu, 0xff80ff7fu, 0x7fc07f81u, 0xffc0ff81u, 0x3c003f80u, 0xbc00bf80u};
+const std::vector<uint32_t> kHalves = {0x80000000u, 0x80010001u, 0x040003ffu, 0x840083ffu, 0x7c007bffu, 0xfc00fbffu,
+                                       0x7e007c01u, 0xffff7fffu, 0x007f0080u, 0x807f8080u, 0x7f807f7fu, 0xff80ff7fu,
+                                       0x7fc07f81u, 0xffc0ff81u, 0x3c003f80u, 0xbc00bf80u};
 
 // Where rounding to a half type is special: halves between two neighbours, to even and to odd, the last number that
 // does not overflow and the first that does, subnormals, infinities and NaNs.

@@ -15,9 +15,7 @@ struct Result {
   std::vector<uint32_t> input, output;
 };
 
-struct Machine {
-  std::string device, arch, driver, cuda;
-};
+struct Machine { std::string device, arch, driver, cuda; };
 
 // JSON: the machine, and for each name its output, as rows of 8 words in hexadecimal.
 void write(const std::string& path, const Machine& machine, const std::vector<Result>& results);

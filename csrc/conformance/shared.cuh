@@ -103,7 +103,7 @@ struct Positions : Case<Inputs::bits, 64, 1, 6 * 64 * 10> {
     const int block = arch::block_y() * kBlocksX + arch::block_x();
     uint32_t* out = words_out(params) + (block * kThreads + arch::thread_index()) * 10;
     const arch::Position position = arch::position();
-    const int64_t found[10] = {position.column,      position.row,       position.columns,    position.rows,
+    const int64_t found[10] = {position.column,      position.row,       position.columns,   position.rows,
                                arch::thread_index(), arch::lane_index(), arch::warp_index(), arch::block_x(),
                                arch::block_y(),      arch::blocks_y()};
     for (int i = 0; i < 10; i++) out[i] = static_cast<uint32_t>(found[i]);

@@ -61,8 +61,9 @@ void report_deadlock() {
   for (const Thread& thread : world.threads)
     if (!thread.done) waiting[{thread.site, thread.doing}].push_back(thread.number);
   for (const auto& [at, threads] : waiting) {
-    problem("deadlock", at.second, at.first, std::to_string(threads.size()) + " threads wait here, from thread " +
-            std::to_string(threads.front()) + "; the others have left or wait elsewhere");
+    problem("deadlock", at.second, at.first,
+            std::to_string(threads.size()) + " threads wait here, from thread " + std::to_string(threads.front()) +
+                "; the others have left or wait elsewhere");
   }
 }
 
@@ -157,11 +158,13 @@ Result run(const Launch& launch, const std::vector<Buffer>& buffers, const Optio
   const std::size_t threads = std::size_t{launch.block.x} * launch.block.y * launch.block.z;
   if (threads > kMaxThreads) {
     return {{"launch refused | kernel " + launch.kernel + " | " + std::to_string(threads) + " threads, at most " +
-             std::to_string(kMaxThreads)}, {}};
+             std::to_string(kMaxThreads)},
+            {}};
   }
   if (launch.shared_bytes > kMaxShared) {
     return {{"launch refused | kernel " + launch.kernel + " | " + std::to_string(launch.shared_bytes) +
-             " bytes of shared memory, at most " + std::to_string(kMaxShared)}, {}};
+             " bytes of shared memory, at most " + std::to_string(kMaxShared)},
+            {}};
   }
   reset_global();
   for (const Index3& block : blocks_in_order()) {

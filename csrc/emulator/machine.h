@@ -18,8 +18,8 @@ using Site = const void*;  // the return address into the kernel: which instruct
 
 inline constexpr int kWarp = 32, kMaxThreads = 1024;
 inline constexpr std::size_t kMaxShared = 227 * 1024;  // the opt-in maximum of sm_90
-inline constexpr uint32_t kSharedBase = 0x400;         // a kernel that takes address 0 for shared memory must not pass
-inline constexpr int kGranule = 2;                     // bytes of shared memory with one history
+inline constexpr uint32_t kSharedBase = 0x400;  // a kernel that takes address 0 for shared memory must not pass
+inline constexpr int kGranule = 2;  // bytes of shared memory with one history
 
 struct Copy {
   uint32_t to;
@@ -33,9 +33,9 @@ struct Thread {
   void* stack_pointer;
   unsigned char *stack_low, *stack_high;
   bool done;
-  Site site;          // where it waits
+  Site site;  // where it waits
   const char* doing;  // and in which instruction
-  bool awaited;       // it, or one it has met at a barrier since, has called grid_dependency_wait
+  bool awaited;  // it, or one it has met at a barrier since, has called grid_dependency_wait
   std::vector<Copy> open_copies;
   std::deque<std::vector<Copy>> copy_groups;
   std::unordered_map<Site, uint32_t> executions;  // of each access to shared memory
@@ -84,8 +84,8 @@ bool happened_before(int thread, uint32_t clock, int observer);  // the event at
 void meet(const std::vector<int>& threads);  // each has seen what all have done
 // Beside the threads, copy engines have clocks: the numbers that follow those of the block's threads.
 inline constexpr int kCopyEngines = 8;
-using Knowledge = std::vector<uint32_t>;        // of all clocks
-void release(int thread, Knowledge& to);        // `to` has seen what the thread has done until now
+using Knowledge = std::vector<uint32_t>;  // of all clocks
+void release(int thread, Knowledge& to);  // `to` has seen what the thread has done until now
 void acquire(int thread, const Knowledge& from);
 
 // ---- shared memory (shared.cpp)
@@ -114,8 +114,8 @@ void access_global(const void* address, int bytes, bool write, const char* doing
 
 // ---- machines beside the threads: they work when nobody else can, or when the seed says so
 struct AsyncEngine {
-  void (*reset)();   // before each block
-  bool (*step)();    // one piece of queued work; false if there is none
+  void (*reset)();  // before each block
+  bool (*step)();  // one piece of queued work; false if there is none
   void (*finish)();  // after each block: what is left is a problem
 };
 bool add_engine(const AsyncEngine& engine);

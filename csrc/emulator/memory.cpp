@@ -124,10 +124,10 @@ using shrank::emulator::plain_range;
 using shrank::emulator::undefined;
 
 extern "C" {
-#define SHRANK_ACCESS(bytes)                                                                                \
-  void __tsan_read##bytes(void* address) { plain_access(address, bytes, false, SHRANK_SITE); }              \
-  void __tsan_write##bytes(void* address) { plain_access(address, bytes, true, SHRANK_SITE); }              \
-  void __tsan_unaligned_read##bytes(void* address) { plain_access(address, bytes, false, SHRANK_SITE); }    \
+#define SHRANK_ACCESS(bytes)                                                                                           \
+  void __tsan_read##bytes(void* address) { plain_access(address, bytes, false, SHRANK_SITE); }                         \
+  void __tsan_write##bytes(void* address) { plain_access(address, bytes, true, SHRANK_SITE); }                         \
+  void __tsan_unaligned_read##bytes(void* address) { plain_access(address, bytes, false, SHRANK_SITE); }               \
   void __tsan_unaligned_write##bytes(void* address) { plain_access(address, bytes, true, SHRANK_SITE); }
 SHRANK_ACCESS(1)
 SHRANK_ACCESS(2)
@@ -143,7 +143,7 @@ void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_init() {}
 
-#define SHRANK_UNDEFINED(name, ...) \
+#define SHRANK_UNDEFINED(name, ...)                                                                                    \
   void __ubsan_handle_##name(__VA_ARGS__) { undefined(#name, SHRANK_SITE); }
 SHRANK_UNDEFINED(out_of_bounds, void*, void*)
 SHRANK_UNDEFINED(shift_out_of_bounds, void*, void*, void*)

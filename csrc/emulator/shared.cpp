@@ -18,9 +18,7 @@ struct Cell {
 };
 
 // The lanes of a warp that read at the newest of their times; between two barriers all lanes have one time.
-struct Readers {
-  uint32_t clock = 0, lanes = 0;
-};
+struct Readers { uint32_t clock = 0, lanes = 0; };
 
 alignas(1024) unsigned char memory[kMaxShared];
 std::size_t total_bytes;

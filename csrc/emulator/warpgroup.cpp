@@ -40,8 +40,7 @@ Warp& warp() { return warps[world.running->warp]; }
 struct Operand {
   uint32_t start, group_bytes;
 
-  Operand(uint64_t bits, Site site)
-      : start((bits & 0x3fff) << 4), group_bytes((bits >> 32 & 0x3fff) << 4) {
+  Operand(uint64_t bits, Site site) : start((bits & 0x3fff) << 4), group_bytes((bits >> 32 & 0x3fff) << 4) {
     if (bits >> 62 != 1) fatal("operand refused", kDoing, site, "not of the 128-byte swizzle");
     if (bits >> 49 & 7) fatal("operand refused", kDoing, site, "a base offset");
   }
@@ -178,8 +177,8 @@ void finish() {
     for (const Product& product : warps[i].open) problem("product never committed", kDoing, product.site, by);
     const auto group = of_groups.find(i / 4);
     if (group != of_groups.end() && group->second.size() != warps[i].issued) {
-      problem("divergent warpgroup instruction", kDoing, nullptr, "warp " + std::to_string(i) + " issued " +
-              std::to_string(warps[i].issued) + " products, others more");
+      problem("divergent warpgroup instruction", kDoing, nullptr,
+              "warp " + std::to_string(i) + " issued " + std::to_string(warps[i].issued) + " products, others more");
     }
   }
 }

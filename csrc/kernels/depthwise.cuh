@@ -43,8 +43,8 @@ template <typename T, int BLOCK_M, int MAX_RANK> struct LowRankDepthwise {
       const bool exists = first + channel < params.R;  // as does the next: R is a multiple of 8
       const T* const from = filters + static_cast<int64_t>(begin + channel) * params.K + tap;
       arch::Pack<float, 2> pair{};
-      if (exists) pair = {{arch::widen(arch::load<T, 1>(from).item[0]),
-                           arch::widen(arch::load<T, 1>(from + params.K).item[0])}};
+      if (exists)
+        pair = {{arch::widen(arch::load<T, 1>(from).item[0]), arch::widen(arch::load<T, 1>(from + params.K).item[0])}};
       arch::store_shared(block.slots + i * 8, pair);
     }
   }

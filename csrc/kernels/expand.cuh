@@ -38,8 +38,9 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
     int group = 0, share = y;
     if constexpr (GROUPS) group = y / params.blocks_n, share = y % params.blocks_n;
     const SharedAddress shared = arch::dynamic_shared(), slots = shared + kHBytes;
-    return {params, static_cast<int64_t>(arch::block_x()) * BLOCK_M, group, share, warp / kWarpsN, warp % kWarpsN,
-            shared, slots, slots + kStagingOffset + warp * kStagingBytes};
+    return {
+        params, static_cast<int64_t>(arch::block_x()) * BLOCK_M, group, share, warp / kWarpsN, warp % kWarpsN, shared,
+        slots,  slots + kStagingOffset + warp * kStagingBytes};
   }
 
   // Column tiles of a group, which its blocks share; those of a block are neighbours.

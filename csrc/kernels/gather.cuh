@@ -21,10 +21,10 @@ SHRANK_DEVICE void find_origins(SharedAddress origins, const ConvWindow& w, int6
       pixel /= w.out[i];
     }
     const int first = ((pixel * w.in[0] + place[0]) * w.in[1] + place[1]) * w.in[2] + place[2];
-    arch::store_shared(origins + at * 16,
-                       arch::Pack<uint32_t, 4>{{static_cast<uint32_t>(first),
-                                                static_cast<uint32_t>(exists ? place[0] : kOutside),
-                                                static_cast<uint32_t>(place[1]), static_cast<uint32_t>(place[2])}});
+    arch::store_shared(
+        origins + at * 16,
+        arch::Pack<uint32_t, 4>{{static_cast<uint32_t>(first), static_cast<uint32_t>(exists ? place[0] : kOutside),
+                                 static_cast<uint32_t>(place[1]), static_cast<uint32_t>(place[2])}});
   }
 }
 
@@ -53,7 +53,8 @@ struct Reach {
 
   SHRANK_DEVICE Reach(const Tap& tap, const ConvWindow& w)
       : step{tap.at[0] * w.dilation[0], tap.at[1] * w.dilation[1], tap.at[2] * w.dilation[2]},
-        pixels((step[0] * w.in[1] + step[1]) * w.in[2] + step[2]), in_filter(tap.at[0] < w.kernel[0]) {}
+        pixels((step[0] * w.in[1] + step[1]) * w.in[2] + step[2]),
+        in_filter(tap.at[0] < w.kernel[0]) {}
 
   // Whether the tap of the window that begins at `origin` is in the image, and at which pixel.
   SHRANK_DEVICE bool is_inside(const arch::Pack<uint32_t, 4>& origin, const ConvWindow& w) const {
@@ -144,8 +145,8 @@ template <typename T, Gather HOW, int Rows, int Threads> struct Windows {
       Tap at = tap;
       write_chunk(chunk_at(panel, row, chunk), [&](int) {
         const bool inside = exists && at.at[0] < params.window.kernel[0];
-        const T* const from = down.data + static_cast<int64_t>(row) * down.columns +
-                              at.index * params.group_channels + channel + at.channel;
+        const T* const from = down.data + static_cast<int64_t>(row) * down.columns + at.index * params.group_channels +
+                              channel + at.channel;
         at.advance(params.window, params.run_channels, 1);
         return inside ? arch::load<T, 1>(from).item[0] : T{};
       });

@@ -11,15 +11,14 @@ namespace shrank {
 // One block an SM is enough to promise: then ptxas uses the registers there are, and two blocks of 128 threads fit
 // anyway. Left to itself it aims at more blocks, and spills (nvcc 13.0, sm_90a).
 template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, 1)
-    entry(const __grid_constant__ typename Kernel::Params params) {
+__global__ void __launch_bounds__(Kernel::kThreads, 1) entry(const __grid_constant__ typename Kernel::Params params) {
   Kernel::run(params);
 }
 
 inline void check_launch(cudaError_t error, const char* kernel) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("shrank: the ") + kernel + " kernel was not launched: " +
-                           cudaGetErrorString(error));
+  throw std::runtime_error(std::string("shrank: the ") + kernel +
+                           " kernel was not launched: " + cudaGetErrorString(error));
 }
 
 // More than 48 KiB of shared memory must be asked for, once for each device.

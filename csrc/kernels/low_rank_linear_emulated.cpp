@@ -34,10 +34,11 @@ emulator::Result emulate(const LowRankLinearParams& params, const LinearGrid& gr
                          std::index_sequence<I...>) {
   const emulator::Index3 blocks{static_cast<unsigned>(grid.blocks_m), static_cast<unsigned>(grid.blocks_n), 1};
   emulator::Result result;
-  const bool found =
-      ((grid.tile == kLinearTiles[I] &&
-        (result = emulator::launch<LowRankLinear<T, kLinearTiles[I].block_m, kLinearTiles[I].max_rank>>(
-             "low_rank_linear", blocks, params, buffers_of(params), options), true)) || ...);
+  const bool found = ((grid.tile == kLinearTiles[I] &&
+                       (result = emulator::launch<LowRankLinear<T, kLinearTiles[I].block_m, kLinearTiles[I].max_rank>>(
+                            "low_rank_linear", blocks, params, buffers_of(params), options),
+                        true)) ||
+                      ...);
   if (!found) throw std::invalid_argument("no low_rank_linear kernel has this tile");
   return result;
 }

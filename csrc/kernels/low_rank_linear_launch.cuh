@@ -15,7 +15,9 @@ void launch_linear_tile(const LowRankLinearParams& params, const LinearGrid& gri
   const dim3 blocks(static_cast<unsigned>(grid.blocks_m), static_cast<unsigned>(grid.blocks_n));
   const bool found = ((grid.tile == kLinearTiles[I] &&
                        (launch<LowRankLinear<T, kLinearTiles[I].block_m, kLinearTiles[I].max_rank>>(
-                            "low_rank_linear", blocks, params, dependent, stream), true)) || ...);
+                            "low_rank_linear", blocks, params, dependent, stream),
+                        true)) ||
+                      ...);
   if (!found) throw std::runtime_error("shrank: low_rank_linear was not compiled for the tile that select chose");
 }
 

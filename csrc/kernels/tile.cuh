@@ -128,7 +128,7 @@ SHRANK_DEVICE void round_into_panels(SharedAddress panels, int panel_bytes, cons
       const int first = column + n * 8, at = row + m * 16 + lane / 4;
       const SharedAddress panel = panels + first / kPanel * panel_bytes;
       const int chunk = first % kPanel / kChunk, within = lane % 4 * 4;
-      const float(&sum)[4] = sums.item[m][n];
+      const float (&sum)[4] = sums.item[m][n];
       arch::store_shared(chunk_at(panel, at, chunk) + within, arch::round_to_pair<T>(sum[0], sum[1]));
       arch::store_shared(chunk_at(panel, at + 8, chunk) + within, arch::round_to_pair<T>(sum[2], sum[3]));
     }
@@ -162,7 +162,7 @@ SHRANK_DEVICE void for_each_chunk(SharedAddress staging, const Sums<FragmentsM, 
     arch::sync_warp();  // the rows before have been read
 #pragma unroll
     for (int n = 0; n < FragmentsN; n++) {
-      const float(&sum)[4] = sums.item[m][n];
+      const float (&sum)[4] = sums.item[m][n];
       const int row = lane / 4, within = lane % 4 * 8;
       arch::store_shared(piece_at(row, n) + within, arch::Pack<float, 2>{{sum[0], sum[1]}});
       arch::store_shared(piece_at(row + 8, n) + within, arch::Pack<float, 2>{{sum[2], sum[3]}});

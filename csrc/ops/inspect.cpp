@@ -36,9 +36,8 @@ const Device& device_of(std::string_view gpu) {
   return device_named(gpu);
 }
 
-std::string explain_for(int64_t M, int64_t K, int64_t N, int64_t R, std::string_view dtype,
-                            std::string_view activation, bool bias, bool residual, bool training,
-                            std::string_view gpu) {
+std::string explain_for(int64_t M, int64_t K, int64_t N, int64_t R, std::string_view dtype, std::string_view activation,
+                        bool bias, bool residual, bool training, std::string_view gpu) {
   const Problem problem{M, K, N, R, parse_dtype(dtype), parse_activation(activation), bias, residual, training};
   return explain(problem, device_of(gpu));
 }
@@ -54,9 +53,23 @@ std::string explain_conv(int64_t batch, int64_t C, int64_t N, int64_t R, const S
                          const Sizes& stride, const Sizes& begin, const Sizes& end, const Sizes& dilation,
                          int64_t groups, int64_t up_groups, std::string_view dtype, std::string_view activation,
                          bool bias, bool residual, bool training, bool channels_last, std::string_view gpu) {
-  const ConvProblem problem{batch, C, N, R, three("input", input), three("kernel", kernel), three("stride", stride),
-                            three("begin", begin), three("end", end), three("dilation", dilation), groups, up_groups,
-                            parse_dtype(dtype), parse_activation(activation), bias, residual, training,
+  const ConvProblem problem{batch,
+                            C,
+                            N,
+                            R,
+                            three("input", input),
+                            three("kernel", kernel),
+                            three("stride", stride),
+                            three("begin", begin),
+                            three("end", end),
+                            three("dilation", dilation),
+                            groups,
+                            up_groups,
+                            parse_dtype(dtype),
+                            parse_activation(activation),
+                            bias,
+                            residual,
+                            training,
                             channels_last};
   return explain(problem, device_of(gpu));
 }
@@ -66,11 +79,13 @@ std::string explain_conv(int64_t batch, int64_t C, int64_t N, int64_t R, const S
 
 STABLE_TORCH_LIBRARY_FRAGMENT(shrank, library) {
   library.def("build_info() -> str");
-  library.def("explain(int M, int K, int N, int R, str dtype, str activation, bool bias, bool residual, bool training, "
-              "str gpu) -> str");
-  library.def("explain_conv(int batch, int C, int N, int R, int[] input, int[] kernel, int[] stride, int[] begin, "
-              "int[] end, int[] dilation, int groups, int up_groups, str dtype, str activation, bool bias, "
-              "bool residual, bool training, bool channels_last, str gpu) -> str");
+  library.def(
+      "explain(int M, int K, int N, int R, str dtype, str activation, bool bias, bool residual, bool training, "
+      "str gpu) -> str");
+  library.def(
+      "explain_conv(int batch, int C, int N, int R, int[] input, int[] kernel, int[] stride, int[] begin, "
+      "int[] end, int[] dilation, int groups, int up_groups, str dtype, str activation, bool bias, "
+      "bool residual, bool training, bool channels_last, str gpu) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(shrank, CompositeExplicitAutograd, library) {

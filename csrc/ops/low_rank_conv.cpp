@@ -39,8 +39,8 @@ void check_tensors(const LowRankConv& args) {
   const int64_t C = x.size(1), R = down.size(0), N = up.dim() ? up.size(0) : 0;
   SHRANK_CONV_CHECK(C % groups == 0 && R % groups == 0, "groups is ", groups, ", wanted a divisor of the ", C,
                     " channels of x and of the rank ", R);
-  SHRANK_CONV_CHECK(down.size(1) == C / groups, "down is ", shape(down), ", wanted (R, ", C / groups,
-                    ", ...) for x ", shape(x), " in ", groups, " groups");
+  SHRANK_CONV_CHECK(down.size(1) == C / groups, "down is ", shape(down), ", wanted (R, ", C / groups, ", ...) for x ",
+                    shape(x), " in ", groups, " groups");
   bool point = up.dim() == dims;
   for (int64_t i = 2; point && i < dims; i++) point = up.size(i) == 1;
   SHRANK_CONV_CHECK(N % up_groups == 0 && R % up_groups == 0, "up_groups is ", up_groups,
@@ -67,9 +67,23 @@ ConvProblem checked_problem(const LowRankConv& args, bool training) {
   Sizes begin = padding, end = padding;
   for (std::size_t i = 0; both && i < d; i++) begin[i] = padding[2 * i], end[i] = padding[2 * i + 1];
   if (both) begin.resize(d), end.resize(d);
-  ConvProblem p{x.size(0), x.size(1), up.size(0), down.size(0), to_three(spatial(x), 1), to_three(kernel, 1),
-                to_three(stride, 1), to_three(begin, 0), to_three(end, 0), to_three(dilation, 1), groups, up_groups,
-                dtype, activation_of(kOp, activation), bias.has_value(), residual.has_value(), training};
+  ConvProblem p{x.size(0),
+                x.size(1),
+                up.size(0),
+                down.size(0),
+                to_three(spatial(x), 1),
+                to_three(kernel, 1),
+                to_three(stride, 1),
+                to_three(begin, 0),
+                to_three(end, 0),
+                to_three(dilation, 1),
+                groups,
+                up_groups,
+                dtype,
+                activation_of(kOp, activation),
+                bias.has_value(),
+                residual.has_value(),
+                training};
   Sizes y{p.batch, p.N};
   for (std::size_t i = 3 - d; i < 3; i++) {
     const int64_t padded = p.in[i] + p.begin[i] + p.end[i], reach = p.dilation[i] * (p.kernel[i] - 1) + 1;
@@ -79,7 +93,8 @@ ConvProblem checked_problem(const LowRankConv& args, bool training) {
   }
   if (residual) {
     const auto found = residual->sizes();
-    SHRANK_CONV_CHECK(std::equal(found.begin(), found.end(), y.begin(), y.end()), "residual is ", shape(*residual), ", wanted ", shape(y));
+    SHRANK_CONV_CHECK(std::equal(found.begin(), found.end(), y.begin(), y.end()), "residual is ", shape(*residual),
+                      ", wanted ", shape(y));
     check_like(kOp, "residual", *residual, x);
   }
   return p;
@@ -187,10 +202,20 @@ Stages with_expand(const LowRankConv& args, const ConvProblem& problem, const Li
   const Problem rows = pointwise(problem);
   if (keeps_preactivation(rows)) stages.z = empty_output(problem, args.x, problem.N, true);
   const int index = y.get_device_index();
-  const LowRankLinearParams params{nullptr, nullptr, args.up.const_data_ptr(), data_of(args.bias),
-                                   data_of(args.residual), h.mutable_data_ptr(), mutable_data_of(stages.z),
-                                   y.mutable_data_ptr(), rows.M, static_cast<int>(rows.K), static_cast<int>(rows.N),
-                                   static_cast<int>(rows.R), rows.dtype, rows.activation};
+  const LowRankLinearParams params{nullptr,
+                                   nullptr,
+                                   args.up.const_data_ptr(),
+                                   data_of(args.bias),
+                                   data_of(args.residual),
+                                   h.mutable_data_ptr(),
+                                   mutable_data_of(stages.z),
+                                   y.mutable_data_ptr(),
+                                   rows.M,
+                                   static_cast<int>(rows.K),
+                                   static_cast<int>(rows.N),
+                                   static_cast<int>(rows.R),
+                                   rows.dtype,
+                                   rows.activation};
   backend.linear(params, grid, backend.device(index), index);
   return stages;
 }
@@ -203,8 +228,8 @@ Stages with_epilogue(const LowRankConv& args, const ConvProblem& problem, bool c
   const Tensor y = keep_z ? empty_output(problem, args.x, problem.N, channels_last) : z;
   std::optional<Tensor> residual;
   if (args.residual) residual.emplace(in_format(*args.residual, channels_last));
-  const EpilogueParams params{z.const_data_ptr(), data_of(residual), y.mutable_data_ptr(), rows.M, rows.N, rows.dtype,
-                              rows.activation};
+  const EpilogueParams params{z.const_data_ptr(), data_of(residual), y.mutable_data_ptr(), rows.M, rows.N,
+                              rows.dtype,         rows.activation};
   rows.aligned = aligned(params.z) && aligned(params.residual) && aligned(params.y);
   const int index = z.get_device_index();
   backend.epilogue(params, epilogue_tile(rows, backend.device(index)), index);
@@ -216,8 +241,8 @@ Stages run(const LowRankConv& args, bool training, const Backend& backend) {
   const bool channels_last = wants_channels_last(args.x, args.down);
   problem.channels_last = channels_last && aligned(args.x.const_data_ptr()) && is_plain(args.up) &&
                           is_plain(args.bias) && aligned(args.down.const_data_ptr()) &&
-                          (!args.residual || (has_channels_last(*args.residual) &&
-                                              aligned(args.residual->const_data_ptr())));
+                          (!args.residual ||
+                           (has_channels_last(*args.residual) && aligned(args.residual->const_data_ptr())));
   const ConvChoice& choice = recall(problem, backend.device(args.x.get_device_index()));
   switch (choice.kernel) {
     case ConvKernel::fused: return with_fused(args, problem, choice.grid, backend);

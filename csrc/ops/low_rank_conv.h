@@ -30,8 +30,8 @@ Tensor low_rank_conv(const LowRankConv& args, const Backend& backend);
 std::tuple<Tensor, Tensor, Tensor> low_rank_conv_train(const LowRankConv& args, const Backend& backend);
 
 // Registers both for one dispatch key: `backend` is a constexpr Backend.
-#define SHRANK_IMPL_LOW_RANK_CONV(library, backend)                                                                   \
-  library.impl("low_rank_conv", TORCH_BOX((&::shrank::boxed::low_rank_conv<&backend>)));                              \
+#define SHRANK_IMPL_LOW_RANK_CONV(library, backend)                                                                    \
+  library.impl("low_rank_conv", TORCH_BOX((&::shrank::boxed::low_rank_conv<&backend>)));                               \
   library.impl("low_rank_conv_train", TORCH_BOX((&::shrank::boxed::low_rank_conv_train<&backend>)))
 
 namespace boxed {
@@ -40,15 +40,16 @@ template <const Backend* backend>
 Tensor low_rank_conv(const Tensor& x, const Tensor& down, const Tensor& up, const std::optional<Tensor>& bias,
                      const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
                      int64_t up_groups, std::string_view activation, const std::optional<Tensor>& residual) {
-  return shrank::low_rank_conv(
-      {x, down, up, bias, stride, padding, dilation, groups, up_groups, activation, residual}, *backend);
+  return shrank::low_rank_conv({x, down, up, bias, stride, padding, dilation, groups, up_groups, activation, residual},
+                               *backend);
 }
 
 template <const Backend* backend>
-std::tuple<Tensor, Tensor, Tensor> low_rank_conv_train(
-    const Tensor& x, const Tensor& down, const Tensor& up, const std::optional<Tensor>& bias, const Sizes& stride,
-    const Sizes& padding, const Sizes& dilation, int64_t groups, int64_t up_groups, std::string_view activation,
-    const std::optional<Tensor>& residual) {
+std::tuple<Tensor, Tensor, Tensor> low_rank_conv_train(const Tensor& x, const Tensor& down, const Tensor& up,
+                                                       const std::optional<Tensor>& bias, const Sizes& stride,
+                                                       const Sizes& padding, const Sizes& dilation, int64_t groups,
+                                                       int64_t up_groups, std::string_view activation,
+                                                       const std::optional<Tensor>& residual) {
   return shrank::low_rank_conv_train(
       {x, down, up, bias, stride, padding, dilation, groups, up_groups, activation, residual}, *backend);
 }

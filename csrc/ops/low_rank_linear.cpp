@@ -67,12 +67,20 @@ Stages with_kernel(const LowRankLinear& args, const Problem& problem, std::optio
   std::optional<Tensor> z;
   if (keeps_preactivation(problem)) z = rows_like(args.x, problem.N);
   const int index = y.get_device_index();
-  const LowRankLinearParams params{
-      from_h ? nullptr : args.x.const_data_ptr(), from_h ? nullptr : args.down.const_data_ptr(),
-      args.up.const_data_ptr(), data_of(args.bias), data_of(args.residual),
-      mutable_data_of(h), mutable_data_of(z), y.mutable_data_ptr(), problem.M,
-      static_cast<int>(problem.K), static_cast<int>(problem.N), static_cast<int>(problem.R), problem.dtype,
-      problem.activation};
+  const LowRankLinearParams params{from_h ? nullptr : args.x.const_data_ptr(),
+                                   from_h ? nullptr : args.down.const_data_ptr(),
+                                   args.up.const_data_ptr(),
+                                   data_of(args.bias),
+                                   data_of(args.residual),
+                                   mutable_data_of(h),
+                                   mutable_data_of(z),
+                                   y.mutable_data_ptr(),
+                                   problem.M,
+                                   static_cast<int>(problem.K),
+                                   static_cast<int>(problem.N),
+                                   static_cast<int>(problem.R),
+                                   problem.dtype,
+                                   problem.activation};
   backend.linear(params, grid, backend.device(index), index);
   return {y, h, z};
 }
@@ -85,8 +93,13 @@ Stages with_epilogue(const LowRankLinear& args, Problem& problem, const Tensor& 
   const Tensor y = keep_z ? torch::stable::empty_like(z) : z;
   std::optional<Tensor> residual;
   if (args.residual) residual.emplace(as_contiguous(*args.residual));
-  const EpilogueParams params{z.const_data_ptr(), residual ? residual->const_data_ptr() : nullptr, y.mutable_data_ptr(),
-                              problem.M, problem.N, problem.dtype, problem.activation};
+  const EpilogueParams params{z.const_data_ptr(),
+                              residual ? residual->const_data_ptr() : nullptr,
+                              y.mutable_data_ptr(),
+                              problem.M,
+                              problem.N,
+                              problem.dtype,
+                              problem.activation};
   problem.aligned = aligned(params.z) && aligned(params.residual) && aligned(params.y);
   const int index = z.get_device_index();
   backend.epilogue(params, epilogue_tile(problem, backend.device(index)), index);

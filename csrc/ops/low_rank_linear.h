@@ -23,9 +23,8 @@ Tensor low_rank_linear(const LowRankLinear& args, const Backend& backend);
 std::tuple<Tensor, Tensor, Tensor> low_rank_linear_train(const LowRankLinear& args, const Backend& backend);
 
 // Registers both for one dispatch key: `backend` is a constexpr Backend.
-#define SHRANK_IMPL_LOW_RANK_LINEAR(library, backend)                                                               \
-  library.impl("low_rank_linear",                                                                                   \
-               TORCH_BOX((&::shrank::boxed::low_rank_linear<&backend>)));                                           \
+#define SHRANK_IMPL_LOW_RANK_LINEAR(library, backend)                                                                  \
+  library.impl("low_rank_linear", TORCH_BOX((&::shrank::boxed::low_rank_linear<&backend>)));                           \
   library.impl("low_rank_linear_train", TORCH_BOX((&::shrank::boxed::low_rank_linear_train<&backend>)))
 
 namespace boxed {

@@ -3,13 +3,17 @@
 
 // The schemas of shrank/ops, which defines them only where this has not; tests/ops/test_law.py compares them.
 STABLE_TORCH_LIBRARY_FRAGMENT(shrank, library) {
-  library.def("low_rank_linear(Tensor x, Tensor down, Tensor up, Tensor? bias=None, str activation='none', "
-              "Tensor? residual=None) -> Tensor");
-  library.def("low_rank_linear_train(Tensor x, Tensor down, Tensor up, Tensor? bias=None, str activation='none', "
-              "Tensor? residual=None) -> (Tensor y, Tensor h, Tensor z)");
-  library.def("low_rank_conv(Tensor x, Tensor down, Tensor up, Tensor? bias, int[] stride, int[] padding, "
-              "int[] dilation, int groups=1, int up_groups=1, str activation='none', Tensor? residual=None) -> Tensor");
-  library.def("low_rank_conv_train(Tensor x, Tensor down, Tensor up, Tensor? bias, int[] stride, int[] padding, "
-              "int[] dilation, int groups=1, int up_groups=1, str activation='none', Tensor? residual=None) -> "
-              "(Tensor y, Tensor h, Tensor z)");
+  library.def(
+      "low_rank_linear(Tensor x, Tensor down, Tensor up, Tensor? bias=None, str activation='none', "
+      "Tensor? residual=None) -> Tensor");
+  library.def(
+      "low_rank_linear_train(Tensor x, Tensor down, Tensor up, Tensor? bias=None, str activation='none', "
+      "Tensor? residual=None) -> (Tensor y, Tensor h, Tensor z)");
+  library.def(
+      "low_rank_conv(Tensor x, Tensor down, Tensor up, Tensor? bias, int[] stride, int[] padding, "
+      "int[] dilation, int groups=1, int up_groups=1, str activation='none', Tensor? residual=None) -> Tensor");
+  library.def(
+      "low_rank_conv_train(Tensor x, Tensor down, Tensor up, Tensor? bias, int[] stride, int[] padding, "
+      "int[] dilation, int groups=1, int up_groups=1, str activation='none', Tensor? residual=None) -> "
+      "(Tensor y, Tensor h, Tensor z)");
 }

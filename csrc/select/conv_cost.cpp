@@ -35,8 +35,8 @@ double bias_of(const ConvProblem& p) { return p.bias ? wide(p.N) : 0.0; }
 double first_conv_us(const ConvProblem& p, const Device& d) { return conv_us(p, wide(p.R), 0, d); }
 
 double two_convs_us(const ConvProblem& p, const Device& d) {
-  return first_conv_us(p, d) + gemm_us(wide(p.pixels()), wide(p.N), wide(p.R / p.up_groups), bias_of(p) +
-                                       wide(p.pixels()) * wide(p.R - p.R / p.up_groups), p.dtype, d);
+  return first_conv_us(p, d) + gemm_us(wide(p.pixels()), wide(p.N), wide(p.R / p.up_groups),
+                                       bias_of(p) + wide(p.pixels()) * wide(p.R - p.R / p.up_groups), p.dtype, d);
 }
 
 double dense_us(const ConvProblem& p, const Device& d) {

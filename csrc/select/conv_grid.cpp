@@ -60,15 +60,17 @@ double pixels_read(const ConvProblem& p, const ConvTile& tile, double channels, 
 
 // What a block does: multiply-adds of the tensor cores, instructions of a thread, numbers that pass L1 and L2, steps of
 // the first pipeline. Bytes of L1 in a clock: an SM has 128, and copies to shared memory write what they read.
-struct Work {
-  double products, instructions, from_l1, from_l2, steps, l1_rate;
-};
+struct Work { double products, instructions, from_l1, from_l2, steps, l1_rate; };
 
 Work depthwise_work(const ConvTile& tile, const ConvProblem& p, const Device& d) {
   const double block_m = tile.tile.block_m, rank = wide(p.R / p.up_groups), taps = wide(p.taps());
   const double channels = std::min(rank, double{LinearTile::kPanel});
-  return {0, block_m * rank * taps * kDepthwiseInstructions, block_m * rank * taps,
-          pixels_read(p, tile, channels, d) * rank + rank * taps, 0, 2 * kL2OfOneSm};
+  return {0,
+          block_m * rank * taps * kDepthwiseInstructions,
+          block_m * rank * taps,
+          pixels_read(p, tile, channels, d) * rank + rank * taps,
+          0,
+          2 * kL2OfOneSm};
 }
 
 Work gather_work(const ConvTile& tile, const ConvProblem& p, const Device& d) {
@@ -81,8 +83,8 @@ Work gather_work(const ConvTile& tile, const ConvProblem& p, const Device& d) {
   const double instructions = tile.gather == Gather::chunks ? t.block_m * k / 8 * kCopyInstructions
                                                             : (t.block_m + t.max_rank) * k * kNumberInstructions;
   const double from_x = pixels_read(p, tile, wide(run), d) * wide(segments * runs * run);
-  return {t.block_m * k * wide(busy * t.warps_n()), instructions, t.block_m * k,
-          from_x + wide(p.R / p.up_groups) * wide(p.K()), steps, kL2OfOneSm};
+  return {t.block_m * k * wide(busy * t.warps_n()),       instructions, t.block_m * k,
+          from_x + wide(p.R / p.up_groups) * wide(p.K()), steps,        kL2OfOneSm};
 }
 
 double microseconds(const ConvGrid& grid, const ConvProblem& p, const Device& d) {

@@ -20,7 +20,7 @@ struct ConvProblem {
   Activation activation = Activation::none;
   bool bias = false;
   bool residual = false;
-  bool training = false;      // h and the pre-activation are kept for the backward pass
+  bool training = false;  // h and the pre-activation are kept for the backward pass
   bool channels_last = true;  // every tensor with its channels innermost, without gaps, from a multiple of 16 bytes on
 
   constexpr Size3 out() const {

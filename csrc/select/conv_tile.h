@@ -44,14 +44,13 @@ struct ConvTile {
 };
 
 inline constexpr std::array<ConvTile, 21> kConvTiles{{
-    {Gather::chunks, {32, 64}}, {Gather::chunks, {32, 128}}, {Gather::chunks, {32, 256}},
-    {Gather::chunks, {64, 32}}, {Gather::chunks, {64, 64}}, {Gather::chunks, {64, 96}}, {Gather::chunks, {64, 128}},
-    {Gather::chunks, {64, 256}},
-    {Gather::chunks, {128, 32}}, {Gather::chunks, {128, 64}}, {Gather::chunks, {128, 128}},
-    {Gather::numbers, {64, 64}}, {Gather::numbers, {64, 128}}, {Gather::numbers, {64, 256}},
-    {Gather::depthwise, {128, 128}}, {Gather::depthwise, {64, 256}}, {Gather::depthwise, {128, 256}},
-    {Gather::depthwise, {32, 512}}, {Gather::depthwise, {64, 512}},
-    {Gather::depthwise, {64, 1024}}, {Gather::depthwise, {32, 1536}},
+    {Gather::chunks, {32, 64}},     {Gather::chunks, {32, 128}},     {Gather::chunks, {32, 256}},
+    {Gather::chunks, {64, 32}},     {Gather::chunks, {64, 64}},      {Gather::chunks, {64, 96}},
+    {Gather::chunks, {64, 128}},    {Gather::chunks, {64, 256}},     {Gather::chunks, {128, 32}},
+    {Gather::chunks, {128, 64}},    {Gather::chunks, {128, 128}},    {Gather::numbers, {64, 64}},
+    {Gather::numbers, {64, 128}},   {Gather::numbers, {64, 256}},    {Gather::depthwise, {128, 128}},
+    {Gather::depthwise, {64, 256}}, {Gather::depthwise, {128, 256}}, {Gather::depthwise, {32, 512}},
+    {Gather::depthwise, {64, 512}}, {Gather::depthwise, {64, 1024}}, {Gather::depthwise, {32, 1536}},
 }};
 
 // How a tile covers a problem: blocks_m blocks of pixels by blocks_n for each group of the second stage, which compute

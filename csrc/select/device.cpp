@@ -19,9 +19,7 @@ std::string normalized(std::string_view name) {
 
 // FLOPs per SM and clock, dense, a fused multiply-add counted as two. Each row times SMs times boost clock gives the
 // datasheet figure of its cards: 8.0 A100, 8.9 L40S, 9.0 H100, 10.0 B200, 12.0 RTX PRO 6000.
-struct Rates {
-  int half, float32, float64;
-};
+struct Rates { int half, float32, float64; };
 
 Rates rates(int arch) {
   switch (arch) {
@@ -66,8 +64,19 @@ Device from_attributes(std::string_view name, int major, int minor, int sms, int
   const double half = name.find("GeForce") == std::string_view::npos ? 1.0 : 0.5;
   const double clocks = kFlopsShare * sms * clock_khz * 1e3;
   const double bandwidth = kBandwidthShare * 2 * memory_clock_khz * 1e3 * bus_bits / 8;
-  return {name, name, arch, sms, bandwidth, clocks * per_clock.half * half, clocks * per_clock.float32,
-          clocks * per_clock.float64, static_cast<double>(l2_bytes), smem_per_block, kLaunchUs, kNodeUs, kFromClocks};
+  return {name,
+          name,
+          arch,
+          sms,
+          bandwidth,
+          clocks * per_clock.half * half,
+          clocks * per_clock.float32,
+          clocks * per_clock.float64,
+          static_cast<double>(l2_bytes),
+          smem_per_block,
+          kLaunchUs,
+          kNodeUs,
+          kFromClocks};
 }
 
 }  // namespace shrank

@@ -23,10 +23,7 @@ template <typename P> Object& add_end(Object& object, const P& p) {
 
 std::string json(const Problem& p) {
   Object object;
-  object.add("M", json(p.M))
-      .add("K", json(p.K))
-      .add("N", json(p.N))
-      .add("R", json(p.R));
+  object.add("M", json(p.M)).add("K", json(p.K)).add("N", json(p.N)).add("R", json(p.R));
   return add_end(object, p).add("aligned", json(p.aligned)).text();
 }
 

@@ -35,10 +35,16 @@ constexpr int bytes(Dtype dtype) {
 
 // The shortest names come from the command line, the longest from torch.
 inline constexpr std::array<std::pair<std::string_view, Dtype>, 10> kDtypeSpellings{{
-    {"bf16", Dtype::bfloat16}, {"bfloat16", Dtype::bfloat16},
-    {"fp16", Dtype::float16}, {"float16", Dtype::float16}, {"half", Dtype::float16},
-    {"fp32", Dtype::float32}, {"float32", Dtype::float32}, {"float", Dtype::float32},
-    {"fp64", Dtype::float64}, {"float64", Dtype::float64},
+    {"bf16", Dtype::bfloat16},
+    {"bfloat16", Dtype::bfloat16},
+    {"fp16", Dtype::float16},
+    {"float16", Dtype::float16},
+    {"half", Dtype::float16},
+    {"fp32", Dtype::float32},
+    {"float32", Dtype::float32},
+    {"float", Dtype::float32},
+    {"fp64", Dtype::float64},
+    {"float64", Dtype::float64},
 }};
 
 // "dtype is 'int8', wanted one of bf16, ..."

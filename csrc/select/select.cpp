@@ -99,7 +99,8 @@ double floor_us(const Problem& p, const Device& d) {
 
 double dense_us(const Problem& p, const Device& d) {
   return gemm_us(static_cast<double>(p.M), static_cast<double>(p.N), static_cast<double>(p.K), bias_numbers(p), p.dtype,
-                 d) + torch_tail_us(p, d);
+                 d) +
+         torch_tail_us(p, d);
 }
 
 EpilogueTile epilogue_tile(const Problem& p, const Device& d) {

@@ -63,7 +63,7 @@ class LED(LowRankLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         # two_stage.run, inlined for stages that own their parameters: attribute access on modules and more calls would
-        # cost as much as the product of a small layer (benchmarks/bench_inference.py). All else goes there, and
+        # cost as much as the product of a small layer (benchmarks/speed/bench_inference.py). All else goes there, and
         # tests/layers/test_run.py holds both to the same answers.
         stages = self._modules["led_unit"]._modules
         first, second = stages["0"], stages["1"]

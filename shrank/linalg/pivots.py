@@ -15,8 +15,8 @@ from .factors import Factors
 from .weighted import rounded
 
 # Rounding of the pivots grows by at most 1 / (smallest singular value of their rows of an orthonormal `up`). Rows in
-# one piece need no gather, which costs a linear layer up to half its time on a CPU (benchmarks/bench_pivots.py); they
-# are taken where the growth times the dtype's unit stays below this. In float32 that is 1000; the best windows of
+# one piece need no gather, which costs a linear layer up to half its time on a CPU (benchmarks/speed/bench_pivots.py);
+# they are taken where the growth times the dtype's unit stays below this. In float32 that is 1000; the best windows of
 # all-MiniLM-L6-v2 and SmolLM2 have 74 to 591. What a rank cuts off is a thousand times as much.
 _TOLERATED_ROUNDING = 6e-5
 _WINDOWS = 16

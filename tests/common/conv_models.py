@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from examples.conv import WINDOW, load_crepe
+from benchmarks.data.crepe import WINDOW, load_crepe
 from tests.common.models import VOCAB, draw, seeded, tokens
 
 _WIDTHS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}

@@ -11,8 +11,9 @@ using Run = emulator::Result (*)(const std::string&, const HopperMicroParams&, c
 
 template <typename Kernel>
 emulator::Result launch(const std::string& name, const HopperMicroParams& params, const emulator::Options& options) {
-  return emulator::launch<Kernel>(name, {}, params, {{"input", params.input, 64 * 128, false, false},
-                                                     {"output", params.output, 128 * 4, true, false}}, options);
+  return emulator::launch<Kernel>(
+      name, {}, params,
+      {{"input", params.input, 64 * 128, false, false}, {"output", params.output, 128 * 4, true, false}}, options);
 }
 
 struct Named {
@@ -23,12 +24,24 @@ struct Named {
 #define SHRANK_PRODUCT(slip) {"product/" #slip, launch<StoredProduct<Slip::slip>>}
 #define SHRANK_TILE(slip) {"tile/" #slip, launch<OneTile<TileSlip::slip>>}
 constexpr Named kKernels[] = {
-    SHRANK_PRODUCT(none), SHRANK_PRODUCT(no_proxy_fence), SHRANK_PRODUCT(proxy_fence_too_soon),
-    SHRANK_PRODUCT(no_warpgroup_fence), SHRANK_PRODUCT(read_before_wait), SHRANK_PRODUCT(never_awaited),
-    SHRANK_PRODUCT(never_committed), SHRANK_PRODUCT(stored_while_read), SHRANK_PRODUCT(one_warp_differs),
-    SHRANK_PRODUCT(one_warp_less), SHRANK_PRODUCT(unswizzled_operand),
-    SHRANK_TILE(none), SHRANK_TILE(never_awaited), SHRANK_TILE(not_aligned), SHRANK_TILE(past_the_matrix),
-    SHRANK_TILE(read_before_wait), SHRANK_TILE(arrives_twice), SHRANK_TILE(not_made),
+    SHRANK_PRODUCT(none),
+    SHRANK_PRODUCT(no_proxy_fence),
+    SHRANK_PRODUCT(proxy_fence_too_soon),
+    SHRANK_PRODUCT(no_warpgroup_fence),
+    SHRANK_PRODUCT(read_before_wait),
+    SHRANK_PRODUCT(never_awaited),
+    SHRANK_PRODUCT(never_committed),
+    SHRANK_PRODUCT(stored_while_read),
+    SHRANK_PRODUCT(one_warp_differs),
+    SHRANK_PRODUCT(one_warp_less),
+    SHRANK_PRODUCT(unswizzled_operand),
+    SHRANK_TILE(none),
+    SHRANK_TILE(never_awaited),
+    SHRANK_TILE(not_aligned),
+    SHRANK_TILE(past_the_matrix),
+    SHRANK_TILE(read_before_wait),
+    SHRANK_TILE(arrives_twice),
+    SHRANK_TILE(not_made),
 };
 #undef SHRANK_PRODUCT
 #undef SHRANK_TILE

@@ -32,14 +32,14 @@ struct Micro {
   SHRANK_DEVICE static void start(const Params& p, int to) { arch::copy_async(chunk(to), p.input + me() * 4, 16); }
 };
 
-#define SHRANK_MICRO(name)                              \
-  struct name : Micro {                                 \
-    SHRANK_DEVICE static void steps(const Params& p);   \
-    static void run(const Params& p) {                  \
-      arch::grid_dependency_wait();                     \
-      steps(p);                                         \
-    }                                                   \
-  };                                                    \
+#define SHRANK_MICRO(name)                                                                                             \
+  struct name : Micro {                                                                                                \
+    SHRANK_DEVICE static void steps(const Params& p);                                                                  \
+    static void run(const Params& p) {                                                                                 \
+      arch::grid_dependency_wait();                                                                                    \
+      steps(p);                                                                                                        \
+    }                                                                                                                  \
+  };                                                                                                                   \
   SHRANK_DEVICE void name::steps([[maybe_unused]] const Params& p)
 
 // ---- barriers

@@ -1,0 +1,3 @@
+from benchmarks.quality.studies import main
+
+main()

@@ -1,0 +1,277 @@
+"""What compressed models are worth at every size, against the published methods: benchmarks/results/quality_*.json.
+
+    python -m benchmarks.quality [minilm smollm2 whisper crepe-full crepe-tiny]
+    python -m benchmarks.quality [...] --keep 0.6    # that column alone, printed and not stored
+    python -m benchmarks.quality [...] --heal 300    # what as many steps of healing add to what was measured
+    python -m benchmarks.quality [...] --cost     # of calibrate, plan and apply: seconds and memory, on a quiet machine
+    python -m benchmarks.quality [...] --table    # of what was measured
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import shrank
+from benchmarks.provenance import RESULTS, provenance
+from benchmarks.quality import baselines
+from benchmarks.quality.tasks import Crepe, MiniLM, SmolLM2, Task, Whisper
+from benchmarks.speed.turns import THREADS
+from shrank import Batch, Budget, Calibration, LayerStatistics, Metric
+
+OURS = "shrank"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A task, the keeps to measure, those at which each step is measured on its own, to anchor and to heal at."""
+
+    task: Callable[[], Task]
+    keeps: tuple[float, ...]
+    steps_at: tuple[float, ...]
+    anchored_at: tuple[float, ...]
+    heal_at: tuple[float, ...] = ()
+
+
+STUDIES = {
+    "minilm": Study(MiniLM, (0.9, 0.8, 0.7, 0.6, 0.5), (0.9, 0.8, 0.7, 0.6, 0.5), (0.9, 0.8, 0.7, 0.6, 0.5)),
+    "smollm2": Study(SmolLM2, (0.9, 0.8, 0.7, 0.6), (0.6,), (), (0.8,)),
+    "whisper": Study(Whisper, (0.9, 0.7, 0.5), (0.7,), (0.7, 0.5), (0.5,)),
+    "crepe-full": Study(partial(Crepe, "full"), (0.7, 0.5), (0.5,), (0.5,)),
+    "crepe-tiny": Study(partial(Crepe, "tiny"), (0.7, 0.5), (0.5,), (0.5,)),
+}
+
+
+class View(LayerStatistics):
+    """What a calibration found, without the means that biases could make up for."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self._calibration = calibration
+
+    def __contains__(self, fqn: str) -> bool:
+        return fqn in self._calibration
+
+    @property
+    def has_gradients(self) -> bool:
+        return self._calibration.has_gradients
+
+    def tokens(self, fqn: str) -> int:
+        return self._calibration.tokens(fqn)
+
+    def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
+        return self._calibration.metric(fqn, matrices, centred=False)
+
+
+class WithoutBias(View):
+    """Two-sided errors, without bias correction."""
+
+
+class OneSided(View):
+    """Errors of the outputs, of which gradients only say what each layer's are worth: its mean gradient energy."""
+
+    def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
+        full = super().metric(fqn, matrices, centred)
+        if full is None or full.gradient is None:
+            return full
+        W = matrices.double()
+        neutral = W.mT @ W if full.on_inputs else torch.eye(W.shape[1]).double()
+        energy = full.gradient[0].trace() / neutral.diagonal(dim1=-2, dim2=-1).sum()
+        return Metric(full.data, (energy * neutral).expand_as(full.gradient), full.on_inputs, None)
+
+
+def steps(calibration: Calibration, without: Calibration) -> dict[str, Callable[[nn.Module, float], nn.Module]]:
+    """What each step adds, from the first to all of them: from a dense model and a keep to a compressed one."""
+
+    def spent(seen: LayerStatistics, model: nn.Module, keep: float, **options: object) -> nn.Module:
+        plan = shrank.make_plan(model, Budget(keep_params=keep), calibration=seen, **options)
+        return shrank.apply(model, plan, seen)
+
+    one_sided, without_bias = OneSided(calibration), WithoutBias(calibration)
+    return {
+        "whitening": lambda model, keep: shrank.auto_fact(model, shrank.Fraction(keep), calibrate=without),
+        "+ ranks by gradient energy": partial(spent, one_sided, pivot=False, allow_dense=False),
+        "+ dense option": partial(spent, one_sided, pivot=False),
+        "+ two-sided": partial(spent, without_bias, pivot=False),
+        "+ pivots": partial(spent, without_bias),
+        f"+ bias = {OURS}": partial(spent, calibration),
+    }
+
+
+def column(study: Study, keep: float) -> Study:
+    """The study at one keep; ValueError if it measures nothing there."""
+    if keep not in study.keeps:
+        raise ValueError(f"the study measures at keep {', '.join(map(str, study.keeps))}, not at {keep}")
+    at = {name: tuple(x for x in getattr(study, name) if x == keep) for name in ("keeps", "steps_at", "anchored_at")}
+    return replace(study, **at)
+
+
+def rows(study: Study) -> Iterator[dict]:
+    task = study.task()
+    dense = task.model()
+    yield {"method": "dense", "keep": 1.0, **task.evaluate(dense)}
+    yield from _baselines(task, study.keeps)
+    started = time.perf_counter()
+    names = list(baselines.layers(dense, task.exclude))
+    batches = shrank.batches(task.batches())
+    calibration = shrank.calibrate(dense, batches, loss=task.own_loss, layers=names)
+    seconds = round(time.perf_counter() - started)
+    without = shrank.calibrate(dense, batches, loss="none", layers=names)
+
+    def row(name: str, step: Callable[[nn.Module, float], nn.Module], keep: float) -> dict:
+        started = time.perf_counter()
+        small = step(copy.deepcopy(dense), keep)
+        taken = round(time.perf_counter() - started)
+        layers = [x for x in small.shrank_plan if x.fqn in set(names)]
+        return {"method": name, "keep": keep, **task.evaluate(small),
+                "kept": round(sum(x.params_after for x in layers) / sum(x.size for x in layers), 4),
+                "dense layers": sum(x.rank is None for x in layers), "calibrated in s": seconds,
+                "planned and applied in s": taken}
+
+    for name, step in steps(calibration, without).items():
+        for keep in study.keeps if OURS in name else study.steps_at:
+            yield row(name, step, keep)
+    yield from _halved(task, dense, calibration)
+    for keep in study.anchored_at:
+        yield row(f"{OURS}, anchored", partial(_anchored, batches, calibration), keep)
+
+
+def _anchored(batches: list[Batch], calibration: Calibration, model: nn.Module, keep: float) -> nn.Module:
+    plan = shrank.make_plan(model, keep, calibration=calibration)
+    return shrank.apply_anchored(model, plan, batches, calibration)
+
+
+def _baselines(task: Task, keeps: tuple[float, ...]) -> Iterator[dict]:
+    model = task.model()
+    seen = baselines.statistics(model, shrank.batches(task.batches()), task.loss if task.kfac else None, task.exclude)
+    for method in baselines.METHODS:
+        if not task.kfac and method in ("ASVD", "K-FAC"):
+            continue  # published for linear layers only
+        found = baselines.approximations(model, method, seen, task.exclude)
+        for keep in keeps:
+            yield {"method": method, "keep": keep, **task.evaluate(baselines.compressed(model, found, keep))}
+
+
+def healed_rows(study: Study, steps: int) -> Iterator[dict]:
+    """What training makes of the default, with products in bfloat16: on CPUs that have them, half the time."""
+    task = study.task()
+    dense = task.model()
+    calibration = shrank.calibrate(dense, task.batches(), loss=task.own_loss,
+                                   layers=list(baselines.layers(dense, task.exclude)))
+    for keep in study.heal_at:
+        small = shrank.auto_fact(dense, Budget(keep_params=keep), calibrate=calibration, deepcopy=True)
+        started = time.perf_counter()
+        torch.set_float32_matmul_precision("medium")
+        small = shrank.heal(small, dense, task.healing_batches(), steps=steps, loss=task.healing_loss)
+        torch.set_float32_matmul_precision("highest")
+        taken, done = round(time.perf_counter() - started), small.shrank_healing
+        yield {"method": f"{OURS}, healed {steps} steps", "keep": keep, **task.evaluate(small), "healed in s": taken,
+               "best step": done.best_step, "loss held out": [[step, round(x, 4)] for step, x in done.curve],
+               "measured": provenance("cpu")}
+
+
+def _halved(task: Task, dense: nn.Module, calibration: Calibration, keep: float = 0.8) -> Iterator[dict]:
+    """The model in bfloat16: plain factors with and without the fit of one to the other's rounding, and the default."""
+
+    def compressed(model: nn.Module, pivot: bool | str) -> nn.Module:
+        return shrank.auto_fact(model, Budget(keep_params=keep), calibrate=calibration, pivot=pivot)
+
+    halved = copy.deepcopy(dense).bfloat16()
+    rounded = compressed(copy.deepcopy(halved).float(), False).bfloat16()
+    refitted = compressed(copy.deepcopy(halved), False)
+    for method, small in (("bf16, plain factors rounded", rounded), ("bf16, plain factors refitted", refitted),
+                          (f"bf16, refitted = {OURS}", compressed(halved, "auto"))):
+        yield {"method": method, "keep": keep, **task.evaluate(small.float())}
+
+
+def cost(name: str) -> dict[str, float]:
+    """Seconds and peak memory of calibrate, plan and apply, in a process of its own, in which glibc gives large blocks
+    back that are freed: by default it keeps those below 32 MiB."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 18)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_cost, (name,))
+
+
+def _cost(name: str) -> dict[str, float]:
+    torch.set_num_threads(THREADS)
+    task = STUDIES[name].task()
+    data, model = shrank.Calibrate(task.batches(), loss=task.own_loss, spill=True), task.model()
+    # Thread pools and libraries are not the model's.
+    shrank.auto_fact(nn.Linear(256, 256).eval(), Budget(keep_params=0.5), calibrate=[torch.randn(256, 256)])
+    size = 4 * sum(p.numel() for p in model.parameters())
+    before, started = _resident(), time.perf_counter()
+    shrank.auto_fact(model, Budget(keep_params=0.8), calibrate=data, exclude=task.exclude)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": round(seconds, 1), "model in MiB": size >> 20,
+            "peak above the loaded model in MiB": (peak - before) >> 20,
+            "peak with the model, in models": round((peak - before + size) / size, 2)}
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def table(results: dict) -> str:
+    """The rows as a Markdown table: a line per method and figure, a column per keep."""
+    figures = [key for key in results["rows"][0] if key not in ("method", "keep")]
+    keeps = sorted({row["keep"] for row in results["rows"][1:]}, reverse=True)
+    lines = []
+    for figure in figures:
+        dense = results["rows"][0][figure]
+        lines += [f"| {figure} (dense {dense:.4g}) | " + " | ".join(f"keep {k:g}" for k in keeps) + " |",
+                  "|---" * (len(keeps) + 1) + "|"]
+        for method in dict.fromkeys(row["method"] for row in results["rows"][1:]):
+            found = {row["keep"]: row[figure] for row in results["rows"] if row["method"] == method}
+            lines.append(f"| {method} | " + " | ".join(f"{found[k]:.4g}" if k in found else "" for k in keeps) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", default=list(STUDIES), metavar="TASK")
+    parser.add_argument("--heal", type=int, metavar="STEPS", help="measure healing alone")
+    parser.add_argument("--keep", type=float, help="measure this keep alone and store nothing")
+    parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--cost", action="store_true", help="measure time and memory alone")
+    parser.add_argument("--table", action="store_true", help="print the stored results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for name in arguments.tasks:
+        if arguments.keep:
+            for row in rows(column(STUDIES[name], arguments.keep)):
+                print(json.dumps(row), flush=True)
+            continue
+        path = RESULTS / f"quality_{name}.json"
+        results = json.loads(path.read_text()) if path.exists() else {}
+        if arguments.cost:
+            results["cost"] = {**cost(name), "measured": provenance("cpu")}
+            path.write_text(json.dumps(results, indent=1) + "\n")
+        elif arguments.heal:
+            found = list(healed_rows(STUDIES[name], arguments.heal))
+            others = [row for row in results["rows"] if "healed" not in row["method"]]
+            results["rows"] = others + found
+            path.write_text(json.dumps(results, indent=1) + "\n")
+        elif not arguments.table:
+            results = {**provenance("cpu"), "cost": results.get("cost"), "rows": []}
+            for row in rows(STUDIES[name]):
+                results["rows"].append(row)
+                print(json.dumps(row), flush=True)
+                path.write_text(json.dumps(results, indent=1) + "\n")
+        print(name, results["cost"], table(results), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

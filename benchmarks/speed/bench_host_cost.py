@@ -1,0 +1,119 @@
+"""What one call of the op costs on the host beyond the two F.linear that it replaces: M=1, K=N=64, R=16.
+
+On a CPU the C++ implementation must be loaded before shrank, so a process of its own measures:
+
+    python -m benchmarks.speed.bench_host_cost --library build/cmake/libshrank.so
+    python -m benchmarks.speed.bench_host_cost --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from benchmarks.provenance import ROOT
+
+LIBRARY = ROOT / "build" / "cmake" / "libshrank.so"
+BAR_US = 6.0
+CALLS, PROCESSES = 2000, 3
+MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+
+
+def measure(device: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Per mode, in microseconds per call: two F.linear, and what the op and shrank.low_rank_linear cost above them.
+
+    On CUDA the clock stops when the device is done, which at this size waits for the host.
+    """
+    import shrank
+    from shrank.measuring.timing import time_in_turns
+
+    torch.manual_seed(0)
+    x = torch.randn(1, 64, device=device)
+    down, up, bias = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((16, 64), (64, 16), (64,)))
+    op = torch.ops.shrank.low_rank_linear
+    calls: dict[str, Callable[[], Tensor]] = {
+        "two_linears": lambda: linear(linear(x, down), up, bias),
+        "op": lambda: op(x, down, up, bias),
+        "api": lambda: shrank.low_rank_linear(x, down, up, bias, backend="native"),
+    }
+    costs = {}
+    for name, mode in MODES.items():
+        with mode(), _taken_for_cuda(device):
+            found = time_in_turns({each: [call] * CALLS for each, call in calls.items()}, device, rounds, graphs=False)
+        base = found["two_linears"].seconds
+        costs[name] = {"two_linears_us": 1e6 * base,
+                       **{f"{each}_above_us": 1e6 * (found[each].seconds - base) for each in ("op", "api")}}
+    return costs
+
+
+@contextmanager
+def _taken_for_cuda(device: str) -> Iterator[None]:
+    """On a CPU, let shrank.low_rank_linear go the way that it goes with CUDA tensors."""
+    if device != "cpu":
+        yield
+        return
+
+    from shrank.ops import availability  # not before the library is loaded
+
+    with (patch.object(torch.Tensor, "is_cuda", True), patch.object(availability, "_find_why_not_here", lambda: ()),
+          patch.object(availability, "_find_too_old", lambda index: "")):
+        yield
+
+
+@cache
+def measured_apart() -> dict[str, dict[str, float]]:
+    """Medians over processes that each load the C++ implementation for the CPU first: they differ by up to 2 us."""
+    runs = [_process() for _ in range(PROCESSES)]
+    return {mode: {figure: statistics.median(run[mode][figure] for run in runs) for figure in figures}
+            for mode, figures in runs[0].items()}
+
+
+def _process() -> dict[str, dict[str, float]]:
+    command = [sys.executable, "-m", "benchmarks.speed.bench_host_cost", "--library", str(LIBRARY)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the measuring process failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def bench_host_cost(mode: str, benchmark, report) -> None:
+    if not LIBRARY.exists():
+        pytest.skip("the C++ ops for the CPU are not built: make build/cmake/.ready")
+    costs = benchmark.pedantic(measured_apart, rounds=1)[mode]
+    report("microseconds, two F.linear", costs["two_linears_us"], "-")
+    report("microseconds above them, the op", costs["op_above_us"], f"<= {BAR_US:g}")
+    report("microseconds above them, low_rank_linear", costs["api_above_us"], "-")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--library", type=Path, help="the C++ ops for the CPU")
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.library:
+        torch.ops.load_library(str(arguments.library))
+    costs = json.dumps(measure(arguments.device, arguments.rounds), indent=1)
+    if arguments.out:
+        arguments.out.write_text(costs + "\n")
+    print(costs)
+
+
+if __name__ == "__main__":
+    main()
