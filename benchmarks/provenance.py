@@ -26,25 +26,38 @@ def provenance(device: str) -> dict[str, object]:
     return {
         "device": torch.cuda.get_device_name(device) if on_cuda else f"{torch.get_num_threads()} threads of {_cpu()}",
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_cuda else None,
-        "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
-        "shrank": shrank.__version__, "commit": commit(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "shrank": shrank.__version__,
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
     }
 
 
 def commit() -> str:
     """Of this checkout, `-dirty` with changes; where there is no git, what SHRANK_COMMIT says."""
-    return (_output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10")
-            or os.environ.get("SHRANK_COMMIT", "unknown"))
+    return _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10") or os.environ.get(
+        "SHRANK_COMMIT", "unknown"
+    )
 
 
 def environment(device: str) -> dict[str, object]:
     """provenance, what `shrank info` says, and the state that the GPU was found in."""
-    info = subprocess.run([sys.executable, "-m", "shrank", "info", "--json"], capture_output=True, text=True,
-                          check=True)
-    return {**provenance(device), "info": json.loads(info.stdout), "cores": os.cpu_count(),
-            "nvidia_smi": _output("nvidia-smi", "--query-gpu=name,memory.total,memory.used,clocks.sm,clocks.max.sm,"
-                                  "clocks.mem,power.limit,temperature.gpu,mig.mode.current", "--format=csv")}
+    info = subprocess.run(
+        [sys.executable, "-m", "shrank", "info", "--json"], capture_output=True, text=True, check=True
+    )
+    return {
+        **provenance(device),
+        "info": json.loads(info.stdout),
+        "cores": os.cpu_count(),
+        "nvidia_smi": _output(
+            "nvidia-smi",
+            "--query-gpu=name,memory.total,memory.used,clocks.sm,clocks.max.sm,"
+            "clocks.mem,power.limit,temperature.gpu,mig.mode.current",
+            "--format=csv",
+        ),
+    }
 
 
 def _cpu() -> str:

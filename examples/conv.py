@@ -106,22 +106,28 @@ def main() -> None:
         models[f"keep {keep:g}"] = compress(models["dense"], keep)
     print(next(reversed(models.values())).shrank_plan)
     tones, truth = make_tones(args.tones)
-    contiguous = time_interleaved(models, tones[:args.batch], args.rounds)
+    contiguous = time_interleaved(models, tones[: args.batch], args.rounds)
     for model in models.values():
         model.to(memory_format=torch.channels_last)
-    channels_last = time_interleaved(models, tones[:args.batch], args.rounds)
+    channels_last = time_interleaved(models, tones[: args.batch], args.rounds)
     error = {name: cents_off(model, tones, truth, args.batch) for name, model in models.items()}
 
-    print(f"\ntorchcrepe {args.model}, {args.tones} tones; windows/s at batch {args.batch}, "
-          f"{args.threads} threads, median of {args.rounds}")
-    print(f"{'':<10}{'parameters':>12}{'mean cents':>12}{'median':>8}{'< 50 cents':>12}"
-          f"{'contiguous':>12}{'channels_last':>15}{'best vs dense':>15}")
+    print(
+        f"\ntorchcrepe {args.model}, {args.tones} tones; windows/s at batch {args.batch}, "
+        f"{args.threads} threads, median of {args.rounds}"
+    )
+    print(
+        f"{'':<10}{'parameters':>12}{'mean cents':>12}{'median':>8}{'< 50 cents':>12}"
+        f"{'contiguous':>12}{'channels_last':>15}{'best vs dense':>15}"
+    )
     fastest = {name: min(contiguous[name], channels_last[name]) for name in models}
     for name, model in models.items():
         off, params = error[name], sum(p.numel() for p in model.parameters())
-        print(f"{name:<10}{params:>12,}{off.mean():>12.1f}{off.median():>8.1f}"
-              f"{(off < 50).float().mean():>12.1%}{args.batch / contiguous[name]:>12.1f}"
-              f"{args.batch / channels_last[name]:>15.1f}{fastest['dense'] / fastest[name]:>14.2f}x")
+        print(
+            f"{name:<10}{params:>12,}{off.mean():>12.1f}{off.median():>8.1f}"
+            f"{(off < 50).float().mean():>12.1%}{args.batch / contiguous[name]:>12.1f}"
+            f"{args.batch / channels_last[name]:>15.1f}{fastest['dense'] / fastest[name]:>14.2f}x"
+        )
 
 
 if __name__ == "__main__":

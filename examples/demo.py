@@ -70,8 +70,11 @@ def compress(source: Path, keep: float, out: Path) -> None:
     shrank.auto_fact(plain, shrank.Fraction(keep), exclude="pooler*")
     started = time.perf_counter()
     shrank.auto_fact(model, keep, calibrate=sentences("calibration"), tokenizer=tokenizer, exclude="pooler*")
-    print(f"all-MiniLM-L6-v2 at keep {keep:g}: calibrated on {SENTENCES} sentences, planned and compressed in "
-          f"{time.perf_counter() - started:.1f} s", flush=True)
+    print(
+        f"all-MiniLM-L6-v2 at keep {keep:g}: calibrated on {SENTENCES} sentences, planned and compressed in "
+        f"{time.perf_counter() - started:.1f} s",
+        flush=True,
+    )
     for name, small in zip(MODELS[1:], (plain, model), strict=True):
         small.save_pretrained(folder_of(name, out))
         tokenizer.save_pretrained(folder_of(name, out))
@@ -86,8 +89,10 @@ def compare(out: Path) -> None:
     """Load the folders with plain AutoModel and print what differs."""
     tokenizer = AutoTokenizer.from_pretrained(folder_of("dense", out))
     text = sentences("test")
-    batches = [tokenizer(text[i : i + 32], padding="max_length", truncation=True, max_length=LENGTH,
-                         return_tensors="pt") for i in range(0, len(text), 32)]
+    batches = [
+        tokenizer(text[i : i + 32], padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
+        for i in range(0, len(text), 32)
+    ]
     models = {name: AutoModel.from_pretrained(folder_of(name, out)).eval() for name in MODELS}
     with torch.inference_mode():
         embeddings = {name: embed(model, batches) for name, model in models.items()}
@@ -97,8 +102,10 @@ def compare(out: Path) -> None:
         cosine = (embeddings["dense"] * embeddings[name]).sum(-1).mean().item()
         size = sum(file.stat().st_size for file in folder_of(name, out).glob("*.safetensors"))
         print(f"{name:10} {cosine:16.3f} {speed[name]:10,.0f} {speed[name] / speed['dense']:6.2f}x {size:15,}")
-    print(f"\nMean cosine over {len(text)} sentences that the calibration did not see.\n"
-          f"Speed on batches of 32 x {LENGTH} tokens, {torch.get_num_threads()} CPU threads.")
+    print(
+        f"\nMean cosine over {len(text)} sentences that the calibration did not see.\n"
+        f"Speed on batches of 32 x {LENGTH} tokens, {torch.get_num_threads()} CPU threads."
+    )
 
 
 def tokens_per_second(models: dict[str, nn.Module], batch: dict[str, Tensor]) -> dict[str, float]:

@@ -83,8 +83,10 @@ def report(name: str, model: nn.Module, embeddings: Tensor, dense: Tensor) -> No
     cosine = (embeddings * dense).sum(-1)
     same = (nearest(embeddings) == nearest(dense)).float().mean()
     params = sum(p.numel() for p in model.parameters())
-    print(f"{name:<24}{params:>12,} parameters   cosine mean {cosine.mean():.4f} min {cosine.min():.4f}"
-          f"   same nearest neighbour {same:.0%}")
+    print(
+        f"{name:<24}{params:>12,} parameters   cosine mean {cosine.mean():.4f} min {cosine.min():.4f}"
+        f"   same nearest neighbour {same:.0%}"
+    )
 
 
 def spare_least_saving(plan: shrank.RankPlan, count: int) -> shrank.RankPlan:
@@ -97,8 +99,9 @@ def spare_least_saving(plan: shrank.RankPlan, count: int) -> shrank.RankPlan:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--energy", type=float, default=0.9, help="share of squared singular values to keep")
-    parser.add_argument("--keep-dense", type=int, default=3,
-                        help="how many layers, those that save least, the edit keeps dense")
+    parser.add_argument(
+        "--keep-dense", type=int, default=3, help="how many layers, those that save least, the edit keeps dense"
+    )
     args = parser.parse_args()
 
     logging.disable_progress_bar()

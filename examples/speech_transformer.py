@@ -41,8 +41,9 @@ class EncoderLayer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x: (batch, frames, dim); mask: (batch, 1, 1, frames), True where there is speech."""
         h = self.norm1(x)
-        q, k, v = (project(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for project in (self.query, self.key, self.value))
+        q, k, v = (
+            project(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.query, self.key, self.value)
+        )
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
         return x + self.contract(F.gelu(self.expand(self.norm2(x))))
 
@@ -52,8 +53,7 @@ class SpeechTransformer(nn.Module):
 
     def __init__(self, dim: int, heads: int, layers: int, linear: Callable[[int, int], nn.Module]) -> None:
         super().__init__()
-        self.subsample = nn.Sequential(nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(),
-                                       nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU())
+        self.subsample = nn.Sequential(nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU())
         self.project = linear(16 * BANDS // 4, dim)
         self.layers = nn.ModuleList(EncoderLayer(dim, heads, linear) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, len(WORDS) + 1)
@@ -110,7 +110,7 @@ def error_rate(model: nn.Module, corpus: Corpus) -> float:
     """Edits that turn the greedy CTC transcripts into the truth, per word of the truth."""
     edits = 0
     for start in range(0, len(corpus), 32):
-        frames, counts, words, lengths = collate(corpus[start:start + 32])
+        frames, counts, words, lengths = collate(corpus[start : start + 32])
         scores, counts = model(frames, counts)
         for best, count, truth, length in zip(scores.argmax(-1), counts, words, lengths, strict=True):
             heard = [w for w in best[:count].unique_consecutive().tolist() if w != BLANK]
@@ -160,8 +160,12 @@ def main() -> None:
         print(f"{name}:")
         loss, seconds = train(model, corpus, epochs)
         params, errors = sum(p.numel() for p in model.parameters()), error_rate(model.eval(), unseen)
-        results[name] = {"parameters": params, "training loss": loss, "unseen word error rate": errors,
-                         "fastest epoch, seconds": seconds}
+        results[name] = {
+            "parameters": params,
+            "training loss": loss,
+            "unseen word error rate": errors,
+            "fastest epoch, seconds": seconds,
+        }
         models.append(model)
     for name, speed in zip(results, speeds(models, unseen[:32], rounds=100 // scale), strict=True):
         results[name]["utterances per second"] = speed

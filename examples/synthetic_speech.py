@@ -9,13 +9,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 SAMPLE_RATE, HOP, N_FFT, BANDS = 8000, 80, 256, 40
 FORMANTS = ((270, 2290), (660, 1720), (730, 1090), (300, 870), (490, 1350))  # of five vowels, in Hz
-WORDS = [(a, b) for a in range(5) for b in range(5) if a != b]               # every ordered pair of them
+WORDS = [(a, b) for a in range(5) for b in range(5) if a != b]  # every ordered pair of them
 
 Corpus = list[tuple[Tensor, Tensor]]  # per utterance: log spectrogram (frames, BANDS) and words (length,)
 
 
 def synthesise(words: list[int], g: torch.Generator) -> Tensor:
     """The waveform (samples,) of words: harmonics of a wavering pitch under two gliding formants."""
+
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * torch.rand((), generator=g).item()
 
@@ -57,5 +58,9 @@ def make_corpus(count: int, seed: int) -> Corpus:
 def collate(utterances: Corpus) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Padded frames (batch, frames, BANDS), their counts, padded words (batch, length), their counts."""
     frames, words = zip(*utterances, strict=True)
-    return (pad_sequence(frames, batch_first=True), torch.tensor([len(x) for x in frames]),
-            pad_sequence(words, batch_first=True), torch.tensor([len(x) for x in words]))
+    return (
+        pad_sequence(frames, batch_first=True),
+        torch.tensor([len(x) for x in frames]),
+        pad_sequence(words, batch_first=True),
+        torch.tensor([len(x) for x in words]),
+    )

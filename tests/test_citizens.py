@@ -136,8 +136,13 @@ def test_the_root_may_be_a_layer(build, shape):
 
 def test_every_container():
     linear = lambda: nn.Linear(WIDTH, WIDTH)  # noqa: E731
-    model = nn.ModuleDict({"list": nn.ModuleList([linear(), nn.ModuleList([linear()])]), "sequence": nn.Sequential(
-        OrderedDict(a=linear(), b=nn.ReLU())), "dict": nn.ModuleDict({"x": linear()})})
+    model = nn.ModuleDict(
+        {
+            "list": nn.ModuleList([linear(), nn.ModuleList([linear()])]),
+            "sequence": nn.Sequential(OrderedDict(a=linear(), b=nn.ReLU())),
+            "dict": nn.ModuleDict({"x": linear()}),
+        }
+    )
     model["none"] = nn.Sequential(OrderedDict(nothing=None))
     shrank.auto_fact(model, 0.5)
     assert low_rank_names(model) == {"list.0", "list.1.0", "sequence.a", "dict.x"}
@@ -195,10 +200,16 @@ def test_fact_led_unit_opens_low_rank_layers(build, shape):
 
 
 @pytest.mark.parametrize("deepcopy", [False, True], ids=["in-place", "deepcopy"])
-@pytest.mark.parametrize("pick, expected", [
-    (lambda m: [m[1]], {"1"}), (lambda m: [m], {"0", "1", "2.0"}), (lambda m: [m[2]], {"2.0"}),
-    (lambda m: iter([m[0], m[2][0]]), {"0", "2.0"}),
-], ids=["layer", "root", "container", "generator"])
+@pytest.mark.parametrize(
+    "pick, expected",
+    [
+        (lambda m: [m[1]], {"1"}),
+        (lambda m: [m], {"0", "1", "2.0"}),
+        (lambda m: [m[2]], {"2.0"}),
+        (lambda m: iter([m[0], m[2][0]]), {"0", "2.0"}),
+    ],
+    ids=["layer", "root", "container", "generator"],
+)
 def test_submodules_limit_what_changes(pick, expected, deepcopy):
     model = nn.Sequential(*mlp(2), nn.Sequential(nn.Linear(WIDTH, WIDTH)))
     result = shrank.auto_fact(model, 0.5, submodules=pick(model), deepcopy=deepcopy)
@@ -213,8 +224,11 @@ def test_submodules_that_the_model_does_not_have_are_an_error(deepcopy):
         shrank.auto_fact(mlp(), 0.5, submodules=[nn.Linear(WIDTH, WIDTH)], deepcopy=deepcopy)
 
 
-@pytest.mark.parametrize("hold", [lambda m: [m], lambda m: (None, m), lambda m: {"x": m}, lambda m: m],
-                         ids=["list", "tuple", "dict", "attribute"])
+@pytest.mark.parametrize(
+    "hold",
+    [lambda m: [m], lambda m: (None, m), lambda m: {"x": m}, lambda m: m],
+    ids=["list", "tuple", "dict", "attribute"],
+)
 def test_places_that_modules_hide_from_pytorch_follow(hold):
     model = nn.Sequential(mlp(1), nn.Identity())
     vars(model[1])["held"] = hold(model[0][0])

@@ -104,9 +104,9 @@ def test_a_weight_normed_convolution_is_replaced_per_group_once_it_is_plain() ->
     dense = model.get_submodule(POSITIONS).weight
     twin = shrank.auto_fact(model, 0.5).get_submodule(POSITIONS)
     assert type(twin) is CED and twin.down_groups == 2 and twin.rank % 2 == 0
-    approximation = shrank.merge(nn.Sequential(twin))[0].weight                    # in two groups again
+    approximation = shrank.merge(nn.Sequential(twin))[0].weight  # in two groups again
     for own, block in zip(approximation.chunk(2), dense.chunk(2), strict=True):
-        cut = torch.linalg.svdvals(block.flatten(1).double())[twin.rank // 2:].norm()
+        cut = torch.linalg.svdvals(block.flatten(1).double())[twin.rank // 2 :].norm()
         assert_close((own - block).norm(), cut.float())
 
 

@@ -31,8 +31,10 @@ _SETUP = re.compile(r"(?ms)^<!-- setup\n(.*?)^-->$")
 def blocks_of(page: Path) -> list[tuple[str, bool, int]]:
     """Every block of Python: the code, whether it runs, and the line it begins at."""
     text = page.read_text()
-    found = [(match["code"], match["skipped"] is None, text.count("\n", 0, match.start("code")))
-             for match in _BLOCK.finditer(text)]
+    found = [
+        (match["code"], match["skipped"] is None, text.count("\n", 0, match.start("code")))
+        for match in _BLOCK.finditer(text)
+    ]
     assert len(found) == text.count("```python"), f"{page.name} has a block of Python that this test does not see"
     return found
 

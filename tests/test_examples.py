@@ -23,8 +23,9 @@ EXAMPLES = {
 def output_of(name: str, arguments: list[str], folder: Path) -> tuple[str, str]:
     """Standard output and standard error of an example."""
     command = [sys.executable, ROOT / "examples" / f"{name}.py", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, done.stderr
 
@@ -48,8 +49,9 @@ def test_the_demo_shows_what_data_are_worth(demo) -> None:
     printed, _, _ = demo
     assert "cosine to dense   tokens/s   speed   bytes on disk" in printed
     rows = {line[:10].strip(): line[10:].split() for line in printed.splitlines()}
-    cosine, size = ({name: float(rows[name][i].replace(",", "")) for name in ("dense", "plain SVD", "shrank")}
-                    for i in (0, 3))
+    cosine, size = (
+        {name: float(rows[name][i].replace(",", "")) for name in ("dense", "plain SVD", "shrank")} for i in (0, 3)
+    )
     assert cosine["dense"] == 1 and cosine["plain SVD"] < 0.6 and cosine["shrank"] > 0.92, printed
     assert size["shrank"] < 0.85 * size["dense"] and abs(size["shrank"] / size["plain SVD"] - 1) < 0.01, printed
 
@@ -74,9 +76,16 @@ def test_every_example_is_tested() -> None:
 def test_examples_use_the_public_api_alone(path: Path) -> None:
     used = imports(path)
     assert {name for name in used if name.split(".")[0] in ("shrank", "tests", "benchmarks")} <= {
-        "shrank", "shrank.lr_module", "shrank.lr_module.LED", "shrank.lr_module.CED"}
-    private = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
-               and re.match(r"_[^_]", node.attr)}
+        "shrank",
+        "shrank.lr_module",
+        "shrank.lr_module.LED",
+        "shrank.lr_module.CED",
+    }
+    private = {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and re.match(r"_[^_]", node.attr)
+    }
     assert not private
 
 

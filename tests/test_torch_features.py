@@ -102,8 +102,10 @@ def test_onnx_export_holds_the_factors(small: nn.Module, x: Tensor) -> None:
 def test_trace_and_fx(small: nn.Module, x: Tensor) -> None:
     with torch.no_grad():
         assert_close(torch.jit.trace(small, x, check_trace=False)(x), small(x))
-    assert_close(torch.fx.symbolic_trace(nn.Sequential(small.fc1, small.fc2))(x[:, 0, :4].flatten(1)),
-                 small.fc2(small.fc1(x[:, 0, :4].flatten(1))))
+    assert_close(
+        torch.fx.symbolic_trace(nn.Sequential(small.fc1, small.fc2))(x[:, 0, :4].flatten(1)),
+        small.fc2(small.fc1(x[:, 0, :4].flatten(1))),
+    )
 
 
 def test_autocast_runs_the_stages_in_the_lower_precision(small: nn.Module, x: Tensor) -> None:

@@ -49,10 +49,13 @@ def test_the_extension_brings_what_finds_the_current_stream(wheels) -> None:
     assert wheels.faults_of_library(native.LIBRARY) == []
 
 
-@pytest.mark.parametrize(("link", "fault"), [
-    (["-ltorch"], ["shrank/_C.abi3.so does not need libtorch.so"]),  # and the linker drops it
-    (["-Wl,--no-as-needed", "-ltorch"], []),
-])
+@pytest.mark.parametrize(
+    ("link", "fault"),
+    [
+        (["-ltorch"], ["shrank/_C.abi3.so does not need libtorch.so"]),  # and the linker drops it
+        (["-Wl,--no-as-needed", "-ltorch"], []),
+    ],
+)
 def test_a_wheel_whose_extension_does_not_bring_it_is_refused(wheels, link: list, fault: list, tmp_path: Path) -> None:
     shared_library(tmp_path / "libtorch.so", "")
     source = '#include <cstdlib>\nextern "C" void* ours() { return malloc(1); }'
@@ -64,17 +67,33 @@ def test_a_wheel_whose_extension_does_not_bring_it_is_refused(wheels, link: list
     assert [found.split(",")[0] for found in wheels.faults(wheel)] == fault
 
 
-@pytest.mark.parametrize("symbol", ["_ZN2at4_ops6linear4callERKNS_6TensorES4_RKSt8optionalIS2_E", "PyLong_FromLong",
-                                    "_Py_NoneStruct", "cudaLaunchKernel", "cudaLaunchKernel@libcudart.so.13",
-                                    "cuLaunchKernel", "_ZN3c105ErrorC1ERKS0_", "_ZTIN3c105ErrorE"])
+@pytest.mark.parametrize(
+    "symbol",
+    [
+        "_ZN2at4_ops6linear4callERKNS_6TensorES4_RKSt8optionalIS2_E",
+        "PyLong_FromLong",
+        "_Py_NoneStruct",
+        "cudaLaunchKernel",
+        "cudaLaunchKernel@libcudart.so.13",
+        "cuLaunchKernel",
+        "_ZN3c105ErrorC1ERKS0_",
+        "_ZTIN3c105ErrorE",
+    ],
+)
 def test_such_symbols_are_refused(wheels, symbol: str) -> None:
     fine = ["aoti_torch_get_dim", "malloc@GLIBC_2.2.5", "_ZSt9terminatev@GLIBCXX_3.4"]
     assert wheels.forbidden([*fine, symbol]) == [symbol]
 
 
 def setup(**env: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "setup.py", "--quiet", "--version"], cwd=ROOT, capture_output=True,
-                          text=True, check=False, env={**os.environ, **env})
+    return subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "--version"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **env},
+    )
 
 
 def test_pure_python_on_request() -> None:

@@ -54,9 +54,12 @@ def test_family(family: str, tmp_path) -> None:
 @pytest.mark.parametrize("family", every(FAST_CALIBRATED))
 def test_family_by_data(family: str, tmp_path) -> None:
     model, inputs = build(family)
-    plan = shrank.auto_fact(model, shrank.Budget(keep_params=0.6), min_features=8, 
-                            calibrate=shrank.Calibrate([inputs], loss="none" if family in NO_GRADIENTS else "output")
-                            ).shrank_plan
+    plan = shrank.auto_fact(
+        model,
+        shrank.Budget(keep_params=0.6),
+        min_features=8,
+        calibrate=shrank.Calibrate([inputs], loss="none" if family in NO_GRADIENTS else "output"),
+    ).shrank_plan
     assert plan.params_after == sum(p.numel() for p in model.parameters())
     assert (plan.params_after < plan.params_before) == bool(plan.low_rank) == (family not in NOTHING_FOR_A_BUDGET)
     assert len({layer.rank for layer in plan.low_rank}) > 1 or len(plan.low_rank) < 3, "the ranks are unequal"

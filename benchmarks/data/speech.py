@@ -36,20 +36,28 @@ def prompts(split: str) -> list[Prompt]:
     if not (root / _TRANSCRIPTS).exists():
         raise FileNotFoundError(
             f"{root / _TRANSCRIPTS} is missing: in an empty folder, `apt-get download asterisk-core-sounds-en "
-            "asterisk-core-sounds-en-wav`, `dpkg -x` both there, and let SHRANK_SPEECH name it")
+            "asterisk-core-sounds-en-wav`, `dpkg -x` both there, and let SHRANK_SPEECH name it"
+        )
     with gzip.open(root / _TRANSCRIPTS, "rt", encoding="utf8", errors="replace") as file:
         lines = file.read().splitlines()
-    found = sorted((name, text) for name, text in map(parse, lines)
-                   if name and (root / _SOUNDS / f"{name}.wav").exists())
-    return [Prompt(name, _read(root / _SOUNDS / f"{name}.wav"), text)
-            for name, text in found[{"calibration": 0, "test": 1}[split] :: 2]]
+    found = sorted(
+        (name, text) for name, text in map(parse, lines) if name and (root / _SOUNDS / f"{name}.wav").exists()
+    )
+    return [
+        Prompt(name, _read(root / _SOUNDS / f"{name}.wav"), text)
+        for name, text in found[{"calibration": 0, "test": 1}[split] :: 2]
+    ]
 
 
 def parse(line: str) -> tuple[str, str]:
     """(name, transcript) of a line of the list; ('', '') for comments, notes, digits and short prompts."""
     name, colon, text = (part.strip() for part in line.partition(":"))
-    usable = colon and not line.startswith(";") and re.match(r"^[\w\-/]+$", name) and (
-        not re.search(r"[\[\]<>(){}0-9]", text) and len(text.split()) >= _FEWEST_WORDS)
+    usable = (
+        colon
+        and not line.startswith(";")
+        and re.match(r"^[\w\-/]+$", name)
+        and (not re.search(r"[\[\]<>(){}0-9]", text) and len(text.split()) >= _FEWEST_WORDS)
+    )
     return (name, text) if usable else ("", "")
 
 

@@ -38,9 +38,19 @@ def whisper() -> nn.Module:
     width = stored["decoder/embeddings/weight"].shape[1]
     layers = len({m.group(1) for m in (re.match(r"decoder/layer_(\d+)/", name) for name in stored) if m})
     config = WhisperConfig(
-        vocab_size=51864, d_model=width, encoder_layers=layers, decoder_layers=layers, encoder_attention_heads=6,
-        decoder_attention_heads=6, encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width, bos_token_id=END,
-        eos_token_id=END, pad_token_id=END, decoder_start_token_id=START)
+        vocab_size=51864,
+        d_model=width,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=6,
+        decoder_attention_heads=6,
+        encoder_ffn_dim=4 * width,
+        decoder_ffn_dim=4 * width,
+        bos_token_id=END,
+        eos_token_id=END,
+        pad_token_id=END,
+        decoder_start_token_id=START,
+    )
     model = WhisperForConditionalGeneration(config)
     state = {name: torch.from_numpy(value.astype(np.float32)) for name, value in _renamed(stored, layers, width)}
     state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]
@@ -51,20 +61,26 @@ def whisper() -> nn.Module:
 def features(prompts: list[Prompt]) -> Tensor:
     """Log-mel features (prompts, 80, 3000)."""
     extract = WhisperFeatureExtractor(feature_size=80)
-    return torch.from_numpy(np.stack([extract(p.samples, sampling_rate=RATE, return_tensors="np").input_features[0]
-                                      for p in prompts]))
+    return torch.from_numpy(
+        np.stack([extract(p.samples, sampling_rate=RATE, return_tensors="np").input_features[0] for p in prompts])
+    )
 
 
 def teacher_forced(inputs: Tensor, texts: list[str]) -> dict[str, Tensor]:
     """A call with the transcripts as decoder inputs; `labels` stand where they are predicted, -100 elsewhere."""
-    sequences = [[START, NO_TIMESTAMPS, *tokenizer().encode(" " + text, add_special_tokens=False).ids, END]
-                 for text in texts]
+    sequences = [
+        [START, NO_TIMESTAMPS, *tokenizer().encode(" " + text, add_special_tokens=False).ids, END] for text in texts
+    ]
     longest = max(map(len, sequences))
     ids = torch.tensor([s + [END] * (longest - len(s)) for s in sequences])
     labels = torch.tensor([[-100, *s[2:], *[-100] * (longest - len(s))] for s in sequences])
     mask = torch.tensor([[1] * (len(s) - 1) + [0] * (longest - len(s)) for s in sequences])
-    return {"input_features": inputs, "decoder_input_ids": ids[:, :-1], "decoder_attention_mask": mask,
-            "labels": labels}
+    return {
+        "input_features": inputs,
+        "decoder_input_ids": ids[:, :-1],
+        "decoder_attention_mask": mask,
+        "labels": labels,
+    }
 
 
 @torch.inference_mode()
@@ -74,8 +90,9 @@ def transcribe(model: nn.Module, inputs: Tensor) -> list[str]:
     ids = torch.tensor([[START, NO_TIMESTAMPS]] * len(inputs))
     step, past, done = ids, None, torch.zeros(len(inputs), dtype=torch.bool)
     for number in range(_LONGEST):
-        output = model.model.decoder(input_ids=step, encoder_hidden_states=encoded, past_key_values=past,
-                                     use_cache=True)
+        output = model.model.decoder(
+            input_ids=step, encoder_hidden_states=encoded, past_key_values=past, use_cache=True
+        )
         past = output.past_key_values
         logits = model.proj_out(output.last_hidden_state[:, -1])
         logits[:, END + 1 :] = -torch.inf
@@ -94,7 +111,7 @@ def _read(path) -> dict[str, np.ndarray]:
 
     def number(kind: str) -> int:
         nonlocal place
-        value, = struct.unpack_from("<" + kind, data, place)
+        (value,) = struct.unpack_from("<" + kind, data, place)
         place += struct.calcsize("<" + kind)
         return value
 

@@ -33,8 +33,11 @@ class Statistics:
 
 
 def layers(model: nn.Module, exclude: Iterable[str]) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules()
-            if type(module) in (nn.Linear, *CONVOLUTIONS) and not any(fnmatchcase(name, p) for p in exclude)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, *CONVOLUTIONS) and not any(fnmatchcase(name, p) for p in exclude)
+    }
 
 
 def matrix(module: nn.Module) -> Tensor:
@@ -42,8 +45,9 @@ def matrix(module: nn.Module) -> Tensor:
     return module.weight.detach().double().flatten(1)
 
 
-def statistics(model: nn.Module, batches: list[Batch], loss: Callable[[object, Batch], Tensor] | None,
-               exclude: Iterable[str]) -> dict[str, Statistics]:
+def statistics(
+    model: nn.Module, batches: list[Batch], loss: Callable[[object, Batch], Tensor] | None, exclude: Iterable[str]
+) -> dict[str, Statistics]:
     """Moments of inputs (linear layers), outputs (convolutions) and, with a loss, of gradients at the outputs."""
     found = {name: Statistics() for name in layers(model, exclude)}
     current: list[Batch] = []
@@ -128,8 +132,9 @@ METHODS = {"plain SVD": plain, "ASVD": asvd, "SVD-LLM": whitened, "K-FAC": kfac}
 
 
 @torch.no_grad()
-def approximations(model: nn.Module, method: str, seen: dict[str, Statistics],
-                   exclude: Iterable[str]) -> dict[str, Callable[[int], Tensor]]:
+def approximations(
+    model: nn.Module, method: str, seen: dict[str, Statistics], exclude: Iterable[str]
+) -> dict[str, Callable[[int], Tensor]]:
     """Per layer, from a rank to the weight of that rank."""
     return {name: METHODS[method](matrix(module), seen[name]) for name, module in layers(model, exclude).items()}
 

@@ -1,6 +1,6 @@
 """What int8 weights cost beside low rank, on all-MiniLM-L6-v2: benchmarks/results/int8_minilm.json.
 
-    python -m benchmarks.quality.int8
+python -m benchmarks.quality.int8
 """
 
 from __future__ import annotations
@@ -49,8 +49,15 @@ def main() -> None:
 
     def measure(model: nn.Module, keep: float, storage: str) -> None:
         for dtype, of_model in FORMS.items():
-            rows.append({"keep": keep, "storage": storage, "dtype": dtype, **task.evaluate(of_model(model)),
-                         "bytes, of bfloat16 dense": keep * BYTES_OF[dtype] / 2})
+            rows.append(
+                {
+                    "keep": keep,
+                    "storage": storage,
+                    "dtype": dtype,
+                    **task.evaluate(of_model(model)),
+                    "bytes, of bfloat16 dense": keep * BYTES_OF[dtype] / 2,
+                }
+            )
             print(rows[-1])
 
     measure(dense, 1.0, "dense")

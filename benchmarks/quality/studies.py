@@ -1,10 +1,10 @@
 """What compressed models are worth at every size, against the published methods: benchmarks/results/quality_*.json.
 
-    python -m benchmarks.quality [minilm smollm2 whisper crepe-full crepe-tiny]
-    python -m benchmarks.quality [...] --keep 0.6    # that column alone, printed and not stored
-    python -m benchmarks.quality [...] --heal 300    # what as many steps of healing add to what was measured
-    python -m benchmarks.quality [...] --cost     # of calibrate, plan and apply: seconds and memory, on a quiet machine
-    python -m benchmarks.quality [...] --table    # of what was measured
+python -m benchmarks.quality [minilm smollm2 whisper crepe-full crepe-tiny]
+python -m benchmarks.quality [...] --keep 0.6    # that column alone, printed and not stored
+python -m benchmarks.quality [...] --heal 300    # what as many steps of healing add to what was measured
+python -m benchmarks.quality [...] --cost     # of calibrate, plan and apply: seconds and memory, on a quiet machine
+python -m benchmarks.quality [...] --table    # of what was measured
 """
 
 from __future__ import annotations
@@ -134,10 +134,15 @@ def rows(study: Study) -> Iterator[dict]:
         small = step(copy.deepcopy(dense), keep)
         taken = round(time.perf_counter() - started)
         layers = [x for x in small.shrank_plan if x.fqn in set(names)]
-        return {"method": name, "keep": keep, **task.evaluate(small),
-                "kept": round(sum(x.params_after for x in layers) / sum(x.size for x in layers), 4),
-                "dense layers": sum(x.rank is None for x in layers), "calibrated in s": seconds,
-                "planned and applied in s": taken}
+        return {
+            "method": name,
+            "keep": keep,
+            **task.evaluate(small),
+            "kept": round(sum(x.params_after for x in layers) / sum(x.size for x in layers), 4),
+            "dense layers": sum(x.rank is None for x in layers),
+            "calibrated in s": seconds,
+            "planned and applied in s": taken,
+        }
 
     for name, step in steps(calibration, without).items():
         for keep in study.keeps if OURS in name else study.steps_at:
@@ -167,8 +172,9 @@ def healed_rows(study: Study, steps: int) -> Iterator[dict]:
     """What training makes of the default, with products in bfloat16: on CPUs that have them, half the time."""
     task = study.task()
     dense = task.model()
-    calibration = shrank.calibrate(dense, task.batches(), loss=task.own_loss,
-                                   layers=list(baselines.layers(dense, task.exclude)))
+    calibration = shrank.calibrate(
+        dense, task.batches(), loss=task.own_loss, layers=list(baselines.layers(dense, task.exclude))
+    )
     for keep in study.heal_at:
         small = shrank.auto_fact(dense, Budget(keep_params=keep), calibrate=calibration, deepcopy=True)
         started = time.perf_counter()
@@ -176,9 +182,15 @@ def healed_rows(study: Study, steps: int) -> Iterator[dict]:
         small = shrank.heal(small, dense, task.healing_batches(), steps=steps, loss=task.healing_loss)
         torch.set_float32_matmul_precision("highest")
         taken, done = round(time.perf_counter() - started), small.shrank_healing
-        yield {"method": f"{OURS}, healed {steps} steps", "keep": keep, **task.evaluate(small), "healed in s": taken,
-               "best step": done.best_step, "loss held out": [[step, round(x, 4)] for step, x in done.curve],
-               "measured": provenance("cpu")}
+        yield {
+            "method": f"{OURS}, healed {steps} steps",
+            "keep": keep,
+            **task.evaluate(small),
+            "healed in s": taken,
+            "best step": done.best_step,
+            "loss held out": [[step, round(x, 4)] for step, x in done.curve],
+            "measured": provenance("cpu"),
+        }
 
 
 def _halved(task: Task, dense: nn.Module, calibration: Calibration, keep: float = 0.8) -> Iterator[dict]:
@@ -190,8 +202,11 @@ def _halved(task: Task, dense: nn.Module, calibration: Calibration, keep: float 
     halved = copy.deepcopy(dense).bfloat16()
     rounded = compressed(copy.deepcopy(halved).float(), False).bfloat16()
     refitted = compressed(copy.deepcopy(halved), False)
-    for method, small in (("bf16, plain factors rounded", rounded), ("bf16, plain factors refitted", refitted),
-                          (f"bf16, refitted = {OURS}", compressed(halved, "auto"))):
+    for method, small in (
+        ("bf16, plain factors rounded", rounded),
+        ("bf16, plain factors refitted", refitted),
+        (f"bf16, refitted = {OURS}", compressed(halved, "auto")),
+    ):
         yield {"method": method, "keep": keep, **task.evaluate(small.float())}
 
 
@@ -214,9 +229,12 @@ def _cost(name: str) -> dict[str, float]:
     shrank.auto_fact(model, Budget(keep_params=0.8), calibrate=data, exclude=task.exclude)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": round(seconds, 1), "model in MiB": size >> 20,
-            "peak above the loaded model in MiB": (peak - before) >> 20,
-            "peak with the model, in models": round((peak - before + size) / size, 2)}
+    return {
+        "seconds": round(seconds, 1),
+        "model in MiB": size >> 20,
+        "peak above the loaded model in MiB": (peak - before) >> 20,
+        "peak with the model, in models": round((peak - before + size) / size, 2),
+    }
 
 
 def _resident() -> int:
@@ -230,8 +248,10 @@ def table(results: dict) -> str:
     lines = []
     for figure in figures:
         dense = results["rows"][0][figure]
-        lines += [f"| {figure} (dense {dense:.4g}) | " + " | ".join(f"keep {k:g}" for k in keeps) + " |",
-                  "|---" * (len(keeps) + 1) + "|"]
+        lines += [
+            f"| {figure} (dense {dense:.4g}) | " + " | ".join(f"keep {k:g}" for k in keeps) + " |",
+            "|---" * (len(keeps) + 1) + "|",
+        ]
         for method in dict.fromkeys(row["method"] for row in results["rows"][1:]):
             found = {row["keep"]: row[figure] for row in results["rows"] if row["method"] == method}
             lines.append(f"| {method} | " + " | ".join(f"{found[k]:.4g}" if k in found else "" for k in keeps) + " |")

@@ -76,8 +76,10 @@ class MiniLM(Task):
 
     def _batches(self, split: str, count: int) -> list[dict[str, Tensor]]:
         tokenizer, found = AutoTokenizer.from_pretrained(minilm_folder()), texts.sentences(split, count)
-        return [dict(tokenizer(found[i : i + 16], padding=True, truncation=True, max_length=128, return_tensors="pt"))
-                for i in range(0, count, 16)]
+        return [
+            dict(tokenizer(found[i : i + 16], padding=True, truncation=True, max_length=128, return_tensors="pt"))
+            for i in range(0, count, 16)
+        ]
 
 
 class SmolLM2(Task):
@@ -105,8 +107,10 @@ class SmolLM2(Task):
         return F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        return {"perplexity": self._perplexity(model, self._articles),
-                "perplexity, news": self._perplexity(model, self._news)}
+        return {
+            "perplexity": self._perplexity(model, self._articles),
+            "perplexity, news": self._perplexity(model, self._news),
+        }
 
     @cached_property
     def _articles(self) -> Tensor:
@@ -197,5 +201,8 @@ class Crepe(Task):
         with torch.inference_mode():
             salience = torch.cat([model(part) for part in tones.split(50)])
         errors = (to_cents(salience) - cents).abs()
-        return {"mean cents": errors.clamp(max=1200).mean().item(), "median cents": errors.median().item(),
-                "confidence": salience.amax(1).mean().item()}
+        return {
+            "mean cents": errors.clamp(max=1200).mean().item(),
+            "median cents": errors.median().item(),
+            "confidence": salience.amax(1).mean().item(),
+        }

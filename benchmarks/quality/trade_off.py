@@ -1,6 +1,6 @@
 """What plain SVD keeps of all-MiniLM-L6-v2 at every size: table, JSON and picture under benchmarks/results/.
 
-    python -m benchmarks.quality.trade_off [--draw-only]
+python -m benchmarks.quality.trade_off [--draw-only]
 """
 
 from __future__ import annotations
@@ -31,19 +31,34 @@ def measure() -> list[dict[str, float]]:
     """Cosine to dense, error, parameters and speed at every keep; the dense model comes first."""
     tokenizer, dense = AutoTokenizer.from_pretrained(minilm_folder()), minilm()
     text = reference_sentences(256)
-    batches = [tokenizer(text[i : i + 32], padding="max_length", truncation=True, max_length=128, return_tensors="pt")
-               for i in range(0, len(text), 32)]
-    rows = [{"keep": 1.0, "cosine": 1.0, "error": 0.0, "speed": 1.0,
-             "parameters": sum(p.numel() for p in dense.parameters())}]
+    batches = [
+        tokenizer(text[i : i + 32], padding="max_length", truncation=True, max_length=128, return_tensors="pt")
+        for i in range(0, len(text), 32)
+    ]
+    rows = [
+        {
+            "keep": 1.0,
+            "cosine": 1.0,
+            "error": 0.0,
+            "speed": 1.0,
+            "parameters": sum(p.numel() for p in dense.parameters()),
+        }
+    ]
     with torch.inference_mode():
         reference = embed(dense, batches)
         for keep in KEEPS:
             small = shrank.auto_fact(copy.deepcopy(dense), keep, exclude="pooler.*")
             errors = [layer.error for layer in small.shrank_plan.low_rank]
             seconds = in_turns({"dense": lambda: dense(**batches[0]), "small": lambda m=small: m(**batches[0])}, 7)
-            rows.append({"keep": keep, "cosine": (embed(small, batches) * reference).sum(-1).mean().item(),
-                         "error": sum(errors) / len(errors), "speed": seconds["dense"] / seconds["small"],
-                         "parameters": small.shrank_plan.params_after})
+            rows.append(
+                {
+                    "keep": keep,
+                    "cosine": (embed(small, batches) * reference).sum(-1).mean().item(),
+                    "error": sum(errors) / len(errors),
+                    "speed": seconds["dense"] / seconds["small"],
+                    "parameters": small.shrank_plan.params_after,
+                }
+            )
             print(" ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()))
     return rows
 
@@ -64,8 +79,11 @@ def draw(rows: list[dict[str, float]], path: Path) -> None:
         axis.invert_xaxis()
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("all-MiniLM-L6-v2, plain truncated SVD, the same keep for every layer, no data, no training\n"
-                    f"speed: batch 32 x 128, {THREADS} CPU threads", fontsize=9)
+    figure.suptitle(
+        "all-MiniLM-L6-v2, plain truncated SVD, the same keep for every layer, no data, no training\n"
+        f"speed: batch 32 x 128, {THREADS} CPU threads",
+        fontsize=9,
+    )
     figure.savefig(path, dpi=150)
 
 

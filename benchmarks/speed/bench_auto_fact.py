@@ -30,8 +30,10 @@ def ancestors_auto_fact(model: nn.Module) -> nn.Module:
             continue
         rank = int(KEEP * module.weight.numel() / sum(module.weight.shape))
         U, S, Vh = torch.linalg.svd(module.weight, full_matrices=True)
-        twin = nn.Sequential(nn.Linear(module.in_features, rank, bias=False),
-                             nn.Linear(rank, module.out_features, bias=module.bias is not None))
+        twin = nn.Sequential(
+            nn.Linear(module.in_features, rank, bias=False),
+            nn.Linear(rank, module.out_features, bias=module.bias is not None),
+        )
         twin[0].weight.data = Vh[:rank]
         twin[1].weight.data = U[:, :rank] @ torch.diag(S[:rank])
         if module.bias is not None:
@@ -43,9 +45,14 @@ def ancestors_auto_fact(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(("make", "rounds"), MODELS.values(), ids=MODELS.keys())
 def bench_speed(make: Callable[[], nn.Module], rounds: int, benchmark, report) -> None:
     dense = make()
-    seconds = in_turns({"ancestors": lambda: ancestors_auto_fact(copy.deepcopy(dense)),
-                        "shrank": lambda: shrank.auto_fact(copy.deepcopy(dense), KEEP),
-                        "copy": lambda: copy.deepcopy(dense)}, rounds)
+    seconds = in_turns(
+        {
+            "ancestors": lambda: ancestors_auto_fact(copy.deepcopy(dense)),
+            "shrank": lambda: shrank.auto_fact(copy.deepcopy(dense), KEEP),
+            "copy": lambda: copy.deepcopy(dense),
+        },
+        rounds,
+    )
     work = {name: seconds[name] - seconds["copy"] for name in ("ancestors", "shrank")}
     report("seconds, ancestors", work["ancestors"], "-")
     report("seconds, shrank", work["shrank"], "-")
@@ -58,8 +65,13 @@ def bench_speed_with_tied_head(benchmark, report) -> None:
     if psutil.virtual_memory().available < 16e9:
         pytest.skip("a full SVD of the 49152x576 head needs 12 GB of memory")
     dense = smollm2()
-    seconds = in_turns({"layers": lambda: ancestors_auto_fact(copy.deepcopy(dense)),
-                        "shrank": lambda: shrank.auto_fact(copy.deepcopy(dense), KEEP)}, 1)
+    seconds = in_turns(
+        {
+            "layers": lambda: ancestors_auto_fact(copy.deepcopy(dense)),
+            "shrank": lambda: shrank.auto_fact(copy.deepcopy(dense), KEEP),
+        },
+        1,
+    )
     head = dense.lm_head.weight.detach()
     head_seconds = benchmark.pedantic(lambda: _seconds(lambda: torch.linalg.svd(head, full_matrices=True)), rounds=1)
     report("seconds, ancestors", seconds["layers"] + head_seconds, "-")
@@ -75,7 +87,7 @@ def bench_error_over_optimum(make: Callable[[], nn.Module], benchmark, report) -
         excess = 0.0
         for layer in small.shrank_plan.low_rank:
             weight, twin = dense.get_submodule(layer.fqn).weight.double(), small.get_submodule(layer.fqn)
-            optimum = torch.linalg.svdvals(weight)[layer.rank:].square().sum().sqrt()
+            optimum = torch.linalg.svdvals(weight)[layer.rank :].square().sum().sqrt()
             error = (twin.up.double() @ twin.down.double() - weight).norm()
             excess = max(excess, (error / optimum - 1).item())
         return excess

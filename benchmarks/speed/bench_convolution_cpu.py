@@ -18,8 +18,10 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 def inputs_of(model: nn.Module, names: list[str], x: Tensor) -> dict[str, Tensor]:
     """What the named layers of the model see when it runs on x."""
     seen, modules = {}, {name: model.get_submodule(name) for name in names}
-    hooks = [m.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0]}))
-             for name, m in modules.items()]
+    hooks = [
+        m.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0]}))
+        for name, m in modules.items()
+    ]
     model(x)
     for hook in hooks:
         hook.remove()

@@ -54,8 +54,10 @@ def measure(device: str, rounds: int) -> dict[str, dict[str, float]]:
         with mode(), _taken_for_cuda(device):
             found = time_in_turns({each: [call] * CALLS for each, call in calls.items()}, device, rounds, graphs=False)
         base = found["two_linears"].seconds
-        costs[name] = {"two_linears_us": 1e6 * base,
-                       **{f"{each}_above_us": 1e6 * (found[each].seconds - base) for each in ("op", "api")}}
+        costs[name] = {
+            "two_linears_us": 1e6 * base,
+            **{f"{each}_above_us": 1e6 * (found[each].seconds - base) for each in ("op", "api")},
+        }
     return costs
 
 
@@ -68,8 +70,11 @@ def _taken_for_cuda(device: str) -> Iterator[None]:
 
     from shrank.ops import availability  # not before the library is loaded
 
-    with (patch.object(torch.Tensor, "is_cuda", True), patch.object(availability, "_find_why_not_here", lambda: ()),
-          patch.object(availability, "_find_too_old", lambda index: "")):
+    with (
+        patch.object(torch.Tensor, "is_cuda", True),
+        patch.object(availability, "_find_why_not_here", lambda: ()),
+        patch.object(availability, "_find_too_old", lambda index: ""),
+    ):
         yield
 
 
@@ -77,8 +82,10 @@ def _taken_for_cuda(device: str) -> Iterator[None]:
 def measured_apart() -> dict[str, dict[str, float]]:
     """Medians over processes that each load the C++ implementation for the CPU first: they differ by up to 2 us."""
     runs = [_process() for _ in range(PROCESSES)]
-    return {mode: {figure: statistics.median(run[mode][figure] for run in runs) for figure in figures}
-            for mode, figures in runs[0].items()}
+    return {
+        mode: {figure: statistics.median(run[mode][figure] for run in runs) for figure in figures}
+        for mode, figures in runs[0].items()
+    }
 
 
 def _process() -> dict[str, dict[str, float]]:

@@ -1,7 +1,7 @@
 """The convolution op against the dense convolution, PyTorch's two and torch.compile's, all channels last.
 
-    make bench                                              a few cases on the CPU
-    python -m benchmarks.speed.bench_low_rank_conv --device cuda --dtype bfloat16 --budget 90 --out RESULTS.json
+make bench                                              a few cases on the CPU
+python -m benchmarks.speed.bench_low_rank_conv --device cuda --dtype bfloat16 --budget 90 --out RESULTS.json
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The op against the dense layer, PyTorch and torch.compile.
 
-    make bench                                              a few cases on the CPU
-    python -m benchmarks.speed.bench_low_rank_linear --device cuda --dtype bfloat16 --budget 200 --out RESULTS.json
-    python -m benchmarks.speed.results_plot RESULTS.json                        the table and the picture
+make bench                                              a few cases on the CPU
+python -m benchmarks.speed.bench_low_rank_linear --device cuda --dtype bfloat16 --budget 200 --out RESULTS.json
+python -m benchmarks.speed.results_plot RESULTS.json                        the table and the picture
 """
 
 from __future__ import annotations
@@ -33,8 +33,15 @@ class Results:
     def __init__(self, path: Path, device: str, cases: int) -> None:
         self.path, self.errors = path, 0
         on_gpu = torch.cuda.get_device_name(device) if device != "cpu" else f"{MODEL_GPU} (there is no GPU here)"
-        self.data = {"about": provenance(device), "why_not_native": why_not_native(device), "choice_on": on_gpu,
-                     "roofs": {}, "cases": cases, "cases_done": 0, "rows": []}
+        self.data = {
+            "about": provenance(device),
+            "why_not_native": why_not_native(device),
+            "choice_on": on_gpu,
+            "roofs": {},
+            "cases": cases,
+            "cases_done": 0,
+            "rows": [],
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, rows: list[dict], roof: Roof) -> None:
@@ -76,8 +83,11 @@ def run(cases: list, device: str, budget: float, results: Results, family: Famil
 
 
 def _short(row: dict) -> str:
-    return f"{row['provider']} {row['error']}" if "error" in row else (
-        f"{row['provider']} {row['median_us']:.1f} us ({row['over_floor']:.2f} x floor)")
+    return (
+        f"{row['provider']} {row['error']}"
+        if "error" in row
+        else (f"{row['provider']} {row['median_us']:.1f} us ({row['over_floor']:.2f} x floor)")
+    )
 
 
 def report_rows(rows: list[dict], report) -> None:

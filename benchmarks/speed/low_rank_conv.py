@@ -103,17 +103,25 @@ def draw(case: Case, device: str) -> Inputs:
     layer, dtype = case.layer, getattr(torch, case.dtype)
 
     def normal(*shape: int, fan_in: int = 1) -> Tensor:
-        values = torch.randn(shape[0], *shape[2:], *shape[1:2], device=device).mul_(fan_in ** -0.5).to(dtype)
+        values = torch.randn(shape[0], *shape[2:], *shape[1:2], device=device).mul_(fan_in**-0.5).to(dtype)
         return values.movedim(-1, 1) if len(shape) > 2 else values
 
     d, K = len(layer.input), layer.C // layer.groups * math.prod(layer.kernel)
-    x, down = normal(layer.batch, layer.C, *layer.input), normal(layer.rank, layer.C // layer.groups, *layer.kernel,
-                                                                 fan_in=K)
+    x, down = (
+        normal(layer.batch, layer.C, *layer.input),
+        normal(layer.rank, layer.C // layer.groups, *layer.kernel, fan_in=K),
+    )
     weight = normal(layer.N, layer.C, *layer.kernel, fan_in=K) if layer.groups == 1 else None
     out = output_sizes(x, down, layer.window)
-    return Inputs(x, weight, down, normal(layer.N, layer.rank, *(1,) * d, fan_in=layer.rank),
-                  normal(layer.N) if layer.bias else None,
-                  normal(layer.batch, layer.N, *out) if layer.residual else None, layer.window)
+    return Inputs(
+        x,
+        weight,
+        down,
+        normal(layer.N, layer.rank, *(1,) * d, fan_in=layer.rank),
+        normal(layer.N) if layer.bias else None,
+        normal(layer.batch, layer.N, *out) if layer.residual else None,
+        layer.window,
+    )
 
 
 def work(case: Case, dense: bool = False) -> Work:
@@ -123,25 +131,42 @@ def work(case: Case, dense: bool = False) -> Work:
     down = torch.empty(layer.rank, layer.C // layer.groups, *layer.kernel, device="meta")
     pixels = layer.batch * math.prod(output_sizes(x, down, layer.window))
     rank = None if dense and layer.groups == 1 else layer.rank
-    moved = x.numel() + pixels * layer.N * (2 if layer.residual else 1) + layer.shape.params(rank) + (
-        layer.N if layer.bias else 0)
+    moved = (
+        x.numel()
+        + pixels * layer.N * (2 if layer.residual else 1)
+        + layer.shape.params(rank)
+        + (layer.N if layer.bias else 0)
+    )
     return Work(pixels * layer.shape.flops(rank), getattr(torch, case.dtype).itemsize * moved)
 
 
 def describe(case: Case) -> dict[str, object]:
     layer = case.layer
-    return {"model": layer.model, "batch": layer.batch, "C": layer.C, "N": layer.N, "R": layer.rank,
-            "input": layer.input, "kernel": layer.kernel, "stride": layer.stride, "padding": layer.padding,
-            "groups": layer.groups, "dtype": case.dtype, "activation": layer.activation, "bias": layer.bias,
-            "residual": layer.residual}
+    return {
+        "model": layer.model,
+        "batch": layer.batch,
+        "C": layer.C,
+        "N": layer.N,
+        "R": layer.rank,
+        "input": layer.input,
+        "kernel": layer.kernel,
+        "stride": layer.stride,
+        "padding": layer.padding,
+        "groups": layer.groups,
+        "dtype": case.dtype,
+        "activation": layer.activation,
+        "bias": layer.bias,
+        "residual": layer.residual,
+    }
 
 
 def explained(case: Case, gpu: str | None) -> dict:
     layer = case.layer
     size, kernel, stride = ("x".join(map(str, each)) for each in (layer.input, layer.kernel, layer.stride))
     padding = "x".join(f"{begin}:{end}" for begin, end in layer.window.pads())
-    conv = parse_conv(f"{layer.batch},{layer.C},{size},{kernel},{layer.N},{layer.rank}", stride, padding, "1",
-                      layer.groups)
+    conv = parse_conv(
+        f"{layer.batch},{layer.C},{size},{kernel},{layer.N},{layer.rank}", stride, padding, "1", layer.groups
+    )
     return explain(conv, case.dtype, gpu, layer.activation, layer.bias, layer.residual)
 
 
@@ -180,5 +205,7 @@ def cpu_subset(dtype: str = "float32") -> list[Case]:
 
 def tiny(dtype: str = "float32") -> list[Case]:
     """Two cases that any machine does at once."""
-    return [Case(Layer("tiny", 2, 8, 16, 8, (6, 5), (3, 3), (1, 1), activation="gelu"), "float32"),
-            Case(Layer("tiny depthwise", 1, 16, 8, 16, (9,), (4,), (3, 0), (1,), groups=16), "float32")]
+    return [
+        Case(Layer("tiny", 2, 8, 16, 8, (6, 5), (3, 3), (1, 1), activation="gelu"), "float32"),
+        Case(Layer("tiny depthwise", 1, 16, 8, 16, (9,), (4,), (3, 0), (1,), groups=16), "float32"),
+    ]

@@ -55,8 +55,9 @@ def two_calls(inputs: Inputs, activation: str) -> Tensor:
 
 
 def native(inputs: Inputs, activation: str) -> Tensor:
-    return shrank.low_rank_linear(inputs.x, inputs.down, inputs.up, inputs.bias, activation, inputs.residual,
-                                  backend="native")
+    return shrank.low_rank_linear(
+        inputs.x, inputs.down, inputs.up, inputs.bias, activation, inputs.residual, backend="native"
+    )
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,11 @@ class Family:
     def providers(self, device: str) -> dict[str, Provider]:
         """By name; native only where it can run. Compiled for each shape anew: torch.compile at its strongest."""
         torch.compiler.reset()
-        found: dict[str, Provider] = {"dense": self.dense, BASELINE: self.two_calls,
-                                      "compiled": torch.compile(self.two_calls, fullgraph=True, dynamic=False)}
+        found: dict[str, Provider] = {
+            "dense": self.dense,
+            BASELINE: self.two_calls,
+            "compiled": torch.compile(self.two_calls, fullgraph=True, dynamic=False),
+        }
         return found if why_not_native(device) else {**found, "native": self.native}
 
 
@@ -90,9 +94,14 @@ def draw(case: Case, device: str) -> Inputs:
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(shape, device=device).mul_(scale).to(dtype)
 
-    return Inputs(normal(case.M, layer.K), normal(layer.N, layer.K, scale=layer.K**-0.5),
-                  normal(case.R, layer.K, scale=layer.K**-0.5), normal(layer.N, case.R, scale=case.R**-0.5),
-                  normal(layer.N) if layer.bias else None, normal(case.M, layer.N) if layer.residual else None)
+    return Inputs(
+        normal(case.M, layer.K),
+        normal(layer.N, layer.K, scale=layer.K**-0.5),
+        normal(case.R, layer.K, scale=layer.K**-0.5),
+        normal(layer.N, case.R, scale=case.R**-0.5),
+        normal(layer.N) if layer.bias else None,
+        normal(case.M, layer.N) if layer.residual else None,
+    )
 
 
 def check(found: dict[str, Provider], inputs: Inputs, activation: str, family: Family) -> dict[str, str]:
@@ -110,8 +119,7 @@ def check(found: dict[str, Provider], inputs: Inputs, activation: str, family: F
 
 
 @torch.inference_mode()
-def measure(case: Case, device: str, roof: Roof, rounds: int | None = None,
-            family: Family | None = None) -> list[dict]:
+def measure(case: Case, device: str, roof: Roof, rounds: int | None = None, family: Family | None = None) -> list[dict]:
     """One row per provider: its median time in microseconds over the floor of what it computes, or its error.
 
     Each is checked once; those that pass are timed in turns, on sets of tensors that together outgrow the cache.
@@ -125,29 +133,61 @@ def measure(case: Case, device: str, roof: Roof, rounds: int | None = None,
     copies = copies_beyond_cache(least.bytes, device)
     repeats = math.ceil(SEQUENCE_SECONDS / (copies * roof.floor(least).seconds))
     sets = [inputs.copy() for _ in range(copies)]
-    timings = time_in_turns({name: [partial(provider, each, activation) for each in sets] * repeats
-                             for name, provider in found.items() if name not in wrong},
-                            device, rounds or ROUNDS[torch.device(device).type], held=copies)
+    timings = time_in_turns(
+        {
+            name: [partial(provider, each, activation) for each in sets] * repeats
+            for name, provider in found.items()
+            if name not in wrong
+        },
+        device,
+        rounds or ROUNDS[torch.device(device).type],
+        held=copies,
+    )
     chosen, rows = choice(case, device, family), []
     for name in found:
-        result = {"error": wrong[name]} if name in wrong else {
-            "median_us": 1e6 * timings[name].seconds, "spread": timings[name].spread,
-            **_over(roof.floor(works[name]), timings[name].seconds)}
-        rows.append({**family.describe(case), "provider": name, "flops": works[name].flops, "bytes": works[name].bytes,
-                     **result, **chosen})
+        result = (
+            {"error": wrong[name]}
+            if name in wrong
+            else {
+                "median_us": 1e6 * timings[name].seconds,
+                "spread": timings[name].spread,
+                **_over(roof.floor(works[name]), timings[name].seconds),
+            }
+        )
+        rows.append(
+            {
+                **family.describe(case),
+                "provider": name,
+                "flops": works[name].flops,
+                "bytes": works[name].bytes,
+                **result,
+                **chosen,
+            }
+        )
     return rows
 
 
 def work(case: Case, dense: bool = False) -> Work:
     layer = case.layer
-    return layer_work(layer.shape, None if dense else case.R, case.M, getattr(torch, case.dtype), layer.bias,
-                      layer.residual)
+    return layer_work(
+        layer.shape, None if dense else case.R, case.M, getattr(torch, case.dtype), layer.bias, layer.residual
+    )
 
 
 def describe(case: Case) -> dict[str, object]:
     layer = case.layer
-    return {"model": layer.model, "layer": layer.name, "M": case.M, "K": layer.K, "N": layer.N, "R": case.R,
-            "dtype": case.dtype, "activation": layer.activation, "bias": layer.bias, "residual": layer.residual}
+    return {
+        "model": layer.model,
+        "layer": layer.name,
+        "M": case.M,
+        "K": layer.K,
+        "N": layer.N,
+        "R": case.R,
+        "dtype": case.dtype,
+        "activation": layer.activation,
+        "bias": layer.bias,
+        "residual": layer.residual,
+    }
 
 
 def explained(case: Case, gpu: str | None) -> dict:

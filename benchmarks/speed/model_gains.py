@@ -17,8 +17,19 @@ from benchmarks.speed.low_rank_conv import LAYERS, Case, explained
 from shrank.measuring.explain import explain
 
 TOKENS = (1, 16, 128, 512, 1024, 4096, 16384, 65536)
-LINEAR_LAYERS = [(768, 768, 48), (768, 768, 96), (768, 768, 192), (768, 3072, 96), (3072, 768, 96), (1024, 1024, 128),
-                 (2048, 2048, 128), (4096, 4096, 128), (4096, 4096, 256), (4096, 14336, 256), (4096, 4096, 512)]
+LINEAR_LAYERS = [
+    (768, 768, 48),
+    (768, 768, 96),
+    (768, 768, 192),
+    (768, 3072, 96),
+    (3072, 768, 96),
+    (1024, 1024, 128),
+    (2048, 2048, 128),
+    (4096, 4096, 128),
+    (4096, 4096, 256),
+    (4096, 14336, 256),
+    (4096, 4096, 512),
+]
 
 
 def gain(M: int, layer: tuple[int, int, int], gpu: str, activation: str) -> tuple[float, str]:
@@ -34,8 +45,10 @@ def table(gpu: str, activation: str) -> Table:
         shown.add_column(column, justify="right")
     for layer in LINEAR_LAYERS:
         gains = [gain(M, layer, gpu, activation) for M in TOKENS]
-        shown.add_row(str(layer)[1:-1], *("-" if kernel == "two_gemms" else f"{ratio:.2f} {kernel.split('_')[-1]}"
-                                          for ratio, kernel in gains))
+        shown.add_row(
+            str(layer)[1:-1],
+            *("-" if kernel == "two_gemms" else f"{ratio:.2f} {kernel.split('_')[-1]}" for ratio, kernel in gains),
+        )
     return shown
 
 

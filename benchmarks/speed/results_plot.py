@@ -1,6 +1,6 @@
 """Measured rows of benchmarks/speed/bench_low_rank_linear.py as a table and as a roofline picture.
 
-    python -m benchmarks.speed.results_plot RESULTS.json      the table, and RESULTS.png beside the file
+python -m benchmarks.speed.results_plot RESULTS.json      the table, and RESULTS.png beside the file
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ from rich.table import Table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PROVIDERS = {"dense": ("#8a8f98", "s"), "torch": ("#d98a29", "o"), "compiled": ("#2a9d8f", "^"),
-             "native": ("#b5247a", "D")}
+PROVIDERS = {
+    "dense": ("#8a8f98", "s"),
+    "torch": ("#d98a29", "o"),
+    "compiled": ("#2a9d8f", "^"),
+    "native": ("#b5247a", "D"),
+}
 _NEEDED = {"model", "layer", "M", "R", "dtype", "provider", "flops", "bytes"}
 _MEASURED = {"median_us", "floor_us", "over_floor", "bound"}
 _FACETS, _COLUMNS = 12, 3
@@ -51,8 +55,10 @@ def load(path: Path) -> Results:
         data = data["steps"].get("grid", {}).get("data") or {}
     keys = {"about", "roofs", "choice_on", "rows"}
     if not isinstance(data, dict) or not keys <= data.keys():
-        raise ValueError(f"{path} holds no results of benchmarks/speed/bench_low_rank_linear.py, which have "
-                         f"{', '.join(sorted(keys))}")
+        raise ValueError(
+            f"{path} holds no results of benchmarks/speed/bench_low_rank_linear.py, which have "
+            f"{', '.join(sorted(keys))}"
+        )
     for number, row in enumerate(data["rows"]):
         if missing := _NEEDED - row.keys() or (set() if "error" in row else _MEASURED - row.keys()):
             raise ValueError(f"{path}: row {number} lacks {', '.join(sorted(missing))}")
@@ -78,9 +84,16 @@ def table(results: Results) -> Table:
         low_rank = [row for name, row in found.items() if name in times and name != "dense"]
         best = min(low_rank, key=lambda row: row["median_us"], default=None)
         against = (f"{best['floor_us']:.3g}", best["bound"], f"{best['over_floor']:.2f}") if best else ("", "", "")
-        shown.add_row(layer, f"{M}", f"{R}", dtype, *(_cell(found.get(name)) for name in PROVIDERS), *against,
-                      f"{times['dense'] / best['median_us']:.2f}x" if best and "dense" in times else "",
-                      str(next(iter(found.values())).get("choice") or "unknown"))
+        shown.add_row(
+            layer,
+            f"{M}",
+            f"{R}",
+            dtype,
+            *(_cell(found.get(name)) for name in PROVIDERS),
+            *against,
+            f"{times['dense'] / best['median_us']:.2f}x" if best and "dense" in times else "",
+            str(next(iter(found.values())).get("choice") or "unknown"),
+        )
     return shown
 
 
@@ -106,7 +119,7 @@ def draw(results: Results, path: Path) -> None:
     grid = right.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for axis, rows in zip(grid.flat, shown, strict=False):
         _draw_over_floor(axis, rows, len(results.roofs) > 1)
-    for axis in grid.flat[len(shown):]:
+    for axis in grid.flat[len(shown) :]:
         axis.set_visible(False)
     right.suptitle("Time over the floor of what is computed", fontsize=11, color=_INK)
     right.supxlabel("M, tokens", fontsize=10, color=_INK)
@@ -121,19 +134,39 @@ def _draw_roofline(axis: Axes, results: Results) -> None:
 
     for name, (color, marker) in PROVIDERS.items():
         rows = [row for row in results.measured if row["provider"] == name]
-        intensity, achieved = ([row["flops"] / row["bytes"] for row in rows],
-                               [1e6 * row["flops"] / row["median_us"] for row in rows])
-        axis.scatter(intensity, achieved, s=28, color=color, marker=marker, alpha=0.75, linewidths=0, zorder=3,
-                     label=name if rows else None)
+        intensity, achieved = (
+            [row["flops"] / row["bytes"] for row in rows],
+            [1e6 * row["flops"] / row["median_us"] for row in rows],
+        )
+        axis.scatter(
+            intensity,
+            achieved,
+            s=28,
+            color=color,
+            marker=marker,
+            alpha=0.75,
+            linewidths=0,
+            zorder=3,
+            label=name if rows else None,
+        )
     axis.set(xscale="log", yscale="log")
     low, high = axis.get_xlim()
     high = max([high, *(4 * roof["flops"] / roof["bandwidth"] for roof in results.roofs.values())])
     for dtype, roof in results.roofs.items():
         ridge = roof["flops"] / roof["bandwidth"]
-        axis.plot([low, ridge, high], [low * roof["bandwidth"], roof["flops"], roof["flops"]], color=_INK,
-                  linewidth=1.4)
-        axis.annotate(f"{dtype} product: {_si(roof['flops'])}FLOP/s", (high, roof["flops"]), (-4, 4), color=_INK,
-                      fontsize=9, textcoords="offset points", ha="right", va="bottom")
+        axis.plot(
+            [low, ridge, high], [low * roof["bandwidth"], roof["flops"], roof["flops"]], color=_INK, linewidth=1.4
+        )
+        axis.annotate(
+            f"{dtype} product: {_si(roof['flops'])}FLOP/s",
+            (high, roof["flops"]),
+            (-4, 4),
+            color=_INK,
+            fontsize=9,
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+        )
     axis.set_xlim(low, high)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.yaxis.set_major_formatter(EngFormatter())
@@ -148,10 +181,20 @@ def _name_the_slope(axis: Axes, roof: dict[str, float]) -> None:
     """Write the bandwidth along the roof, half way up."""
     start = (axis.get_xlim()[0] * roof["flops"] / roof["bandwidth"]) ** 0.5
     (x, y), (further_x, further_y) = axis.transData.transform(
-        [(at, at * roof["bandwidth"]) for at in (start, 2 * start)])
-    axis.annotate(f"copy: {_si(roof['bandwidth'])}B/s", (start, start * roof["bandwidth"]), (-4, 5), color=_INK,
-                  fontsize=9, textcoords="offset points", ha="center", va="bottom", rotation_mode="anchor",
-                  rotation=math.degrees(math.atan2(further_y - y, further_x - x)))
+        [(at, at * roof["bandwidth"]) for at in (start, 2 * start)]
+    )
+    axis.annotate(
+        f"copy: {_si(roof['bandwidth'])}B/s",
+        (start, start * roof["bandwidth"]),
+        (-4, 5),
+        color=_INK,
+        fontsize=9,
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        rotation_mode="anchor",
+        rotation=math.degrees(math.atan2(further_y - y, further_x - x)),
+    )
 
 
 def _draw_over_floor(axis: Axes, rows: list[dict], name_dtype: bool) -> None:
@@ -163,8 +206,14 @@ def _draw_over_floor(axis: Axes, rows: list[dict], name_dtype: bool) -> None:
         for rank in {row["R"] for row in rows}:
             line = sorted((row["M"], row["over_floor"]) for row in rows if row["provider"] == name and row["R"] == rank)
             if line:
-                axis.plot(*zip(*line, strict=True), color=color, marker=marker, markersize=4 if rank == most else 2.5,
-                          linewidth=1.5 if rank == most else 0.8, alpha=0.95 if rank == most else 0.3)
+                axis.plot(
+                    *zip(*line, strict=True),
+                    color=color,
+                    marker=marker,
+                    markersize=4 if rank == most else 2.5,
+                    linewidth=1.5 if rank == most else 0.8,
+                    alpha=0.95 if rank == most else 0.3,
+                )
     axis.axhline(1, color=_INK, linewidth=1.2)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")

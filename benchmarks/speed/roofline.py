@@ -50,8 +50,9 @@ class Roof:
         return Floor(seconds[bound], bound)
 
 
-def layer_work(shape: Shape, rank: int | None, tokens: int, dtype: torch.dtype, bias: bool = False,
-               residual: bool = False) -> Work:
+def layer_work(
+    shape: Shape, rank: int | None, tokens: int, dtype: torch.dtype, bias: bool = False, residual: bool = False
+) -> Work:
     """Of a linear layer for M tokens as one fused kernel; rank None is the dense layer. Activations count nothing."""
     return Work(tokens * shape.flops(rank), dtype.itemsize * shape.traffic(tokens, rank, bias, residual))
 
@@ -65,10 +66,17 @@ def measure_roof(device: str, dtype: torch.dtype, rounds: int = 5) -> Roof:
     size = _PRODUCT_SIZE[kind]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product, number = torch.empty_like(a), torch.zeros(1, device=device)
-    times = time_in_turns({
-        "copy": [lambda: target.copy_(source)] * 2,
-        "product": [lambda: torch.mm(a, b, out=product)] * 2,
-        "launch": [lambda: number.add_(1)] * _NODES,
-    }, device, rounds)
-    return Roof(bandwidth=2 * source.nbytes / times["copy"].seconds, flops=2 * size**3 / times["product"].seconds,
-                launch=times["launch"].seconds)
+    times = time_in_turns(
+        {
+            "copy": [lambda: target.copy_(source)] * 2,
+            "product": [lambda: torch.mm(a, b, out=product)] * 2,
+            "launch": [lambda: number.add_(1)] * _NODES,
+        },
+        device,
+        rounds,
+    )
+    return Roof(
+        bandwidth=2 * source.nbytes / times["copy"].seconds,
+        flops=2 * size**3 / times["product"].seconds,
+        launch=times["launch"].seconds,
+    )

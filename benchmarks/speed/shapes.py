@@ -44,18 +44,26 @@ class Layer:
 
 def _encoder(model: str, hidden: int, typical_M: tuple[int, int]) -> list[Layer]:
     """The layers of a transformer block with biases and a GELU between two linears four times as wide."""
-    return [Layer(model, "fc1", hidden, 4 * hidden, "gelu", False, True, typical_M),
-            Layer(model, "fc2", 4 * hidden, hidden, "none", True, True, typical_M),
-            Layer(model, "query", hidden, hidden, "none", False, True, typical_M),
-            Layer(model, "out", hidden, hidden, "none", True, True, typical_M)]
+    return [
+        Layer(model, "fc1", hidden, 4 * hidden, "gelu", False, True, typical_M),
+        Layer(model, "fc2", 4 * hidden, hidden, "none", True, True, typical_M),
+        Layer(model, "query", hidden, hidden, "none", False, True, typical_M),
+        Layer(model, "out", hidden, hidden, "none", True, True, typical_M),
+    ]
 
 
 MINILM = _encoder("MiniLM", 384, (16, 32 * 128))  # a question; 32 passages of 128 tokens
 BERT = _encoder("BERT-base", 768, (128, 32 * 128))
-LLAMA = [Layer("Llama-3-8B", name, K, N, activation, residual, False, (1, 4096))
-         for name, K, N, activation, residual in (
-    ("gate", 4096, 14336, "silu", False), ("mlp out", 14336, 4096, "none", True), ("query", 4096, 4096, "none", False),
-    ("out", 4096, 4096, "none", True), ("key", 4096, 1024, "none", False))]
+LLAMA = [
+    Layer("Llama-3-8B", name, K, N, activation, residual, False, (1, 4096))
+    for name, K, N, activation, residual in (
+        ("gate", 4096, 14336, "silu", False),
+        ("mlp out", 14336, 4096, "none", True),
+        ("query", 4096, 4096, "none", False),
+        ("out", 4096, 4096, "none", True),
+        ("key", 4096, 1024, "none", False),
+    )
+]
 VIT = _encoder("ViT-L/16", 1024, (197, 32 * 197))  # 196 patches and a class token
 WHISPER = _encoder("Whisper-large", 1280, (5, 1500))  # decoding with 5 beams; 30 s of encoded speech
 LAYERS = [*BERT, *LLAMA, *VIT, *MINILM, *WHISPER]
@@ -85,8 +93,13 @@ def grid(dtype: str) -> list[Case]:
     3. each layer as its model runs it, at the other ranks,
     4. everything else.
     """
-    return list(dict.fromkeys(Case(layer, M, layer.rank(share), dtype) for layer, M, share in _in_order()
-                              if 2 * M * max(layer.K, layer.N) <= MOST_BYTES))
+    return list(
+        dict.fromkeys(
+            Case(layer, M, layer.rank(share), dtype)
+            for layer, M, share in _in_order()
+            if 2 * M * max(layer.K, layer.N) <= MOST_BYTES
+        )
+    )
 
 
 def _in_order() -> Iterator[tuple[Layer, int, float]]:
@@ -105,5 +118,7 @@ def cpu_subset() -> list[Case]:
 
 def tiny() -> list[Case]:
     """Two cases that any machine does at once."""
-    return [Case(Layer("tiny", "fc1", 48, 64, "gelu", False, True, (3, 16)), 3, 8, "float32"),
-            Case(Layer("tiny", "fc2", 64, 48, "none", True, True, (3, 16)), 16, 16, "float32")]
+    return [
+        Case(Layer("tiny", "fc1", 48, 64, "gelu", False, True, (3, 16)), 3, 8, "float32"),
+        Case(Layer("tiny", "fc2", 64, 48, "none", True, True, (3, 16)), 16, 16, "float32"),
+    ]

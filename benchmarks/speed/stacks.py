@@ -43,8 +43,10 @@ class Config:
     workloads: tuple[tuple[int, int], ...]
 
 
-CONFIGS = [Config("MiniLM-sized", 6, 384, 12, 12, 1536, False, ((32, 128), (1, 16))),
-           Config("Llama-3-8B-sized", 4, 4096, 32, 8, 14336, True, ((1, 2048), (16, 1)))]
+CONFIGS = [
+    Config("MiniLM-sized", 6, 384, 12, 12, 1536, False, ((32, 128), (1, 16))),
+    Config("Llama-3-8B-sized", 4, 4096, 32, 8, 14336, True, ((1, 2048), (16, 1))),
+]
 TINY = [Config("tiny", 2, 64, 4, 4, 128, False, ((2, 8),)), Config("tiny gated", 1, 64, 4, 2, 128, True, ((1, 4),))]
 
 
@@ -68,8 +70,10 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         (batch, length, hidden), gated = x.shape, self.gate is not None
-        query, key, value = (layer(x).view(batch, length, -1, hidden // self.heads).transpose(1, 2)
-                             for layer in (self.query, self.key, self.value))
+        query, key, value = (
+            layer(x).view(batch, length, -1, hidden // self.heads).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=gated, enable_gqa=gated)
         return mixed.transpose(1, 2).reshape(batch, length, hidden)
 
@@ -85,8 +89,12 @@ def low_rank(model: nn.Module) -> nn.Module:
     small = copy.deepcopy(model)
     for layer in shrank.make_plan(small, KEEP, errors=False, round_to=8).low_rank:
         old = small.get_submodule(layer.fqn)
-        small.set_submodule(layer.fqn, shrank.LED(old.in_features, old.out_features, layer.rank, old.bias is not None,
-                                                  old.weight.device, old.weight.dtype))
+        small.set_submodule(
+            layer.fqn,
+            shrank.LED(
+                old.in_features, old.out_features, layer.rank, old.bias is not None, old.weight.device, old.weight.dtype
+            ),
+        )
     return small.eval()
 
 
@@ -105,10 +113,13 @@ def measure(config: Config, device: str, dtype: torch.dtype, rounds: int = ROUND
             exact = copy.deepcopy(small).double()(x.double())
             assert_close(calls["LED native"](), exact, baseline=calls["LED torch"]())
         for mode in ("eager", "graph") if device != "cpu" else ("eager",):
-            timings = time_in_turns({name: [call] * CALLS for name, call in calls.items()}, device, rounds,
-                                    graphs=mode == "graph")
-            rows += [_row(config, (batch, length), dtype, mode, name, timing, timings["dense"])
-                     for name, timing in timings.items()]
+            timings = time_in_turns(
+                {name: [call] * CALLS for name, call in calls.items()}, device, rounds, graphs=mode == "graph"
+            )
+            rows += [
+                _row(config, (batch, length), dtype, mode, name, timing, timings["dense"])
+                for name, timing in timings.items()
+            ]
     return rows
 
 
@@ -120,13 +131,29 @@ def _with_backend(name: str, model: nn.Module, x: Tensor) -> Callable[[], Tensor
     return call
 
 
-def _row(config: Config, workload: tuple[int, int], dtype: torch.dtype, mode: str, provider: str, timing: Timing,
-         dense: Timing) -> dict:
+def _row(
+    config: Config,
+    workload: tuple[int, int],
+    dtype: torch.dtype,
+    mode: str,
+    provider: str,
+    timing: Timing,
+    dense: Timing,
+) -> dict:
     batch, length = workload
-    return {"stack": config.name, "layers": config.layers, "batch": batch, "length": length,
-            "dtype": str(dtype).removeprefix("torch."), "mode": mode, "provider": provider,
-            "median_us": 1e6 * timing.seconds, "spread": timing.spread, "tokens_per_s": batch * length / timing.seconds,
-            "times_faster": dense.seconds / timing.seconds}
+    return {
+        "stack": config.name,
+        "layers": config.layers,
+        "batch": batch,
+        "length": length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "mode": mode,
+        "provider": provider,
+        "median_us": 1e6 * timing.seconds,
+        "spread": timing.spread,
+        "tokens_per_s": batch * length / timing.seconds,
+        "times_faster": dense.seconds / timing.seconds,
+    }
 
 
 def main() -> None:
@@ -143,8 +170,10 @@ def main() -> None:
         data["rows"] += measure(config, arguments.device, dtype)
         arguments.out.write_text(json.dumps(data, indent=1) + "\n")
     for row in data["rows"]:
-        print(f"{row['stack']:17} {row['batch']:3} x {row['length']:5} {row['mode']:6} {row['provider']:11} "
-              f"{row['tokens_per_s']:12,.0f} tokens/s  {row['times_faster']:5.2f} x dense")
+        print(
+            f"{row['stack']:17} {row['batch']:3} x {row['length']:5} {row['mode']:6} {row['provider']:11} "
+            f"{row['tokens_per_s']:12,.0f} tokens/s  {row['times_faster']:5.2f} x dense"
+        )
 
 
 if __name__ == "__main__":

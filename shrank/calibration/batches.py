@@ -58,8 +58,11 @@ class Batch:
     def with_arguments(self, model: nn.Module | None, change: Callable[[str, object], object]) -> Batch:
         """With `change(name, value)` in the place of every argument and of the entries of mappings among them."""
         args, kwargs = (self.args, dict(self.kwargs)) if model is None else self._call_of(model)
-        names = [p.name for p in ([] if model is None or self.forward else parameters_of(model))
-                 if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        names = [
+            p.name
+            for p in ([] if model is None or self.forward else parameters_of(model))
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
         names += [f"argument {i}" for i in range(len(names), len(args))]
 
         def changed(name: str, value: object) -> object:
@@ -89,8 +92,11 @@ class Batch:
         if self.forward is not None:
             return self.args, dict(self.kwargs)
         parameters = parameters_of(model)
-        required = [p.name for p in parameters if p.default is inspect.Parameter.empty
-                    and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        required = [
+            p.name
+            for p in parameters
+            if p.default is inspect.Parameter.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
         named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         unfilled = [name for name in required[len(self.args) :] if name not in self.kwargs]
         if len(required) == len(unfilled) == 1 and not self.kwargs.keys() <= named:
@@ -99,8 +105,15 @@ class Batch:
 
 
 @checks_keywords
-def batches(data: Iterable[object], tokenizer: Callable | None = None, *, mask: MaskFunction | None = None,
-            batch_size: int = 8, max_length: int = 512, forward: Forward | None = None) -> list[Batch]:
+def batches(
+    data: Iterable[object],
+    tokenizer: Callable | None = None,
+    *,
+    mask: MaskFunction | None = None,
+    batch_size: int = 8,
+    max_length: int = 512,
+    forward: Forward | None = None,
+) -> list[Batch]:
     """Make the calls of a model that data stands for, in order, kept in memory.
 
     Args:
@@ -133,13 +146,14 @@ def batches(data: Iterable[object], tokenizer: Callable | None = None, *, mask: 
         if tokenizer is None:
             raise TypeError("texts were given without a tokenizer: give shrank.batches(texts, tokenizer)")
         items = list(_tokenized(texts, tokenizer, batch_size, max_length))
-    return [item if isinstance(item, Batch) else replace(_batch(item, mask, forward), number=number)
-            for number, item in enumerate(items)]
+    return [
+        item if isinstance(item, Batch) else replace(_batch(item, mask, forward), number=number)
+        for number, item in enumerate(items)
+    ]
 
 
 def as_batches(data: Iterable[object]) -> list[Batch]:
-    """What a caller gave as data: calls that `batches` made, or what it makes of anything else without being told how.
-    """
+    """What a caller gave as data: calls that `batches` made, or what it makes of anything else untold."""
     return batches(data)
 
 
@@ -166,9 +180,11 @@ def _batch(item: object, mask: MaskFunction | None, forward: Forward | None) -> 
     elif isinstance(item, Tensor) or forward is not None:
         args, kwargs = (item,), {}
     else:
-        raise TypeError(f"a batch must be a mapping, a tuple, a list, a tensor or a text, got {type(item).__name__}: "
-                        "give an object that is the only argument as (object,), or say how to run it with "
-                        "shrank.batches(data, forward=)")
+        raise TypeError(
+            f"a batch must be a mapping, a tuple, a list, a tensor or a text, got {type(item).__name__}: "
+            "give an object that is the only argument as (object,), or say how to run it with "
+            "shrank.batches(data, forward=)"
+        )
     batch = Batch(args, kwargs, forward=forward)
     if mask is None:
         return replace(batch, masks=find_masks(batch.arguments()))
@@ -181,5 +197,6 @@ def _tokenized(texts: list[str], tokenizer: Callable, batch_size: int, max_lengt
         batch_size = 1  # without a padding token texts of different lengths cannot share a batch
     texts = iter(texts)
     while chunk := list(islice(texts, batch_size)):
-        yield dict(tokenizer(chunk, padding=len(chunk) > 1, truncation=True, max_length=max_length,
-                             return_tensors="pt"))
+        yield dict(
+            tokenizer(chunk, padding=len(chunk) > 1, truncation=True, max_length=max_length, return_tensors="pt")
+        )

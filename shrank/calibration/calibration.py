@@ -91,8 +91,9 @@ class Calibration(LayerStatistics):
         file, entry = self._entries[fqn]
         held = tensor_file.read(file, set(entry["tensors"].values()))
         tensors = {field: held[name] for field, name in entry["tensors"].items()}
-        return Moments(entry["tokens"], of_inputs=entry["of_inputs"], gradient_samples=entry["gradient_samples"],
-                       **tensors)
+        return Moments(
+            entry["tokens"], of_inputs=entry["of_inputs"], gradient_samples=entry["gradient_samples"], **tensors
+        )
 
     def metric(self, fqn: str, matrices: Tensor, centred: bool, seen: Moments | None = None) -> Metric | None:
         """The norm for the error of one layer.
@@ -125,9 +126,17 @@ class Calibration(LayerStatistics):
 
 
 @checks_keywords
-def calibrate(model: nn.Module, data: Iterable[object] | Calibration, *, loss: LossLike = "output",
-              layers: Iterable[str] | None = None, cache: str | os.PathLike | None = None,
-              max_memory: int | None = None, spill: bool = False, seed: int = 0) -> Calibration:
+def calibrate(
+    model: nn.Module,
+    data: Iterable[object] | Calibration,
+    *,
+    loss: LossLike = "output",
+    layers: Iterable[str] | None = None,
+    cache: str | os.PathLike | None = None,
+    max_memory: int | None = None,
+    spill: bool = False,
+    seed: int = 0,
+) -> Calibration:
     """Run data through a model, which is not changed, and note what its layers see.
 
     Args:
@@ -164,24 +173,38 @@ def calibrate(model: nn.Module, data: Iterable[object] | Calibration, *, loss: L
     if temporary:
         weakref.finalize(found, temporary.cleanup)
     if weight and len(found) and not found.reached:
-        raise ValueError("the loss depends on no layer: does the model run without gradients, as generate does? "
-                         "loss='none' calibrates without")
+        raise ValueError(
+            "the loss depends on no layer: does the model run without gradients, as generate does? "
+            "loss='none' calibrates without"
+        )
     return found
 
 
-def _found(model: nn.Module, batches: list[Batch], loss: Sensitivity | None, wanted: set[str] | None, folder: Path,
-           max_memory: int, spill: bool, seed: int) -> Calibration:
+def _found(
+    model: nn.Module,
+    batches: list[Batch],
+    loss: Sensitivity | None,
+    wanted: set[str] | None,
+    folder: Path,
+    max_memory: int,
+    spill: bool,
+    seed: int,
+) -> Calibration:
     """What the layers see, in files of the folder; those that are there already are not made again."""
     possible = [site for site in walk(model) if target(site.module) is not None]
-    sites = [site for site in possible if (wanted is None or site.fqn in wanted)
-             and not (site.why_not or why_not(site.module))]
+    sites = [
+        site
+        for site in possible
+        if (wanted is None or site.fqn in wanted) and not (site.why_not or why_not(site.module))
+    ]
     masking = Masking(model, {site.fqn: site.module for site in possible})
     seen = _survey(folder, model, sites, batches, masking, [site for site in possible if site not in sites])
     if seen.unseen:
         warnings.warn(f"layers that no batch reaches stay as they are: {', '.join(seen.unseen)}", stacklevel=4)
     passes = plan_passes(sites, seen, loss is not None, max_memory)
-    files = [folder / f"{_digest([[site.fqn for site in group.sites] for group in groups])}.safetensors"
-             for groups in passes]
+    files = [
+        folder / f"{_digest([[site.fqn for site in group.sites] for group in groups])}.safetensors" for groups in passes
+    ]
     for number, (file, groups) in enumerate(zip(files, passes, strict=True), 1):
         if not file.exists():
             masking.prepare(batches)
@@ -191,8 +214,9 @@ def _found(model: nn.Module, batches: list[Batch], loss: Sensitivity | None, wan
     return Calibration(folder, files, seen.unseen)
 
 
-def _survey(folder: Path, model: nn.Module, sites: list[Site], batches: list[Batch], masking: Masking,
-            others: list[Site]) -> Survey:
+def _survey(
+    folder: Path, model: nn.Module, sites: list[Site], batches: list[Batch], masking: Masking, others: list[Site]
+) -> Survey:
     """What the layers are called with, from the folder if it is there."""
     file = folder / f"{_digest([site.fqn for site in sites])}.json"
     if file.exists():
@@ -205,8 +229,15 @@ def _survey(folder: Path, model: nn.Module, sites: list[Site], batches: list[Bat
     return seen
 
 
-def _run(model: nn.Module, accumulator: Accumulator, batches: list[Batch], loss: Sensitivity | None, seed: int,
-         spill: bool, progress: str) -> None:
+def _run(
+    model: nn.Module,
+    accumulator: Accumulator,
+    batches: list[Batch],
+    loss: Sensitivity | None,
+    seed: int,
+    spill: bool,
+    progress: str,
+) -> None:
     """One pass over the data."""
     with in_eval_mode(model), hooked(accumulator.hooks()):
         for number, batch in enumerate(track(batches, progress)):
@@ -224,8 +255,10 @@ def _key(model: nn.Module, batches: list[Batch], loss: Sensitivity | None, seed:
     """A hash of everything that the moments depend on; None, with a warning, where something cannot be hashed."""
     try:
         parts = {"model": model, "loss": loss, "data": [batch.content() for batch in batches]}
-        precision = [torch.get_float32_matmul_precision(), *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d))
-                                                             for d in ("cpu", "cuda"))]
+        precision = [
+            torch.get_float32_matmul_precision(),
+            *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
+        ]
         return fingerprint({"format": FORMAT, "seed": seed, "precision": precision} | parts)[:32]
     except Unhashable as unhashable:
         warnings.warn(f"calibrating without the cache: {unhashable}", stacklevel=4)

@@ -159,13 +159,17 @@ def divergences(answer: Tensor, target: Tensor) -> Tensor:
     for whose, logits in (("the dense model's", target), ("the model's", answer)):
         largest = logits.amax(-1) if logits.numel() else logits.new_zeros(())
         if not bool(largest.isfinite().all()):  # the largest is NaN if any is
-            raise NotComparable(f"{whose} logits hold NaN or +inf, or nothing but -inf, in row "
-                                f"{int((~largest.isfinite()).nonzero()[0, 0])}")
+            raise NotComparable(
+                f"{whose} logits hold NaN or +inf, or nothing but -inf, in row "
+                f"{int((~largest.isfinite()).nonzero()[0, 0])}"
+            )
     ruled_out = target == -torch.inf
     if bool((impossible := (answer == -torch.inf) & ~ruled_out).any()):
         row, token = impossible.nonzero()[0].tolist()
-        raise NotComparable("the model's logits are -inf where the dense model's are not, first for token "
-                            f"{token} in row {row}: their divergence is infinite")
+        raise NotComparable(
+            "the model's logits are -inf where the dense model's are not, first for token "
+            f"{token} in row {row}: their divergence is infinite"
+        )
     answer, target = (F.log_softmax(logits, -1) for logits in (answer, target))
     difference = (target - answer).masked_fill(ruled_out, 0.0)  # -inf less -inf
     return (target.exp() * difference).sum(-1)
@@ -183,8 +187,10 @@ def next_token_targets(logits: Tensor, batch: Batch, aligned: bool) -> tuple[Ten
         return logits.flatten(0, 1), labels.flatten()
     targets = labels if labels is not None else arguments.get("input_ids", batch.args[0] if batch.args else None)
     if not isinstance(targets, Tensor) or targets.shape != logits.shape[:2]:
-        raise ValueError("the 'lm' loss needs input_ids (batch, tokens) and logits (batch, tokens, vocabulary), got "
-                         f"{getattr(targets, 'shape', None)} and {tuple(logits.shape)}")
+        raise ValueError(
+            "the 'lm' loss needs input_ids (batch, tokens) and logits (batch, tokens, vocabulary), got "
+            f"{getattr(targets, 'shape', None)} and {tuple(logits.shape)}"
+        )
     targets = targets.to(logits.device)
     if (mask := batch.mask_for(tuple(targets.shape))) is not None:
         targets = targets.masked_fill(~mask.view(targets.shape).to(targets.device), -100)

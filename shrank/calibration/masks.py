@@ -10,13 +10,28 @@ from torch import Tensor
 
 # Arguments by what they are of, the first that fits; an activation that depends on several is the last one's.
 STREAMS = ("image", "audio", "source", "main", "decoder")
-_PREFIXES = {"decoder": ("decoder_", "tgt"), "source": ("encoder_", "memory"),
-             "image": ("pixel", "image", "visual", "video"),
-             "audio": ("input_features", "input_values", "feature", "audio")}
-_COUNTING = {"attention_mask", "encoder_attention_mask", "decoder_attention_mask", "decoder_padding_mask", "pixel_mask",
-             "pixel_attention_mask", "image_attention_mask", "visual_attention_mask", "input_features_mask",
-             "input_values_mask", "feature_attention_mask", "audio_attention_mask", "entity_attention_mask",
-             "qformer_attention_mask"}
+_PREFIXES = {
+    "decoder": ("decoder_", "tgt"),
+    "source": ("encoder_", "memory"),
+    "image": ("pixel", "image", "visual", "video"),
+    "audio": ("input_features", "input_values", "feature", "audio"),
+}
+_COUNTING = {
+    "attention_mask",
+    "encoder_attention_mask",
+    "decoder_attention_mask",
+    "decoder_padding_mask",
+    "pixel_mask",
+    "pixel_attention_mask",
+    "image_attention_mask",
+    "visual_attention_mask",
+    "input_features_mask",
+    "input_values_mask",
+    "feature_attention_mask",
+    "audio_attention_mask",
+    "entity_attention_mask",
+    "qformer_attention_mask",
+}
 # True, or -inf, where there is padding.
 _PADDING = {"key_padding_mask", "src_key_padding_mask", "tgt_key_padding_mask", "memory_key_padding_mask", "input_mask"}
 # What a sequence to be predicted is padded with, whatever the model.
@@ -65,8 +80,7 @@ class Mask:
             axis = before.index(positions[0])
             frames = resampled(self.counts, after[axis : axis + 1])
             shape = [len(frames), *(after[axis] if i == axis else 1 for i in range(len(after)))]
-            return [replace(self, counts=frames),
-                    replace(self, counts=frames.view(shape).expand(len(frames), *after))]
+            return [replace(self, counts=frames), replace(self, counts=frames.view(shape).expand(len(frames), *after))]
         return []
 
 
@@ -146,27 +160,40 @@ def find_masks(arguments: Mapping[str, object], traits: Traits = Traits()) -> Ma
     """The masks among the arguments of a call, by name."""
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     streams = streams_of(tensors, traits)
-    found = [Mask(name, counts, streams.get(name), traits.time_first) for name, value in tensors.items()
-             if (counts := _counts(name, value, traits)) is not None]
+    found = [
+        Mask(name, counts, streams.get(name), traits.time_first)
+        for name, value in tensors.items()
+        if (counts := _counts(name, value, traits)) is not None
+    ]
     if "decoder" in streams.values() and not any(mask.stream == "decoder" for mask in found):
         found += _decoder_mask(tensors, traits)
     return Masks(tuple(found), traits.rules)
 
 
-def given_masks(answer: Tensor | Mapping[str, Tensor] | None, arguments: Mapping[str, object] = {},
-                traits: Traits = Traits()) -> Masks:
+def given_masks(
+    answer: Tensor | Mapping[str, Tensor] | None, arguments: Mapping[str, object] = {}, traits: Traits = Traits()
+) -> Masks:
     """What a user's function says: one mask for all that it fits, or those of the "encoder" and the "decoder"."""
     if answer is None:
         return Masks(given=True)
     if isinstance(answer, Tensor):
         answer = {"": answer}
     if not isinstance(answer, Mapping) or not answer.keys() <= {"", "encoder", "decoder"}:
-        raise TypeError('mask must return a tensor, None or a mapping of "encoder" and "decoder" to tensors, got '
-                        f"{sorted(answer) if isinstance(answer, Mapping) else type(answer).__name__}")
+        raise TypeError(
+            'mask must return a tensor, None or a mapping of "encoder" and "decoder" to tensors, got '
+            f"{sorted(answer) if isinstance(answer, Mapping) else type(answer).__name__}"
+        )
     others = [s for s in streams_of(arguments, traits).values() if s != "decoder"] or ["main"]
     streams = {"": None, "encoder": max(others, key=STREAMS.index), "decoder": "decoder"}
-    return Masks(tuple(Mask("mask=", m.detach().bool().cpu(), streams[side], traits.time_first)
-                       for side, m in answer.items() if m is not None), traits.rules, given=True)
+    return Masks(
+        tuple(
+            Mask("mask=", m.detach().bool().cpu(), streams[side], traits.time_first)
+            for side, m in answer.items()
+            if m is not None
+        ),
+        traits.rules,
+        given=True,
+    )
 
 
 def streams_of(arguments: Mapping[str, object], traits: Traits) -> dict[str, str]:
@@ -221,5 +248,3 @@ def _decoder_mask(tensors: Mapping[str, Tensor], traits: Traits) -> list[Mask]:
     ones = [torch.ones(t.shape[:2], dtype=torch.bool) for t in data]
     # Those of tgt in (time, batch, features) are turned, as any mask of theirs is.
     return [Mask("", one.mT if traits.time_first else one, "decoder", traits.time_first) for one in ones[:1]]
-
-

@@ -18,15 +18,23 @@ def write_moments(file: Path, accumulator: Accumulator) -> None:
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict] = {}
     for fqn, moments, inputs_of in accumulator.results():
-        fields = {"data": moments.data, "mean": moments.mean, "input_energy": moments.input_energy,
-                  "gradient": moments.gradient}
+        fields = {
+            "data": moments.data,
+            "mean": moments.mean,
+            "input_energy": moments.input_energy,
+            "gradient": moments.gradient,
+        }
         names = {}
         for field, value in fields.items():
             if value is not None:
                 # Layers with the same inputs share their tensors.
                 names[field] = f"{fqn if field == 'gradient' else inputs_of}:{field}"
                 tensors[names[field]] = value.float().cpu().contiguous()
-        layers[fqn] = {"tokens": moments.tokens, "of_inputs": moments.of_inputs, "tensors": names,
-                       "gradient_samples": moments.gradient_samples}
+        layers[fqn] = {
+            "tokens": moments.tokens,
+            "of_inputs": moments.of_inputs,
+            "tensors": names,
+            "gradient_samples": moments.gradient_samples,
+        }
     header = {"format": FORMAT, "layers": layers, "reached": accumulator.reached}
     tensor_file.write(file, tensors, {"moments": json.dumps(header)})

@@ -82,8 +82,10 @@ class Observed:
         if self.leader is self:
             self._add(x.detach(), y.detach(), mask)
         elif self.leader.inputs.count > before:
-            raise RuntimeError(f"{self.site.fqn} is called with another input than {self.leader.site.fqn}, although "
-                               "they had the same when the data was first run: the model does not do the same twice")
+            raise RuntimeError(
+                f"{self.site.fqn} is called with another input than {self.leader.site.fqn}, although "
+                "they had the same when the data was first run: the model does not do the same twice"
+            )
 
     def watch_gradient(self, y: Tensor, mask: MaskOfCall) -> Tensor | None:
         """Have the gradient noted that will reach an output; the output to use instead where another one is needed."""
@@ -177,8 +179,10 @@ class Accumulator:
             if bool(torch.stack([m.is_finite().cpu() for _, m in sums]).all()) if sums else True:
                 continue
             layer = next(x for x, m in sums if not m.is_finite())
-            raise ValueError(f"batch {self._number}: {layer.site.fqn} has NaN or infinity in its "
-                             f"{'gradients' if what == 'gradient' else 'inputs' if layer.of_inputs else 'outputs'}")
+            raise ValueError(
+                f"batch {self._number}: {layer.site.fqn} has NaN or infinity in its "
+                f"{'gradients' if what == 'gradient' else 'inputs' if layer.of_inputs else 'outputs'}"
+            )
 
     def results(self) -> Iterator[tuple[str, Moments, str]]:
         """(name, moments, name of the layer whose data they are), for every layer that saw any."""

@@ -36,5 +36,13 @@ class Calibrate:
 
     def of(self, model: nn.Module, layers: Iterable[str]) -> Calibration:
         """What these layers of the model see."""
-        return calibrate(model, self.data, loss=self.loss, layers=layers, cache=self.cache, max_memory=self.max_memory,
-                         spill=self.spill, seed=self.seed)
+        return calibrate(
+            model,
+            self.data,
+            loss=self.loss,
+            layers=layers,
+            cache=self.cache,
+            max_memory=self.max_memory,
+            spill=self.spill,
+            seed=self.seed,
+        )

@@ -77,8 +77,9 @@ def plan_passes(sites: list[Site], survey: Survey, gradients: bool, max_memory: 
     return passes
 
 
-def survey(model: nn.Module, sites: list[Site], batches: list[Batch], masking: Masking,
-           others: Iterable[Site] = ()) -> Survey:
+def survey(
+    model: nn.Module, sites: list[Site], batches: list[Batch], masking: Masking, others: Iterable[Site] = ()
+) -> Survey:
     """Run all the batches, which are bound to the model, and look at what its layers are called with.
 
     others: layers that are not asked about, whose shapes masks may have as well.
@@ -97,8 +98,11 @@ def survey(model: nn.Module, sites: list[Site], batches: list[Batch], masking: M
     def match(site: Site, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         masking.call(site.fqn)(tuple(target(module).tokens(output).shape[:-1]))
 
-    hooks = [*masking.hooks(), *((site.module, partial(note, site)) for site in sites),
-             *((site.module, partial(match, site)) for site in others)]
+    hooks = [
+        *masking.hooks(),
+        *((site.module, partial(note, site)) for site in sites),
+        *((site.module, partial(match, site)) for site in others),
+    ]
     masking.prepare(batches)
     with in_eval_mode(model), hooked(hooks):
         for done, batch in enumerate(track(batches, "looking at the data")):  # noqa: B007 (note reads it)

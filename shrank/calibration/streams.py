@@ -74,8 +74,13 @@ class Masking:
             self._batch.masks.follow(tuple(x.shape[2:]), tuple(output.shape[2:]))
 
     def _form(self, batch: Batch) -> tuple:
-        return tuple(sorted((name, str(value.dtype), value.dim()) for name, value in batch.arguments(self.model).items()
-                            if isinstance(value, Tensor)))
+        return tuple(
+            sorted(
+                (name, str(value.dtype), value.dim())
+                for name, value in batch.arguments(self.model).items()
+                if isinstance(value, Tensor)
+            )
+        )
 
     def _data(self, batch: Batch) -> dict[str, list[str]]:
         """The arguments with data of every stream, where padding makes a difference: numbers, or else ids."""
@@ -86,8 +91,10 @@ class Masking:
         for name, stream in streams_of(arguments, self._traits).items():
             if not is_mask(name) and (found := list(nested.tensors(arguments[name]))):
                 data.setdefault(stream, {})[name] = any(t.is_floating_point() for t in found)
-        return {stream: [name for name, numbers in names.items() if numbers or not any(names.values())]
-                for stream, names in data.items()}
+        return {
+            stream: [name for name, numbers in names.items() if numbers or not any(names.values())]
+            for stream, names in data.items()
+        }
 
     def _probed(self, batch: Batch, data: dict[str, list[str]]) -> dict[str, list[set[str]]]:
         """The streams that every call depends on: all may depend on the first, which the others come after."""
@@ -98,8 +105,9 @@ class Masking:
         noise = _BEYOND_NOISE * max((abs(plain[c] - again[c]) for c in plain.keys() & again.keys()), default=0.0)
         found = {call: {first} for call in plain}
         for stream in others:
-            changed = _outputs(self.model, watched, batch.with_arguments(
-                self.model, partial(change.of_arguments, data[stream])))
+            changed = _outputs(
+                self.model, watched, batch.with_arguments(self.model, partial(change.of_arguments, data[stream]))
+            )
             depend = {c for c in plain.keys() & changed.keys() if not abs(plain[c] - changed[c]) <= noise}
             with torch.enable_grad(), frozen(self.model), _nothing_saved():
                 asked = batch.with_arguments(self.model, partial(_asked, data[stream]))
@@ -117,9 +125,11 @@ def warn_of_masks_that_fit_nothing(batches: Iterable[Batch]) -> None:
         for mask in batch.masks if batch.masks.asked else ():
             if mask.name and mask.has_padding and mask.name not in batch.masks.fitting | told:
                 told.add(mask.name)
-                warnings.warn(f"{mask.name} {tuple(mask.counts.shape)} masks padding, but no layer that was looked at "
-                              "has activations of that shape: all their rows count; mask= can say which do",
-                              stacklevel=5)
+                warnings.warn(
+                    f"{mask.name} {tuple(mask.counts.shape)} masks padding, but no layer that was looked at "
+                    "has activations of that shape: all their rows count; mask= can say which do",
+                    stacklevel=5,
+                )
 
 
 @torch.no_grad()
@@ -150,8 +160,9 @@ def _with_gradients(model: nn.Module, modules: Mapping[str, nn.Module], batch: B
     return found
 
 
-def _watch(model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch,
-           note: Callable[[Call, Tensor], object]) -> None:
+def _watch(
+    model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch, note: Callable[[Call, Tensor], object]
+) -> None:
     """Run a batch, always with the same random numbers, with `note` of every call of these modules and its output."""
     calls: Counter[str] = Counter()
 
@@ -164,8 +175,11 @@ def _watch(model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch,
         return new if output is y else None
 
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices), in_eval_mode(model), \
-            hooked((module, partial(hook, name)) for name, module in modules.items()):
+    with (
+        torch.random.fork_rng(devices),
+        in_eval_mode(model),
+        hooked((module, partial(hook, name)) for name, module in modules.items()),
+    ):
         torch.manual_seed(0)
         batch.call(model)
 
@@ -188,9 +202,12 @@ class _Change:
     places of an image, by the names of the model's settings."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._special = {value for _, config in nested.walk(getattr(model, "config", None))
-                         for name, value in nested.attributes(config).items()
-                         if isinstance(value, int) and name.endswith(("token_id", "token_index"))}
+        self._special = {
+            value
+            for _, config in nested.walk(getattr(model, "config", None))
+            for name, value in nested.attributes(config).items()
+            if isinstance(value, int) and name.endswith(("token_id", "token_index"))
+        }
 
     def of_arguments(self, names: list[str], name: str, value: object) -> object:
         return nested.mapped(self._of, value) if name in names else value

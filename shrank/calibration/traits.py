@@ -24,12 +24,20 @@ def traits_of(model: nn.Module) -> Traits:
     """How masks for this model are meant."""
     config = getattr(model, "config", None)
     configs = [c for c in (config, *(getattr(config, n, None) for n in ("decoder", "text_config"))) if c is not None]
-    pad, start = (next((value for c in configs if isinstance(value := getattr(c, name, None), int)), None)
-                  for name in ("pad_token_id", "decoder_start_token_id"))
+    pad, start = (
+        next((value for c in configs if isinstance(value := getattr(c, name, None), int)), None)
+        for name in ("pad_token_id", "decoder_start_token_id")
+    )
     attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
     has_decoder = any(p.name.startswith("decoder_") for p in parameters_of(model))
-    return Traits(pad, start, has_decoder, any(not m.batch_first for m in attentions),
-                  type(model).__module__.startswith("transformers."), tuple(_rules(model)))
+    return Traits(
+        pad,
+        start,
+        has_decoder,
+        any(not m.batch_first for m in attentions),
+        type(model).__module__.startswith("transformers."),
+        tuple(_rules(model)),
+    )
 
 
 def _rules(model: nn.Module) -> list[Rule]:

@@ -18,19 +18,34 @@ from ..version import __version__
 from . import eval_command, model_commands
 from .options import Json, Padding, PerDimension, Source, errors, one_of, show
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Low-rank twins for the linear and convolution layers of PyTorch models.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Low-rank twins for the linear and convolution layers of PyTorch models.",
+)
 for name, command in (model_commands.COMMANDS | {"eval": eval_command.eval_command}).items():
     app.command(name)(command)
 
 
 @app.command()
-def bench(source: Source,
-          other: Annotated[str | None, typer.Argument(help="A second model to compare with.")] = None,
-          batch: int = 8, length: int = 128, rounds: int = 7, threads: int | None = None, device: str = "cpu",
-          layers: Annotated[Path | None, typer.Option(help="Time every layer of one model, and write the table that "
-                                                           "Budget(keep_latency=) reads to this JSON file.")] = None,
-          as_json: Json = False) -> None:
+def bench(
+    source: Source,
+    other: Annotated[str | None, typer.Argument(help="A second model to compare with.")] = None,
+    batch: int = 8,
+    length: int = 128,
+    rounds: int = 7,
+    threads: int | None = None,
+    device: str = "cpu",
+    layers: Annotated[
+        Path | None,
+        typer.Option(
+            help="Time every layer of one model, and write the table that "
+            "Budget(keep_latency=) reads to this JSON file."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Throughput and peak memory of one model, or of two in turns, on this machine."""
     if layers:
         _time_layers(source, layers, batch, length, rounds, device, as_json)
@@ -43,8 +58,13 @@ def bench(source: Source,
     for column in ("model", "parameters", "throughput", "relative", "peak memory"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for x in results:
-        table.add_row(x.source, f"{x.parameters:,}", f"{x.throughput:,.1f} {x.unit}",
-                      f"{x.throughput / results[0].throughput:.2f}x", f"{x.peak_memory / 2**20:,.0f} MiB")
+        table.add_row(
+            x.source,
+            f"{x.parameters:,}",
+            f"{x.throughput:,.1f} {x.unit}",
+            f"{x.throughput / results[0].throughput:.2f}x",
+            f"{x.peak_memory / 2**20:,.0f} MiB",
+        )
     show([asdict(x) for x in results], table, as_json)
 
 
@@ -69,13 +89,22 @@ def _time_layers(source: str, path: Path, batch: int, length: int, rounds: int, 
 
 
 @app.command()
-def explain(shape: Annotated[str | None, typer.Option(help="M,K,N,R: tokens, in_features, out_features, rank.")] = None,
-            conv: Annotated[str | None, typer.Option(help="B,C,INPUT,KERNEL,N,R: 32,64,56x56,3x3,64,16.")] = None,
-            stride: PerDimension = "1", padding: Padding = "0", dilation: PerDimension = "1", groups: int = 1,
-            up_groups: int = 1, dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32 or fp64.")] = "bf16",
-            gpu: Annotated[str | None, typer.Option(help="Such as H200; without it, the one in this machine.")] = None,
-            activation: Annotated[str, typer.Option(help="none, relu, gelu, gelu_tanh or silu.")] = "none",
-            bias: bool = True, residual: bool = False, training: bool = False, as_json: Json = False) -> None:
+def explain(
+    shape: Annotated[str | None, typer.Option(help="M,K,N,R: tokens, in_features, out_features, rank.")] = None,
+    conv: Annotated[str | None, typer.Option(help="B,C,INPUT,KERNEL,N,R: 32,64,56x56,3x3,64,16.")] = None,
+    stride: PerDimension = "1",
+    padding: Padding = "0",
+    dilation: PerDimension = "1",
+    groups: int = 1,
+    up_groups: int = 1,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32 or fp64.")] = "bf16",
+    gpu: Annotated[str | None, typer.Option(help="Such as H200; without it, the one in this machine.")] = None,
+    activation: Annotated[str, typer.Option(help="none, relu, gelu, gelu_tanh or silu.")] = "none",
+    bias: bool = True,
+    residual: bool = False,
+    training: bool = False,
+    as_json: Json = False,
+) -> None:
     """Which kernel a low-rank layer takes on a GPU, why, and its predicted time; needs no GPU."""
     with errors():
         from ..measuring.explain import explain, parse_conv, parse_shape, table

@@ -18,13 +18,14 @@ from .options import USAGE, Json, Source, errors, fail, show
 _PROMPT, _CONTINUATION = 16, 64  # tokens
 
 
-def eval_command(source: Source,
-                 other: Annotated[str | None, typer.Argument(help="A compressed model to compare with it.")] = None,
-                 text: Annotated[list[Path] | None, typer.Option(help="A file of texts; repeatable, one domain each.")
-                                 ] = None,
-                 window: Annotated[int, typer.Option(min=2, help="Tokens that are read together.")] = 512,
-                 limit: Annotated[int | None, typer.Option(help="Windows of each file.")] = None,
-                 as_json: Json = False) -> None:
+def eval_command(
+    source: Source,
+    other: Annotated[str | None, typer.Argument(help="A compressed model to compare with it.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="A file of texts; repeatable, one domain each.")] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that are read together.")] = 512,
+    limit: Annotated[int | None, typer.Option(help="Windows of each file.")] = None,
+    as_json: Json = False,
+) -> None:
     """Perplexity of a language model on texts, and of a compressed one also its agreement with the first."""
     if not text:
         fail("give texts to measure on: --text FILE", USAGE)
@@ -41,8 +42,10 @@ def eval_command(source: Source,
             model = dense if name == source else load_model(name).eval()
             require_causal_language_model(model, window)
             reference = None if model is dense else dense
-            domains = {path.name: evaluate(model, tokenizer, texts[path], reference, window=window,
-                                           limit=limit).to_dict() for path in text}
+            domains = {
+                path.name: evaluate(model, tokenizer, texts[path], reference, window=window, limit=limit).to_dict()
+                for path in text
+            }
             results[name] = {"domains": domains, "repetition": _repetition(model, tokenizer, texts[text[0]]).to_dict()}
     show(results, _table(results), as_json)
 
@@ -62,6 +65,12 @@ def _table(results: dict[str, dict]) -> Table:
         repeated = found["repetition"]
         for domain, figures in found["domains"].items():
             beside = ("" if figures[key] is None else f"{figures[key]:.3f}" for key in ("agreement", "divergence"))
-            table.add_row(name, domain, f"{figures['perplexity']:.2f}", *beside, f"{repeated['loops']:.2f}",
-                          " ".join(f"{x:.2f}" for x in repeated["distinct"]))
+            table.add_row(
+                name,
+                domain,
+                f"{figures['perplexity']:.2f}",
+                *beside,
+                f"{repeated['loops']:.2f}",
+                " ".join(f"{x:.2f}" for x in repeated["distinct"]),
+            )
     return table

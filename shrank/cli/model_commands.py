@@ -54,32 +54,50 @@ from .options import (
     trust,
 )
 
-Data = Annotated[Path | None, typer.Option(help=(
-    "Data to calibrate on: the paragraphs of a .txt file; a .jsonl file, whose lines have any of text, target, image "
-    "and audio (paths relative to it); or a folder of images or sounds, with what they say in NAME.txt beside "
-    "NAME.jpg. The decoder of an encoder-decoder is to say the target, else the text itself, or what the dense model "
-    "makes of an image or a sound that has neither."))]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help=(
+            "Data to calibrate on: the paragraphs of a .txt file; a .jsonl file, whose lines have any of text, target, "
+            "image and audio (paths relative to it); or a folder of images or sounds, with what they say in NAME.txt "
+            "beside NAME.jpg. The decoder of an encoder-decoder is to say the target, else the text itself, or what "
+            "the dense model makes of an image or a sound that has neither."
+        )
+    ),
+]
 Loss = Annotated[str, typer.Option(help="What errors are weighted by: output, lm (next token) or none.")]
 Anchored = Annotated[float, typer.Option(help="Fit block by block, to this share of the dense outputs, such as 0.25.")]
-MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of a text that are used, at most as many as the model has "
-                                                  "positions for.")]
+MaxLength = Annotated[
+    int, typer.Option(min=1, help="Tokens of a text that are used, at most as many as the model has positions for.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts, images or sounds that are run together.")]
 
 
-def plan(source: Source, rank: Rank = None, keep: Keep = None, energy: EnergyOption = None, calibrate: Data = None,
-         loss: Loss = "output", max_length: MaxLength = 512, batch_size: BatchSize = 8, include: Include = None,
-         exclude: Exclude = None, round_to: RoundTo = None, allow_slower: AllowSlower = False, pivot: Pivot = None,
-         treat_as_base: TreatAsBase = None,
-         save: Annotated[Path | None, typer.Option(help="Write the plan to this JSON file.")] = None,
-         report: Annotated[Path | None, typer.Option(help="Write an HTML page about the plan.")] = None,
-         as_json: Json = False) -> None:
+def plan(
+    source: Source,
+    rank: Rank = None,
+    keep: Keep = None,
+    energy: EnergyOption = None,
+    calibrate: Data = None,
+    loss: Loss = "output",
+    max_length: MaxLength = 512,
+    batch_size: BatchSize = 8,
+    include: Include = None,
+    exclude: Exclude = None,
+    round_to: RoundTo = None,
+    allow_slower: AllowSlower = False,
+    pivot: Pivot = None,
+    treat_as_base: TreatAsBase = None,
+    save: Annotated[Path | None, typer.Option(help="Write the plan to this JSON file.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page about the plan.")] = None,
+    as_json: Json = False,
+) -> None:
     """Show what would happen to every layer and why; changes nothing."""
     with errors():
         from ..saving.transformers_folder import load_model
 
         rule = one_of(rank=rank, keep=keep, energy=energy)
-        options = plan_options(pivot, include=include, exclude=exclude, round_to=round_to,
-                               allow_slower=allow_slower)
+        options = plan_options(pivot, include=include, exclude=exclude, round_to=round_to, allow_slower=allow_slower)
         model, found = load_model(source), None
         trust(model, treat_as_base)
         if calibrate and (layers := eligible(model, **options)):
@@ -94,15 +112,29 @@ def plan(source: Source, rank: Rank = None, keep: Keep = None, energy: EnergyOpt
     require_layers(made)
 
 
-def compress(source: Source, out: Out, rank: Rank = None, keep: Keep = None, energy: EnergyOption = None,
-             plan: Annotated[Path | None, typer.Option(help="A plan as JSON, from `shrank plan --save`.")] = None,
-             calibrate: Data = None, loss: Loss = "output", max_length: MaxLength = 512, batch_size: BatchSize = 8,
-             anchored: Anchored = 0.0,
-             heal: Annotated[int, typer.Option(help="Steps of training against the dense model.")] = 0,
-             include: Include = None, exclude: Exclude = None, round_to: RoundTo = None,
-             allow_slower: AllowSlower = False, pivot: Pivot = None, treat_as_base: TreatAsBase = None,
-             report: Annotated[Path | None, typer.Option(help="Write an HTML page about what was done.")] = None,
-             force: Force = False, as_json: Json = False) -> None:
+def compress(
+    source: Source,
+    out: Out,
+    rank: Rank = None,
+    keep: Keep = None,
+    energy: EnergyOption = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan as JSON, from `shrank plan --save`.")] = None,
+    calibrate: Data = None,
+    loss: Loss = "output",
+    max_length: MaxLength = 512,
+    batch_size: BatchSize = 8,
+    anchored: Anchored = 0.0,
+    heal: Annotated[int, typer.Option(help="Steps of training against the dense model.")] = 0,
+    include: Include = None,
+    exclude: Exclude = None,
+    round_to: RoundTo = None,
+    allow_slower: AllowSlower = False,
+    pivot: Pivot = None,
+    treat_as_base: TreatAsBase = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page about what was done.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
     """Write a low-rank copy of a model that from_pretrained loads after `import shrank`.
 
     With --calibrate, --keep is the share of all replaced layers together, spent where the data says it matters.
@@ -114,8 +146,7 @@ def compress(source: Source, out: Out, rank: Rank = None, keep: Keep = None, ene
         from ..saving.transformers_folder import load_model, save_model
 
         rule = one_of(rank=rank, keep=keep, energy=energy, plan=plan)
-        options = plan_options(pivot, include=include, exclude=exclude, round_to=round_to,
-                               allow_slower=allow_slower)
+        options = plan_options(pivot, include=include, exclude=exclude, round_to=round_to, allow_slower=allow_slower)
         model, dense = load_model(source), None
         trust(model, treat_as_base)
         if calibrate and (plan or eligible(model, **options)):
@@ -132,18 +163,28 @@ def compress(source: Source, out: Out, rank: Rank = None, keep: Keep = None, ene
             write_page(done, report)
         save_model(model, source, out)
     healing = f"\n{_told(model)}" if heal else ""
-    show({**done.to_dict(), "bytes": size_on_disk(out)}, table(done), as_json,
-         f"{done.summary}{healing}\nwrote {out}: {size_on_disk(out):,} bytes")
+    show(
+        {**done.to_dict(), "bytes": size_on_disk(out)},
+        table(done),
+        as_json,
+        f"{done.summary}{healing}\nwrote {out}: {size_on_disk(out):,} bytes",
+    )
 
 
-def heal_command(student: Annotated[str, typer.Argument(help="Folder of a compressed model.")],
-                 teacher: Annotated[str, typer.Argument(help="Folder or hub name of the dense model.")],
-                 text: Annotated[Path, typer.Option(help="Data to train on, as compress takes it.")], out: Out,
-                 steps: int = 300, learning_rate: float = LEARNING_RATE, max_length: MaxLength = 512,
-                 batch_size: BatchSize = 8,
-                 loss: Annotated[str, typer.Option(help="Train on this as well: lm (next token) or none.")] = "none",
-                 checkpoint: Annotated[Path | None, typer.Option(help="A file to resume from.")] = None,
-                 force: Force = False, as_json: Json = False) -> None:
+def heal_command(
+    student: Annotated[str, typer.Argument(help="Folder of a compressed model.")],
+    teacher: Annotated[str, typer.Argument(help="Folder or hub name of the dense model.")],
+    text: Annotated[Path, typer.Option(help="Data to train on, as compress takes it.")],
+    out: Out,
+    steps: int = 300,
+    learning_rate: float = LEARNING_RATE,
+    max_length: MaxLength = 512,
+    batch_size: BatchSize = 8,
+    loss: Annotated[str, typer.Option(help="Train on this as well: lm (next token) or none.")] = "none",
+    checkpoint: Annotated[Path | None, typer.Option(help="A file to resume from.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
     """Train the factors of a compressed model to do as the dense one does, and write the best that was reached."""
     require_free(out, force)
     with errors():
@@ -153,16 +194,22 @@ def heal_command(student: Annotated[str, typer.Argument(help="Folder of a compre
         require_low_rank(describe(model), student)
         dense = load_model(teacher)
         batches = _batches(text, dense, teacher, loss, max_length, batch_size)
-        model = heal_model(model, dense, batches, steps=steps, learning_rate=learning_rate, loss=loss,
-                           checkpoint=checkpoint)
+        model = heal_model(
+            model, dense, batches, steps=steps, learning_rate=learning_rate, loss=loss, checkpoint=checkpoint
+        )
         save_model(model, student, out)
     done = getattr(model, HEALING_ATTRIBUTE)
-    show({"before": done.before, "after": done.after, "best_step": done.best_step, "curve": done.curve}, None, as_json,
-         f"{_told(model)}\nwrote {out}: {size_on_disk(out):,} bytes")
+    show(
+        {"before": done.before, "after": done.after, "best_step": done.best_step, "curve": done.curve},
+        None,
+        as_json,
+        f"{_told(model)}\nwrote {out}: {size_on_disk(out):,} bytes",
+    )
 
 
-def inspect(path: Annotated[Path, typer.Argument(help="Folder or .safetensors file that shrank wrote.")],
-            as_json: Json = False) -> None:
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder or .safetensors file that shrank wrote.")], as_json: Json = False
+) -> None:
     """Show the low-rank layers of a saved model and verify its weights."""
     with errors(code=DAMAGED):
         if path.is_dir():
@@ -187,15 +234,18 @@ def merge_command(source: Source, out: Out, force: Force = False, as_json: Json 
         before = describe(model)
         require_low_rank(before, source)
         save_model(merge(model), source, out)
-    show({"path": str(out), "merged": len(before.low_rank), "bytes": size_on_disk(out)}, None, as_json,
-          f"wrote {out}: {len(before.low_rank)} layers merged, {size_on_disk(out):,} bytes")
+    show(
+        {"path": str(out), "merged": len(before.low_rank), "bytes": size_on_disk(out)},
+        None,
+        as_json,
+        f"wrote {out}: {len(before.low_rank)} layers merged, {size_on_disk(out):,} bytes",
+    )
 
 
 COMMANDS = {"plan": plan, "compress": compress, "heal": heal_command, "inspect": inspect, "merge": merge_command}
 
 
-def _batches(path: Path, model: nn.Module, source: str, loss: str, max_length: int,
-             batch_size: int) -> list[Batch]:
+def _batches(path: Path, model: nn.Module, source: str, loss: str, max_length: int, batch_size: int) -> list[Batch]:
     """The data of a file for this model; ValueError if the model does not have the loss."""
     if loss == "lm":
         require_next_token(model)

@@ -33,11 +33,23 @@ Include = Annotated[list[str] | None, typer.Option(help="Only layers whose name 
 Exclude = Annotated[list[str] | None, typer.Option(help="Not layers whose name matches this glob; repeatable.")]
 RoundTo = Annotated[int | None, typer.Option(help="Ranks become multiples of this.")]
 AllowSlower = Annotated[bool, typer.Option(help="Also convolutions that a CPU computes no faster than before.")]
-Pivot = Annotated[bool | None, typer.Option("--pivot/--no-pivot", help="Store factors in fewer numbers, or never; "
-                                                                      "without either, where a budget gains by it.")]
-TreatAsBase = Annotated[list[str] | None, typer.Option(metavar="CLASS", help=(
-    "Treat this subclass of a layer as the layer itself: a dotted name such as whisper.model.Linear, or all; "
-    "repeatable."))]
+Pivot = Annotated[
+    bool | None,
+    typer.Option(
+        "--pivot/--no-pivot",
+        help="Store factors in fewer numbers, or never; without either, where a budget gains by it.",
+    ),
+]
+TreatAsBase = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="CLASS",
+        help=(
+            "Treat this subclass of a layer as the layer itself: a dotted name such as whisper.model.Linear, or all; "
+            "repeatable."
+        ),
+    ),
+]
 PerDimension = Annotated[str, typer.Option(help="Of a convolution: one number, or one for each dimension: 2x1.")]
 Padding = Annotated[str, typer.Option(help="Of a convolution: likewise, or before:after: 3:0x1:1.")]
 
@@ -58,7 +70,7 @@ def one_of(**given: object) -> object:
     chosen = {name: value for name, value in given.items() if value is not None}
     if len(chosen) != 1:
         fail(f"give exactly one of {', '.join('--' + n for n in given)}; got {len(chosen)}", USAGE)
-    (name, value), = chosen.items()
+    ((name, value),) = chosen.items()
     return Energy(value) if name == "energy" else value
 
 
@@ -84,8 +96,10 @@ def module_class(name: str) -> type[nn.Module]:
     except ImportError as error:
         raise ValueError(f"--treat-as-base {name}: {path} cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ValueError(f"--treat-as-base {name}: is no class of modules; give its dotted name, such as "
-                         "whisper.model.Linear, or only: all")
+        raise ValueError(
+            f"--treat-as-base {name}: is no class of modules; give its dotted name, such as "
+            "whisper.model.Linear, or only: all"
+        )
     return found
 
 

@@ -39,8 +39,9 @@ SHARE = 0.25
 _TOKENS_PER_INPUT = 10
 
 
-def apply_anchored(model: nn.Module, plan: RankPlan, batches: list[Batch], calibration: Calibration,
-                   share: float = SHARE) -> nn.Module:
+def apply_anchored(
+    model: nn.Module, plan: RankPlan, batches: list[Batch], calibration: Calibration, share: float = SHARE
+) -> nn.Module:
     """Carry out a plan block by block, each fitted at the inputs that the compressed blocks before it give.
 
     Holds a copy of the model meanwhile.
@@ -127,8 +128,14 @@ class _Enough(Exception):
 
 
 @torch.no_grad()
-def _observed(model: nn.Module, masking: Masking, groups: list[Group], batches: list[Batch],
-              calls: dict[str, list[int]], share: float) -> dict[str, Moments]:
+def _observed(
+    model: nn.Module,
+    masking: Masking,
+    groups: list[Group],
+    batches: list[Batch],
+    calls: dict[str, list[int]],
+    share: float,
+) -> dict[str, Moments]:
     """The moments of the layers of a stage, by name; not of those whose calls in the two models do not correspond.
 
     masking: of the dense model. calls: of every layer, by batch.
@@ -139,8 +146,10 @@ def _observed(model: nn.Module, masking: Masking, groups: list[Group], batches: 
     with in_eval_mode(model, masking.model):
         for number, batch in enumerate(batches):
             if enough := sum(calls[pair.here.site.fqn][number] for pair in pairs):
-                for where, look, end in ((masking.model, _Pair.note, enough),
-                                         (model, _Pair.see, enough if steady else None)):
+                for where, look, end in (
+                    (masking.model, _Pair.note, enough),
+                    (model, _Pair.see, enough if steady else None),
+                ):
                     masking.begin(batch)
                     _run(where, batch, {p.here.site.fqn: partial(look, p, masking) for p in pairs}, end)
                 for pair in pairs:
@@ -166,8 +175,9 @@ def _run(model: nn.Module, batch: Batch, hooks: dict[str, Callable], enough: int
         batch.call(model)
 
 
-def _applied(model: nn.Module, plan: RankPlan, names: set[str],
-             calibration: MetricSource) -> tuple[nn.Module, dict[str, LayerPlan]]:
+def _applied(
+    model: nn.Module, plan: RankPlan, names: set[str], calibration: MetricSource
+) -> tuple[nn.Module, dict[str, LayerPlan]]:
     """The model with these layers of the plan replaced, and what became of them."""
     model = apply(model, replace(plan, layers=tuple(x for x in plan if x.fqn in names)), calibration)
     return model, {layer.fqn: layer for layer in getattr(model, PLAN_ATTRIBUTE)}
@@ -182,8 +192,9 @@ def _stages(model: nn.Module, shared: list[list[Site]]) -> list[list[list[Site]]
 
     def block(sharing: list[Site]) -> str:
         names = holders[sharing[0].fqn]
-        return next((name for name in names if name.rpartition(".")[0] in lists and 2 * held[name] <= len(holders)),
-                    names[-1])
+        return next(
+            (name for name in names if name.rpartition(".")[0] in lists and 2 * held[name] <= len(holders)), names[-1]
+        )
 
     return [list(stage) for _, stage in groupby(shared, block)]
 
@@ -195,8 +206,14 @@ def _groups(sharing: list[Site], calibration: Calibration) -> list[Group]:
 
 
 def _warn_of_few_tokens(plan: RankPlan, calibration: Calibration, sites: list[Site]) -> None:
-    few = [f"{site.fqn} ({calibration.tokens(site.fqn)} for {inputs} inputs)" for site in sites
-           if calibration.tokens(site.fqn) < _TOKENS_PER_INPUT * (inputs := plan[site.fqn].shape.in_features)]
+    few = [
+        f"{site.fqn} ({calibration.tokens(site.fqn)} for {inputs} inputs)"
+        for site in sites
+        if calibration.tokens(site.fqn) < _TOKENS_PER_INPUT * (inputs := plan[site.fqn].shape.in_features)
+    ]
     if few:
-        warnings.warn(f"{len(few)} layers saw fewer than {_TOKENS_PER_INPUT} tokens for each of their inputs, such as "
-                      f"{few[0]}: anchored factors may fit their noise", stacklevel=5)
+        warnings.warn(
+            f"{len(few)} layers saw fewer than {_TOKENS_PER_INPUT} tokens for each of their inputs, such as "
+            f"{few[0]}: anchored factors may fit their noise",
+            stacklevel=5,
+        )

@@ -116,8 +116,9 @@ def merge(model: nn.Module) -> nn.Module:
     return surgery.finish(model, **{PLAN_ATTRIBUTE: None})
 
 
-def _twins(jobs: list[tuple[Site, LayerPlan]],
-           calibration: MetricSource | None) -> Iterator[tuple[Site, LayerPlan, nn.Module | None]]:
+def _twins(
+    jobs: list[tuple[Site, LayerPlan]], calibration: MetricSource | None
+) -> Iterator[tuple[Site, LayerPlan, nn.Module | None]]:
     """What shall stand in for each layer, in order, with the plan as it came out; None where it cannot be factorised.
 
     Takes the layers off `jobs`, so that nobody holds one that was replaced.
@@ -128,8 +129,7 @@ def _twins(jobs: list[tuple[Site, LayerPlan]],
 
 
 @torch.no_grad()
-def _twin(calibration: MetricSource | None,
-          job: tuple[Site, LayerPlan]) -> tuple[Site, LayerPlan, nn.Module | None]:
+def _twin(calibration: MetricSource | None, job: tuple[Site, LayerPlan]) -> tuple[Site, LayerPlan, nn.Module | None]:
     (site, layer), bias = job, job[0].module.bias
     adapter = target(site.module)
     matrices, rank = adapter.matrices(layer.shape), layer.rank // layer.shape.down_groups
@@ -139,8 +139,10 @@ def _twin(calibration: MetricSource | None,
     except FactorizationError as error:
         return site, replace(layer, rank=None, error=None, reason=str(error)), None
     twin = adapter.twin(layer.rank, layer.shape)
-    twin.take(pivoted(factors) if layer.shape.pivoted else factors,
-              bias if factors.shift is None else _shifted(bias, factors.shift))
+    twin.take(
+        pivoted(factors) if layer.shape.pivoted else factors,
+        bias if factors.shift is None else _shifted(bias, factors.shift),
+    )
     return site, replace(layer, error=factors.relative_error), twin
 
 

@@ -32,10 +32,19 @@ _PARAMETERS = ("module", "rank", "deepcopy", "calibrate", "anchored")
 _TRIALS = 7  # halvings of the share kept: to within 1 / 128
 
 
-def auto_fact(module: nn.Module, rank: Rank | Budget | RankPlan, groups_out: bool = False,
-              skip_high_groups: bool = True, submodules: Iterable[nn.Module] | None = None, deepcopy: bool = False,
-              fact_led_unit: bool = False, *, calibrate: Iterable[object] | Calibrate | Calibration | None = None,
-              anchored: float | bool = False, **options: Unpack[FittingKeywords]) -> nn.Module:
+def auto_fact(
+    module: nn.Module,
+    rank: Rank | Budget | RankPlan,
+    groups_out: bool = False,
+    skip_high_groups: bool = True,
+    submodules: Iterable[nn.Module] | None = None,
+    deepcopy: bool = False,
+    fact_led_unit: bool = False,
+    *,
+    calibrate: Iterable[object] | Calibrate | Calibration | None = None,
+    anchored: float | bool = False,
+    **options: Unpack[FittingKeywords],
+) -> nn.Module:
     """Replace the linear and convolution layers of a model by low-rank twins initialised from their weights.
 
     Args:
@@ -59,9 +68,17 @@ def auto_fact(module: nn.Module, rank: Rank | Budget | RankPlan, groups_out: boo
         TypeError: An option does not exist, does not go with the others, or `rank` is none of the above.
         ValueError: A rule, an option, the data or the plan does not fit; the model is then as it was.
     """
-    fitting = options_of("auto_fact", {"groups_out": groups_out, "skip_high_groups": skip_high_groups,
-                                       "submodules": None if submodules is None else list(submodules),
-                                       "fact_led_unit": fact_led_unit, **options}, _PARAMETERS)
+    fitting = options_of(
+        "auto_fact",
+        {
+            "groups_out": groups_out,
+            "skip_high_groups": skip_high_groups,
+            "submodules": None if submodules is None else list(submodules),
+            "fact_led_unit": fact_led_unit,
+            **options,
+        },
+        _PARAMETERS,
+    )
     if isinstance(rank, RankPlan) and fitting != PlanOptions():
         raise TypeError("a RankPlan already says what to do: give it without further options")
     if deepcopy:
@@ -134,8 +151,10 @@ def _smallest_good_enough(module: nn.Module, budget: Budget, data: _Data, option
     if plan is not None and nothing:
         return plan  # it has the reasons
     if best is None:
-        raise ValueError(f"no model that keeps less than {high:.3f} of the layers stays within tolerated_drop="
-                         f"{budget.tolerated_drop:g}; the model is as it was")
+        raise ValueError(
+            f"no model that keeps less than {high:.3f} of the layers stays within tolerated_drop="
+            f"{budget.tolerated_drop:g}; the model is as it was"
+        )
     return best
 
 

@@ -42,14 +42,14 @@ def read_examples(path: str | os.PathLike) -> list[Example]:
     elif suffix in IMAGES | SOUNDS:
         examples = [_of_media([path])]
     elif suffix == ".jsonl":
-        examples = [_of_line(line, number, path) for number, line in enumerate(_read(path).split("\n"), 1)
-                    if line.strip()]
+        examples = [
+            _of_line(line, number, path) for number, line in enumerate(_read(path).split("\n"), 1) if line.strip()
+        ]
     elif suffix == ".json":
         raise ValueError(f"{path}: is no .jsonl file: write one JSON object a line, and name the file so")
     else:
         texts = [" ".join(paragraph.split()) for paragraph in _read(path).split("\n\n")]
-        examples = [Example(f"{path}, text {number}", text)
-                    for number, text in enumerate(filter(None, texts), 1)]
+        examples = [Example(f"{path}, text {number}", text) for number, text in enumerate(filter(None, texts), 1)]
     if not examples:
         raise ValueError(f"{path}: holds no text")
     return examples
@@ -72,8 +72,10 @@ def _read(path: Path) -> str:
     except UnicodeDecodeError as error:
         position = start + error.start
         line = content.count(b"\n", 0, position) + 1
-        raise ValueError(f"{path}: is not UTF-8: byte 0x{content[position]:02x} at position {position} (line {line}); "
-                         "iconv -f latin1 -t utf-8 converts a file in Latin-1") from error
+        raise ValueError(
+            f"{path}: is not UTF-8: byte 0x{content[position]:02x} at position {position} (line {line}); "
+            "iconv -f latin1 -t utf-8 converts a file in Latin-1"
+        ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -105,8 +107,10 @@ def _of_folder(folder: Path) -> Iterable[Example]:
         if path.suffix.lower() in IMAGES | SOUNDS and path.is_file() and not path.name.startswith("."):
             together[path.with_suffix("")].append(path)
     if not together:
-        raise ValueError(f"{folder}: holds no images ({' '.join(sorted(IMAGES))}) and no sounds "
-                         f"({' '.join(sorted(SOUNDS))}); give a file of texts itself")
+        raise ValueError(
+            f"{folder}: holds no images ({' '.join(sorted(IMAGES))}) and no sounds "
+            f"({' '.join(sorted(SOUNDS))}); give a file of texts itself"
+        )
     for paths in together.values():
         kinds = [path.suffix.lower() in IMAGES for path in paths]
         if len(kinds) > len(set(kinds)):  # cat.jpg and cat.png are two examples

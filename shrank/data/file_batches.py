@@ -19,8 +19,9 @@ from .processors import load_feature_extractor, load_image_processor, load_proce
 from .token_batches import generated, tokenized
 
 
-def batches_from_file(path: str | os.PathLike, model: nn.Module, source: str, *, max_length: int = 512,
-                      batch_size: int = 8) -> list[Batch]:
+def batches_from_file(
+    path: str | os.PathLike, model: nn.Module, source: str, *, max_length: int = 512, batch_size: int = 8
+) -> list[Batch]:
     """What a file or folder holds (`read_examples`), as calls of a transformers model.
 
     source: the folder or repository with the model's processors. max_length: tokens of a text, at most as many as the
@@ -61,11 +62,14 @@ def _check(examples: list[Example], takes: ModelInputs) -> bool:
         having = [x.origin for x in examples if getattr(x, kind) is not None]
         lacking = [x.origin for x in examples if getattr(x, kind) is None]
         if kind in takes.needs and lacking:
-            raise ValueError(f"{lacking[0]}: has no {kind}, which {takes.model} needs; a line of a .jsonl file for it: "
-                             f"{takes.line}")
+            raise ValueError(
+                f"{lacking[0]}: has no {kind}, which {takes.model} needs; a line of a .jsonl file for it: {takes.line}"
+            )
         if kind == "audio" and having and kind in takes.takes - takes.needs:
-            raise ValueError(f"{having[0]}: {takes.model} takes sounds within texts or instead of them, which is not "
-                             f"done from files: {ELSEWHERE}")
+            raise ValueError(
+                f"{having[0]}: {takes.model} takes sounds within texts or instead of them, which is not "
+                f"done from files: {ELSEWHERE}"
+            )
     for kind in {"image", "audio"} - takes.takes:
         if any(getattr(x, kind) for x in examples):
             warnings.warn(f"{takes.model} takes no {kind}: it is left out", stacklevel=3)
@@ -133,8 +137,10 @@ def _taken(made: dict, kind: str, takes: ModelInputs) -> dict[str, Tensor]:
     """Of what a processor made, what the model takes; ValueError if its main input is not among it."""
     found = {name: value for name, value in made.items() if name in takes.arguments and isinstance(value, Tensor)}
     if not found.keys() & takes.arguments_of(kind):
-        raise ValueError(f"the processor makes {', '.join(made)} of {kind}, and {takes.model} takes "
-                         f"{', '.join(sorted(takes.arguments_of(kind)))}: is it the processor of another model?")
+        raise ValueError(
+            f"the processor makes {', '.join(made)} of {kind}, and {takes.model} takes "
+            f"{', '.join(sorted(takes.arguments_of(kind)))}: is it the processor of another model?"
+        )
     return found
 
 
@@ -149,5 +155,7 @@ def _beside(calls: list[dict], others: list[dict]) -> list[dict]:
 
 def _in_precision(call: dict, model: nn.Module) -> dict:
     """The call with its numbers in the model's precision, of which processors know nothing."""
-    return {name: value.to(model.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-            for name, value in call.items()}
+    return {
+        name: value.to(model.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in call.items()
+    }

@@ -43,8 +43,10 @@ def read_sound(path: Path, rate: int) -> np.ndarray:
         try:
             import soxr
         except ImportError as error:
-            raise ImportError(f"{path}: has {found_rate} samples a second, and {rate} are wanted, which needs soxr: "
-                              "pip install 'shrank[audio]'") from error
+            raise ImportError(
+                f"{path}: has {found_rate} samples a second, and {rate} are wanted, which needs soxr: "
+                "pip install 'shrank[audio]'"
+            ) from error
         samples = soxr.resample(samples, found_rate, rate)
     if not len(samples):
         raise ValueError(f"{path}: holds no sound")

@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from torch import nn
 
 # By the argument of forward that it becomes.
-_KINDS = {"input_ids": "text", "pixel_values": "image", "flattened_patches": "image", "input_features": "audio",
-          "input_values": "audio"}
+_KINDS = {
+    "input_ids": "text",
+    "pixel_values": "image",
+    "flattened_patches": "image",
+    "input_features": "audio",
+    "input_values": "audio",
+}
 _ANY = "inputs"  # the main input of classes that wrap any encoder
 ELSEWHERE = "give shrank.calibrate and shrank.heal the batches themselves"
 _EXAMPLES = {"text": '"text": "a cat on a roof"', "image": '"image": "cat.jpg"', "audio": '"audio": "cat.wav"'}
@@ -64,8 +69,16 @@ def inputs_of(model: nn.Module) -> ModelInputs:
         needs |= takes & {"text"}
     joins = {"text", "image"} <= takes and (inside or (generates and not (decoder and first == {"image"})))
     required = {x for x, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    return ModelInputs(name, frozenset(parameters), frozenset(required), takes, frozenset(needs), decoder,
-                       decoder and generates and "labels" in parameters, joins)
+    return ModelInputs(
+        name,
+        frozenset(parameters),
+        frozenset(required),
+        takes,
+        frozenset(needs),
+        decoder,
+        decoder and generates and "labels" in parameters,
+        joins,
+    )
 
 
 def _has_image_token(model: nn.Module) -> bool:
@@ -103,23 +116,30 @@ def predicts_next_token(model: nn.Module) -> bool:
 def is_causal_language_model(model: nn.Module) -> bool:
     """Whether the model continues a text by itself, without a second input."""
     parameters = inspect.signature(model.forward).parameters
-    return (predicts_next_token(model) and getattr(model, "main_input_name", None) == "input_ids"
-            and "decoder_input_ids" not in parameters)
+    return (
+        predicts_next_token(model)
+        and getattr(model, "main_input_name", None) == "input_ids"
+        and "decoder_input_ids" not in parameters
+    )
 
 
 def require_next_token(model: nn.Module) -> None:
     """ValueError if the model has no next-token loss."""
     if not predicts_next_token(model):
-        raise ValueError(f"{type(model).__name__} predicts no next token, which the loss 'lm' needs: leave the loss "
-                         "out, or give shrank.calibrate and shrank.heal a function")
+        raise ValueError(
+            f"{type(model).__name__} predicts no next token, which the loss 'lm' needs: leave the loss "
+            "out, or give shrank.calibrate and shrank.heal a function"
+        )
 
 
 def require_causal_language_model(model: nn.Module, window: int) -> None:
     """ValueError if no perplexity of windows of so many tokens can be told of the model."""
     name = type(model).__name__
     if not is_causal_language_model(model):
-        raise ValueError(f"{name} is no causal language model, whose perplexity could be told; `shrank compress "
-                         "--calibrate --report` shows the errors of the layers of any model")
+        raise ValueError(
+            f"{name} is no causal language model, whose perplexity could be told; `shrank compress "
+            "--calibrate --report` shows the errors of the layers of any model"
+        )
     if (most := positions(model)) is not None and window > most:
         raise ValueError(f"{name} has positions for {most} tokens, fewer than a window of {window}: --window {most}")
 
@@ -135,8 +155,11 @@ def positions(model: nn.Module, decoder: bool = False) -> int | None:
     if most is None:
         return None
     # RoBERTa and its kin count positions from behind that of padding.
-    taken = [m.padding_idx + 1 for name, m in model.named_modules() if isinstance(m, nn.Embedding)
-             and "position" in name and m.padding_idx is not None and m.num_embeddings == most]
+    taken = [
+        m.padding_idx + 1
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Embedding) and "position" in name and m.padding_idx is not None and m.num_embeddings == most
+    ]
     return most - max(taken, default=0)
 
 

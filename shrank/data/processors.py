@@ -50,8 +50,10 @@ def _load(kind: type, source: str, what: str, **options: object) -> Callable:
         return kind.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
         cause = next((line for line in str(error).splitlines() if line.strip()), "").split(". ")[0]
-        raise ValueError(f"{source}: has no {what} that loads, which save_pretrained of that of the original model "
-                         f"writes there ({type(error).__name__}: {cause:.{_LONGEST_CAUSE}})") from error
+        raise ValueError(
+            f"{source}: has no {what} that loads, which save_pretrained of that of the original model "
+            f"writes there ({type(error).__name__}: {cause:.{_LONGEST_CAUSE}})"
+        ) from error
 
 
 def _check_files(folder: Path) -> None:

@@ -13,8 +13,15 @@ from .model_inputs import ModelInputs, positions, text_config
 IGNORED = -100  # a label that no loss counts
 
 
-def tokenized(texts: list[str], tokenizer: Callable, takes: ModelInputs, model: nn.Module, max_length: int,
-              batch_size: int, decoder: bool = False) -> list[dict[str, Tensor]]:
+def tokenized(
+    texts: list[str],
+    tokenizer: Callable,
+    takes: ModelInputs,
+    model: nn.Module,
+    max_length: int,
+    batch_size: int,
+    decoder: bool = False,
+) -> list[dict[str, Tensor]]:
     """The texts in batches, (batch, tokens) each, of at most as many tokens as the model has positions for; decoder: as
     what its decoder is to say. Raises ValueError if the tokenizer is one of another model."""
     most = min(max_length, positions(model, decoder) or max_length)
@@ -23,8 +30,10 @@ def tokenized(texts: list[str], tokenizer: Callable, takes: ModelInputs, model: 
     known = getattr(text_config(model, decoder), "vocab_size", None)
     largest = max((int(call["input_ids"].max()) for call in calls if call["input_ids"].numel()), default=0)
     if known is not None and largest >= known:
-        raise ValueError(f"the tokenizer gives token {largest}, and {takes.model} knows {known} tokens: is it the "
-                         "tokenizer of another model?")
+        raise ValueError(
+            f"the tokenizer gives token {largest}, and {takes.model} knows {known} tokens: is it the "
+            "tokenizer of another model?"
+        )
     if decoder:
         ids = [_without_start(call["input_ids"], model) for call in calls]
         counted = [call["attention_mask"][:, -x.shape[1] :].bool() for call, x in zip(calls, ids, strict=True)]
@@ -54,8 +63,9 @@ class _Side:
 
     def __call__(self, texts: list[str], **options: object) -> dict[str, Tensor]:
         # Tokenizers of translation treat the two languages differently.
-        return self.tokenizer(**{"text_target" if self.decoder else "text": texts}, return_attention_mask=True,
-                              **options)
+        return self.tokenizer(
+            **{"text_target" if self.decoder else "text": texts}, return_attention_mask=True, **options
+        )
 
 
 def _decoder_arguments(ids: Tensor, counted: Tensor, takes: ModelInputs, model: nn.Module) -> dict[str, Tensor]:

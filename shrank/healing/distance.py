@@ -29,8 +29,14 @@ def masking_of_blocks(student: nn.Module, teacher: nn.Module, batches: Iterable[
     return masking
 
 
-def distance(student: nn.Module, teacher: nn.Module, batch: Batch, masking: Masking, hidden: float,
-             loss: TrainingLoss | None = None) -> Tensor:
+def distance(
+    student: nn.Module,
+    teacher: nn.Module,
+    batch: Batch,
+    masking: Masking,
+    hidden: float,
+    loss: TrainingLoss | None = None,
+) -> Tensor:
     """The divergence of the logits, or where there are none the relative error of the output, plus `hidden` times the
     mean relative error of the outputs of the blocks that `masking` is of, plus half the student's own mean `loss`;
     scalar, with the gradients of the student alone. Raises NotComparable."""
@@ -44,8 +50,12 @@ def distance(student: nn.Module, teacher: nn.Module, batch: Batch, masking: Mask
     compare = relative_error if logits is None else divergence
     total = compare(main_output(answer), main_output(output), batch.mask_for)
     if hidden and wanted:
-        pairs = [(x, y, mask) for name, calls in wanted.items()
-                 for (x, _), (y, mask) in zip(found.get(name, []), calls, strict=False) if x.shape == y.shape]
+        pairs = [
+            (x, y, mask)
+            for name, calls in wanted.items()
+            for (x, _), (y, mask) in zip(found.get(name, []), calls, strict=False)
+            if x.shape == y.shape
+        ]
         errors = [relative_error(x, y, mask) for x, y, mask in pairs]  # routers may send blocks other tokens
         total = total + hidden * (torch.stack(errors).mean() if errors else 0.0)
     return total if loss is None else total + _TASK * loss.mean(answer, batch)
@@ -60,8 +70,9 @@ def common_blocks(student: nn.Module, teacher: nn.Module) -> list[str]:
 
 
 @contextmanager
-def _watched(model: nn.Module, names: list[str],
-             masking: Masking | None = None) -> Iterator[dict[str, list[tuple[Tensor, MaskOfCall | None]]]]:
+def _watched(
+    model: nn.Module, names: list[str], masking: Masking | None = None
+) -> Iterator[dict[str, list[tuple[Tensor, MaskOfCall | None]]]]:
     """The outputs of blocks and their masks, call by call, while a model runs inside a `with` block, by name."""
     outputs: dict[str, list[tuple[Tensor, MaskOfCall | None]]] = {}
 
@@ -94,6 +105,7 @@ def relative_error(answer: Tensor, target: Tensor, mask: MaskOfCall) -> Tensor:
     answer, target = answer.masked_fill(alike, 0.0), target.masked_fill(alike, 0.0)
     for whose, rows in (("the dense model's", target), ("the model's", answer)):
         if not bool(rows.isfinite().all()):
-            raise NotComparable(f"{whose} outputs hold NaN or infinity, first in row "
-                                f"{int((~rows.isfinite()).any(1).nonzero()[0, 0])}")
+            raise NotComparable(
+                f"{whose} outputs hold NaN or infinity, first in row {int((~rows.isfinite()).any(1).nonzero()[0, 0])}"
+            )
     return (answer - target).square().sum() / target.square().sum().clamp_min(torch.finfo(torch.float32).tiny)

@@ -51,9 +51,18 @@ _DEFAULTS = HealOptions()
 
 
 @checks_keywords
-def heal(student: nn.Module, teacher: nn.Module, data: Iterable[object], *, steps: int = 300,
-         learning_rate: float = LEARNING_RATE, loss: LossLike = "none", held_out: Iterable[object] | None = None,
-         checkpoint: str | os.PathLike | None = None, options: HealOptions = _DEFAULTS) -> nn.Module:
+def heal(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: Iterable[object],
+    *,
+    steps: int = 300,
+    learning_rate: float = LEARNING_RATE,
+    loss: LossLike = "none",
+    held_out: Iterable[object] | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    options: HealOptions = _DEFAULTS,
+) -> nn.Module:
     """Distil a compressed model against the dense one, in place.
 
     What is minimised is the divergence of the logits (Hinton et al., 2015), or where there are none the relative error

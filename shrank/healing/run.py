@@ -27,15 +27,23 @@ _BETAS, _LARGEST_NORM = (0.9, 0.95), 1.0
 class Run:
     """One healing: the models, the masters of the trained weights in float32, and how far it has come."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, batches: list[Batch], held: list[Batch],
-                 options: RunOptions, loss: TrainingLoss | None) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        batches: list[Batch],
+        held: list[Batch],
+        options: RunOptions,
+        loss: TrainingLoss | None,
+    ) -> None:
         self.student, self.teacher, self.batches, self.held = student, teacher, batches, held
         self.options, self.loss = options, loss
         self.trained = _trained(student, options.train)
         self.masters = {name: p.detach().float().clone() for name, p in self.trained.items()}
         self.best = {name: master.clone() for name, master in self.masters.items()}
-        self.optimizer = torch.optim.AdamW(self.masters.values(), lr=options.learning_rate, betas=_BETAS,
-                                           weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.masters.values(), lr=options.learning_rate, betas=_BETAS, weight_decay=0.0
+        )
         self.masking = masking_of_blocks(student, teacher, (*batches, *held))
         self.step, self.best_step, self.curve = 0, 0, []
 
@@ -120,16 +128,28 @@ class Run:
             problem = NotComparable(f"the loss is {loss.item()}")
         except NotComparable as error:
             problem = error
-        raise RuntimeError(f"step {self.step}, {kind}batch {batch.number}: {problem}; the student has its best "
-                           f"weights, of step {self.best_step}; a smaller learning_rate may help") from problem
+        raise RuntimeError(
+            f"step {self.step}, {kind}batch {batch.number}: {problem}; the student has its best "
+            f"weights, of step {self.best_step}; a smaller learning_rate may help"
+        ) from problem
 
     def _save(self, path: Path) -> None:
         state = self.optimizer.state
-        tensors = {f"{part}:{name}": value for name, master in self.masters.items() for part, value in (
-            ("master", master), ("best", self.best[name]), *((key, state[master][key]) for key in
-                                                             ("exp_avg", "exp_avg_sq", "step")))}
-        metadata = {"key": self.key, "step": str(self.step), "best_step": str(self.best_step),
-                    "curve": json.dumps(self.curve)}
+        tensors = {
+            f"{part}:{name}": value
+            for name, master in self.masters.items()
+            for part, value in (
+                ("master", master),
+                ("best", self.best[name]),
+                *((key, state[master][key]) for key in ("exp_avg", "exp_avg_sq", "step")),
+            )
+        }
+        metadata = {
+            "key": self.key,
+            "step": str(self.step),
+            "best_step": str(self.best_step),
+            "curve": json.dumps(self.curve),
+        }
         tensor_file.write(path, {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
 
     def _resume(self, path: Path) -> None:
@@ -140,8 +160,10 @@ class Run:
         for name, master in self.masters.items():
             master.copy_(held[f"master:{name}"])
             self.best[name].copy_(held[f"best:{name}"])
-            self.optimizer.state[master] = {key: held[f"{key}:{name}"].to(master.device if key != "step" else "cpu")
-                                            for key in ("exp_avg", "exp_avg_sq", "step")}
+            self.optimizer.state[master] = {
+                key: held[f"{key}:{name}"].to(master.device if key != "step" else "cpu")
+                for key in ("exp_avg", "exp_avg_sq", "step")
+            }
         self.step, self.best_step = int(metadata["step"]), int(metadata["best_step"])
         self.curve = [tuple(point) for point in json.loads(metadata["curve"])]
         self._show_masters()
@@ -150,8 +172,15 @@ class Run:
         shapes = {name: tuple(p.shape) for name, p in self.trained.items()}
         data = [[batch.content() for batch in batches] for batches in (self.batches, self.held)]
         try:
-            return fingerprint({"options": asdict(self.options), "loss": self.loss, "shapes": shapes,
-                                "teacher": self.teacher, "data": data})
+            return fingerprint(
+                {
+                    "options": asdict(self.options),
+                    "loss": self.loss,
+                    "shapes": shapes,
+                    "teacher": self.teacher,
+                    "data": data,
+                }
+            )
         except Unhashable as error:
             raise ValueError(f"checkpoint: this healing could not be known again: {error}; do without") from error
 
@@ -159,8 +188,11 @@ class Run:
 def _trained(student: nn.Module, train: str) -> dict[str, nn.Parameter]:
     """The parameters to train, by name, each once."""
     inside = {id(p) for m in student.modules() if isinstance(m, LOW_RANK) for p in m.parameters()}
-    chosen = {name: p for name, p in student.named_parameters()
-              if p.is_floating_point() and (train == "all" or id(p) in inside)}
+    chosen = {
+        name: p
+        for name, p in student.named_parameters()
+        if p.is_floating_point() and (train == "all" or id(p) in inside)
+    }
     if not chosen:
         raise ValueError("the student has no low-rank layers to train: compress it first")
     return chosen

@@ -50,12 +50,25 @@ class CED(LowRankLayer):
     unit = "ced_unit"
     stage_kinds = tuple(CONVOLUTIONS.values())
 
-    def __init__(self, in_channels: int, out_channels: int, rank: int | None = None,
-                 kernel_size: tuple[int, ...] | None = None, stride: int | tuple[int, ...] = 1,
-                 padding: int | tuple[int, ...] | str = 0, dilation: int | tuple[int, ...] = 1, groups: int = 1,
-                 groups_out: bool = False, padding_mode: str = "zeros", bias: bool = True,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
-                 r: int | None = None, pivot: bool = False) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        rank: int | None = None,
+        kernel_size: tuple[int, ...] | None = None,
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        groups_out: bool = False,
+        padding_mode: str = "zeros",
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        r: int | None = None,
+        pivot: bool = False,
+    ) -> None:
         super().__init__()
         rank = checked_rank(rank, r, out_channels if pivot else None)
         if not isinstance(kernel_size, tuple | list) or len(kernel_size) not in CONVOLUTIONS:
@@ -68,8 +81,9 @@ class CED(LowRankLayer):
             raise ValueError(f"pivots need the same groups in both stages, got {groups} and {up_groups} (groups_out)")
         made = {"device": device, "dtype": dtype}
         self.ced_unit = nn.Sequential(
-            convolution(in_channels, rank, tuple(kernel_size), stride, padding, dilation, groups, False, padding_mode,
-                        **made),
+            convolution(
+                in_channels, rank, tuple(kernel_size), stride, padding, dilation, groups, False, padding_mode, **made
+            ),
             convolution(rank, out_channels - rank if pivot else out_channels, 1, groups=up_groups, bias=bias, **made),
         )
         if pivot:
@@ -81,8 +95,17 @@ class CED(LowRankLayer):
         padding = first.padding
         if first.padding_mode != "zeros":
             x, padding = F.pad(x, first._reversed_padding_repeated_twice, first.padding_mode), 0
-        return low_rank_conv(x, first.weight, second.weight, second.bias, first.stride, padding, first.dilation,
-                             first.groups, second.groups)
+        return low_rank_conv(
+            x,
+            first.weight,
+            second.weight,
+            second.bias,
+            first.stride,
+            padding,
+            first.dilation,
+            first.groups,
+            second.groups,
+        )
 
     @property
     def kind(self) -> str:
@@ -90,8 +113,14 @@ class CED(LowRankLayer):
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.out_channels, self.in_channels * math.prod(self.kernel_size), self.dense_groups,
-                     self.down_groups, self.up_groups, self.pivoted)
+        return Shape(
+            self.out_channels,
+            self.in_channels * math.prod(self.kernel_size),
+            self.dense_groups,
+            self.down_groups,
+            self.up_groups,
+            self.pivoted,
+        )
 
     @property
     def rank(self) -> int:
@@ -153,9 +182,9 @@ class CED(LowRankLayer):
     def dense_weight(self) -> Tensor:
         """The equivalent kernel, with `groups` groups."""
         G, down, up = self.down_groups, self.down.flatten(1), self.up.flatten(1)
-        down = down.unflatten(0, (G, -1))                                   # (G, rank/G, in/G * kernel)
+        down = down.unflatten(0, (G, -1))  # (G, rank/G, in/G * kernel)
         if self.up_groups == G:
-            kernel = (up.unflatten(0, (G, -1)) @ down).flatten(0, 1)        # (out, in/G * kernel)
+            kernel = (up.unflatten(0, (G, -1)) @ down).flatten(0, 1)  # (out, in/G * kernel)
         else:
             kernel = torch.einsum("ogr,grk->ogk", up.unflatten(1, (G, -1)), down).flatten(1)
         return self.all_rows(kernel).reshape(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
@@ -168,11 +197,11 @@ class CED(LowRankLayer):
     def ungrouped(self, factors: Factors | PivotedFactors) -> tuple[Tensor, Tensor]:
         up = factors.up
         if self.up_groups == self.down_groups:
-            up = up.flatten(0, 1)                                           # (out, rank/G)
-        elif up.shape[0] * up.shape[1] == self.out_channels:                # groups of the dense convolution
-            up = torch.block_diag(*up)                                      # (out, rank), zero across groups
-        else:                                                               # up is (G, out, rank/G)
-            up = up.transpose(0, 1).flatten(1)                              # column blocks: (out, rank)
+            up = up.flatten(0, 1)  # (out, rank/G)
+        elif up.shape[0] * up.shape[1] == self.out_channels:  # groups of the dense convolution
+            up = torch.block_diag(*up)  # (out, rank), zero across groups
+        else:  # up is (G, out, rank/G)
+            up = up.transpose(0, 1).flatten(1)  # column blocks: (out, rank)
         first, second = self.ced_unit[0].weight, self.ced_unit[1].weight
         layout = {"memory_format": memory_format(first)}
         down = factors.down.flatten(0, 1).reshape(first.shape).contiguous(**layout)
@@ -182,7 +211,7 @@ class CED(LowRankLayer):
         weight, G = weight.flatten(1), self.down_groups
         if self.up_groups == G:
             return weight.unflatten(0, (G, -1))
-        return weight.unflatten(1, (G, -1)).transpose(0, 1)                 # column blocks, every output in each
+        return weight.unflatten(1, (G, -1)).transpose(0, 1)  # column blocks, every output in each
 
     def extra_repr(self) -> str:
         pivoted = ", pivoted" if self.pivoted else ""

@@ -45,9 +45,18 @@ class LED(LowRankLayer):
     stage_kinds = (Linear,)
     kind = "Linear"
 
-    def __init__(self, in_features: int, out_features: int, rank: int | None = None, bias: bool = True,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
-                 r: int | None = None, pivot: bool = False) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        r: int | None = None,
+        pivot: bool = False,
+    ) -> None:
         super().__init__()
         rank = checked_rank(rank, r, out_features if pivot else None)
         self.in_features = in_features
@@ -70,10 +79,22 @@ class LED(LowRankLayer):
         a, b = first.__dict__, second.__dict__
         own, others = a["_parameters"], b["_parameters"]
         # DataParallel and FSDP take the parameters away and leave tensors in their places, which the stages know.
-        if type(first) is type(second) is Linear and "weight" in own and len(others) == 2 and not (
-            a["_forward_hooks"] or a["_forward_pre_hooks"] or a["_backward_hooks"] or a["_backward_pre_hooks"]
-            or b["_forward_hooks"] or b["_forward_pre_hooks"] or b["_backward_hooks"] or b["_backward_pre_hooks"]
-            or "forward" in a or "forward" in b
+        if (
+            type(first) is type(second) is Linear
+            and "weight" in own
+            and len(others) == 2
+            and not (
+                a["_forward_hooks"]
+                or a["_forward_pre_hooks"]
+                or a["_backward_hooks"]
+                or a["_backward_pre_hooks"]
+                or b["_forward_hooks"]
+                or b["_forward_pre_hooks"]
+                or b["_backward_hooks"]
+                or b["_backward_pre_hooks"]
+                or "forward" in a
+                or "forward" in b
+            )
         ):
             down, up, bias = own["weight"], others["weight"], others["bias"]
             if len(stages) == 2:

@@ -140,8 +140,10 @@ class LowRankLayer(nn.Module):
         stage = self.stages[number]
         stage = stage.get_base_layer() if hasattr(stage, "get_base_layer") else stage
         if not hasattr(stage, name):
-            raise RuntimeError(f"{type(self).__name__}: its {_NAMES[number]} stage is a {type(stage).__module__}."
-                               f"{type(stage).__qualname__}, which has no {name}: put a plain layer there first")
+            raise RuntimeError(
+                f"{type(self).__name__}: its {_NAMES[number]} stage is a {type(stage).__module__}."
+                f"{type(stage).__qualname__}, which has no {name}: put a plain layer there first"
+            )
         return getattr(stage, name)
 
     def _factor(self, number: int) -> Tensor:
@@ -174,8 +176,10 @@ class LowRankLayer(nn.Module):
     def _assign_weight(self, weight: Tensor) -> None:
         owner = type(self).__name__
         if not isinstance(weight, Tensor) or tuple(weight.shape) != self.weight_shape:
-            raise ValueError(f"{owner}.weight is {tuple(self.weight_shape)}, got "
-                             f"{tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__}")
+            raise ValueError(
+                f"{owner}.weight is {tuple(self.weight_shape)}, got "
+                f"{tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__}"
+            )
         if reason := self.why_not_plain():
             raise RuntimeError(f"{owner}.weight cannot be assigned: {reason}")
         try:
@@ -187,7 +191,8 @@ class LowRankLayer(nn.Module):
         if found.relative_error > tolerance:
             raise ValueError(
                 f"{owner}.weight was given a weight that no factors of rank {self.rank} have (they miss "
-                f"{found.relative_error:.2g} of it): merge the model to dense layers first, or use set_factors")
+                f"{found.relative_error:.2g} of it): merge the model to dense layers first, or use set_factors"
+            )
         flags = {name: p.requires_grad for name, p in self.named_parameters()}
         self.take(pivoted(found) if self.pivoted else found, self.bias)
         for name, parameter in self.named_parameters():

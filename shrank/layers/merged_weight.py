@@ -16,18 +16,58 @@ from torch.utils._pytree import tree_leaves, tree_map
 # Read-only attributes that the wrapper answers itself.
 _METADATA = {
     getattr(Tensor, name).__get__
-    for name in ("dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_cuda", "is_meta", "is_sparse",
-                 "is_quantized", "is_leaf", "is_nested", "is_cpu", "itemsize", "nbytes", "grad")
-} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.is_floating_point,
-     Tensor.is_complex, Tensor.ndimension, Tensor.__len__}
+    for name in (
+        "dtype",
+        "device",
+        "shape",
+        "ndim",
+        "layout",
+        "requires_grad",
+        "is_cuda",
+        "is_meta",
+        "is_sparse",
+        "is_quantized",
+        "is_leaf",
+        "is_nested",
+        "is_cpu",
+        "itemsize",
+        "nbytes",
+        "grad",
+    )
+} | {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.nelement,
+    Tensor.element_size,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+    Tensor.ndimension,
+    Tensor.__len__,
+}
 _DETACH = {Tensor.detach, Tensor.data.__get__}
 # New values as a whole.
 _ASSIGNMENTS = {Tensor.data.__set__, Tensor.copy_}
 # In-place products with a number, which one factor can take over.
 _SCALINGS = {Tensor.mul_, Tensor.div_, Tensor.__imul__, Tensor.__itruediv__}
 _DUNDER_WRITES = {"__set__", "__setitem__"} | {
-    f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor",
-                                "lshift", "rshift")}
+    f"__i{name}__"
+    for name in (
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+    )
+}
 
 
 class MergedWeight(Tensor):
@@ -38,14 +78,16 @@ class MergedWeight(Tensor):
     """
 
     @staticmethod
-    def __new__(cls, shape: torch.Size, like: Tensor, merge: Callable[[], Tensor], owner: nn.Module,
-                name: str) -> MergedWeight:
+    def __new__(
+        cls, shape: torch.Size, like: Tensor, merge: Callable[[], Tensor], owner: nn.Module, name: str
+    ) -> MergedWeight:
         return Tensor._make_wrapper_subclass(
             cls, shape, dtype=like.dtype, device=like.device, requires_grad=like.requires_grad
         )
 
-    def __init__(self, shape: torch.Size, like: Tensor, merge: Callable[[], Tensor], owner: nn.Module,
-                 name: str) -> None:
+    def __init__(
+        self, shape: torch.Size, like: Tensor, merge: Callable[[], Tensor], owner: nn.Module, name: str
+    ) -> None:
         # Flags that libraries leave on parameters, such as transformers' "is initialised", hold for the product too.
         vars(self).update(vars(like))
         self._factor, self._merge, self._owner, self._name = like, merge, owner, name
@@ -58,8 +100,9 @@ class MergedWeight(Tensor):
                 return func(*args, **kwargs)
         target = next(iter((*args, *kwargs.values())), None)
         if func in _DETACH:
-            return cls(target.shape, target._factor.detach(), lambda: target._merge().detach(), target._owner,
-                       target._name)
+            return cls(
+                target.shape, target._factor.detach(), lambda: target._merge().detach(), target._owner, target._name
+            )
         if func in _ASSIGNMENTS and isinstance(target, cls):
             return target._assign(*args[1:], **kwargs)
         if func in _SCALINGS and _is_scaling(target, args[1:], kwargs):
@@ -82,8 +125,10 @@ class MergedWeight(Tensor):
 
     def _refusal(self) -> str:
         owner = type(self._owner).__name__
-        return (f"{owner}.{self._name} is computed from its factors and cannot be changed in place: write to "
-                f"{owner}.down and {owner}.up, assign to {owner}.{self._name}, or merge the model first")
+        return (
+            f"{owner}.{self._name} is computed from its factors and cannot be changed in place: write to "
+            f"{owner}.down and {owner}.up, assign to {owner}.{self._name}, or merge the model first"
+        )
 
     def _product(self) -> Tensor:
         if self._name == "weight":
@@ -95,8 +140,10 @@ class MergedWeight(Tensor):
         return self._merge()
 
     def __repr__(self, *, tensor_contents=None) -> str:
-        return (f"MergedWeight({tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
-                f"of={type(self._owner).__name__})")
+        return (
+            f"MergedWeight({tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
+            f"of={type(self._owner).__name__})"
+        )
 
 
 def merged(like: Tensor, shape: tuple[int, ...], merge: Callable[[], Tensor], owner: nn.Module, name: str) -> Tensor:
@@ -115,5 +162,9 @@ def _writes(func: Callable) -> bool:
 def _is_scaling(target: object, arguments: tuple, kwargs: dict) -> bool:
     """Whether target *= number or target /= number is meant, of which rounding makes something else."""
     values = (*arguments, *kwargs.values())
-    return isinstance(target, MergedWeight) and target._name == "weight" and "rounding_mode" not in kwargs and not any(
-        isinstance(x, Tensor) for x in values)
+    return (
+        isinstance(target, MergedWeight)
+        and target._name == "weight"
+        and "rounding_mode" not in kwargs
+        and not any(isinstance(x, Tensor) for x in values)
+    )

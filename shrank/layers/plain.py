@@ -14,8 +14,12 @@ LAYERS = (nn.Linear, *CONVOLUTIONS.values())
 # On a stage of a user's subclass, which was found to compute what its base does (model/subclasses.py).
 TRUSTED = "_shrank_computes_as_base"
 _QUANTIZED = "only plain weights can be read: do this before quantizing"
-_WAYS_OUT = {"peft.": "merge the adapter first (merge_and_unload), or unload it", "torchao.": _QUANTIZED,
-             "torch.ao.": _QUANTIZED, "bitsandbytes.": _QUANTIZED}
+_WAYS_OUT = {
+    "peft.": "merge the adapter first (merge_and_unload), or unload it",
+    "torchao.": _QUANTIZED,
+    "torch.ao.": _QUANTIZED,
+    "bitsandbytes.": _QUANTIZED,
+}
 
 
 def why_no_matrix(stage: nn.Module) -> str:
@@ -62,8 +66,11 @@ def why_not_numbers(tensor: Tensor) -> str:
 
 def why_not_quiet(stage: nn.Module) -> str:
     """What would be lost with the module itself: hooks and patches that may change what it computes."""
-    hooks = [name for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-             if vars(stage)[name]]
+    hooks = [
+        name
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        if vars(stage)[name]
+    ]
     if hooks:
         return f"has {hooks[0].strip('_').replace('_', ' ')}, which would be lost: remove them first"
     if "forward" in vars(stage) and not hasattr(stage, "_hf_hook"):

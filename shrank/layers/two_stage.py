@@ -35,8 +35,16 @@ class Pivots(nn.Module):
     would cost h its digits in a 16-bit dtype.
     """
 
-    def __init__(self, rank: int, outputs: int, dim: int, bias: bool, groups: int = 1,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        outputs: int,
+        dim: int,
+        bias: bool,
+        groups: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.rank, self.dim = rank, dim
         # Every group's first outputs are its pivots, until somebody knows better.
@@ -82,8 +90,11 @@ def reset_stages(stages: nn.Sequential, fan_in: int, rank: int) -> None:
     """
     if stages[0].weight.is_meta:
         return
-    first, second = (math.sqrt(1 / fan_in), math.sqrt(3 / rank)) if is_pivoted(stages) else (
-        math.sqrt(3 / fan_in), math.sqrt(1 / rank))
+    first, second = (
+        (math.sqrt(1 / fan_in), math.sqrt(3 / rank))
+        if is_pivoted(stages)
+        else (math.sqrt(3 / fan_in), math.sqrt(1 / rank))
+    )
     nn.init.uniform_(stages[0].weight, -first, first)
     nn.init.uniform_(stages[1].weight, -second, second)
     for stage in stages:
@@ -95,8 +106,12 @@ def is_pivoted(stages: nn.Sequential) -> bool:
     return len(stages) == 3
 
 
-def run(stages: nn.Sequential, x: Tensor, kinds: tuple[type[nn.Module], ...],
-        in_one_op: Callable[[Tensor, nn.Module, nn.Module], Tensor]) -> Tensor:
+def run(
+    stages: nn.Sequential,
+    x: Tensor,
+    kinds: tuple[type[nn.Module], ...],
+    in_one_op: Callable[[Tensor, nn.Module, nn.Module], Tensor],
+) -> Tensor:
     """Decides who computes a low-rank layer: the stages one by one, or `in_one_op` of x and the two stages.
 
     The op computes where its kernels may run, that is on CUDA, or where they are insisted on; of stages that are what
@@ -134,8 +149,9 @@ def merged_bias(stages: nn.Sequential) -> Tensor | None:
     return torch.cat((stages[2].bias, stages[1].bias)).index_select(0, stages[2].order)
 
 
-def set_stages(stages: nn.Sequential, down: Tensor, up: Tensor, bias: Tensor | None,
-               order: Tensor | None = None) -> None:
+def set_stages(
+    stages: nn.Sequential, down: Tensor, up: Tensor, bias: Tensor | None, order: Tensor | None = None
+) -> None:
     """Make these the parameters, uncopied; order: that of the outputs, for pivots."""
     if (order is None) == is_pivoted(stages):
         raise ValueError(f"the layer was built {'with' if order is None else 'without'} pivots")
@@ -179,8 +195,10 @@ def assign_bias(stages: nn.Sequential, bias: Tensor | None) -> None:
     else:
         outputs = len(stages[2].order) if is_pivoted(stages) else len(stages[1].weight)
         if not isinstance(bias, Tensor) or tuple(bias.shape) != (outputs,):
-            raise ValueError(f"bias is for {outputs} outputs, got "
-                             f"{tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__}")
+            raise ValueError(
+                f"bias is for {outputs} outputs, got "
+                f"{tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__}"
+            )
         parts = (bias, None)
         if is_pivoted(stages):
             pivots, others = _split_bias(bias.detach(), stages[2].order, stages[2].rank)
@@ -193,5 +211,6 @@ def assign_bias(stages: nn.Sequential, bias: Tensor | None) -> None:
 def is_untouched(stage: nn.Module) -> bool:
     """Whether a module does nothing beside its forward: not hooked, not patched."""
     own = stage.__dict__
-    return "forward" not in own and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
-                                         or own["_backward_pre_hooks"])
+    return "forward" not in own and not (
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )

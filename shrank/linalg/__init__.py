@@ -9,6 +9,24 @@ from .pivots import PivotedFactors, pivoted, unpivoted
 from .svd import FactorizationError, energy_curve, factorize, spectrum
 from .weighted import factorize_weighted, squared_errors
 
-__all__ = ["Allocation", "BudgetTooSmall", "FactorizationError", "Factors", "Metric", "Moments", "Options",
-           "PivotedFactors", "Shape", "allocate", "energy_curve", "factorize", "factorize_weighted", "frontier",
-           "metric", "pivoted", "spectrum", "squared_errors", "unpivoted"]
+__all__ = [
+    "Allocation",
+    "BudgetTooSmall",
+    "FactorizationError",
+    "Factors",
+    "Metric",
+    "Moments",
+    "Options",
+    "PivotedFactors",
+    "Shape",
+    "allocate",
+    "energy_curve",
+    "factorize",
+    "factorize_weighted",
+    "frontier",
+    "metric",
+    "pivoted",
+    "spectrum",
+    "squared_errors",
+    "unpivoted",
+]

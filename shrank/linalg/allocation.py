@@ -34,8 +34,7 @@ class Allocation:
 
 
 def allocate(items: Sequence[Options], budget: float) -> Allocation:
-    """Options whose costs add up to at most `budget`; raises BudgetTooSmall, with the least cost there is, if none do.
-    """
+    """Options whose costs add up to at most `budget`; BudgetTooSmall, with the least cost there is, if none do."""
     hulls = [_hull(item) for item in items]
     chosen = [hull[0] for hull in hulls]
     cost = sum(item.costs[i] for item, i in zip(items, chosen, strict=True))

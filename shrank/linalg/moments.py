@@ -94,8 +94,9 @@ def metric(matrices: Tensor, moments: Moments, centred: bool) -> Metric:
     return Metric(data, gradient, on_inputs, mean if centred else None, goal, shift if centred else None)
 
 
-def _anchored(W: Tensor, of_inputs: bool, cross: Tensor, wanted: Tensor, data: Tensor, mean: Tensor,
-              gradient: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+def _anchored(
+    W: Tensor, of_inputs: bool, cross: Tensor, wanted: Tensor, data: Tensor, mean: Tensor, gradient: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The matrices that act on what the layer sees most like W on what it should see (`cross`: E t s^T, `wanted`: E t);
     the mean output that even they lack; and what was measured, as it is of them: data, mean and gradient.
 

@@ -45,12 +45,15 @@ class Conv:
 
     def output(self) -> Sizes:
         padded = (size + begin + end for size, begin, end in zip(self.input, self.begin, self.end, strict=True))
-        return tuple((size - dilation * (kernel - 1) - 1) // stride + 1 for size, dilation, kernel, stride in
-                     zip(padded, self.dilation, self.kernel, self.stride, strict=True))
+        return tuple(
+            (size - dilation * (kernel - 1) - 1) // stride + 1
+            for size, dilation, kernel, stride in zip(padded, self.dilation, self.kernel, self.stride, strict=True)
+        )
 
 
-def parse_conv(text: str, stride: str = "1", padding: str = "0", dilation: str = "1", groups: int = 1,
-               up_groups: int = 1) -> Conv:
+def parse_conv(
+    text: str, stride: str = "1", padding: str = "0", dilation: str = "1", groups: int = 1, up_groups: int = 1
+) -> Conv:
     """'32,64,56x56,3x3,64,16' -> batch, in_channels, input, kernel, out_channels, rank.
 
     stride, padding, dilation: one number, or one for each dimension ('2x1'); of padding also before:after ('3:0x1:1').
@@ -68,9 +71,20 @@ def parse_conv(text: str, stride: str = "1", padding: str = "0", dilation: str =
     if any(len(pad) > 2 for pad in pads) or len(pads) not in (1, d):
         raise ValueError(f"--padding is {padding!r}, wanted 1 or {d} numbers or pairs such as 1:2")
     pads = [(pad[0], pad[-1]) for pad in pads * (d // len(pads))]
-    conv = Conv(batch, C, N, R, _three(size, 1), _three(kernel, 1), _three(_numbers("--stride", stride, d, 1), 1),
-                _three([begin for begin, _ in pads], 0), _three([end for _, end in pads], 0),
-                _three(_numbers("--dilation", dilation, d, 1), 1), groups, up_groups)
+    conv = Conv(
+        batch,
+        C,
+        N,
+        R,
+        _three(size, 1),
+        _three(kernel, 1),
+        _three(_numbers("--stride", stride, d, 1), 1),
+        _three([begin for begin, _ in pads], 0),
+        _three([end for _, end in pads], 0),
+        _three(_numbers("--dilation", dilation, d, 1), 1),
+        groups,
+        up_groups,
+    )
     _check(conv)
     return conv
 
@@ -90,8 +104,10 @@ def _three(sizes: list[int], fill: int) -> Sizes:
 
 
 def _check(conv: Conv) -> None:
-    for name, groups, counts in (("--groups", conv.groups, {"C": conv.C, "R": conv.R}),
-                                 ("--up-groups", conv.up_groups, {"R": conv.R, "N": conv.N})):
+    for name, groups, counts in (
+        ("--groups", conv.groups, {"C": conv.C, "R": conv.R}),
+        ("--up-groups", conv.up_groups, {"R": conv.R, "N": conv.N}),
+    ):
         for what, count in counts.items():
             if groups < 1 or count % groups:
                 raise ValueError(f"{name} is {groups}, wanted a divisor of {what} {count}")
@@ -101,8 +117,15 @@ def _check(conv: Conv) -> None:
             raise ValueError(f"--conv: the kernel reaches over {reach} numbers of a padded input of {padded}")
 
 
-def explain(shape: tuple[int, int, int, int] | Conv, dtype: str = "bf16", gpu: str | None = None,
-            activation: str = "none", bias: bool = True, residual: bool = False, training: bool = False) -> dict:
+def explain(
+    shape: tuple[int, int, int, int] | Conv,
+    dtype: str = "bf16",
+    gpu: str | None = None,
+    activation: str = "none",
+    bias: bool = True,
+    residual: bool = False,
+    training: bool = False,
+) -> dict:
     """The decision, the alternatives and the costs of a linear layer or of a convolution with its channels last
     (csrc/select/explain.cpp lists the keys). gpu: a name, cuda:N or cpu.
 
@@ -122,11 +145,17 @@ def explain(shape: tuple[int, int, int, int] | Conv, dtype: str = "bf16", gpu: s
     return json.loads(torch.ops.shrank.explain(*shape, *end, gpu))
 
 
-def _problem(shape: tuple[int, int, int, int] | Conv, dtype: str, activation: str, bias: bool, residual: bool,
-             training: bool) -> dict:
+def _problem(
+    shape: tuple[int, int, int, int] | Conv, dtype: str, activation: str, bias: bool, residual: bool, training: bool
+) -> dict:
     """What is asked, as the extension repeats it."""
-    end = {"dtype": explain_plain.DTYPES[dtype], "activation": activation, "bias": bias, "residual": residual,
-           "training": training}
+    end = {
+        "dtype": explain_plain.DTYPES[dtype],
+        "activation": activation,
+        "bias": bias,
+        "residual": residual,
+        "training": training,
+    }
     if isinstance(shape, Conv):
         return {**asdict(shape), "output": shape.output(), **end, "channels_last": True}
     return {**dict(zip("MKNR", shape, strict=True)), **end, "aligned": True}
@@ -135,8 +164,10 @@ def _problem(shape: tuple[int, int, int, int] | Conv, dtype: str, activation: st
 def _without_extension(problem: dict, gpu: str, on_cpu: bool) -> dict:
     if reason := explain_plain.why_plain(problem, on_cpu):
         return explain_plain.facts(problem, gpu, reason)
-    raise RuntimeError("whether a kernel runs this layer is decided by the native extension, which is not loaded: "
-                       f"{'; '.join(native.problems())}. {native.HOW_TO_INSTALL}")
+    raise RuntimeError(
+        "whether a kernel runs this layer is decided by the native extension, which is not loaded: "
+        f"{'; '.join(native.problems())}. {native.HOW_TO_INSTALL}"
+    )
 
 
 def table(facts: dict) -> Table:
@@ -157,8 +188,9 @@ def table(facts: dict) -> Table:
     if predicted is not None:
         shown.add_row("predicted", _us(predicted))
         shown.add_row("floor", f"{_us(facts['floor_us'])}; predicted is {predicted / facts['floor_us']:.2f}x that")
-    shown.add_row("runner-up", f"{runner_up['kernel']}, {_beside(runner_up['microseconds'], predicted)}" if runner_up
-                  else "none")
+    shown.add_row(
+        "runner-up", f"{runner_up['kernel']}, {_beside(runner_up['microseconds'], predicted)}" if runner_up else "none"
+    )
     for candidate in facts["candidates"]:
         if not candidate["legal"]:
             shown.add_row("not possible", f"{candidate['kernel']}: {candidate['why_not']}")
@@ -175,9 +207,11 @@ def _layer(problem: dict) -> str:
         return ", ".join(f"{name} {problem[name]}" for name in "MKNR")
     sizes = {name: "x".join(map(str, problem[name])) for name in ("input", "kernel", "stride", "dilation")}
     padding = "x".join(f"{begin}:{end}" for begin, end in zip(problem["begin"], problem["end"], strict=True))
-    return (f"{problem['batch']} of {problem['C']} channels, {sizes['input']}; kernel {sizes['kernel']}, stride "
-            f"{sizes['stride']}, padding {padding}, dilation {sizes['dilation']}; R {problem['R']}, N {problem['N']}, "
-            f"groups {problem['groups']} and {problem['up_groups']}")
+    return (
+        f"{problem['batch']} of {problem['C']} channels, {sizes['input']}; kernel {sizes['kernel']}, stride "
+        f"{sizes['stride']}, padding {padding}, dilation {sizes['dilation']}; R {problem['R']}, N {problem['N']}, "
+        f"groups {problem['groups']} and {problem['up_groups']}"
+    )
 
 
 def _us(microseconds: float) -> str:

@@ -12,12 +12,34 @@ from ..ops.reference import ACTIVATIONS
 from ..util.names import unknown
 
 # Of csrc/select, which refuses others: the names of dtypes; the GPUs it has figures of, as people and CUDA call them.
-DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16", "half": "float16",
-          "fp32": "float32", "float32": "float32", "float": "float32", "fp64": "float64", "float64": "float64"}
-GPUS = {"A100": "NVIDIA A100-SXM4-80GB", "L40S": "NVIDIA L40S", "RTX 4090": "NVIDIA GeForce RTX 4090",
-        "H100": "NVIDIA H100 80GB HBM3", "H200": "NVIDIA H200", "B200": "NVIDIA B200"}
-_ELSEWHERE = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-              "identity": "none", "linear": "none"}  # what other libraries call an activation
+DTYPES = {
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp16": "float16",
+    "float16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float32": "float32",
+    "float": "float32",
+    "fp64": "float64",
+    "float64": "float64",
+}
+GPUS = {
+    "A100": "NVIDIA A100-SXM4-80GB",
+    "L40S": "NVIDIA L40S",
+    "RTX 4090": "NVIDIA GeForce RTX 4090",
+    "H100": "NVIDIA H100 80GB HBM3",
+    "H200": "NVIDIA H200",
+    "B200": "NVIDIA B200",
+}
+_ELSEWHERE = {
+    "swish": "silu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "identity": "none",
+    "linear": "none",
+}  # what other libraries call an activation
 
 
 def check_names(dtype: str, activation: str, gpu: str | None) -> None:
@@ -60,8 +82,12 @@ def facts(problem: dict, gpu: str, reason: str) -> dict:
     """As the extension tells them (csrc/select/explain.cpp), without what only its model of costs knows."""
     kernel = "two_gemms" if "M" in problem else "two_convs"
     return {
-        "problem": problem, "device": {"name": gpu, "source": "no figures are needed"},
-        "decision": {"kernel": kernel, "microseconds": None, "reason": reason, "grid": None}, "runner_up": None,
-        "candidates": [{"kernel": kernel, "legal": True, "microseconds": None}], "floor_us": None, "dense_us": None,
+        "problem": problem,
+        "device": {"name": gpu, "source": "no figures are needed"},
+        "decision": {"kernel": kernel, "microseconds": None, "reason": reason, "grid": None},
+        "runner_up": None,
+        "candidates": [{"kernel": kernel, "legal": True, "microseconds": None}],
+        "floor_us": None,
+        "dense_us": None,
         "status": "nothing is predicted: that takes a GPU to explain for, and the native extension",
     }

@@ -44,8 +44,15 @@ class Repetition:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, tokenizer: Callable, texts: Iterable[str], reference: nn.Module | None = None, *,
-             window: int = 512, limit: int | None = None) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    tokenizer: Callable,
+    texts: Iterable[str],
+    reference: nn.Module | None = None,
+    *,
+    window: int = 512,
+    limit: int | None = None,
+) -> Evaluation:
     """Measure a causal language model on texts, joined and cut into windows of `window` tokens, at most `limit`.
 
     What both models rule out by logits of -inf does not count. Raises ValueError if the texts fill no window or there
@@ -79,16 +86,24 @@ def _divergence(logits: Tensor, expected: Tensor, number: int) -> float:
 
 
 @torch.inference_mode()
-def repetition(model: nn.Module, tokenizer: Callable, texts: Iterable[str], *, prompts: int = 8,
-               prompt_tokens: int = 16, new_tokens: int = 64) -> Repetition:
+def repetition(
+    model: nn.Module,
+    tokenizer: Callable,
+    texts: Iterable[str],
+    *,
+    prompts: int = 8,
+    prompt_tokens: int = 16,
+    new_tokens: int = 64,
+) -> Repetition:
     """Continue the beginnings of some texts greedily and look for repetition: a compressed model may loop although its
     perplexity looks well. Raises ValueError if no text has `prompt_tokens` tokens."""
     starts = [ids[:prompt_tokens] for text in texts if len(ids := _ids(tokenizer, text)) >= prompt_tokens][:prompts]
     if not starts:
         raise ValueError(f"no text has {prompt_tokens} tokens to start from")
     batch = torch.stack(starts).to(device_of(model))
-    made = model.generate(batch, attention_mask=torch.ones_like(batch), max_new_tokens=new_tokens, do_sample=False,
-                          pad_token_id=0)[:, prompt_tokens:].tolist()
+    made = model.generate(
+        batch, attention_mask=torch.ones_like(batch), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+    )[:, prompt_tokens:].tolist()
     grams = [[tuple(row[i : i + n]) for row in made for i in range(len(row) - n + 1)] for n in (1, 2, 3)]
     distinct = tuple(len(set(found)) / max(len(found), 1) for found in grams)
     return Repetition(distinct, sum(map(ends_in_a_loop, made)) / len(made))
@@ -96,8 +111,9 @@ def repetition(model: nn.Module, tokenizer: Callable, texts: Iterable[str], *, p
 
 def ends_in_a_loop(tokens: list[int]) -> bool:
     """Whether the tokens end in one phrase, of up to sixteen tokens, three times in a row."""
-    return any(tokens[-_LOOP * n :] == tokens[-n:] * _LOOP
-               for n in range(1, min(_LONGEST_PHRASE, len(tokens) // _LOOP) + 1))
+    return any(
+        tokens[-_LOOP * n :] == tokens[-n:] * _LOOP for n in range(1, min(_LONGEST_PHRASE, len(tokens) // _LOOP) + 1)
+    )
 
 
 def windows(tokenizer: Callable, texts: Iterable[str], length: int) -> list[Tensor]:
@@ -116,6 +132,7 @@ def _predictions(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits (tokens - 1, vocabulary), float32, of all tokens but the first."""
     logits = main_output(model(input_ids=ids[None].to(device_of(model))))
     if logits.dim() != 3 or logits.shape[:2] != (1, len(ids)):
-        raise ValueError(f"a causal language model gives logits (1, {len(ids)}, vocabulary), this one "
-                         f"{tuple(logits.shape)}")
+        raise ValueError(
+            f"a causal language model gives logits (1, {len(ids)}, vocabulary), this one {tuple(logits.shape)}"
+        )
     return logits[0, :-1].float()

@@ -49,8 +49,13 @@ def measure_errors(plan: RankPlan, dense: nn.Module, small: nn.Module, data: Ite
             sums[layer.fqn] = _Sums(original.bias is not None)
     batches = bound(as_batches(data), dense)
     masking = Masking(dense, {fqn: original for fqn, (original, _) in twins.items()})
-    hooks = [*masking.hooks(), *((original, partial(_compare, twin, sums[fqn], partial(masking.call, fqn)))
-                                 for fqn, (original, twin) in twins.items())]
+    hooks = [
+        *masking.hooks(),
+        *(
+            (original, partial(_compare, twin, sums[fqn], partial(masking.call, fqn)))
+            for fqn, (original, twin) in twins.items()
+        ),
+    ]
     masking.prepare(batches)
     with in_eval_mode(dense, small), hooked(hooks):
         for batch in track(batches, "measuring"):
@@ -72,8 +77,15 @@ class _Sums:
         return (self.error / spread) ** 0.5 if spread > 0 else 0.0
 
 
-def _compare(twin: nn.Module, sums: _Sums, next_mask: Callable[[], MaskOfCall], module: nn.Module, args: tuple,
-             kwargs: dict, output: Tensor) -> None:
+def _compare(
+    twin: nn.Module,
+    sums: _Sums,
+    next_mask: Callable[[], MaskOfCall],
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict,
+    output: Tensor,
+) -> None:
     y, answer = (target(module).tokens(t).float() for t in (output, twin(*args, **kwargs)))
     counts = next_mask()(tuple(y.shape[:-1]))
     y, answer = (t.flatten(0, -2) if counts is None else t.flatten(0, -2)[counts.to(t.device)] for t in (y, answer))

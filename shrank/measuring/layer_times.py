@@ -40,8 +40,15 @@ def measure_layers(model: nn.Module, call: Callable[[], object], rounds: int = 7
         layers[fqn] = known[key]
     device = next(iter(inputs.values())).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return LatencyTable(layers, {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads(),
-                                 "date": datetime.date.today().isoformat()})
+    return LatencyTable(
+        layers,
+        {
+            "device": name,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "date": datetime.date.today().isoformat(),
+        },
+    )
 
 
 def _inputs(sites: dict[str, Site], call: Callable[[], object]) -> dict[str, Tensor]:
@@ -50,8 +57,9 @@ def _inputs(sites: dict[str, Site], call: Callable[[], object]) -> dict[str, Ten
     def note(fqn: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         found.setdefault(fqn, args[0] if args else kwargs["input"])
 
-    handles = [site.module.register_forward_pre_hook(partial(note, fqn), with_kwargs=True)
-               for fqn, site in sites.items()]
+    handles = [
+        site.module.register_forward_pre_hook(partial(note, fqn), with_kwargs=True) for fqn, site in sites.items()
+    ]
     try:
         call()
     finally:

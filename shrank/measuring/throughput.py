@@ -69,8 +69,10 @@ def compare(sources: list[str], workload: Workload) -> list[Result]:
             pipe.close()
             process.join(timeout=10)
             process.kill()
-    return [Result(source, parameters, statistics.median(rate), unit, peak)
-            for source, (parameters, unit), rate, peak in zip(sources, loaded, rates, peaks, strict=True)]
+    return [
+        Result(source, parameters, statistics.median(rate), unit, peak)
+        for source, (parameters, unit), rate, peak in zip(sources, loaded, rates, peaks, strict=True)
+    ]
 
 
 def _receive(pipe: Connection, source: str) -> object:

@@ -25,8 +25,9 @@ class Timing:
     spread: float
 
 
-def time_in_turns(candidates: dict[str, Sequence[Call]], device: str, rounds: int, graphs: bool = True,
-                  held: int = 1) -> dict[str, Timing]:
+def time_in_turns(
+    candidates: dict[str, Sequence[Call]], device: str, rounds: int, graphs: bool = True, held: int = 1
+) -> dict[str, Timing]:
     """Time sequences of like calls, each in its turn, so that a change in the machine's load meets all alike.
 
     Calls that each have tensors of their own, together larger than the last cache, find none of them in it. On CUDA

@@ -79,8 +79,16 @@ class LinearTarget(Target):
         return self.module.weight.detach()[None]
 
     def twin(self, rank: int, shape: Shape) -> LED:
-        return self._cast_alike(LED(shape.in_features, shape.out_features, rank, self.module.bias is not None,
-                                    pivot=shape.pivoted, **self._meta()))
+        return self._cast_alike(
+            LED(
+                shape.in_features,
+                shape.out_features,
+                rank,
+                self.module.bias is not None,
+                pivot=shape.pivoted,
+                **self._meta(),
+            )
+        )
 
 
 class HFConv1DTarget(Target):
@@ -113,7 +121,7 @@ class ConvTarget(Target):
 
     def shape(self) -> Shape:
         conv = self.module
-        out_channels, in_channels, *kernel = conv.weight.shape              # in_channels of one group
+        out_channels, in_channels, *kernel = conv.weight.shape  # in_channels of one group
         return Shape(out_channels, in_channels * conv.groups * math.prod(kernel), conv.groups, down_groups=conv.groups)
 
     def why_not_grouped(self, shape: Shape) -> str:
@@ -128,17 +136,29 @@ class ConvTarget(Target):
         weight, G = self.module.weight.detach().flatten(1), shape.down_groups
         if shape.groups != G:
             weight = torch.block_diag(*weight.unflatten(0, (shape.groups, -1)))  # (N, K), zero across dense groups
-            if shape.up_blocks == 1:                                        # column blocks, every output in each
+            if shape.up_blocks == 1:  # column blocks, every output in each
                 return weight.unflatten(1, (G, -1)).transpose(0, 1)
-            weight = weight.unflatten(0, (G, -1)).unflatten(2, (G, -1))     # the diagonal blocks
+            weight = weight.unflatten(0, (G, -1)).unflatten(2, (G, -1))  # the diagonal blocks
             return weight.diagonal(dim1=0, dim2=2).movedim(-1, 0)
         return weight.unflatten(0, (G, -1))
 
     def twin(self, rank: int, shape: Shape) -> CED:
         conv = self.module
-        twin = CED(conv.in_channels, conv.out_channels, rank, conv.kernel_size, conv.stride, conv.padding,
-                   conv.dilation, conv.groups, shape.up_groups > 1, conv.padding_mode, conv.bias is not None,
-                   pivot=shape.pivoted, **self._meta())
+        twin = CED(
+            conv.in_channels,
+            conv.out_channels,
+            rank,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            shape.up_groups > 1,
+            conv.padding_mode,
+            conv.bias is not None,
+            pivot=shape.pivoted,
+            **self._meta(),
+        )
         return self._cast_alike(twin.to(memory_format=memory_format(conv.weight)))
 
     def tokens(self, outputs: Tensor) -> Tensor:
@@ -204,8 +224,10 @@ def _why_not_type(module: nn.Module) -> str:
     # Namesakes are common: quantized layers, other packages' Linear.
     name = kind.__qualname__ if kind.__module__.startswith("torch.nn.") else f"{kind.__module__}.{kind.__qualname__}"
     if (base := base_of(kind)) is not None:
-        return (f"{name} is a subclass of {base.__name__}: if it only casts or adds up in another order, "
-                "shrank.treat_as_base(class) has it checked and taken for its base")
+        return (
+            f"{name} is a subclass of {base.__name__}: if it only casts or adds up in another order, "
+            "shrank.treat_as_base(class) has it checked and taken for its base"
+        )
     if any(_is_hf_conv1d(c) for c in kind.__mro__):
         return f"{name} is a subclass of transformers' Conv1D"
     return f"{name} is not a supported layer type"

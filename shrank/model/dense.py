@@ -48,8 +48,17 @@ def dense_twin(layer: LED | CED) -> nn.Module:
     else:
         groups, weight = _dense_groups(layer, weight)
         dense = CONVOLUTIONS[len(layer.kernel_size)](
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-            groups, bias is not None, layer.padding_mode, **meta)
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            groups,
+            bias is not None,
+            layer.padding_mode,
+            **meta,
+        )
         weight = weight.contiguous(memory_format=memory_format(layer.down))
     dense.weight = nn.Parameter(weight)
     if bias is not None:
@@ -62,7 +71,7 @@ def _dense_groups(layer: CED, weight: Tensor) -> tuple[int, Tensor]:
     G = layer.down_groups
     if layer.up_groups == G or layer.out_channels % G:
         return layer.groups, weight
-    blocks = weight.unflatten(0, (G, -1)).unflatten(2, (G, -1))             # (G, out/G, G, in/G, *kernel)
+    blocks = weight.unflatten(0, (G, -1)).unflatten(2, (G, -1))  # (G, out/G, G, in/G, *kernel)
     own = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
     if torch.count_nonzero(blocks) != torch.count_nonzero(own):
         return layer.groups, weight

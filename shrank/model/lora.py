@@ -31,8 +31,10 @@ class LowRankLinear(Linear):
             return
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if other := [name for name in names if name in self.lora_variant or self.lora_bias[name]]:
-            raise ValueError(f"adapters {', '.join(other)}: only plain LoRA has a rank to add to that of a low-rank "
-                             "layer; shrank.merge makes the layers dense, into which any adapter can be merged")
+            raise ValueError(
+                f"adapters {', '.join(other)}: only plain LoRA has a rank to add to that of a low-rank "
+                "layer; shrank.merge makes the layers dense, into which any adapter can be merged"
+            )
         for name in names:
             down = self.lora_A[name].weight.detach()
             up = self.lora_B[name].weight.detach() * self.scaling[name]
@@ -72,12 +74,13 @@ def _dispatch(dispatch: Callable, _: object, args: tuple, kwargs: dict) -> nn.Mo
     module = args[0] if args else kwargs["target"]
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if isinstance(base, CED):
-        raise ValueError(f"LoRA knows no low-rank convolution {base}: target its stages, as NAME.{base.unit}.1, or "
-                         "'all-linear' for the linear ones")
+        raise ValueError(
+            f"LoRA knows no low-rank convolution {base}: target its stages, as NAME.{base.unit}.1, or "
+            "'all-linear' for the linear ones"
+        )
     if not isinstance(base, LED) or kwargs.get("parameter_name"):
         return dispatch(*args, **kwargs)
     config = kwargs["config"] if "config" in kwargs else args[2]
     config.fan_in_fan_out = isinstance(base, LEDConv1D)
     given = {name: value for name, value in kwargs.items() if name not in ("target", "adapter_name", "parameter_name")}
     return LowRankLinear(*args[:2], **({"config": config} | given))
-

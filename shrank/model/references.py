@@ -16,8 +16,20 @@ from functools import partial
 
 from torch import Tensor, nn
 
-_ATOMS = (str, bytes, bytearray, int, float, complex, types.NoneType, Tensor, type, types.ModuleType, range,
-          types.BuiltinFunctionType)
+_ATOMS = (
+    str,
+    bytes,
+    bytearray,
+    int,
+    float,
+    complex,
+    types.NoneType,
+    Tensor,
+    type,
+    types.ModuleType,
+    range,
+    types.BuiltinFunctionType,
+)
 _OPAQUE = ("builtins", "functools", "itertools", "operator")
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
 _CALLS = ("forward", "__call__")  # methods that every module has
@@ -40,13 +52,15 @@ def references(model: nn.Module) -> Iterator[tuple[nn.Module, Place]]:
         for name, value in list(vars(module).items()):
             if name in _REGISTRIES or isinstance(value, _ATOMS):
                 continue
-            place = Place(f"{fqn}.{name}".lstrip("."), partial(vars(module).get, name),
-                          partial(vars(module).__setitem__, name))
+            place = Place(
+                f"{fqn}.{name}".lstrip("."), partial(vars(module).get, name), partial(vars(module).__setitem__, name)
+            )
             yield from ((held, at) for held, at in _inside(value, place, named, seen) if held is not module)
 
 
-def _inside(value: object, place: Place, registered: Mapping[int, str],
-            seen: set[int]) -> Iterator[tuple[nn.Module, Place]]:
+def _inside(
+    value: object, place: Place, registered: Mapping[int, str], seen: set[int]
+) -> Iterator[tuple[nn.Module, Place]]:
     """The modules in a value, at any depth."""
     stack = [(value, place)]
     while stack:
@@ -80,16 +94,21 @@ def _contents(value: object, place: Place) -> Iterator[tuple[object, Place]]:
         for inner in value:
             yield inner, _part(place, "{}", partial(_set_with, inner), lambda held, inner=inner: inner)
     elif isinstance(value, partial):
-        yield value.func, _part(place, ".func", lambda held, new: partial(new, *held.args, **held.keywords),
-                                lambda held: held.func)
-        yield value.args, _part(place, ".args", lambda held, new: partial(held.func, *new, **held.keywords),
-                                lambda held: held.args)
+        yield (
+            value.func,
+            _part(place, ".func", lambda held, new: partial(new, *held.args, **held.keywords), lambda held: held.func),
+        )
+        yield (
+            value.args,
+            _part(place, ".args", lambda held, new: partial(held.func, *new, **held.keywords), lambda held: held.args),
+        )
         yield value.keywords, place
     elif isinstance(value, types.MethodType):
         called = getattr(value.__func__, "__name__", "") in _CALLS
         writable = called or not isinstance(value.__self__, nn.Module)
-        at = _part(place, ".__self__", lambda held, new: getattr(new, held.__func__.__name__),
-                   lambda held: held.__self__)
+        at = _part(
+            place, ".__self__", lambda held, new: getattr(new, held.__func__.__name__), lambda held: held.__self__
+        )
         yield value.__self__, at if writable else Place(at.where, at.get, None)
     elif isinstance(value, weakref.ref):
         plain = type(value) is weakref.ref  # others carry more, such as the key in a weak dictionary
@@ -129,18 +148,28 @@ def _of_object(value: object, place: Place) -> Iterator[tuple[object, Place]]:
     for name in (*getattr(value, "__dict__", ()), *names):
         inner = object.__getattribute__(value, name)
         if not isinstance(inner, _ATOMS):
-            yield inner, Place(f"{place.where}.{name}", partial(object.__getattribute__, value, name),
-                               partial(object.__setattr__, value, name))
+            yield (
+                inner,
+                Place(
+                    f"{place.where}.{name}",
+                    partial(object.__getattribute__, value, name),
+                    partial(object.__setattr__, value, name),
+                ),
+            )
 
 
 def _slots(kind: type) -> tuple[str, ...]:
     slots = kind.__dict__.get("__slots__", ())
-    return tuple(name for name in ((slots,) if isinstance(slots, str) else slots)
-                 if name not in ("__dict__", "__weakref__") and not name.startswith("__"))
+    return tuple(
+        name
+        for name in ((slots,) if isinstance(slots, str) else slots)
+        if name not in ("__dict__", "__weakref__") and not name.startswith("__")
+    )
 
 
-def _part(place: Place, where: str, changed: Callable[[object, object], object],
-          read: Callable[[object], object]) -> Place:
+def _part(
+    place: Place, where: str, changed: Callable[[object, object], object], read: Callable[[object], object]
+) -> Place:
     """A part of something that cannot be written itself: it is built anew, from what is there by then."""
     put = None if place.put is None else lambda new: place.put(changed(place.get(), new))
     return Place(place.where + where, lambda: read(place.get()), put)

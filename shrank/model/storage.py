@@ -29,8 +29,9 @@ def with_pivots(model: nn.Module, names: list[str]) -> nn.Module:
 
 
 @torch.no_grad()
-def _stored_otherwise(model: nn.Module, wanted: Callable[[Site], bool],
-                      convert: Callable[[Stored], Stored]) -> tuple[nn.Module, list[str]]:
+def _stored_otherwise(
+    model: nn.Module, wanted: Callable[[Site], bool], convert: Callable[[Stored], Stored]
+) -> tuple[nn.Module, list[str]]:
     sites = [site for site in walk(model) if isinstance(site.module, LOW_RANK) and wanted(site)]
     require_plain(sites, "stored otherwise")
     for site in sites:

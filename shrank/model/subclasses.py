@@ -104,7 +104,17 @@ def _bare(module: nn.Module, base: type) -> nn.Module:
     if base is nn.Linear:
         bare = nn.Linear(module.in_features, module.out_features, bias=False, **meta)
     else:
-        bare = base(module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding,
-                    module.dilation, module.groups, False, module.padding_mode, **meta)
+        bare = base(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.groups,
+            False,
+            module.padding_mode,
+            **meta,
+        )
     bare.weight = weight
     return bare.train(module.training)

@@ -14,8 +14,16 @@ from ..layers.led import LED
 from .adapters import LOW_RANK, is_lazy, target
 from .references import references
 
-_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-          "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 # PyTorch's fused inference paths read linear1.weight and linear2.weight instead of calling the layers.
 _FAST_PATHS = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
@@ -25,9 +33,12 @@ _FAST_PATHS = {
 _PEFT_MODELS = {"PeftModel", "PeftMixedModel", "BaseTuner"}
 _SAVED_FAST_PATH = "_shrank_fast_path"
 # What the replaced and the replacing classes set themselves, and accelerate's wrapping; all else is the user's.
-_OWN_ATTRIBUTES = {"nx", "nf", "forward", "_hf_hook", "_old_forward"}.union(*(
-    vars(kind(*sizes, device="meta"))
-    for kind, sizes in ((nn.Linear, (1, 1)), (nn.Conv1d, (1, 1, 1)), (LED, (1, 1, 1)), (CED, (1, 1, 1, (1,))))))
+_OWN_ATTRIBUTES = {"nx", "nf", "forward", "_hf_hook", "_old_forward"}.union(
+    *(
+        vars(kind(*sizes, device="meta"))
+        for kind, sizes in ((nn.Linear, (1, 1)), (nn.Conv1d, (1, 1, 1)), (LED, (1, 1, 1)), (CED, (1, 1, 1, (1,))))
+    )
+)
 
 
 @dataclass
@@ -123,8 +134,11 @@ def _descend(model: nn.Module, inside_low_rank: bool) -> Iterator[tuple[str, nn.
         opened.add((id(module), inside))  # again where it is shared into other surroundings
         if reason := _why_not_inside(module):
             inside = (*inside, reason)
-        children = [(f"{fqn}.{name}" if fqn else name, child, (module, name), inside)
-                    for name, child in module._modules.items() if child is not None]
+        children = [
+            (f"{fqn}.{name}" if fqn else name, child, (module, name), inside)
+            for name, child in module._modules.items()
+            if child is not None
+        ]
         stack.extend(reversed(children))
 
 
@@ -156,12 +170,16 @@ def is_unit(module: nn.Module) -> bool:
 
 def _tied(model: nn.Module) -> dict[int, set[str]]:
     """id of a module -> names of the parameters of other modules that overlap its weight in memory."""
-    owned = [(id(module), f"{fqn}.{name}".lstrip("."), p) for fqn, module in model.named_modules()
-             for name, p in module._parameters.items() if p is not None]
+    owned = [
+        (id(module), f"{fqn}.{name}".lstrip("."), p)
+        for fqn, module in model.named_modules()
+        for name, p in module._parameters.items()
+        if p is not None
+    ]
     spans = sorted((str(p.device), *_span(p), owner, name) for owner, name, p in owned)
     tied: dict[int, set[str]] = defaultdict(set)
     for i, (device, _, end, owner, name) in enumerate(spans):
-        for other_device, start, _, other_owner, other_name in spans[i + 1:]:
+        for other_device, start, _, other_owner, other_name in spans[i + 1 :]:
             if device != other_device or start >= end:
                 break
             if owner != other_owner:

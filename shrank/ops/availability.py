@@ -16,8 +16,13 @@ from .law import DTYPES
 OLDEST_CAPABILITY = (8, 0)
 
 
-def why_not(x: Tensor | None = None, down: Tensor | None = None, up: Tensor | None = None, bias: Tensor | None = None,
-            residual: Tensor | None = None) -> list[str]:
+def why_not(
+    x: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> list[str]:
     """Every reason why the native kernels cannot run here.
 
     Args:
@@ -34,8 +39,9 @@ def why_not(x: Tensor | None = None, down: Tensor | None = None, up: Tensor | No
     return [*why_not_here(), *(() if x is None else why_not_these(x, down, up, bias, residual))]
 
 
-def why_not_these(x: Tensor, down: Tensor | None, up: Tensor | None, bias: Tensor | None,
-                   residual: Tensor | None) -> list[str]:
+def why_not_these(
+    x: Tensor, down: Tensor | None, up: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> list[str]:
     """The reasons that hold for these tensors, and for what surrounds the call."""
     reasons = []
     for name, tensor in (("x", x), ("down", down), ("up", up), ("bias", bias), ("residual", residual)):

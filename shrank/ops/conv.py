@@ -14,8 +14,16 @@ from .registration import Op, register
 NAME = "low_rank_conv"
 
 
-def check_low_rank_conv(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, window: Window, activation: str,
-                        residual: Tensor | None, casts: bool = False) -> None:
+def check_low_rank_conv(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    activation: str,
+    residual: Tensor | None,
+    casts: bool = False,
+) -> None:
     """Raise RuntimeError on shapes, numbers, names, dtypes and devices that do not fit.
 
     casts: autocast makes the dtypes alike.
@@ -39,14 +47,19 @@ def _check_channels(x: Tensor, down: Tensor, up: Tensor, window: Window) -> None
     if C % groups or R % groups:
         raise refusal(NAME, f"groups is {groups}, wanted a divisor of the {C} channels of x and of the rank {R}")
     if down.size(1) != C // groups:
-        raise refusal(NAME, f"down is {shape_of(down)}, wanted (R, {C // groups}, ...) for x {shape_of(x)} in {groups} "
-                      "groups")
+        raise refusal(
+            NAME, f"down is {shape_of(down)}, wanted (R, {C // groups}, ...) for x {shape_of(x)} in {groups} groups"
+        )
     if up.dim() == 0 or R % up_groups or up.size(0) % up_groups:
-        raise refusal(NAME, f"up_groups is {up_groups}, wanted a divisor of the rank {R} and of the outputs of up "
-                      f"{shape_of(up)}")
+        raise refusal(
+            NAME, f"up_groups is {up_groups}, wanted a divisor of the rank {R} and of the outputs of up {shape_of(up)}"
+        )
     if up.dim() != down.dim() or up.size(1) != R // up_groups or any(size != 1 for size in up.shape[2:]):
-        raise refusal(NAME, f"up is {shape_of(up)}, wanted (N, {R // up_groups}, 1, ...) for down {shape_of(down)} and "
-                      f"{up_groups} up_groups")
+        raise refusal(
+            NAME,
+            f"up is {shape_of(up)}, wanted (N, {R // up_groups}, 1, ...) for down {shape_of(down)} and "
+            f"{up_groups} up_groups",
+        )
 
 
 def _check_window(x: Tensor, down: Tensor, window: Window) -> None:
@@ -63,12 +76,21 @@ def _check_window(x: Tensor, down: Tensor, window: Window) -> None:
     for i, (begin, end) in enumerate(window.pads()):
         reach = window.dilation[i] * (down.size(2 + i) - 1) + 1
         if x.size(2 + i) + begin + end < reach:
-            raise refusal(NAME, f"x is {shape_of(x)}, wanted at least {reach} numbers in padded dimension {i} for "
-                      f"the kernel of down {shape_of(down)}")
+            raise refusal(
+                NAME,
+                f"x is {shape_of(x)}, wanted at least {reach} numbers in padded dimension {i} for "
+                f"the kernel of down {shape_of(down)}",
+            )
 
 
-def window_of(down: Tensor, stride: int | Sequence[int], padding: int | str | Sequence[int],
-              dilation: int | Sequence[int], groups: int, up_groups: int) -> Window:
+def window_of(
+    down: Tensor,
+    stride: int | Sequence[int],
+    padding: int | str | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+    up_groups: int,
+) -> Window:
     """The window of arguments as PyTorch's own convolutions take them; RuntimeError on what is no number."""
     d = down.dim() - 2
     stride, dilation = _sizes("stride", stride, d), _sizes("dilation", dilation, d)
@@ -96,15 +118,17 @@ def _paddings(padding: int | str | Sequence[int], stride: list[int], dilation: l
     return [side for total in totals for side in (total // 2, total - total // 2)]
 
 
-def _stages(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, window: Window, activation: str,
-            residual: Tensor | None) -> Stages:
+def _stages(
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, window: Window, activation: str, residual: Tensor | None
+) -> Stages:
     y, h, z = reference.low_rank_conv_stages(x, down, up, bias, window, activation, residual)
     last = channels_last(x, down)
     return Stages(in_format(y, last), in_format(h, last), in_format(z, last) if activation != "none" else z)
 
 
-def _empty(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, window: Window, activation: str,
-           residual: Tensor | None) -> Stages:
+def _empty(
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, window: Window, activation: str, residual: Tensor | None
+) -> Stages:
     sizes, last = output_sizes(x, down, window), channels_last(x, down)
 
     def empty(channels: int) -> Tensor:
@@ -112,17 +136,23 @@ def _empty(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, window: Win
             return x.new_empty((x.size(0), *sizes, channels)).movedim(-1, 1)
         return x.new_empty((x.size(0), channels, *sizes))
 
-    return Stages(empty(up.size(0)), empty(down.size(0)),
-                  empty(up.size(0)) if activation != "none" else x.new_empty(0))
+    return Stages(empty(up.size(0)), empty(down.size(0)), empty(up.size(0)) if activation != "none" else x.new_empty(0))
 
 
-def _pack(stride: list[int], padding: list[int], dilation: list[int], groups: int, up_groups: int,
-          activation: str) -> tuple[Window, str]:
+def _pack(
+    stride: list[int], padding: list[int], dilation: list[int], groups: int, up_groups: int, activation: str
+) -> tuple[Window, str]:
     return Window(stride, padding, dilation, groups, up_groups), activation
 
 
 CONV = Op(
-    NAME, "Tensor x, Tensor down, Tensor up, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups=1,"
+    NAME,
+    "Tensor x, Tensor down, Tensor up, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups=1,"
     " int up_groups=1, str activation='none', Tensor? residual=None",
-    check_low_rank_conv, _stages, reference.low_rank_conv_backward, _empty, _pack)
+    check_low_rank_conv,
+    _stages,
+    reference.low_rank_conv_backward,
+    _empty,
+    _pack,
+)
 register(CONV)

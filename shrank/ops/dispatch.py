@@ -76,8 +76,16 @@ def backend(value: Backend | str) -> Iterator[None]:
         _process.backend = before
 
 
-def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: str = "none",
-                    residual: Tensor | None = None, *, backend: Backend | str | None = None) -> Tensor:
+def low_rank_linear(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    *,
+    backend: Backend | str | None = None,
+) -> Tensor:
     """Multiply by a low-rank matrix: activation((x @ down.T) @ up.T + bias) + residual.
 
     Args:
@@ -105,10 +113,21 @@ def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = N
     return reference.low_rank_linear(x, down, up, bias, activation, residual)
 
 
-def low_rank_conv(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, stride: int | Sequence[int] = 1,
-                  padding: int | str | Sequence[int] = 0, dilation: int | Sequence[int] = 1, groups: int = 1,
-                  up_groups: int = 1, activation: str = "none", residual: Tensor | None = None, *,
-                  backend: Backend | str | None = None) -> Tensor:
+def low_rank_conv(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    up_groups: int = 1,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    *,
+    backend: Backend | str | None = None,
+) -> Tensor:
     """Convolve with a low-rank kernel in 1 to 3 dimensions: activation(up * (down * x) + bias) + residual.
 
     `*` is a convolution, and that with `up` is pointwise.
@@ -136,8 +155,20 @@ def low_rank_conv(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = Non
     """
     d = down.dim() - 2
     if d >= 1 and x.dim() == d + 1:
-        y = low_rank_conv(x[None], down, up, bias, stride, padding, dilation, groups, up_groups, activation,
-                          None if residual is None else residual[None], backend=backend)
+        y = low_rank_conv(
+            x[None],
+            down,
+            up,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            up_groups,
+            activation,
+            None if residual is None else residual[None],
+            backend=backend,
+        )
         return y[0]
     window = window_of(down, stride, padding, dilation, groups, up_groups)
     if _runs_native(backend, x, down, up, bias, residual):

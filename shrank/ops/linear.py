@@ -12,8 +12,15 @@ from .registration import Op, register
 NAME = "low_rank_linear"
 
 
-def check_low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str,
-                          residual: Tensor | None, casts: bool = False) -> None:
+def check_low_rank_linear(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    casts: bool = False,
+) -> None:
     """Raise RuntimeError on shapes, names, dtypes and devices that do not fit.
 
     casts: autocast makes the dtypes alike.
@@ -30,19 +37,26 @@ def check_low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | No
     check_alike(NAME, casts, x=x, down=down, up=up, bias=bias, residual=residual)
 
 
-def _stages(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str,
-            residual: Tensor | None) -> Stages:
+def _stages(
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> Stages:
     stages = reference.low_rank_linear_stages(x, down, up, bias, activation, residual)
     return Stages(*(each.contiguous() for each in stages))
 
 
-def _empty(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str,
-           residual: Tensor | None) -> Stages:
+def _empty(
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> Stages:
     y, h = (x.new_empty((*x.shape[:-1], factor.size(0))) for factor in (up, down))
     return Stages(y, h, x.new_empty(y.shape if activation != "none" else 0))
 
 
 LINEAR = Op(
-    NAME, "Tensor x, Tensor down, Tensor up, Tensor? bias=None, str activation='none', Tensor? residual=None",
-    check_low_rank_linear, _stages, reference.low_rank_linear_backward, _empty)
+    NAME,
+    "Tensor x, Tensor down, Tensor up, Tensor? bias=None, str activation='none', Tensor? residual=None",
+    check_low_rank_linear,
+    _stages,
+    reference.low_rank_linear_backward,
+    _empty,
+)
 register(LINEAR)

@@ -15,7 +15,8 @@ OLDEST_TORCH = "2.10"  # setup.py compiles for this version of torch's stable AB
 HOW_TO_INSTALL = (
     f"To install it, have CUDA's compiler (nvcc; a GPU is not needed) and torch {OLDEST_TORCH} or newer, and run "
     "`SHRANK_BUILD=1 CUDA_HOME=/usr/local/cuda pip install .` in the folder of shrank's source, where CUDA_HOME is the "
-    "folder of bin/nvcc; or install a wheel that was built so, shrank-*+cu*.whl")
+    "folder of bin/nvcc; or install a wheel that was built so, shrank-*+cu*.whl"
+)
 
 
 @cache

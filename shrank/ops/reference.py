@@ -52,8 +52,14 @@ class Grads(NamedTuple):
     residual: Tensor | None
 
 
-def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, activation: str = "none",
-                    residual: Tensor | None = None) -> Tensor:
+def low_rank_linear(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
     """activation((x @ down.T) @ up.T + bias) + residual
 
     x: (..., K)  down: (R, K)  up: (N, R)  bias: (N,)  residual: (..., N)  ->  (..., N)
@@ -61,8 +67,9 @@ def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = N
     return low_rank_linear_stages(x, down, up, bias, activation, residual).y
 
 
-def low_rank_linear_stages(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str,
-                           residual: Tensor | None) -> Stages:
+def low_rank_linear_stages(
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> Stages:
     """low_rank_linear with what lies between."""
     h = F.linear(x, down)
     z = F.linear(h, up, bias)
@@ -76,8 +83,9 @@ def _finished(h: Tensor, z: Tensor, activation: str, residual: Tensor | None) ->
     return Stages(y, h, z if activation != "none" else z.new_empty(0))
 
 
-def low_rank_linear_backward(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, h: Tensor, z: Tensor, activation: str,
-                             needs: Grads) -> Grads:
+def low_rank_linear_backward(
+    grad: Tensor, x: Tensor, down: Tensor, up: Tensor, h: Tensor, z: Tensor, activation: str, needs: Grads
+) -> Grads:
     """The gradients for which `needs` is true, from grad (..., N) of y and the forward pass's h and z."""
     dz = _BACKWARD[activation](grad, z)
     M = math.prod(x.shape[:-1])
@@ -114,8 +122,10 @@ class Window(NamedTuple):
 
 
 def output_sizes(x: Tensor, down: Tensor, window: Window) -> list[int]:
-    return [(x.size(2 + i) + begin + end - window.dilation[i] * (down.size(2 + i) - 1) - 1) // window.stride[i] + 1
-            for i, (begin, end) in enumerate(window.pads())]
+    return [
+        (x.size(2 + i) + begin + end - window.dilation[i] * (down.size(2 + i) - 1) - 1) // window.stride[i] + 1
+        for i, (begin, end) in enumerate(window.pads())
+    ]
 
 
 def channels_last(x: Tensor, down: Tensor) -> bool:
@@ -134,8 +144,15 @@ def in_format(tensor: Tensor, last: bool) -> Tensor:
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def low_rank_conv(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, window: Window, activation: str = "none",
-                  residual: Tensor | None = None) -> Tensor:
+def low_rank_conv(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
     """activation(conv(x, down) convolved with up, a point, + bias) + residual
 
     x: (B, C, *in)  down: (R, C/groups, *kernel)  up: (N, R/up_groups, 1, ...)  bias: (N,)  residual: (B, N, *out)
@@ -144,8 +161,9 @@ def low_rank_conv(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, wind
     return low_rank_conv_stages(x, down, up, bias, window, activation, residual).y
 
 
-def low_rank_conv_stages(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, window: Window, activation: str,
-                         residual: Tensor | None) -> Stages:
+def low_rank_conv_stages(
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, window: Window, activation: str, residual: Tensor | None
+) -> Stages:
     """low_rank_conv with what lies between; h is (B, R, *out)."""
     convolve = CONVOLUTIONS[down.dim() - 2]
     x, padding = padded(x, window)
@@ -162,8 +180,17 @@ def padded(x: Tensor, window: Window) -> tuple[Tensor, list[int]]:
     return F.pad(x, [each for pair in reversed(pads) for each in pair]), [0] * len(pads)
 
 
-def low_rank_conv_backward(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, h: Tensor, z: Tensor, window: Window,
-                           activation: str, needs: Grads) -> Grads:
+def low_rank_conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    h: Tensor,
+    z: Tensor,
+    window: Window,
+    activation: str,
+    needs: Grads,
+) -> Grads:
     """The gradients for which `needs` is true, from grad (B, N, *out) of y and the forward pass's h and z."""
     dz = _BACKWARD[activation](grad, z)
     dh, dup, dbias = _pointwise_backward(dz, h, up, window.up_groups, needs)
@@ -172,24 +199,45 @@ def low_rank_conv_backward(grad: Tensor, x: Tensor, down: Tensor, up: Tensor, h:
         wide, padding = padded(x, window)
         d = len(padding)
         dx, ddown, _ = torch.ops.aten.convolution_backward(
-            dh, wide, down, None, window.stride, padding, window.dilation, False, [0] * d, window.groups,
-            [bool(needs.x), bool(needs.down), False])
+            dh,
+            wide,
+            down,
+            None,
+            window.stride,
+            padding,
+            window.dilation,
+            False,
+            [0] * d,
+            window.groups,
+            [bool(needs.x), bool(needs.down), False],
+        )
         if needs.x and wide is not x:
             for i, (begin, _) in enumerate(window.pads()):
                 dx = dx.narrow(2 + i, begin, x.size(2 + i))
     return Grads(dx, ddown, dup, dbias, grad if needs.residual else None)
 
 
-def _pointwise_backward(dz: Tensor, h: Tensor, up: Tensor, groups: int,
-                        needs: Grads) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _pointwise_backward(
+    dz: Tensor, h: Tensor, up: Tensor, groups: int, needs: Grads
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dh, dup and dbias of the second stage. With channels last, and no groups, pixels are rows of matrices."""
     needs_h = bool(needs.x or needs.down)
     if groups > 1 or not _is_channels_last(dz) or not _is_channels_last(h):
         ones = [1] * (dz.dim() - 2)
         zeros = [0] * len(ones)
         return torch.ops.aten.convolution_backward(
-            dz, h, up, [up.size(0)] if needs.bias else None, ones, zeros, ones, False, zeros, groups,
-            [needs_h, bool(needs.up), bool(needs.bias)])
+            dz,
+            h,
+            up,
+            [up.size(0)] if needs.bias else None,
+            ones,
+            zeros,
+            ones,
+            False,
+            zeros,
+            groups,
+            [needs_h, bool(needs.up), bool(needs.bias)],
+        )
     dz_rows, h_rows = dz.movedim(1, -1), h.movedim(1, -1)
     flat_dz, flat_h = dz_rows.reshape(-1, dz.size(1)), h_rows.reshape(-1, h.size(1))
     dh = (dz_rows @ up.flatten(1)).movedim(-1, 1) if needs_h else None

@@ -17,7 +17,8 @@ from .reference import Grads, Stages
 
 library = torch.library.Library("shrank", "FRAGMENT")
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCPU)
+    torch._C.DispatchKey.AutocastCPU
+)
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,19 @@ class Op:
 
     name: str
     arguments: str
-    check: Callable[..., None]       # (x, down, up, bias, *packed, residual) raises what the law forbids
-    stages: Callable[..., Stages]    # the same arguments -> y, h, z, laid out as the op promises
-    backward: Callable[..., Grads]   # (grad, x, down, up, h, z, *packed, needs)
-    empty: Callable[..., Stages]     # as stages: new tensors, unwritten
+    check: Callable[..., None]  # (x, down, up, bias, *packed, residual) raises what the law forbids
+    stages: Callable[..., Stages]  # the same arguments -> y, h, z, laid out as the op promises
+    backward: Callable[..., Grads]  # (grad, x, down, up, h, z, *packed, needs)
+    empty: Callable[..., Stages]  # as stages: new tensors, unwritten
     pack: Callable[..., tuple] = lambda *between: between
 
     @property
     def schemas(self) -> dict[str, str]:
         """Both ops, by name."""
-        return {self.name: f"({self.arguments}) -> Tensor",
-                f"{self.name}_train": f"({self.arguments}) -> (Tensor y, Tensor h, Tensor z)"}
+        return {
+            self.name: f"({self.arguments}) -> Tensor",
+            f"{self.name}_train": f"({self.arguments}) -> (Tensor y, Tensor h, Tensor z)",
+        }
 
     @cached_property
     def overload(self) -> Callable[..., Tensor]:
@@ -56,7 +59,7 @@ class Op:
 
     def complete(self, given: tuple) -> tuple:
         """All arguments: the dispatcher leaves out those at the end that have their defaults."""
-        return given + self.defaults[len(given):]
+        return given + self.defaults[len(given) :]
 
     def packed(self, given: tuple) -> tuple:
         """All arguments, as the four functions take them."""

@@ -32,8 +32,13 @@ if TYPE_CHECKING:
 _PARAMETERS = ("model", "rank", "calibration")
 
 
-def make_plan(model: nn.Module, rank: Rank | Budget, *, calibration: LayerStatistics | None = None,
-              **options: Unpack[PlanKeywords]) -> RankPlan:
+def make_plan(
+    model: nn.Module,
+    rank: Rank | Budget,
+    *,
+    calibration: LayerStatistics | None = None,
+    **options: Unpack[PlanKeywords],
+) -> RankPlan:
     """Decide the rank of every layer of a model, which is not changed.
 
     Args:
@@ -55,13 +60,16 @@ def make_plan(model: nn.Module, rank: Rank | Budget, *, calibration: LayerStatis
     return plan_with(model, rank, calibration, options_of("make_plan", options, _PARAMETERS))
 
 
-def plan_with(model: nn.Module, rank: Rank | Budget, calibration: LayerStatistics | None,
-              options: PlanOptions) -> RankPlan:
+def plan_with(
+    model: nn.Module, rank: Rank | Budget, calibration: LayerStatistics | None, options: PlanOptions
+) -> RankPlan:
     """As `make_plan`."""
     rule = rank if isinstance(rank, Budget) else as_rule(rank)
     if isinstance(rule, Budget) and isinstance(rule.goal, SmallestGoodEnough):
-        raise ValueError("a Budget(eval_fn=) is spent by trying compressed models, which a plan alone does not make: "
-                         "call auto_fact(model, budget, deepcopy=True) and take its shrank_plan")
+        raise ValueError(
+            "a Budget(eval_fn=) is spent by trying compressed models, which a plan alone does not make: "
+            "call auto_fact(model, budget, deepcopy=True) and take its shrank_plan"
+        )
     if calibration is not None and isinstance(rank, Real):
         rule = Budget(keep_params=rule.keep) if isinstance(rule, Fraction) else rule
     sites = sites_of(model, options)
@@ -73,8 +81,10 @@ def plan_with(model: nn.Module, rank: Rank | Budget, calibration: LayerStatistic
     if isinstance(rule, Budget):
         layers, trade_off = _planned_by_budget(sites, drafts, rule, options, allowed, calibration, spectra)
     else:
-        layers = [_plan_layer(site, draft, rule, options, allowed, spectra[site.fqn])
-                  for site, draft in zip(track(sites, "planning"), drafts, strict=True)]
+        layers = [
+            _plan_layer(site, draft, rule, options, allowed, spectra[site.fqn])
+            for site, draft in zip(track(sites, "planning"), drafts, strict=True)
+        ]
         if options.errors:
             layers = _with_errors(layers, {site.fqn: site for site in sites}, spectra, calibration)
     other = count(model.parameters()) - sum(layer.size for layer in layers)
@@ -123,8 +133,14 @@ def _draft(site: Site, counted: set[int]) -> LayerPlan:
     return LayerPlan(site.fqn, kind, _size(site, counted), shape)
 
 
-def _plan_layer(site: Site, draft: LayerPlan, rule: RankRule, options: PlanOptions, allowed: set[int] | None,
-                spectrum_of: Callable[[], Tensor]) -> LayerPlan:
+def _plan_layer(
+    site: Site,
+    draft: LayerPlan,
+    rule: RankRule,
+    options: PlanOptions,
+    allowed: set[int] | None,
+    spectrum_of: Callable[[], Tensor],
+) -> LayerPlan:
     try:
         check_eligible(site, options, allowed)
         shape = replace(draft.shape, pivoted=options.pivot is True and draft.shape.groups == 1)
@@ -134,9 +150,15 @@ def _plan_layer(site: Site, draft: LayerPlan, rule: RankRule, options: PlanOptio
     return replace(draft, rank=rank, shape=shape, reason=f"break-even rank {shape.break_even_rank}")
 
 
-def _planned_by_budget(sites: list[Site], drafts: list[LayerPlan], budget: Budget, options: PlanOptions,
-                       allowed: set[int] | None, calibration: LayerStatistics | None,
-                       spectra: dict[str, Callable[[], Tensor]]) -> tuple[list[LayerPlan], TradeOff]:
+def _planned_by_budget(
+    sites: list[Site],
+    drafts: list[LayerPlan],
+    budget: Budget,
+    options: PlanOptions,
+    allowed: set[int] | None,
+    calibration: LayerStatistics | None,
+    spectra: dict[str, Callable[[], Tensor]],
+) -> tuple[list[LayerPlan], TradeOff]:
     """Overridden layers by their rules, all other eligible ones by the budget."""
     layers: dict[str, LayerPlan] = {draft.fqn: draft for draft in drafts}
     undecided: list[tuple[Site, LayerPlan]] = []
@@ -165,8 +187,13 @@ def _planned_by_budget(sites: list[Site], drafts: list[LayerPlan], budget: Budge
 
     results = list(track(in_parallel(candidate, undecided, workers), "spectra", total=len(undecided)))
     layers |= {x.fqn: x for x in results if isinstance(x, LayerPlan)}
-    planned, trade_off = spend(budget, [x for x in results if isinstance(x, Candidate)], fixed, options,
-                               weighted=calibration is not None and calibration.has_gradients)
+    planned, trade_off = spend(
+        budget,
+        [x for x in results if isinstance(x, Candidate)],
+        fixed,
+        options,
+        weighted=calibration is not None and calibration.has_gradients,
+    )
     return list((layers | {layer.fqn: layer for layer in planned}).values()), trade_off
 
 
@@ -176,8 +203,12 @@ def _priced(site: Site, calibration: LayerStatistics | None) -> PricedLayer:
     return PricedLayer(site.fqn, tokens, target(site.module).takes_vectors)
 
 
-def _with_errors(layers: list[LayerPlan], sites: dict[str, Site], spectra: dict[str, Callable[[], Tensor]],
-                 calibration: LayerStatistics | None) -> list[LayerPlan]:
+def _with_errors(
+    layers: list[LayerPlan],
+    sites: dict[str, Site],
+    spectra: dict[str, Callable[[], Tensor]],
+    calibration: LayerStatistics | None,
+) -> list[LayerPlan]:
     """The layers with the error to expect at their ranks, or dense where their weights have no spectrum."""
 
     def with_error(layer: LayerPlan) -> LayerPlan:
@@ -207,7 +238,10 @@ def _spectrum(site: Site, calibration: LayerStatistics | None, shape: Shape | No
 def _size(site: Site, counted: set[int]) -> int:
     """Numbers in the matrices that the module owns, with those of its factors or parametrizations; shared ones count
     where they come first."""
-    own = [p for p in site.module.parameters(recurse=is_unit(site.module))
-           if not is_lazy(p) and p.dim() >= 2 and id(p) not in counted]
+    own = [
+        p
+        for p in site.module.parameters(recurse=is_unit(site.module))
+        if not is_lazy(p) and p.dim() >= 2 and id(p) not in counted
+    ]
     counted.update(map(id, own))
     return count(own)

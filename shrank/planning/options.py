@@ -74,10 +74,13 @@ class PlanOptions:
 
 
 # What a caller may take for an option, and what gives it.
-_ELSEWHERE = {name: f"calibrate=shrank.batches(data, {name}=)"
-              for name in ("tokenizer", "mask", "batch_size", "max_length", "forward")}
-_ELSEWHERE |= {name: f"calibrate=shrank.Calibrate(data, {name}=)"
-               for name in ("loss", "cache", "max_memory", "spill", "seed")}
+_ELSEWHERE = {
+    name: f"calibrate=shrank.batches(data, {name}=)"
+    for name in ("tokenizer", "mask", "batch_size", "max_length", "forward")
+}
+_ELSEWHERE |= {
+    name: f"calibrate=shrank.Calibrate(data, {name}=)" for name in ("loss", "cache", "max_memory", "spill", "seed")
+}
 
 
 def options_of(function: str, given: Mapping[str, object], others: Iterable[str] = ()) -> PlanOptions:
@@ -129,9 +132,11 @@ def fit(rank: int | None, adapter: Target, options: PlanOptions) -> tuple[int, S
     if shape.low_rank_params(rank) + shape.index_size >= shape.dense_params and not options.allow_growth:
         raise StaysDense(f"rank {rank} saves nothing (break-even rank {shape.break_even_rank})")
     if not is_faster(rank, shape, adapter, options):
-        raise StaysDense(f"rank {rank} computes as {shape.channels_computed(rank)} of its "
-                         f"{shape.channels_computed(None)} channels, and a second stage: no faster than dense on a "
-                         "CPU (allow_slower)")
+        raise StaysDense(
+            f"rank {rank} computes as {shape.channels_computed(rank)} of its "
+            f"{shape.channels_computed(None)} channels, and a second stage: no faster than dense on a "
+            "CPU (allow_slower)"
+        )
     return rank, shape
 
 

@@ -149,9 +149,13 @@ class RankPlan:
 
     def to_dict(self) -> dict:
         """The plan as plain data, for JSON."""
-        return {"format": FORMAT, "other_params": self.other_params, "layers": [asdict(x) for x in self.layers],
-                "trade_off": [list(point) for point in self.trade_off],
-                "spent": None if self.spent is None else list(self.spent)}
+        return {
+            "format": FORMAT,
+            "other_params": self.other_params,
+            "layers": [asdict(x) for x in self.layers],
+            "trade_off": [list(point) for point in self.trade_off],
+            "spent": None if self.spent is None else list(self.spent),
+        }
 
     @classmethod
     def from_dict(cls, data: object) -> RankPlan:
@@ -168,8 +172,12 @@ class RankPlan:
         """
         check_plan(data, LayerPlan.__dataclass_fields__, Shape.__dataclass_fields__)
         spent = data.get("spent")
-        return cls(tuple(map(_layer_from_dict, data["layers"])), data.get("other_params", 0),
-                   tuple(map(tuple, data.get("trade_off", []))), None if spent is None else tuple(spent))
+        return cls(
+            tuple(map(_layer_from_dict, data["layers"])),
+            data.get("other_params", 0),
+            tuple(map(tuple, data.get("trade_off", []))),
+            None if spent is None else tuple(spent),
+        )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as JSON.
@@ -203,9 +211,11 @@ class RankPlan:
         """One line: layers and parameters, before and after."""
         before, after = self.params_before, self.params_after
         touched, kept = sum(x.size for x in self.low_rank), sum(x.params_after for x in self.low_rank)
-        parts = [f"{len(self.low_rank)} of {len(self)} layers low-rank",
-                 f"their weights {touched:,} -> {kept:,}" + (f" ({kept / touched:.1%})" if touched else ""),
-                 f"whole model {before:,} -> {after:,}" + (f" ({after / before:.1%})" if before else "")]
+        parts = [
+            f"{len(self.low_rank)} of {len(self)} layers low-rank",
+            f"their weights {touched:,} -> {kept:,}" + (f" ({kept / touched:.1%})" if touched else ""),
+            f"whole model {before:,} -> {after:,}" + (f" ({after / before:.1%})" if before else ""),
+        ]
         if grown := [x.fqn for x in self.low_rank if x.grows]:
             parts.append(f"{len(grown)} grow")
         return "; ".join(parts)
@@ -222,5 +232,6 @@ class RankPlan:
 
 def _layer_from_dict(entry: dict) -> LayerPlan:
     shape = entry.get("shape")
-    return LayerPlan(**{**entry, "spectrum": tuple(entry.get("spectrum", ())),
-                        "shape": None if shape is None else Shape(**shape)})
+    return LayerPlan(
+        **{**entry, "spectrum": tuple(entry.get("spectrum", ())), "shape": None if shape is None else Shape(**shape)}
+    )

@@ -16,8 +16,10 @@ def check_plan(data: object, layer_keys: Collection[str], shape_keys: Collection
     if not isinstance(data, dict) or "layers" not in data:
         raise ValueError("not a shrank plan: expected an object with the key 'layers'")
     if data.get("format") not in _READABLE:
-        raise ValueError(f"plan of format {data.get('format')!r}; this version of shrank reads format "
-                         f"{' and '.join(map(str, _READABLE))}")
+        raise ValueError(
+            f"plan of format {data.get('format')!r}; this version of shrank reads format "
+            f"{' and '.join(map(str, _READABLE))}"
+        )
     layers = data["layers"]
     if not isinstance(layers, list):
         raise ValueError(f"'layers' must be a list, got {type(layers).__name__}")

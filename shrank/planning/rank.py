@@ -121,8 +121,17 @@ class ByFunction:
         return None if rank is None else as_rule(rank)(layer)
 
 
-Rank = (int | float | Fixed | Fraction | Energy | ByPattern | ByFunction | Mapping[str, object]
-        | Callable[[str, nn.Module], int | float | None])
+Rank = (
+    int
+    | float
+    | Fixed
+    | Fraction
+    | Energy
+    | ByPattern
+    | ByFunction
+    | Mapping[str, object]
+    | Callable[[str, nn.Module], int | float | None]
+)
 """What stands for a rank rule wherever a caller gives one: see `shrank.auto_fact`."""
 
 

@@ -72,8 +72,9 @@ class Paid:
     priced: PricedLayer
 
 
-def spend(budget: Budget, candidates: list[Candidate], fixed: list[Paid], options: PlanOptions,
-          weighted: bool) -> tuple[list[LayerPlan], TradeOff]:
+def spend(
+    budget: Budget, candidates: list[Candidate], fixed: list[Paid], options: PlanOptions, weighted: bool
+) -> tuple[list[LayerPlan], TradeOff]:
     """The candidates with ranks, and the trade-off that there was.
 
     weighted: errors of different layers add up; else every layer keeps the same share, which no measure of the weights
@@ -109,8 +110,9 @@ def _choices(candidate: Candidate, options: PlanOptions) -> dict[int | None, _Ch
     dense = {None: _Choice(None, shape)}
     choices: dict[int | None, _Choice] = dict(dense) if options.allow_dense else {}
     multiple = math.lcm(options.round_to or (8 if shape.max_rank >= 128 else 1), shape.groups)
-    pivots = options.pivot is True or (options.pivot == "auto" and not candidate.site.module.training
-                                       and not candidate.site.module.weight.is_cuda)
+    pivots = options.pivot is True or (
+        options.pivot == "auto" and not candidate.site.module.training and not candidate.site.module.weight.is_cuda
+    )
     largest = min(shape.max_rank, options.max_rank or math.inf)
     for rank in range(multiple, int(largest) + 1, multiple):
         if rank < (options.min_rank or 1):
@@ -129,8 +131,9 @@ def _choices(candidate: Candidate, options: PlanOptions) -> dict[int | None, _Ch
     return choices or dense
 
 
-def _options(item: list[Candidate], choices: dict[str, dict[int | None, _Choice]], cost: Cost,
-             weighted: bool) -> tuple[Options, list[int | None]]:
+def _options(
+    item: list[Candidate], choices: dict[str, dict[int | None, _Choice]], cost: Cost, weighted: bool
+) -> tuple[Options, list[int | None]]:
     """What layers of one rank can be, with the ranks that all of them have."""
     own = [choices[x.site.fqn] for x in item]
     common = [rank for rank in own[0] if all(rank in other for other in own)]
@@ -160,8 +163,13 @@ def _decided(candidate: Candidate, choice: _Choice) -> LayerPlan:
     layer = replace(candidate.draft, spectrum=_relative_spectrum(candidate.squares))
     if choice.rank is None:
         return replace(layer, reason="the budget is better spent elsewhere")
-    return replace(layer, rank=choice.rank, shape=choice.shape, error=candidate.relative_error(choice.rank),
-                   reason=f"chosen by the budget; break-even rank {choice.shape.break_even_rank}")
+    return replace(
+        layer,
+        rank=choice.rank,
+        shape=choice.shape,
+        error=candidate.relative_error(choice.rank),
+        reason=f"chosen by the budget; break-even rank {choice.shape.break_even_rank}",
+    )
 
 
 def _relative_spectrum(squares: Tensor) -> tuple[float, ...]:

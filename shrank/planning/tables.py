@@ -11,8 +11,16 @@ from rich.table import Table
 if TYPE_CHECKING:
     from .plan import LayerPlan, RankPlan
 
-_COLUMNS = {"layer": "left", "kind": "left", "shape": "right", "rank": "right", "params": "right", "after": "right",
-            "error": "right", "reason": "left"}
+_COLUMNS = {
+    "layer": "left",
+    "kind": "left",
+    "shape": "right",
+    "rank": "right",
+    "params": "right",
+    "after": "right",
+    "error": "right",
+    "reason": "left",
+}
 _WIDTH = 160
 
 
@@ -40,5 +48,13 @@ def _cells(layer: LayerPlan) -> tuple[str, ...]:
     pivots = "p" if shape and shape.pivoted else ""
     rank = "dense" if layer.rank is None else f"{layer.rank}{pivots}"
     error = "" if layer.error is None else f"{layer.error:.4f}"
-    return (layer.fqn or "(root)", layer.kind, size + groups, rank, f"{layer.size:,}", f"{layer.params_after:,}", error,
-            layer.reason)
+    return (
+        layer.fqn or "(root)",
+        layer.kind,
+        size + groups,
+        rank,
+        f"{layer.size:,}",
+        f"{layer.params_after:,}",
+        error,
+        layer.reason,
+    )

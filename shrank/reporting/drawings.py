@@ -57,8 +57,9 @@ def _draw_trade_off(axis: Axes, plan: RankPlan, _: list[LayerPlan]) -> None:
     if plan.spent is not None:
         axis.semilogy([100 * plan.spent[0]], [max(plan.spent[1], _LEAST_ERROR)], "o", color=_LINE, label="this plan")
         axis.legend(frameon=False)
-    axis.set(xlabel="cost of the layers, % of dense", ylabel="squared error over that of no layers",
-             ylim=(_LEAST_ERROR, 1.5))
+    axis.set(
+        xlabel="cost of the layers, % of dense", ylabel="squared error over that of no layers", ylim=(_LEAST_ERROR, 1.5)
+    )
     axis.grid(alpha=0.25)
 
 
@@ -76,8 +77,13 @@ def _draw_spectra(axis: Axes, plan: RankPlan, planned: list[LayerPlan]) -> None:
     shown = [x for x in planned if x.spectrum]
     for number, layer in enumerate(shown):
         places = [100 * i / (len(layer.spectrum) - 1 or 1) for i in range(len(layer.spectrum))]
-        axis.semilogy(places, [max(x, 1e-6) for x in layer.spectrum], color=_LOW_RANK, linewidth=0.7,
-                      alpha=0.25 + 0.5 * number / len(shown))
+        axis.semilogy(
+            places,
+            [max(x, 1e-6) for x in layer.spectrum],
+            color=_LOW_RANK,
+            linewidth=0.7,
+            alpha=0.25 + 0.5 * number / len(shown),
+        )
     axis.set(xlabel="rank, % of the largest possible", ylabel="singular value over the largest", ylim=(1e-6, 1.5))
     axis.grid(alpha=0.25)
 
@@ -87,5 +93,4 @@ def _draw_errors(axis: Axes, plan: RankPlan, planned: list[LayerPlan]) -> None:
     most = max(max(point) for point in points) * 1.05 or 1.0
     axis.plot([0, most], [0, most], color=_DENSE, linewidth=0.8)
     axis.plot(*zip(*points, strict=True), "o", color=_LOW_RANK, markersize=4, alpha=0.7)
-    axis.set(xlabel="expected relative error of the outputs", ylabel="measured", xlim=(0, most),
-             ylim=(0, None))
+    axis.set(xlabel="expected relative error of the outputs", ylabel="measured", xlim=(0, most), ylim=(0, None))

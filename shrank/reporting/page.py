@@ -43,12 +43,16 @@ def report(plan: RankPlan, path: str | os.PathLike) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    pictures = "".join(f"<h2>{title}</h2>\n<img alt='{title}' src='data:image/png;base64,{_png(figure)}'>\n"
-                       for title, figure in figures(plan).items())
-    page = (f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>shrank plan</title>"
-            f"<style>{_STYLE}</style></head>\n<body>\n<h1>What shrank does to this model</h1>\n"
-            f"<p>{html.escape(plan.summary)}</p>\n{_totals(plan)}{pictures}<h2>Every layer</h2>\n{_table(plan)}\n"
-            f"<script type='application/json' id='plan'>{_json(plan)}</script>\n</body></html>\n")
+    pictures = "".join(
+        f"<h2>{title}</h2>\n<img alt='{title}' src='data:image/png;base64,{_png(figure)}'>\n"
+        for title, figure in figures(plan).items()
+    )
+    page = (
+        f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>shrank plan</title>"
+        f"<style>{_STYLE}</style></head>\n<body>\n<h1>What shrank does to this model</h1>\n"
+        f"<p>{html.escape(plan.summary)}</p>\n{_totals(plan)}{pictures}<h2>Every layer</h2>\n{_table(plan)}\n"
+        f"<script type='application/json' id='plan'>{_json(plan)}</script>\n</body></html>\n"
+    )
     with replacing(path) as temporary:
         Path(temporary).write_text(page, encoding="utf-8")
 
@@ -61,17 +65,21 @@ def _png(figure: Figure) -> str:
 
 def _totals(plan: RankPlan) -> str:
     touched, kept = (sum(getattr(x, name) for x in plan.low_rank) for name in ("size", "params_after"))
-    facts = {"layers made low-rank": f"{len(plan.low_rank)} of {len(plan)}",
-             "their weights": f"{touched:,} → {kept:,}",
-             "the whole model": f"{plan.params_before:,} → {plan.params_after:,}",
-             "kept": f"{100 * plan.params_after / max(plan.params_before, 1):.1f} %"}
+    facts = {
+        "layers made low-rank": f"{len(plan.low_rank)} of {len(plan)}",
+        "their weights": f"{touched:,} → {kept:,}",
+        "the whole model": f"{plan.params_before:,} → {plan.params_after:,}",
+        "kept": f"{100 * plan.params_after / max(plan.params_before, 1):.1f} %",
+    }
     return "<div class='totals'>" + "".join(f"<div><b>{v}</b>{k}</div>" for k, v in facts.items()) + "</div>\n"
 
 
 def _table(plan: RankPlan) -> str:
     numbers = ("rank", "weights", "kept", "error", "measured")
-    head = "".join(f"<th class='number'>{c}</th>" if c in numbers else f"<th>{c}</th>"
-                   for c in ("layer", "kind", "shape", *numbers[:3], "", *numbers[3:], "reason"))
+    head = "".join(
+        f"<th class='number'>{c}</th>" if c in numbers else f"<th>{c}</th>"
+        for c in ("layer", "kind", "shape", *numbers[:3], "", *numbers[3:], "reason")
+    )
     return f"<table>\n<tr>{head}</tr>\n" + "\n".join(map(_row, plan)) + "\n</table>"
 
 

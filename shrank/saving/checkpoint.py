@@ -48,8 +48,9 @@ def content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     if empty := [name for name, value in state.items() if value.is_meta]:
         raise ValueError(f"on the meta device, without data: {', '.join(empty[:5])}")
     if wrong := [f"{name}: {reason}" for name, value in state.items() if (reason := why_not_numbers(value))]:
-        raise ValueError(f"safetensors hold only plain tensors; save before quantizing, gather shards first:"
-                         f"{indented(wrong)}")
+        raise ValueError(
+            f"safetensors hold only plain tensors; save before quantizing, gather shards first:{indented(wrong)}"
+        )
     tensors, aliases = _without_aliases(state)
     metadata = {"plan": describe(model).to_dict(), "aliases": aliases}
     return tensors | seals(model), {METADATA_KEY: json.dumps(metadata)}
@@ -71,11 +72,17 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     _check_names_and_shapes(path, expected, stored)
     held = tensor_file.read(path, {header.aliases.get(name, name) for name in expected})
     state = {name: held[header.aliases.get(name, name)] for name in expected}
-    if wrong := [f"{name}: {state[name].dtype} in the file, {expected[name].dtype} in the model" for name in expected
-                 if state[name].is_floating_point() != expected[name].is_floating_point()]:
+    if wrong := [
+        f"{name}: {state[name].dtype} in the file, {expected[name].dtype} in the model"
+        for name in expected
+        if state[name].is_floating_point() != expected[name].is_floating_point()
+    ]:
         raise ValueError(f"{path}: does not fit the model:{indented(wrong)}")
-    if wrong := [name for name, value in state.items() if name.endswith("_unit.2.order")
-                 and not torch.equal(value.sort().values.long(), torch.arange(len(value)))]:
+    if wrong := [
+        name
+        for name, value in state.items()
+        if name.endswith("_unit.2.order") and not torch.equal(value.sort().values.long(), torch.arange(len(value)))
+    ]:
         raise ValueError(f"{path}: no permutation of outputs: {', '.join(wrong[:5])}")
     model = attach_empty(model, header.plan)
     if any(t.is_meta for t in model.state_dict().values()):
@@ -112,8 +119,11 @@ def inspect_file(path: str | os.PathLike) -> tuple[RankPlan, list[str]]:
 
 def not_finite(state: dict[str, Tensor]) -> list[str]:
     """A line for every tensor that holds NaN or infinity."""
-    return [f"{name}: holds NaN or infinity" for name, tensor in state.items()
-            if tensor.is_floating_point() and not tensor.isfinite().all()]
+    return [
+        f"{name}: holds NaN or infinity"
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]
 
 
 def tensor_names(path: str | os.PathLike) -> list[str]:
@@ -149,8 +159,11 @@ def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 def _check_names_and_shapes(path, expected: dict[str, Tensor], stored: dict[str, tuple]) -> None:
     problems = [f"{name}: missing" for name in expected if name not in stored]
     problems += [f"{name}: unknown to the model" for name in stored if name not in expected]
-    problems += [f"{name}: {stored[name]} in the file, {tuple(expected[name].shape)} in the model"
-                 for name in expected if name in stored and tuple(expected[name].shape) != stored[name]]
+    problems += [
+        f"{name}: {stored[name]} in the file, {tuple(expected[name].shape)} in the model"
+        for name in expected
+        if name in stored and tuple(expected[name].shape) != stored[name]
+    ]
     if problems:
         raise ValueError(f"{path}: does not fit the model:{indented(problems)}")
 

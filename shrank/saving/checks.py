@@ -20,8 +20,11 @@ def has_low_rank(model: nn.Module) -> bool:
 
 def seals(model: nn.Module) -> dict[str, Tensor]:
     """A seal for every low-rank layer, under every name that its dense weight would have in `model.state_dict()`."""
-    return {f"{fqn}.{DENSE_NAME}".lstrip("."): seal(tuple(layer.weight_shape))
-            for fqn, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, LOW_RANK)}
+    return {
+        f"{fqn}.{DENSE_NAME}".lstrip("."): seal(tuple(layer.weight_shape))
+        for fqn, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, LOW_RANK)
+    }
 
 
 def is_plan(value: object) -> bool:
@@ -40,6 +43,7 @@ def stand_in_for(model: nn.Module) -> nn.Module:
 @contextmanager
 def sealing(model: nn.Module) -> Iterator[None]:
     """Inside, `state_dict()` of the model holds the seals too: for code of others that writes what that returns."""
+
     def add(layer: nn.Module, state: dict, prefix: str, _: dict) -> None:
         state[prefix + DENSE_NAME] = seal(tuple(layer.weight_shape))
 
@@ -54,11 +58,16 @@ def sealing(model: nn.Module) -> Iterator[None]:
 
 def check_saveable(model: nn.Module) -> None:
     """ValueError if a stage of a low-rank layer is no plain layer: no loader could put together what replaced it."""
-    problems = [f"{fqn or '(root)'}: {reason}" for fqn, layer in model.named_modules()
-                if isinstance(layer, LOW_RANK) and (reason := layer.why_not_plain(sharded=True))]
+    problems = [
+        f"{fqn or '(root)'}: {reason}"
+        for fqn, layer in model.named_modules()
+        if isinstance(layer, LOW_RANK) and (reason := layer.why_not_plain(sharded=True))
+    ]
     if problems:
-        raise ValueError("nothing could load these low-rank layers again, and nothing was written:"
-                         + "".join(f"\n  {line}" for line in problems[:10]))
+        raise ValueError(
+            "nothing could load these low-rank layers again, and nothing was written:"
+            + "".join(f"\n  {line}" for line in problems[:10])
+        )
 
 
 def why_not_data(value: Tensor) -> str:

@@ -30,8 +30,10 @@ def join_models(modeling_utils: ModuleType) -> None:
 
 def _refuse(save: Callable, model: nn.Module, args: tuple, kwargs: dict) -> object:
     if has_low_rank(model):
-        raise RuntimeError("this diffusers has no quantizers, through which low-rank models are loaded again; use a "
-                           "newer one, or shrank.save and shrank.load")
+        raise RuntimeError(
+            "this diffusers has no quantizers, through which low-rank models are loaded again; use a "
+            "newer one, or shrank.save and shrank.load"
+        )
     return save(*args, **kwargs)
 
 

@@ -99,9 +99,11 @@ def save_pretrained(save_plainly: Callable, save: Callable, model: ModelMixin, a
     if low_rank:
         check_saveable(model)
         if quantizer is not None and not ours:
-            raise ValueError(f"the model was quantized by {quantizer.quantization_config.quant_method} and has "
-                             "low-rank layers; diffusers loads only one of the two again. Compress the model in "
-                             "floating point and save that, then quantize what from_pretrained loads")
+            raise ValueError(
+                f"the model was quantized by {quantizer.quantization_config.quant_method} and has "
+                "low-rank layers; diffusers loads only one of the two again. Compress the model in "
+                "floating point and save that, then quantize what from_pretrained loads"
+            )
         if signature(save_plainly).bind(model, *args, **kwargs).arguments.get("use_flashpack"):
             raise ValueError("flashpack casts every tensor to one dtype; save low-rank models as safetensors")
     stand_in = stand_in_for(model)

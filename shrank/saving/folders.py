@@ -14,8 +14,23 @@ from .checkpoint import tensor_names
 from .model_card import CARD
 
 MODULES = "modules.json"  # sentence-transformers' list of modules, each in a folder of its own
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf",
-            ".xml", ".tflite", ".npz", ".index.json")
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".ot",
+    ".onnx",
+    ".onnx_data",
+    ".gguf",
+    ".xml",
+    ".tflite",
+    ".npz",
+    ".index.json",
+)
 
 
 def transformer_of(source: str | os.PathLike) -> str:
@@ -68,7 +83,8 @@ def _holds_others(folder: Path, own: set[str]) -> bool:
     files = list(folder.glob("*.safetensors"))
     bare = {name.partition(".")[2] for name in own}  # without or with the name of the base model
     return bool(files) and not any(
-        name in own or name in bare or name.partition(".")[2] in own for file in files for name in tensor_names(file))
+        name in own or name in bare or name.partition(".")[2] in own for file in files for name in tensor_names(file)
+    )
 
 
 def _is_weights(name: str) -> bool:

@@ -29,8 +29,13 @@ def write_card(model: nn.Module, source: str, folder: Path, load: str) -> None:
     base = metadata.get("base_model") if was_compressed else name
     tags = [tag for tag in metadata.get("tags") or [] if tag not in (TAG, "low-rank")]
     kept = {key: value for key, value in metadata.items() if key not in _NOT_KEPT}
-    data = ModelCardData(**({"library_name": "transformers"} | kept | {
-        "base_model": base, "tags": [*tags, *((TAG, "low-rank") if plan.low_rank else ())]}))
+    data = ModelCardData(
+        **(
+            {"library_name": "transformers"}
+            | kept
+            | {"base_model": base, "tags": [*tags, *((TAG, "low-rank") if plan.low_rank else ())]}
+        )
+    )
     text = _compressed(model, plan, name, load) if plan.low_rank else _merged(name, load)
     about_dense = [_ABOUT_DENSE, _NOTE, dense_text] if dense_text else []
     content = "\n\n".join(("---\n" + data.to_yaml() + "\n---", *text, *about_dense))
@@ -44,11 +49,18 @@ def _compressed(model: nn.Module, plan: RankPlan, name: str, load: str) -> Itera
     touched, kept = sum(x.size for x in layers), sum(x.params_after for x in layers)
     rows = (("parameters", plan.params_before, plan.params_after), ("bytes", after + saved, after))
     yield f"# Low-rank copy of {name}"
-    yield (f"shrank replaced {len(layers)} layers of `{name}` by products of two thin ones, of ranks {ranks[0]} to "
-           f"{ranks[-1]} (median {ranks[len(ranks) // 2]}), which keep {kept / touched:.1%} of these layers' weights. "
-           "config.json holds the rank of every layer.")
-    yield "\n".join(("| | dense | this copy |", "|---|---|---|",
-                     *(f"| {what} | {before:,} | {now:,} ({now / before:.1%}) |" for what, before, now in rows)))
+    yield (
+        f"shrank replaced {len(layers)} layers of `{name}` by products of two thin ones, of ranks {ranks[0]} to "
+        f"{ranks[-1]} (median {ranks[len(ranks) // 2]}), which keep {kept / touched:.1%} of these layers' weights. "
+        "config.json holds the rank of every layer."
+    )
+    yield "\n".join(
+        (
+            "| | dense | this copy |",
+            "|---|---|---|",
+            *(f"| {what} | {before:,} | {now:,} ({now / before:.1%}) |" for what, before, now in rows),
+        )
+    )
     yield f"Import shrank first: without it these weights do not load.\n\n```python\nimport shrank\n\n{load}\n```"
 
 

@@ -36,8 +36,10 @@ def load_model(load_dense: Callable, _: object, args: tuple, kwargs: dict) -> tu
     if not tensor_file.has_metadata(path, METADATA_KEY):
         return load_dense(*args, **kwargs)
     if not has_low_rank(model) and "" in {layer.fqn for layer in read_header(path).plan.low_rank}:
-        raise ValueError(f"{path}: the model itself is a low-rank layer, and no function can turn a "
-                         f"{type(model).__name__} into one in place; use model = shrank.load(model, path)")
+        raise ValueError(
+            f"{path}: the model itself is a low-rank layer, and no function can turn a "
+            f"{type(model).__name__} into one in place; use model = shrank.load(model, path)"
+        )
     load(model, path)
     return set(), []
 
@@ -60,8 +62,10 @@ def _hub_save(save: Callable, model: object, args: tuple, kwargs: dict) -> objec
 def _sentence_module_save(save: Callable, module: object, args: tuple, kwargs: dict) -> None:
     """save_torch_weights of sentence-transformers' modules, of which only the safetensors know low-rank layers."""
     if has_low_rank(module) and not signature(save).bind(*args, **kwargs).arguments.get("safe_serialization", True):
-        raise ValueError(f"a {type(module).__name__} with low-rank layers is loaded again only from safetensors; save "
-                         "with safe_serialization=True")
+        raise ValueError(
+            f"a {type(module).__name__} with low-rank layers is loaded again only from safetensors; save "
+            "with safe_serialization=True"
+        )
     return save(*args, **kwargs)
 
 
@@ -77,10 +81,14 @@ def _wrap(name: str, wrapper: Callable) -> None:
 
 _wrap("save_model", save_model)
 _wrap("load_model", load_model)
-register_post_import_hook(lambda module: wrap_function_wrapper(module.Accelerator, "save_model", _accelerate_save),
-                          "accelerate.accelerator")
-register_post_import_hook(lambda module: wrap_function_wrapper(module.ModelHubMixin, "save_pretrained", _hub_save),
-                          "huggingface_hub.hub_mixin")
+register_post_import_hook(
+    lambda module: wrap_function_wrapper(module.Accelerator, "save_model", _accelerate_save), "accelerate.accelerator"
+)
+register_post_import_hook(
+    lambda module: wrap_function_wrapper(module.ModelHubMixin, "save_pretrained", _hub_save),
+    "huggingface_hub.hub_mixin",
+)
 register_post_import_hook(
     lambda module: wrap_function_wrapper(module.Module, "save_torch_weights", _sentence_module_save),
-    "sentence_transformers.base.modules.module")
+    "sentence_transformers.base.modules.module",
+)

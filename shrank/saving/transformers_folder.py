@@ -40,8 +40,10 @@ def save_model(model: nn.Module, source: str, folder: str | os.PathLike) -> None
     """Write the model to a folder, atomically, with all that its source has beside the transformer's weights: tokenizer
     and processor files, modules of a sentence-transformers folder, and a card of its own."""
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError("with adapters attached, transformers saves nothing but these; merge them into the model "
-                         "first: PeftModel.merge_and_unload()")
+        raise ValueError(
+            "with adapters attached, transformers saves nothing but these; merge them into the model "
+            "first: PeftModel.merge_and_unload()"
+        )
     place = transformer_of(source)
     with replacing(folder) as temporary:
         model.save_pretrained(temporary / place)

@@ -33,8 +33,10 @@ def join_models(modeling_utils: ModuleType) -> None:
 
     def refuse(save, model, args, kwargs):
         if has_low_rank(model):
-            raise RuntimeError(f"transformers {version} cannot load low-rank models again, {OLDEST} or newer can; "
-                               "use shrank.save and shrank.load")
+            raise RuntimeError(
+                f"transformers {version} cannot load low-rank models again, {OLDEST} or newer can; "
+                "use shrank.save and shrank.load"
+            )
         return save(*args, **kwargs)
 
     wrap_function_wrapper(modeling_utils.PreTrainedModel, "save_pretrained", refuse)

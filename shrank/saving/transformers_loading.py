@@ -40,8 +40,9 @@ class ShrankConfig(QuantizationConfigMixin):
 
     quant_method = METHOD
 
-    def __init__(self, plan: dict | RankPlan | None = None, quant_method: str = METHOD,
-                 names: str = _AS_PUBLISHED) -> None:
+    def __init__(
+        self, plan: dict | RankPlan | None = None, quant_method: str = METHOD, names: str = _AS_PUBLISHED
+    ) -> None:
         self.quant_method = quant_method
         self.plan = plan if plan is None or isinstance(plan, RankPlan) else RankPlan.from_dict(plan)
         self.names = names
@@ -88,8 +89,11 @@ class ShrankQuantizer(HfQuantizer):
         self.may_lack_plans = len(plan) < len(planned) and self.quantization_config.names != _AS_IN_MODEL
         # A seal where the model keeps a dense layer lets transformers decide: an error, or a new layer where it was
         # told to ignore sizes.
-        resized = {fqn for fqn in _resized(plan, model)
-                   if any(f"{name}.{DENSE_NAME}" in self.stored for name in _possible_names(fqn, model))}
+        resized = {
+            fqn
+            for fqn in _resized(plan, model)
+            if any(f"{name}.{DENSE_NAME}" in self.stored for name in _possible_names(fqn, model))
+        }
         model = attach_empty(model, RankPlan(tuple(layer for layer in plan if layer.fqn not in resized)))
         _check_unplanned(model, self.stored, resized)
         model.all_tied_weights_keys = untied(model, model.all_tied_weights_keys)
@@ -108,8 +112,9 @@ class ShrankQuantizer(HfQuantizer):
             whole = model if _is_saved_class(model) else model.base_model
             checked.update(m for m in whole.modules() if target(m))
         lacking = {name: m for name, m in model.named_modules() if m in checked and _lacks_weights(m)}
-        if missing := [name for name, m in lacking.items()
-                       if m in stages or not self._is_stored_in_another_size(name, model)]:
+        if missing := [
+            name for name, m in lacking.items() if m in stages or not self._is_stored_in_another_size(name, model)
+        ]:
             raise ValueError(f"the checkpoint lacks weights that its plan asks for: {', '.join(missing[:5])}")
         for module in model.modules():
             if isinstance(module, Pivots):
@@ -126,9 +131,11 @@ class ShrankQuantizer(HfQuantizer):
     def _is_stored_in_another_size(self, fqn: str, model: nn.Module) -> bool:
         """Whether the files have a parameter of this module in another shape: of that transformers itself makes an
         error, unless it was told to ignore sizes."""
-        return any(self.stored.get(f"{name}.{leaf}", p.shape) != tuple(p.shape)
-                   for leaf, p in model.get_submodule(fqn).named_parameters(recurse=False)
-                   for name in _possible_names(fqn, model))
+        return any(
+            self.stored.get(f"{name}.{leaf}", p.shape) != tuple(p.shape)
+            for leaf, p in model.get_submodule(fqn).named_parameters(recurse=False)
+            for name in _possible_names(fqn, model)
+        )
 
     def _dequantize(self, model: nn.Module, *_, **__) -> nn.Module:
         return merge(model)
@@ -137,8 +144,11 @@ class ShrankQuantizer(HfQuantizer):
 def untied(model: nn.Module, tied: dict[str, str]) -> dict[str, str]:
     """Of the parameters that a class ties, target to source, those of which neither is a low-rank layer's."""
     low_rank = {fqn for fqn, module in model.named_modules(remove_duplicate=False) if isinstance(module, LOW_RANK)}
-    return {one: other for one, other in tied.items()
-            if low_rank.isdisjoint((one.rpartition(".")[0], other.rpartition(".")[0]))}
+    return {
+        one: other
+        for one, other in tied.items()
+        if low_rank.isdisjoint((one.rpartition(".")[0], other.rpartition(".")[0]))
+    }
 
 
 def remove_plan(config: PreTrainedConfig) -> None:
@@ -185,7 +195,8 @@ def _lacks_weights(module: nn.Module) -> bool:
     """Whether transformers found a weight of the module missing, of which it only warns."""
     # It flags what it loaded. Weights that accelerate moved or offloaded lost the flag.
     return not hasattr(module, "_hf_hook") and any(
-        not p.is_meta and not getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False))
+        not p.is_meta and not getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False)
+    )
 
 
 def _as_loaded(plan: RankPlan, model: nn.Module) -> RankPlan:
@@ -204,8 +215,11 @@ def _resized(plan: RankPlan, model: nn.Module) -> set[str]:
     """Planned layers that the model being loaded has in another size: a head for other labels, or for more words."""
     modules = dict(model.named_modules())
     layers = [(layer, target(modules[layer.fqn])) for layer in plan.low_rank if layer.fqn in modules]
-    return {layer.fqn for layer, found in layers if found is not None and found.kind == layer.kind
-            and _size(found.shape()) != _size(layer.shape)}
+    return {
+        layer.fqn
+        for layer, found in layers
+        if found is not None and found.kind == layer.kind and _size(found.shape()) != _size(layer.shape)
+    }
 
 
 def _size(shape: Shape) -> tuple[int, int]:

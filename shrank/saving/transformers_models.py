@@ -57,12 +57,12 @@ def resized(head: LED, outputs: int, added: Tensor | None = None) -> LED:
     """A low-rank layer with its first `outputs` outputs, or with more: rows added (A, in_features) as near as the down
     factor allows, or without them the mean of all rows, as transformers does for dense heads. Never pivoted: the
     outputs that are given up may be pivots."""
-    down, coefficients, bias = head.down, _coefficients(head), head.bias                # (R, K), (N, R), (N,)
+    down, coefficients, bias = head.down, _coefficients(head), head.bias  # (R, K), (N, R), (N,)
     more = outputs - len(coefficients)
     if more > 0:
         new = coefficients.float().mean(0).expand(more, -1)
         if added is not None:
-            new = torch.linalg.lstsq(down.float().mT, added.float().mT).solution.mT     # (A, R)
+            new = torch.linalg.lstsq(down.float().mT, added.float().mT).solution.mT  # (A, R)
         coefficients = torch.cat((coefficients, new.to(coefficients.dtype)))
         bias = None if bias is None else torch.cat((bias, bias.mean().expand(more)))
     if outputs < head.rank:  # more than a matrix of so few rows can have
@@ -80,8 +80,9 @@ def _coefficients(head: LED) -> Tensor:
     return torch.cat((torch.eye(head.rank, dtype=head.up.dtype, device=head.up.device), head.up))[head.order]
 
 
-def _arguments(old_lm_head: nn.Module, new_num_tokens: int | None = None, transposed: bool = False,
-               mean_resizing: bool = True) -> tuple[nn.Module, int | None, bool, bool]:
+def _arguments(
+    old_lm_head: nn.Module, new_num_tokens: int | None = None, transposed: bool = False, mean_resizing: bool = True
+) -> tuple[nn.Module, int | None, bool, bool]:
     return old_lm_head, new_num_tokens, transposed, mean_resizing
 
 

@@ -77,19 +77,25 @@ def _check(model: PreTrainedModel, call: BoundArguments) -> None:
             raise ValueError(
                 f"{fqn or 'the model'} was quantized by {getattr(method, 'value', method)} and has low-rank layers; "
                 "transformers loads only one of the two again. Compress the model in floating point and save that, "
-                "then quantize what from_pretrained loads")
+                "then quantize what from_pretrained loads"
+            )
     if adapted := [fqn for fqn, module in model.named_modules() if type(module).__module__.startswith("peft.tuners")]:
-        raise ValueError(f"adapters are attached to {', '.join(adapted[:5])}, where from_pretrained would find no "
-                         "weights under the layers' names; save them by PeftModel.save_pretrained, or merge them "
-                         "first: PeftModel.merge_and_unload()")
+        raise ValueError(
+            f"adapters are attached to {', '.join(adapted[:5])}, where from_pretrained would find no "
+            "weights under the layers' names; save them by PeftModel.save_pretrained, or merge them "
+            "first: PeftModel.merge_and_unload()"
+        )
     if call.arguments.get("distributed_checkpoint"):
-        raise ValueError("transformers does not load distributed checkpoints of models with a plan; save with "
-                         "distributed_checkpoint=False, which gathers the weights")
+        raise ValueError(
+            "transformers does not load distributed checkpoints of models with a plan; save with "
+            "distributed_checkpoint=False, which gathers the weights"
+        )
     if call.arguments.get("save_original_format") and (rules := get_model_conversion_mapping(model, add_legacy=False)):
         raise ValueError(
             f"save_original_format=True: transformers has {len(rules)} rules that turn the weights of a "
             f"{type(model).__name__} into those of the published format, and they know only dense weights; leave it "
-            "out, or merge the model first")
+            "out, or merge the model first"
+        )
 
 
 wrap_function_wrapper(PreTrainedModel, "save_pretrained", save_pretrained)

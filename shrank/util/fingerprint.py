@@ -22,21 +22,78 @@ from torch import Tensor, nn
 from . import nested
 
 # What `repr` tells wholly.
-_PLAIN = {str, bytes, bool, int, float, complex, type(None), type(...), torch.dtype, torch.device, torch.layout,
-          torch.memory_format, torch.Size}
+_PLAIN = {
+    str,
+    bytes,
+    bool,
+    int,
+    float,
+    complex,
+    type(None),
+    type(...),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    torch.Size,
+}
 # Of a module, what does not bear on what its layers see in eval mode: where it came from, how it is stored and loaded,
 # and what accelerate wraps around it.
-_IRRELEVANT = {"training", "warnings_issued", "_parameters", "_buffers", "_modules", "_hf_hook", "_old_forward",
-               "hf_device_map", "_name_or_path", "name_or_path", "_commit_hash", "_non_persistent_buffers_set",
-               "_is_hf_initialized", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
-               "_load_state_dict_post_hooks", "_compiled_call_impl", "_is_full_backward_hook",
-               "_flat_weights", "_flat_weight_refs", "_output_capturing_hooks_installed", "main_input_name"}
-_BY_NUMBER = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-              "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"}
-_OF_EVERY_CLASS = {"__dict__", "__weakref__", "__module__", "__doc__", "__annotations__", "__annotate__", "__slots__",
-                   "__firstlineno__", "__static_attributes__", "__abstractmethods__", "_abc_impl", "__orig_bases__",
-                   "__parameters__", "__dataclass_fields__", "__dataclass_params__", "__match_args__", "__qualname__",
-                   "__annotate_func__", "__annotations_cache__"}
+_IRRELEVANT = {
+    "training",
+    "warnings_issued",
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_hf_hook",
+    "_old_forward",
+    "hf_device_map",
+    "_name_or_path",
+    "name_or_path",
+    "_commit_hash",
+    "_non_persistent_buffers_set",
+    "_is_hf_initialized",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+    "_compiled_call_impl",
+    "_is_full_backward_hook",
+    "_flat_weights",
+    "_flat_weight_refs",
+    "_output_capturing_hooks_installed",
+    "main_input_name",
+}
+_BY_NUMBER = {
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+}
+_OF_EVERY_CLASS = {
+    "__dict__",
+    "__weakref__",
+    "__module__",
+    "__doc__",
+    "__annotations__",
+    "__annotate__",
+    "__slots__",
+    "__firstlineno__",
+    "__static_attributes__",
+    "__abstractmethods__",
+    "_abc_impl",
+    "__orig_bases__",
+    "__parameters__",
+    "__dataclass_fields__",
+    "__dataclass_params__",
+    "__match_args__",
+    "__qualname__",
+    "__annotate_func__",
+    "__annotations_cache__",
+}
 _ENTERED = (list, tuple, deque)
 _HEAP_TYPE = 1 << 9  # in the flags of a class: it was not made in C
 _INSTALLED = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
@@ -72,10 +129,17 @@ class _Digest:
         if id(value) in self._met:
             return self._tell(f"again {self._met[id(value)][0]}")
         self._met[id(value)] = (len(self._met), value)
-        for kinds, add in ((nn.Module, self._add_module), (type, self._add_class), (ModuleType, self._add_import),
-                           (FunctionType, self._add_function), (CodeType, self._add_code),
-                           (MethodType, self._add_method), (BuiltinFunctionType, self._add_builtin),
-                           (dict, self._add_dict), (Set, self._add_set)):
+        for kinds, add in (
+            (nn.Module, self._add_module),
+            (type, self._add_class),
+            (ModuleType, self._add_import),
+            (FunctionType, self._add_function),
+            (CodeType, self._add_code),
+            (MethodType, self._add_method),
+            (BuiltinFunctionType, self._add_builtin),
+            (dict, self._add_dict),
+            (Set, self._add_set),
+        ):
             if isinstance(value, kinds):
                 return add(value, path)
         return self._add_object(value, path)
@@ -114,8 +178,15 @@ class _Digest:
         self._tell(_name(kind))
         if not _is_installed(kind.__module__):
             self._add_all([(f".{base.__name__}", base) for base in kind.__bases__], path)
-            self._add_all([(f".{n}", part) for n, v in sorted(vars(kind).items()) if n not in _OF_EVERY_CLASS
-                           for part in _parts(v)], path)
+            self._add_all(
+                [
+                    (f".{n}", part)
+                    for n, v in sorted(vars(kind).items())
+                    if n not in _OF_EVERY_CLASS
+                    for part in _parts(v)
+                ],
+                path,
+            )
 
     def _add_import(self, module: ModuleType, path: str) -> None:
         self._tell(f"module {module.__name__}")
@@ -132,15 +203,22 @@ class _Digest:
         self._tell(_name(function))
         closure = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         read = {} if _is_installed(function.__module__) else _globals(function)
-        self._add_all([(".__code__", function.__code__), (".__defaults__", function.__defaults__),
-                       (".__kwdefaults__", function.__kwdefaults__),
-                       *((f" closing over {name}", _content(cell)) for name, cell in closure),
-                       *((f" reading {name}", value) for name, value in read.items())], path)
+        self._add_all(
+            [
+                (".__code__", function.__code__),
+                (".__defaults__", function.__defaults__),
+                (".__kwdefaults__", function.__kwdefaults__),
+                *((f" closing over {name}", _content(cell)) for name, cell in closure),
+                *((f" reading {name}", value) for name, value in read.items()),
+            ],
+            path,
+        )
 
     def _add_code(self, code: CodeType, path: str) -> None:
         self._tell(code.co_code.hex())
-        self._add_all([(" names", code.co_names), (" variables", code.co_varnames), (" constants", code.co_consts)],
-                      path)
+        self._add_all(
+            [(" names", code.co_names), (" variables", code.co_varnames), (" constants", code.co_consts)], path
+        )
 
     def _add_dict(self, value: dict, path: str) -> None:
         self._add(type(value), path)
@@ -163,8 +241,9 @@ class _Digest:
         try:
             kept = value.__reduce_ex__(2)
         except TypeError as error:
-            raise Unhashable(f"{path or 'the value'} is a {type(value).__name__}, which has no value to hash by"
-                             ) from error
+            raise Unhashable(
+                f"{path or 'the value'} is a {type(value).__name__}, which has no value to hash by"
+            ) from error
         if isinstance(kept, str):  # the name of something that there is once
             return self._tell(f"{type(value).__module__} {kept}")
         states = (list(part) if isinstance(part, Iterator) else part for part in kept)

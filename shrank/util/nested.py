@@ -20,8 +20,11 @@ _CLOSED = (Tensor, nn.Module, type, ModuleType, FunctionType, BuiltinFunctionTyp
 def attributes(value: object) -> dict[str, object]:
     """The attributes that an object itself holds, those in slots among them."""
     slots = (name for kind in type(value).__mro__ for name in _names(vars(kind).get("__slots__", ())))
-    held = {name: getattr(value, name) for name in slots if name not in ("__dict__", "__weakref__")
-            and not name.startswith("__") and hasattr(value, name)}
+    held = {
+        name: getattr(value, name)
+        for name in slots
+        if name not in ("__dict__", "__weakref__") and not name.startswith("__") and hasattr(value, name)
+    }
     return held | dict(getattr(value, "__dict__", {}))
 
 
@@ -86,8 +89,12 @@ def _mapped(function: Callable[[Tensor], Tensor], value: object, done: dict) -> 
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, PackedSequence):  # whose batch_sizes belong on the CPU
-        return value._replace(**{name: mapped(function, getattr(value, name), done)
-                                 for name in ("data", "sorted_indices", "unsorted_indices")})
+        return value._replace(
+            **{
+                name: mapped(function, getattr(value, name), done)
+                for name in ("data", "sorted_indices", "unsorted_indices")
+            }
+        )
     if isinstance(value, tuple | Set) and not isinstance(value, _CLOSED):
         entries = [mapped(function, entry, done) for entry in value]
         if all(old is new for old, new in zip(value, entries, strict=True)):

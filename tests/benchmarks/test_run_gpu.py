@@ -10,13 +10,19 @@ from benchmarks.run_gpu import FAILED, NOT_HERE, OK, PYTHON, ROOT, STEPS, TIMEOU
 
 
 def test_the_rehearsal_goes_through_every_step(tmp_path: Path) -> None:
-    ran = subprocess.run([ROOT / "benchmarks/run_gpu.sh", "--dry-run", tmp_path / "out"], capture_output=True,
-                         text=True, check=False, env={"PYTHON": PYTHON, "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)})
+    ran = subprocess.run(
+        [ROOT / "benchmarks/run_gpu.sh", "--dry-run", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHON": PYTHON, "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr + (tmp_path / "out/log.txt").read_text()[-4000:]
     steps = json.loads((tmp_path / "out/results.json").read_text())["steps"]
     assert list(steps) == [step.name for step in STEPS]
     assert {name: found["status"] for name, found in steps.items()} == {
-        step.name: OK if step.rehearsal else NOT_HERE for step in STEPS}
+        step.name: OK if step.rehearsal else NOT_HERE for step in STEPS
+    }
     assert steps["grid"]["data"]["rows"] and steps["stacks"]["data"]["rows"] and steps["environment"]["data"]["torch"]
     assert all(name in ran.stdout for name in steps)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "log.txt", "conformance.json"}
@@ -31,7 +37,11 @@ def test_no_step_stops_another(tmp_path: Path, capsys) -> None:
     assert run([fails, hangs, lacks, writes], tmp_path, dry=False) == 1
     steps = json.loads((tmp_path / "results.json").read_text())["steps"]
     assert {name: found["status"] for name, found in steps.items()} == {
-        "fails": FAILED, "hangs": TIMEOUT, "lacks": NOT_HERE, "writes": OK}
+        "fails": FAILED,
+        "hangs": TIMEOUT,
+        "lacks": NOT_HERE,
+        "writes": OK,
+    }
     assert steps["fails"]["last_lines"] == ["half"] and steps["writes"]["data"] == [1]
     assert "waiting" in (tmp_path / "log.txt").read_text()
     assert run([lacks, writes], tmp_path, dry=False) == 0

@@ -79,12 +79,15 @@ def test_texts_are_tokenized_in_batches() -> None:
     assert len(batches(texts, WordTokenizer(pad_token=None))) == 4  # cannot be padded
 
 
-@pytest.mark.parametrize("data, tokenizer, error, says", [
-    ([], None, ValueError, "no batches"),
-    (["a text"], None, TypeError, "without a tokenizer"),
-    (["a text", draw(3)], WordTokenizer(), TypeError, "cannot be mixed"),
-    ([3.0], None, TypeError, "got float"),
-])
+@pytest.mark.parametrize(
+    "data, tokenizer, error, says",
+    [
+        ([], None, ValueError, "no batches"),
+        (["a text"], None, TypeError, "without a tokenizer"),
+        (["a text", draw(3)], WordTokenizer(), TypeError, "cannot be mixed"),
+        ([3.0], None, TypeError, "got float"),
+    ],
+)
 def test_bad_data_is_named(data, tokenizer, error, says) -> None:
     with pytest.raises(error, match=says):
         batches(data, tokenizer)
@@ -93,7 +96,7 @@ def test_bad_data_is_named(data, tokenizer, error, says) -> None:
 def test_masks_belong_to_activations_of_their_shape() -> None:
     mask = tokens(2, 5) % 2
     item = {"input_ids": tokens(2, 5), "attention_mask": mask, "decoder_attention_mask": torch.ones(2, 3)}
-    batch, = as_batches([item])
+    (batch,) = as_batches([item])
     assert torch.equal(batch.mask_for((2, 5)), mask.bool().flatten())
     assert torch.equal(batch.mask_for((10,)), mask.bool().flatten())  # tokens of all texts in one dimension
     assert batch.mask_for((2, 3)).all() and len(batch.mask_for((2, 3))) == 6
@@ -101,7 +104,7 @@ def test_masks_belong_to_activations_of_their_shape() -> None:
 
 
 def test_a_function_may_say_what_counts() -> None:
-    batch, = batches([{"a": draw(2, 5)}], mask=lambda item: item["a"] > 0)
+    (batch,) = batches([{"a": draw(2, 5)}], mask=lambda item: item["a"] > 0)
     assert torch.equal(batch.mask_for((2, 5)), (draw(2, 5) > 0).flatten())
     assert batches([draw(2)], mask=lambda item: None)[0].mask_for((2,)) is None
 
@@ -123,7 +126,7 @@ def test_a_mapping_may_be_the_only_argument(kind) -> None:
     item = kind({"input_ids": tokens(2, 5), "attention_mask": tokens(2, 5) % 2})
     expected = (tokens(2, 5) * (tokens(2, 5) % 2)).sum(1)
     for data in (item, (item,), [item]):
-        batch, = bound(as_batches([data]), OneMapping())
+        (batch,) = bound(as_batches([data]), OneMapping())
         assert torch.equal(main_output(batch.call(OneMapping())), expected)
         assert torch.equal(batch.mask_for((2, 5)), (tokens(2, 5) % 2).bool().flatten())
         assert set(item) == {"input_ids", "attention_mask"}
@@ -141,7 +144,7 @@ def test_a_dict_that_names_arguments_is_no_mapping_for_one() -> None:
 def test_tensors_go_to_the_model_wherever_they_are(monkeypatch) -> None:
     box, seen = SimpleNamespace(x=draw(2), rows=[UserDict(y=draw(2)), (draw(2),)]), []
     monkeypatch.setattr("shrank.calibration.batches.device_of", lambda model: torch.device("meta"))
-    batch, = batches([(box,)], forward=lambda model, batch: seen.extend(batch.args))
+    (batch,) = batches([(box,)], forward=lambda model, batch: seen.extend(batch.args))
     batch.call(Adds())
     assert [t.device.type for t in nested.tensors(seen)] == ["meta"] * 3 and type(seen[0]) is SimpleNamespace
     assert [t.device.type for t in nested.tensors(box)] == ["cpu"] * 3
@@ -173,8 +176,12 @@ def digest(item: object) -> str:
 def test_the_hash_is_of_everything() -> None:
     same = {"a": draw(3, 4), "b": 1}
     assert digest(same) == digest({"b": 1, "a": draw(3, 4).clone()})
-    for other in ({"a": draw(3, 4), "b": 2}, {"a": draw(3, 4) + 1e-6, "b": 1}, {"a": draw(4, 3), "b": 1},
-                  {"a": draw(3, 4).double(), "b": 1}):
+    for other in (
+        {"a": draw(3, 4), "b": 2},
+        {"a": draw(3, 4) + 1e-6, "b": 1},
+        {"a": draw(4, 3), "b": 1},
+        {"a": draw(3, 4).double(), "b": 1},
+    ):
         assert digest(other) != digest(same)
     assert digest(draw(3, 4).bfloat16()) == digest(draw(3, 4).bfloat16())
 

@@ -235,12 +235,15 @@ def test_the_model_is_as_before_after_an_error() -> None:
     assert model.training and not any(m._forward_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("loss, error, says", [
-    ("mse", ValueError, "must be 'output', 'lm', 'none' or a function, got 'mse'"),
-    ("ouput", ValueError, "did you mean output"),
-    (None, ValueError, "or a function, got None"),
-    (lambda output, batch: output, TypeError, "scalar"),
-])
+@pytest.mark.parametrize(
+    "loss, error, says",
+    [
+        ("mse", ValueError, "must be 'output', 'lm', 'none' or a function, got 'mse'"),
+        ("ouput", ValueError, "did you mean output"),
+        (None, ValueError, "or a function, got None"),
+        (lambda output, batch: output, TypeError, "scalar"),
+    ],
+)
 def test_bad_losses_are_named(loss, error, says) -> None:
     with pytest.raises(error, match=says):
         calibrate(mlp(), [draw(5, 32)], loss=loss)

@@ -48,8 +48,10 @@ def test_next_tokens_of_a_language_model(padded: bool) -> None:
         targets[inputs["attention_mask"][:, 1:] == 0] = -100
     labels, count = F.pad(targets, (1, 0), value=-100), int((targets != -100).sum())
     batch, gradients = as_batches([inputs])[0], []
-    for backward in (lambda out: NextToken().backward(out, batch, torch.Generator()),
-                     lambda out: (out.loss * count).backward()):
+    for backward in (
+        lambda out: NextToken().backward(out, batch, torch.Generator()),
+        lambda out: (out.loss * count).backward(),
+    ):
         embedded = model.get_input_embeddings()(inputs["input_ids"]).requires_grad_()
         backward(model(inputs_embeds=embedded, attention_mask=inputs.get("attention_mask"), labels=labels))
         gradients.append(embedded.grad)
@@ -111,7 +113,7 @@ def test_what_the_model_alone_rules_out_is_named() -> None:
 
 def test_batches_without_a_token_that_counts_contribute_nothing() -> None:
     model = hf_model("llama")
-    empty, = as_batches([{"input_ids": tokens(2, 8), "labels": torch.full((2, 8), -100)}])
+    (empty,) = as_batches([{"input_ids": tokens(2, 8), "labels": torch.full((2, 8), -100)}])
     loss = NextToken().mean(model(**empty.kwargs), empty)
     assert loss.item() == 0
     loss.backward()

@@ -13,55 +13,93 @@ COUNTS = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]).bool()
 IDS = tokens(2, 4)
 
 
-@pytest.mark.parametrize("name, value", [
-    ("attention_mask", COUNTS.long()), ("attention_mask", COUNTS.float()), ("pixel_attention_mask", COUNTS),
-    ("input_features_mask", COUNTS), ("padding_mask", COUNTS), ("key_padding_mask", ~COUNTS),
-    ("input_mask", 1.0 - COUNTS.float()),
-    ("src_key_padding_mask", torch.zeros(2, 4).masked_fill(~COUNTS, -torch.inf)),
-    ("attention_mask", torch.zeros(2, 1, 4, 4).masked_fill(~COUNTS[:, None, None], torch.finfo(torch.float32).min)),
-    ("attention_mask", COUNTS[:, None] & torch.ones(4, 4).tril().bool()),
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("attention_mask", COUNTS.long()),
+        ("attention_mask", COUNTS.float()),
+        ("pixel_attention_mask", COUNTS),
+        ("input_features_mask", COUNTS),
+        ("padding_mask", COUNTS),
+        ("key_padding_mask", ~COUNTS),
+        ("input_mask", 1.0 - COUNTS.float()),
+        ("src_key_padding_mask", torch.zeros(2, 4).masked_fill(~COUNTS, -torch.inf)),
+        ("attention_mask", torch.zeros(2, 1, 4, 4).masked_fill(~COUNTS[:, None, None], torch.finfo(torch.float32).min)),
+        ("attention_mask", COUNTS[:, None] & torch.ones(4, 4).tril().bool()),
+    ],
+)
 def test_every_kind_of_mask_says_what_counts(name: str, value: Tensor) -> None:
-    mask, = find_masks({"inputs_embeds": draw(2, 4, 8), name: value})
+    (mask,) = find_masks({"inputs_embeds": draw(2, 4, 8), name: value})
     assert mask.name == name and torch.equal(mask.counts, COUNTS)
 
 
-@pytest.mark.parametrize("name, value", [
-    ("bool_masked_pos", COUNTS), ("global_attention_mask", COUNTS), ("mask_labels", COUNTS), ("src_mask", COUNTS),
-    ("head_mask", COUNTS), ("attention_mask", torch.ones(4)), ("attention_mask", None), ("attention_mask", [[1, 0]]),
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("bool_masked_pos", COUNTS),
+        ("global_attention_mask", COUNTS),
+        ("mask_labels", COUNTS),
+        ("src_mask", COUNTS),
+        ("head_mask", COUNTS),
+        ("attention_mask", torch.ones(4)),
+        ("attention_mask", None),
+        ("attention_mask", [[1, 0]]),
+    ],
+)
 def test_other_arguments_are_none(name: str, value: object) -> None:
     assert not len(find_masks({"input_ids": IDS, name: value}))
 
 
 def test_outside_of_transformers_true_is_padding() -> None:
-    mask, = find_masks({"x": IDS, "padding_mask": ~COUNTS}, Traits(of_transformers=False))
+    (mask,) = find_masks({"x": IDS, "padding_mask": ~COUNTS}, Traits(of_transformers=False))
     assert torch.equal(mask.counts, COUNTS)
 
 
-@pytest.mark.parametrize("pad, start, arguments, expected", [
-    (0, 0, {"labels": torch.tensor([[5, 6, -100], [5, 0, 0]])}, [[1, 1, 0], [1, 0, 0]]),
-    (None, None, {"labels": torch.tensor([[5, 0, -100], [5, -100, -100]])}, [[1, 1, 0], [1, 0, 0]]),
-    (0, 0, {"decoder_input_ids": torch.tensor([[0, 5, 6], [0, 5, 0]])}, [[1, 1, 1], [1, 1, 0]]),
-    (0, 0, {"decoder_input_ids": torch.tensor([[0, 0, 5], [0, 0, 0]])}, [[0, 1, 1], [1, 0, 0]]),  # padded on the left
-    (0, 2, {"decoder_input_ids": torch.tensor([[2, 5, 6], [2, 5, 0]])}, [[1, 1, 1], [1, 1, 0]]),
-    (0, 2, {"decoder_input_ids": torch.tensor([[0, 2, 5], [2, 5, 0]])}, [[0, 1, 1], [1, 1, 0]]),
-    (0, 0, {"decoder_inputs_embeds": draw(2, 3, 8)}, [[1, 1, 1], [1, 1, 1]]),
-    (0, 0, {"decoder_attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]]), "labels": torch.ones(2, 3).long()},
-     [[1, 1, 0], [1, 0, 0]]),
-])
+@pytest.mark.parametrize(
+    "pad, start, arguments, expected",
+    [
+        (0, 0, {"labels": torch.tensor([[5, 6, -100], [5, 0, 0]])}, [[1, 1, 0], [1, 0, 0]]),
+        (None, None, {"labels": torch.tensor([[5, 0, -100], [5, -100, -100]])}, [[1, 1, 0], [1, 0, 0]]),
+        (0, 0, {"decoder_input_ids": torch.tensor([[0, 5, 6], [0, 5, 0]])}, [[1, 1, 1], [1, 1, 0]]),
+        (
+            0,
+            0,
+            {"decoder_input_ids": torch.tensor([[0, 0, 5], [0, 0, 0]])},
+            [[0, 1, 1], [1, 0, 0]],
+        ),  # padded on the left
+        (0, 2, {"decoder_input_ids": torch.tensor([[2, 5, 6], [2, 5, 0]])}, [[1, 1, 1], [1, 1, 0]]),
+        (0, 2, {"decoder_input_ids": torch.tensor([[0, 2, 5], [2, 5, 0]])}, [[0, 1, 1], [1, 1, 0]]),
+        (0, 0, {"decoder_inputs_embeds": draw(2, 3, 8)}, [[1, 1, 1], [1, 1, 1]]),
+        (
+            0,
+            0,
+            {"decoder_attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]]), "labels": torch.ones(2, 3).long()},
+            [[1, 1, 0], [1, 0, 0]],
+        ),
+    ],
+)
 def test_what_the_decoder_gets_says_what_counts_where_no_mask_does(pad, start, arguments, expected) -> None:
     found = find_masks({"input_ids": IDS, **arguments}, Traits(pad, start, has_decoder=True))
-    decoder, = (mask for mask in found if mask.stream == "decoder")
+    (decoder,) = (mask for mask in found if mask.stream == "decoder")
     assert torch.equal(decoder.counts, torch.tensor(expected).bool())
 
 
-@pytest.mark.parametrize("leading, expected", [
-    ((2, 4), COUNTS), ((8,), COUNTS), ((2, 4, 3), COUNTS[..., None].expand(2, 4, 3)),
-    ((2, 3, 4), COUNTS[:, None].expand(2, 3, 4)), ((4, 2), COUNTS.mT),
-    ((4, 2, 3), COUNTS.mT[..., None].expand(4, 2, 3)),
-    ((2,), None), ((2, 5), None), ((2, 7), None), ((), None), ((3, 4), None),
-])
+@pytest.mark.parametrize(
+    "leading, expected",
+    [
+        ((2, 4), COUNTS),
+        ((8,), COUNTS),
+        ((2, 4, 3), COUNTS[..., None].expand(2, 4, 3)),
+        ((2, 3, 4), COUNTS[:, None].expand(2, 3, 4)),
+        ((4, 2), COUNTS.mT),
+        ((4, 2, 3), COUNTS.mT[..., None].expand(4, 2, 3)),
+        ((2,), None),
+        ((2, 5), None),
+        ((2, 7), None),
+        ((), None),
+        ((3, 4), None),
+    ],
+)
 def test_shapes_that_a_mask_fits(leading: tuple[int, ...], expected: Tensor | None) -> None:
     found = Mask("attention_mask", COUNTS).fit(leading)
     assert found is None if expected is None else torch.equal(found, expected.flatten())
@@ -80,7 +118,10 @@ def test_masks_are_those_of_the_streams_that_a_call_depends_on() -> None:
     assert torch.equal(masks.fit((2, 4), {"main"}), COUNTS.flatten())
     assert masks.fit((2, 4), {"main", "decoder"}).all() and masks.fit((2, 4)).all()
     assert streams_of({"input_features": 0, "attention_mask": 0, "labels": 0}, traits) == {
-        "input_features": "audio", "attention_mask": "audio", "labels": "decoder"}
+        "input_features": "audio",
+        "attention_mask": "audio",
+        "labels": "decoder",
+    }
     assert streams_of({"src": 0, "tgt": 0, "memory_key_padding_mask": 0}, Traits())["memory_key_padding_mask"] == "main"
 
 

@@ -52,35 +52,76 @@ LABELS = IDS.flip(1).masked_fill(DECODER == 0, -100)
 STARTS = {"two berts": 2, "t5gemma2": 2}  # the others with what pads
 
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 0}
-_SIDES = {"vocab_size": VOCAB, "d_model": WIDTH, **_SPECIAL, **{
-    f"{side}_{name}": n for side in ("encoder", "decoder")
-    for name, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 64))}}
-_BERT = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2,
-         "intermediate_size": 64, "max_position_embeddings": 32, "pad_token_id": 0}
-_GEMMA = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16,
-          "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 32}
+_SIDES = {
+    "vocab_size": VOCAB,
+    "d_model": WIDTH,
+    **_SPECIAL,
+    **{
+        f"{side}_{name}": n
+        for side in ("encoder", "decoder")
+        for name, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 64))
+    },
+}
+_BERT = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
+_GEMMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 32,
+}
 
 
 def two_berts() -> nn.Module:
     model = EncoderDecoderModel(
         encoder=BertModel(BertConfig(**_BERT), add_pooling_layer=False),
-        decoder=BertLMHeadModel(BertConfig(**_BERT, is_decoder=True, add_cross_attention=True)))
+        decoder=BertLMHeadModel(BertConfig(**_BERT, is_decoder=True, add_cross_attention=True)),
+    )
     model.config.decoder_start_token_id, model.config.pad_token_id = 2, 0
     return model
 
 
 def whisper() -> nn.Module:
-    return WhisperForConditionalGeneration(WhisperConfig(
-        **_SIDES, num_mel_bins=16, max_source_positions=LENGTH, max_target_positions=LENGTH))
+    return WhisperForConditionalGeneration(
+        WhisperConfig(**_SIDES, num_mel_bins=16, max_source_positions=LENGTH, max_target_positions=LENGTH)
+    )
 
 
 def t5gemma2() -> nn.Module:
-    vision = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
-              "image_size": 16, "patch_size": 4}
-    return T5Gemma2ForConditionalGeneration(T5Gemma2Config(
-        encoder={"text_config": _GEMMA, "vision_config": vision, "mm_tokens_per_image": 4,
-                 "image_token_index": VOCAB - 1, "boi_token_index": VOCAB - 2, "eoi_token_index": VOCAB - 3},
-        decoder=_GEMMA, image_token_index=VOCAB - 1, eoi_token_index=VOCAB - 3))
+    vision = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "image_size": 16,
+        "patch_size": 4,
+    }
+    return T5Gemma2ForConditionalGeneration(
+        T5Gemma2Config(
+            encoder={
+                "text_config": _GEMMA,
+                "vision_config": vision,
+                "mm_tokens_per_image": 4,
+                "image_token_index": VOCAB - 1,
+                "boi_token_index": VOCAB - 2,
+                "eoi_token_index": VOCAB - 3,
+            },
+            decoder=_GEMMA,
+            image_token_index=VOCAB - 1,
+            eoi_token_index=VOCAB - 3,
+        )
+    )
 
 
 def transformer(batch_first: bool) -> Callable[[], nn.Module]:
@@ -88,14 +129,20 @@ def transformer(batch_first: bool) -> Callable[[], nn.Module]:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "t5": lambda: hf_model("t5"), "bart": lambda: BartForConditionalGeneration(BartConfig(**_SIDES)),
-    "marian": lambda: MarianMTModel(MarianConfig(**_SIDES)), "two berts": two_berts, "t5gemma2": t5gemma2,
+    "t5": lambda: hf_model("t5"),
+    "bart": lambda: BartForConditionalGeneration(BartConfig(**_SIDES)),
+    "marian": lambda: MarianMTModel(MarianConfig(**_SIDES)),
+    "two berts": two_berts,
+    "t5gemma2": t5gemma2,
 }
 SAID: dict[str, Callable[[str], dict[str, Tensor]]] = {
     "by masks": lambda family: {"decoder_attention_mask": DECODER, "labels": IDS},
     "by labels": lambda family: {"labels": LABELS},
-    "by ids": lambda family: {"decoder_input_ids": torch.cat(
-        [torch.full((2, 1), STARTS.get(family, 0)), LABELS[:, :-1]], 1).masked_fill(DECODER == 0, 0)},
+    "by ids": lambda family: {
+        "decoder_input_ids": torch.cat([torch.full((2, 1), STARTS.get(family, 0)), LABELS[:, :-1]], 1).masked_fill(
+            DECODER == 0, 0
+        )
+    },
 }
 
 
@@ -132,9 +179,15 @@ def test_one_side_without_padding_is_not_given_that_of_the_other() -> None:
     assert all(count == (11 if sees_the_encoder(name) else 16) for name, count in found.items())
 
 
-@pytest.mark.parametrize("said", [{"labels": LABELS}, {"labels": LABELS.masked_fill(DECODER == 0, 0)},
-                                  {"labels": IDS.flip(1), "decoder_attention_mask": DECODER}],
-                         ids=["ignored", "padded", "masked"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"labels": LABELS},
+        {"labels": LABELS.masked_fill(DECODER == 0, 0)},
+        {"labels": IDS.flip(1), "decoder_attention_mask": DECODER},
+    ],
+    ids=["ignored", "padded", "masked"],
+)
 def test_moments_and_gradients_are_those_of_the_tokens_that_count(said: dict[str, Tensor]) -> None:
     model = hf_model("t5")
     batch = {"input_ids": IDS, "attention_mask": ENCODER, **said}
@@ -163,8 +216,9 @@ def test_moments_and_gradients_are_those_of_the_tokens_that_count(said: dict[str
 def test_the_frames_of_speech_and_what_is_said() -> None:
     frames = torch.ones(2, 2 * LENGTH, dtype=torch.long)
     frames[1, 6:] = 0
-    found = counted(seeded(whisper), {"input_features": draw(2, 16, 2 * LENGTH), "attention_mask": frames,
-                                      "labels": LABELS})
+    found = counted(
+        seeded(whisper), {"input_features": draw(2, 16, 2 * LENGTH), "attention_mask": frames, "labels": LABELS}
+    )
     assert found.pop("model.encoder.conv1") == 22
     assert all(count == (11 if sees_the_encoder(name) else 13) for name, count in found.items())
 
@@ -175,8 +229,13 @@ def test_the_masks_of_torch(batch_first: bool, length: int) -> None:
     masks = {"encoder": ENCODER[:, :: LENGTH // length].bool(), "decoder": DECODER[:, -length:].bool()}
     x = draw(2, length, WIDTH) if batch_first else draw(length, 2, WIDTH)
     added = torch.zeros(2, length).masked_fill(~masks["decoder"], -torch.inf)  # to scores
-    batch = {"src": x, "tgt": 2 * x, "src_key_padding_mask": ~masks["encoder"], "tgt_key_padding_mask": added,
-             "memory_key_padding_mask": ~masks["encoder"]}
+    batch = {
+        "src": x,
+        "tgt": 2 * x,
+        "src_key_padding_mask": ~masks["encoder"],
+        "tgt_key_padding_mask": added,
+        "memory_key_padding_mask": ~masks["encoder"],
+    }
     model, rows = seeded(transformer(batch_first)), {}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*masks padding")
@@ -217,14 +276,21 @@ def reference(found: Calibration, model: nn.Module, batch: dict, masks: dict[int
     """Compare the inputs that were counted with those that these masks, by positions, let through."""
     seen: dict[str, list[Tensor]] = {}
     for name in found:
-        model.get_submodule(name).register_forward_hook(lambda m, a, y, name=name: seen.setdefault(name, []).append(
-            target(m).tokens(y.detach())))
+        model.get_submodule(name).register_forward_hook(
+            lambda m, a, y, name=name: seen.setdefault(name, []).append(target(m).tokens(y.detach()))
+        )
     with torch.no_grad():
         model(**batch)
     assert len(found) > 5
     for name, outputs in seen.items():
-        rows = torch.cat([y[masks[y.shape[1:-1].numel()].view(y.shape[:-1])] if y.shape[1:-1].numel() in masks
-                          else y.flatten(0, -2) for y in outputs]).double()
+        rows = torch.cat(
+            [
+                y[masks[y.shape[1:-1].numel()].view(y.shape[:-1])]
+                if y.shape[1:-1].numel() in masks
+                else y.flatten(0, -2)
+                for y in outputs
+            ]
+        ).double()
         assert found.tokens(name) == len(rows), name
         if not found.of_inputs(name):
             bias, groups = model.get_submodule(name).bias, len(found[name].data)
@@ -248,29 +314,66 @@ def test_images_are_masked_by_their_pixels() -> None:
     mask = torch.ones(2, 32, 32, dtype=torch.long)
     mask[1, :, 16:] = 0
     backbone = ResNetConfig(embedding_size=16, hidden_sizes=[32, 64], depths=[1, 1], out_features=["stage2"])
-    model = seeded(lambda: DetrModel(DetrConfig(
-        use_timm_backbone=False, backbone=None, use_pretrained_backbone=False, backbone_config=backbone, d_model=WIDTH,
-        encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64,
-        decoder_ffn_dim=64, num_queries=5)))
+    model = seeded(
+        lambda: DetrModel(
+            DetrConfig(
+                use_timm_backbone=False,
+                backbone=None,
+                use_pretrained_backbone=False,
+                backbone_config=backbone,
+                d_model=WIDTH,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=64,
+                decoder_ffn_dim=64,
+                num_queries=5,
+            )
+        )
+    )
     batch = {"pixel_values": draw(2, 3, 32, 32), "pixel_mask": mask}
     found = calibrate(model, [batch], loss="none")
     reference(found, model, batch, {n * n: resampled(mask.bool(), (n, n)) for n in (16, 8, 4)})
 
 
-TEXT = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "intermediate_size": 64, "max_position_embeddings": 80, "pad_token_id": 0}
+TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 80,
+    "pad_token_id": 0,
+}
 BIAS = torch.zeros(2, 1, LENGTH, LENGTH).masked_fill((ENCODER == 0)[:, None, None], torch.finfo(torch.float32).min)
 FORMS: dict[str, tuple[Callable[[], nn.Module], object]] = {
     "by position": (lambda: BertModel(BertConfig(**_BERT)), (IDS, ENCODER)),
     "of scores": (lambda: BertModel(BertConfig(**_BERT)), {"input_ids": IDS, "attention_mask": BIAS}),
-    "time first": (lambda: XLNetModel(XLNetConfig(vocab_size=VOCAB, d_model=WIDTH, n_layer=1, n_head=2, d_inner=64)),
-                   {"input_ids": IDS, "input_mask": 1.0 - ENCODER}),
-    "whole windows": (lambda: LongformerModel(LongformerConfig(**TEXT, attention_window=[12])),
-                      {"input_ids": IDS, "attention_mask": ENCODER}),
-    "latents": (lambda: PerceiverForMaskedLM(PerceiverConfig(
-        vocab_size=VOCAB, num_latents=6, d_latents=WIDTH, d_model=WIDTH, num_blocks=1, num_self_attends_per_block=1,
-        num_self_attention_heads=2, num_cross_attention_heads=2, max_position_embeddings=LENGTH)),
-                {"inputs": IDS, "attention_mask": ENCODER}),
+    "time first": (
+        lambda: XLNetModel(XLNetConfig(vocab_size=VOCAB, d_model=WIDTH, n_layer=1, n_head=2, d_inner=64)),
+        {"input_ids": IDS, "input_mask": 1.0 - ENCODER},
+    ),
+    "whole windows": (
+        lambda: LongformerModel(LongformerConfig(**TEXT, attention_window=[12])),
+        {"input_ids": IDS, "attention_mask": ENCODER},
+    ),
+    "latents": (
+        lambda: PerceiverForMaskedLM(
+            PerceiverConfig(
+                vocab_size=VOCAB,
+                num_latents=6,
+                d_latents=WIDTH,
+                d_model=WIDTH,
+                num_blocks=1,
+                num_self_attends_per_block=1,
+                num_self_attention_heads=2,
+                num_cross_attention_heads=2,
+                max_position_embeddings=LENGTH,
+            )
+        ),
+        {"inputs": IDS, "attention_mask": ENCODER},
+    ),
 }
 
 
@@ -282,12 +385,20 @@ def test_other_forms_of_masks_and_of_layers(form: str) -> None:
 
 
 def test_pictures_as_long_as_their_texts_are_not_masked_as_these() -> None:
-    vision = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
-              "image_size": 14, "patch_size": 7}
-    model = seeded(lambda: CLIPModel(CLIPConfig(text_config=TEXT | {"eos_token_id": 1}, vision_config=vision,
-                                                projection_dim=16)))
-    found = counted(model, {"input_ids": IDS[:, :5], "attention_mask": ENCODER[:, :5],
-                            "pixel_values": draw(2, 3, 14, 14)})
+    vision = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "image_size": 14,
+        "patch_size": 7,
+    }
+    model = seeded(
+        lambda: CLIPModel(CLIPConfig(text_config=TEXT | {"eos_token_id": 1}, vision_config=vision, projection_dim=16))
+    )
+    found = counted(
+        model, {"input_ids": IDS[:, :5], "attention_mask": ENCODER[:, :5], "pixel_values": draw(2, 3, 14, 14)}
+    )
     assert found["vision_model.encoder.layers.0.mlp.fc1"] == 10  # four patches and the class token
     assert found["text_model.encoder.layers.0.mlp.fc1"] == 8
 
@@ -309,8 +420,9 @@ def test_a_mask_that_fits_nothing_is_named_and_a_function_can_say_what_counts() 
         calibrate(seeded(Pooled), [batch])
     assert counted(seeded(Pooled), batch, mask=lambda item: item["attention_mask"][:, ::2]) == {"layer": 6}
     sides = {"encoder": DECODER, "decoder": ENCODER}  # the other way round: the function wins
-    found = counted(hf_model("t5"), {"input_ids": IDS, "attention_mask": ENCODER, "labels": LABELS},
-                    mask=lambda item: sides)
+    found = counted(
+        hf_model("t5"), {"input_ids": IDS, "attention_mask": ENCODER, "labels": LABELS}, mask=lambda item: sides
+    )
     assert all(count == (13 if sees_the_encoder(name) else 11) for name, count in found.items())
     with pytest.raises(TypeError, match='"encoder" and "decoder"'):
         counted(hf_model("t5"), {"input_ids": IDS, "labels": LABELS}, mask=lambda item: {"left": DECODER})
@@ -325,8 +437,9 @@ class Experts(nn.Module):
         self.encoder = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(2)])})
         self.decoder = nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor,
-                decoder_attention_mask: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor, decoder_attention_mask: Tensor
+    ) -> Tensor:
         x = self.encoder["experts"][int(input_ids[0, 0] > 30)](self.embedding(input_ids))
         return self.decoder(self.embedding(decoder_input_ids)) + x.sum(1, keepdim=True)
 
@@ -336,7 +449,10 @@ def test_layers_that_only_later_batches_reach_are_on_the_side_of_their_neighbour
     calls = [{"input_ids": IDS.index_fill(1, torch.tensor(0), first), **masks} for first in (3, 50)]
     found = calibrate(seeded(Experts), calls)
     assert {name: found.tokens(name) for name in found} == {
-        "encoder.experts.0": 11, "encoder.experts.1": 11, "decoder": 26}
+        "encoder.experts.0": 11,
+        "encoder.experts.1": 11,
+        "decoder": 26,
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

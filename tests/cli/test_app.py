@@ -27,8 +27,14 @@ IDS = torch.arange(1, 13).view(2, 6)
 def source(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("cli") / "dense"
-    config = BertConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                        intermediate_size=128, max_position_embeddings=32)
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=32,
+    )
     BertModel(config).save_pretrained(folder)
     (folder / "vocab.txt").write_text("a\nb\n")
     return folder
@@ -72,8 +78,23 @@ def test_plan_prints_a_table_or_json_and_saves(source: Path, tmp_path) -> None:
 
 
 def test_plan_options_reach_the_plan(source: Path) -> None:
-    data = json.loads(run("plan", source, "--rank", 9, "--include", "*.query", "--include", "*.key", "--exclude",
-                          "*.1.*", "--round-to", 8, "--json").stdout)
+    data = json.loads(
+        run(
+            "plan",
+            source,
+            "--rank",
+            9,
+            "--include",
+            "*.query",
+            "--include",
+            "*.key",
+            "--exclude",
+            "*.1.*",
+            "--round-to",
+            8,
+            "--json",
+        ).stdout
+    )
     chosen = {x["fqn"]: x["rank"] for x in data["layers"] if x["rank"]}
     assert chosen == {f"encoder.layer.0.attention.self.{name}": 8 for name in ("query", "key")}
 
@@ -121,21 +142,25 @@ def test_inspect_finds_damage(small: Path, tmp_path) -> None:
     assert run("inspect", bad).exit_code == DAMAGED
 
 
-@pytest.mark.parametrize(("arguments", "code", "says"), [
-    (("plan", "SOURCE"), USAGE, "exactly one of --rank, --keep, --energy"),
-    (("plan", "SOURCE", "--rank", 8, "--keep", 0.5), USAGE, "got 2"),
-    (("plan", "SOURCE", "--keep", 1.5), FAILED, "must lie in (0, 1), got 1.5"),
-    (("plan", "SOURCE", "--rank", 1000), NOTHING, "no layer can be replaced"),
-    (("compress", "SOURCE", "--rank", 1000, "--out", "new"), NOTHING, "no layer can be replaced"),
-    (("compress", "SOURCE", "--rank", 8, "--out", "SOURCE"), FAILED, "exists and is not empty"),
-    (("compress", "SOURCE", "--plan", "/none.json", "--out", "new"), FAILED, "none.json"),
-    (("merge", "SOURCE", "--out", "new"), NOTHING, "has no low-rank layer"),
-    (("inspect", "SOURCE"), DAMAGED, "no config.json with a plan of shrank"),
-    (("plan", "/no/such/folder", "--rank", 8), FAILED, "no such folder"),
-    (("bench", "/no/such/folder"), FAILED, "no such folder"),
-])
-def test_errors_have_a_message_and_a_code(arguments: tuple, code: int, says: str, source: Path, monkeypatch,
-                                          tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("plan", "SOURCE"), USAGE, "exactly one of --rank, --keep, --energy"),
+        (("plan", "SOURCE", "--rank", 8, "--keep", 0.5), USAGE, "got 2"),
+        (("plan", "SOURCE", "--keep", 1.5), FAILED, "must lie in (0, 1), got 1.5"),
+        (("plan", "SOURCE", "--rank", 1000), NOTHING, "no layer can be replaced"),
+        (("compress", "SOURCE", "--rank", 1000, "--out", "new"), NOTHING, "no layer can be replaced"),
+        (("compress", "SOURCE", "--rank", 8, "--out", "SOURCE"), FAILED, "exists and is not empty"),
+        (("compress", "SOURCE", "--plan", "/none.json", "--out", "new"), FAILED, "none.json"),
+        (("merge", "SOURCE", "--out", "new"), NOTHING, "has no low-rank layer"),
+        (("inspect", "SOURCE"), DAMAGED, "no config.json with a plan of shrank"),
+        (("plan", "/no/such/folder", "--rank", 8), FAILED, "no such folder"),
+        (("bench", "/no/such/folder"), FAILED, "no such folder"),
+    ],
+)
+def test_errors_have_a_message_and_a_code(
+    arguments: tuple, code: int, says: str, source: Path, monkeypatch, tmp_path
+) -> None:
     monkeypatch.chdir(tmp_path)
     result = run(*(source if a == "SOURCE" else a for a in arguments))
     assert result.exit_code == code and says in " ".join(result.stderr.split())
@@ -173,23 +198,53 @@ def test_python_dash_m() -> None:
 @pytest.mark.parametrize("anchored", [0.0, 0.25])
 def test_compress_with_texts_heals_reports_and_keeps_to_the_budget(anchored, language_model: Path, tmp_path) -> None:
     source, texts = language_model / "lm", language_model / "a.txt"
-    done = run("compress", source, "--keep", 0.6, "--calibrate", texts, "--loss", "lm", "--heal", 3, "--report",
-               tmp_path / "report.html", "--out", tmp_path / "small", "--max-length", 20, "--anchored", anchored)
+    done = run(
+        "compress",
+        source,
+        "--keep",
+        0.6,
+        "--calibrate",
+        texts,
+        "--loss",
+        "lm",
+        "--heal",
+        3,
+        "--report",
+        tmp_path / "report.html",
+        "--out",
+        tmp_path / "small",
+        "--max-length",
+        20,
+        "--anchored",
+        anchored,
+    )
     assert done.exit_code == 0, done.output
     assert "healed: loss on held-out texts" in done.output and (tmp_path / "report.html").stat().st_size > 10_000
     assert "measured" in (tmp_path / "report.html").read_text()
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     layers = shrank.describe(small).low_rank
-    dense = sum(p.numel() for name, p in AutoModelForCausalLM.from_pretrained(source).named_parameters()
-                if "proj" in name)
+    dense = sum(
+        p.numel() for name, p in AutoModelForCausalLM.from_pretrained(source).named_parameters() if "proj" in name
+    )
     assert layers and sum(x.params_after for x in layers) < 0.6 * dense
     assert (tmp_path / "small" / "tokenizer.json").exists()
 
 
 def test_plan_with_texts(language_model: Path, tmp_path) -> None:
     source, texts = language_model / "lm", language_model / "b.jsonl"
-    shown = run("plan", source, "--keep", 0.5, "--calibrate", texts, "--loss", "none", "--json", "--report",
-                tmp_path / "plan.html")
+    shown = run(
+        "plan",
+        source,
+        "--keep",
+        0.5,
+        "--calibrate",
+        texts,
+        "--loss",
+        "none",
+        "--json",
+        "--report",
+        tmp_path / "plan.html",
+    )
     plan = shrank.RankPlan.from_dict(json.loads(shown.stdout))
     assert plan.spent[0] <= 0.5 and plan.trade_off and (tmp_path / "plan.html").exists()
     ranks = {x.rank for x in plan.low_rank}
@@ -200,13 +255,29 @@ def test_plan_with_texts(language_model: Path, tmp_path) -> None:
 def test_heal_and_eval(language_model: Path, tmp_path) -> None:
     source, texts, news = language_model / "lm", language_model / "a.txt", language_model / "b.jsonl"
     assert run("compress", source, "--keep", 0.3, "--out", tmp_path / "small").exit_code == 0
-    healed = run("heal", tmp_path / "small", source, "--text", texts, "--steps", 30, "--learning-rate", 3e-3, "--out",
-                 tmp_path / "healed", "--max-length", 20, "--json")
+    healed = run(
+        "heal",
+        tmp_path / "small",
+        source,
+        "--text",
+        texts,
+        "--steps",
+        30,
+        "--learning-rate",
+        3e-3,
+        "--out",
+        tmp_path / "healed",
+        "--max-length",
+        20,
+        "--json",
+    )
     figures = json.loads(healed.stdout)
     assert figures["after"] < figures["before"]
     arguments = ("--text", texts, "--text", news, "--window", 32)
-    found = {name: json.loads(run("eval", source, tmp_path / name, *arguments, "--json").stdout)
-             for name in ("small", "healed")}
+    found = {
+        name: json.loads(run("eval", source, tmp_path / name, *arguments, "--json").stdout)
+        for name in ("small", "healed")
+    }
     small, better = (found[name][str(tmp_path / name)]["domains"] for name in found)
     assert small.keys() == {"a.txt", "b.jsonl"} and better["a.txt"]["divergence"] < small["a.txt"]["divergence"]
     assert found["small"][str(source)]["domains"]["a.txt"]["agreement"] is None
@@ -221,15 +292,18 @@ def test_bench_times_layers_for_budgets_of_time(source: Path, tmp_path) -> None:
     assert shrank.LatencyTable.load(path).about["device"] == "cpu"
 
 
-@pytest.mark.parametrize("arguments, code, says", [
-    (("compress", "--keep", 0.5, "--heal", 3), USAGE, "--heal needs data: --calibrate"),
-    (("compress", "--keep", 0.5, "--anchored", 0.5), USAGE, "--anchored needs data: --calibrate"),
-    (("compress", "--keep", 0.5, "--anchored", 2, "--calibrate", "TEXTS"), FAILED, "anchored must lie in"),
-    (("compress", "--keep", 0.5, "--calibrate", "absent.txt"), FAILED, "absent.txt"),
-    (("compress", "--keep", 0.5, "--calibrate", "TEXTS", "--loss", "mse"), FAILED, "'mse'"),
-    (("eval",), USAGE, "--text"),
-    (("heal",), USAGE, None),
-])
+@pytest.mark.parametrize(
+    "arguments, code, says",
+    [
+        (("compress", "--keep", 0.5, "--heal", 3), USAGE, "--heal needs data: --calibrate"),
+        (("compress", "--keep", 0.5, "--anchored", 0.5), USAGE, "--anchored needs data: --calibrate"),
+        (("compress", "--keep", 0.5, "--anchored", 2, "--calibrate", "TEXTS"), FAILED, "anchored must lie in"),
+        (("compress", "--keep", 0.5, "--calibrate", "absent.txt"), FAILED, "absent.txt"),
+        (("compress", "--keep", 0.5, "--calibrate", "TEXTS", "--loss", "mse"), FAILED, "'mse'"),
+        (("eval",), USAGE, "--text"),
+        (("heal",), USAGE, None),
+    ],
+)
 def test_missing_and_wrong_data_is_named(arguments, code, says, language_model: Path, tmp_path) -> None:
     command, *rest = (language_model / "a.txt" if a == "TEXTS" else a for a in arguments)
     out = ("--out", tmp_path / "out") if command == "compress" else ()

@@ -16,14 +16,17 @@ def run(*arguments: object):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-@pytest.mark.parametrize(("model", "other", "says"), [
-    ("t5", None, "T5ForConditionalGeneration is no causal language model"),
-    ("bert", None, "BertForMaskedLM is no causal language model"),
-    ("vit", None, "ViTForImageClassification is no causal language model"),
-    ("whisper", None, "WhisperForConditionalGeneration is no causal language model"),
-    ("clip", None, "CLIPModel is no causal language model"),
-    ("gpt2", "bert", "BertForMaskedLM is no causal language model"),
-])
+@pytest.mark.parametrize(
+    ("model", "other", "says"),
+    [
+        ("t5", None, "T5ForConditionalGeneration is no causal language model"),
+        ("bert", None, "BertForMaskedLM is no causal language model"),
+        ("vit", None, "ViTForImageClassification is no causal language model"),
+        ("whisper", None, "WhisperForConditionalGeneration is no causal language model"),
+        ("clip", None, "CLIPModel is no causal language model"),
+        ("gpt2", "bert", "BertForMaskedLM is no causal language model"),
+    ],
+)
 def test_other_models_are_refused(model: str, other: str | None, says: str, model_folder, data_folder) -> None:
     others = [model_folder(other)] if other else []
     failed = run("eval", model_folder(model), *others, "--text", data_folder / "texts.txt", "--window", 8)
@@ -36,7 +39,7 @@ def test_a_window_that_is_longer_than_the_positions_is_refused(model_folder, dat
     assert failed.exit_code == FAILED and f"fewer than a window of 512: --window {POSITIONS}" in failed.stderr
     # Continuations are as long as there are positions for, too.
     done = run(*arguments, "--window", POSITIONS)
-    found, = json.loads(done.stdout).values()
+    (found,) = json.loads(done.stdout).values()
     assert found["domains"]["texts.txt"]["perplexity"] > 1 and 0 <= found["repetition"]["loops"] <= 1
 
 

@@ -24,12 +24,23 @@ def run(*arguments: object):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-@pytest.mark.parametrize(("name", "data", "loss"), [
-    ("t5", "texts.txt", "lm"), ("marian", "texts.txt", "output"), ("bart_base", "texts.txt", "output"),
-    ("whisper", "spoken", "lm"), ("whisper", "sounds", "output"), ("wav2vec2", "spoken", "output"),
-    ("vit", "images", "output"), ("clip", "captioned", "output"), ("captioner", "captioned", "lm"),
-    ("bert", "texts.txt", "output"), ("gpt2", "texts.txt", "lm"), ("llava", "captioned", "lm"),
-])
+@pytest.mark.parametrize(
+    ("name", "data", "loss"),
+    [
+        ("t5", "texts.txt", "lm"),
+        ("marian", "texts.txt", "output"),
+        ("bart_base", "texts.txt", "output"),
+        ("whisper", "spoken", "lm"),
+        ("whisper", "sounds", "output"),
+        ("wav2vec2", "spoken", "output"),
+        ("vit", "images", "output"),
+        ("clip", "captioned", "output"),
+        ("captioner", "captioned", "lm"),
+        ("bert", "texts.txt", "output"),
+        ("gpt2", "texts.txt", "lm"),
+        ("llava", "captioned", "lm"),
+    ],
+)
 def test_plan_compress_and_heal(name: str, data: str, loss: str, model_folder, data_folder, tmp_path) -> None:
     source, path = model_folder(name), data_folder / data
     options = ("--keep", 0.6, "--calibrate", path, "--loss", loss, "--max-length", 10, "--batch-size", 5)
@@ -43,8 +54,21 @@ def test_plan_compress_and_heal(name: str, data: str, loss: str, model_folder, d
     assert {x.fqn: x.rank for x in shrank.describe(small).low_rank} == {x.fqn: x.rank for x in plan.low_rank}
     # Its processors came along: the same data can be read for it.
     assert batches_from_file(path, small, str(tmp_path / "small"))
-    healed = run("heal", tmp_path / "small", source, "--text", path, "--steps", 2, "--out", tmp_path / "healed",
-                 "--max-length", 10, "--json", *(("--loss", "lm") if loss == "lm" else ()))
+    healed = run(
+        "heal",
+        tmp_path / "small",
+        source,
+        "--text",
+        path,
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "healed",
+        "--max-length",
+        10,
+        "--json",
+        *(("--loss", "lm") if loss == "lm" else ()),
+    )
     figures = json.loads(healed.stdout)
     assert figures["after"] <= figures["before"] and (tmp_path / "healed" / "config.json").exists()
 
@@ -76,19 +100,29 @@ def test_a_sentence_transformers_folder(model_folder, data_folder, tmp_path) -> 
     assert small.encode(["w1 w2 w3"]).shape == (1, words.get_embedding_dimension())
 
 
-@pytest.mark.parametrize(("command", "model", "rest", "code", "says"), [
-    ("plan", "bert", ("--calibrate", "texts.txt", "--loss", "lm"), FAILED, "BertForMaskedLM predicts no next token"),
-    ("compress", "clip", ("--calibrate", "captioned", "--loss", "lm"), FAILED, "CLIPModel predicts no next token"),
-    ("compress", "clip", ("--calibrate", "images"), FAILED, 'a line of a .jsonl file for it: {"text": "a cat'),
-    ("plan", "vit", ("--calibrate", "texts.txt"), FAILED, "texts.txt, text 1: has no image"),
-    ("compress", "vit", ("--calibrate", "latin.txt"), FAILED, "latin.txt: is not UTF-8: byte 0xe9 at position 3"),
-    ("compress", "vit", ("--calibrate", "images", "--exclude", "*"), NOTHING, "excluded (8 layers)"),
-    ("plan", "vit", ("--calibrate", "absent", "--include", "no"), NOTHING, "not included (8 layers)"),
-    ("plan", "vit", ("--treat-as-base", "no.such.Linear"), FAILED, "no.such cannot be imported"),
-    ("compress", "speech_t5", ("--calibrate", "texts.txt"), FAILED, "its decoder takes decoder_input_values"),
-])
-def test_what_cannot_be_is_refused_in_words(command, model, rest, code, says, model_folder, data_folder,
-                                            tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("command", "model", "rest", "code", "says"),
+    [
+        (
+            "plan",
+            "bert",
+            ("--calibrate", "texts.txt", "--loss", "lm"),
+            FAILED,
+            "BertForMaskedLM predicts no next token",
+        ),
+        ("compress", "clip", ("--calibrate", "captioned", "--loss", "lm"), FAILED, "CLIPModel predicts no next token"),
+        ("compress", "clip", ("--calibrate", "images"), FAILED, 'a line of a .jsonl file for it: {"text": "a cat'),
+        ("plan", "vit", ("--calibrate", "texts.txt"), FAILED, "texts.txt, text 1: has no image"),
+        ("compress", "vit", ("--calibrate", "latin.txt"), FAILED, "latin.txt: is not UTF-8: byte 0xe9 at position 3"),
+        ("compress", "vit", ("--calibrate", "images", "--exclude", "*"), NOTHING, "excluded (8 layers)"),
+        ("plan", "vit", ("--calibrate", "absent", "--include", "no"), NOTHING, "not included (8 layers)"),
+        ("plan", "vit", ("--treat-as-base", "no.such.Linear"), FAILED, "no.such cannot be imported"),
+        ("compress", "speech_t5", ("--calibrate", "texts.txt"), FAILED, "its decoder takes decoder_input_values"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_words(
+    command, model, rest, code, says, model_folder, data_folder, tmp_path
+) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     places = {"latin.txt": tmp_path} | {name: data_folder for name in ("texts.txt", "captioned", "images", "absent")}
     rest = (places[x] / x if x in places else x for x in rest)
@@ -112,9 +146,14 @@ def test_warnings_are_lines(model_folder, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("command", ["plan", "compress"])
-@pytest.mark.parametrize(("flags", "expected"), [
-    ((), {}), (("--pivot",), {"pivot": True}), (("--no-pivot",), {"pivot": False}),
-])
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), {}),
+        (("--pivot",), {"pivot": True}),
+        (("--no-pivot",), {"pivot": False}),
+    ],
+)
 def test_options_reach_the_plan(command, flags, expected, model_folder, tmp_path, monkeypatch) -> None:
     seen = {}
 
@@ -159,7 +198,9 @@ def test_classes_are_found_by_name() -> None:
 
 
 def test_pivots_are_an_option(model_folder) -> None:
-    made = [json.loads(run("plan", model_folder("vit"), "--rank", 8, flag, "--json").stdout)
-            for flag in ("--pivot", "--no-pivot")]
+    made = [
+        json.loads(run("plan", model_folder("vit"), "--rank", 8, flag, "--json").stdout)
+        for flag in ("--pivot", "--no-pivot")
+    ]
     pivoted = [{x["shape"]["pivoted"] for x in plan["layers"] if x["rank"]} for plan in made]
     assert pivoted == [{True}, {False}]

@@ -13,6 +13,21 @@ def shared_library(path: Path, source: str, *options: str) -> Path:
     """
     text = path.with_suffix(".cpp")
     text.write_text(source)
-    subprocess.run(["g++", "-std=c++17", "-fPIC", "-shared", text, "-o", path, f"-Wl,-soname,{path.name}",
-                    f"-L{path.parent}", "-Wl,-rpath,$ORIGIN", "-Wl,--as-needed", *options], check=True)
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++17",
+            "-fPIC",
+            "-shared",
+            text,
+            "-o",
+            path,
+            f"-Wl,-soname,{path.name}",
+            f"-L{path.parent}",
+            "-Wl,-rpath,$ORIGIN",
+            "-Wl,--as-needed",
+            *options,
+        ],
+        check=True,
+    )
     return path

@@ -36,18 +36,34 @@ class ConvCase:
     last: bool = False  # x and residual with their channels last
 
     def __str__(self) -> str:
-        window = "".join(f"-{name}{'x'.join(map(str, sizes))}" for name, sizes in (
-            ("s", self.stride), ("p", self.padding), ("d", self.dilation)) if sizes)
+        window = "".join(
+            f"-{name}{'x'.join(map(str, sizes))}"
+            for name, sizes in (("s", self.stride), ("p", self.padding), ("d", self.dilation))
+            if sizes
+        )
         ends = [self.activation] * (self.activation != "none") + ["bias"] * self.bias + ["residual"] * self.residual
-        return "-".join(["x".join(map(str, (self.B, self.C, *self.input))),
-                         f"k{'x'.join(map(str, self.kernel))}{window}", f"R{self.R}", f"N{self.N}",
-                         f"g{self.groups}.{self.up_groups}", *ends, "last" if self.last else "first"])
+        return "-".join(
+            [
+                "x".join(map(str, (self.B, self.C, *self.input))),
+                f"k{'x'.join(map(str, self.kernel))}{window}",
+                f"R{self.R}",
+                f"N{self.N}",
+                f"g{self.groups}.{self.up_groups}",
+                *ends,
+                "last" if self.last else "first",
+            ]
+        )
 
     @property
     def window(self) -> Window:
         d = len(self.input)
-        return Window(list(self.stride or (1,) * d), list(self.padding or (0,) * d), list(self.dilation or (1,) * d),
-                      self.groups, self.up_groups)
+        return Window(
+            list(self.stride or (1,) * d),
+            list(self.padding or (0,) * d),
+            list(self.dilation or (1,) * d),
+            self.groups,
+            self.up_groups,
+        )
 
     @property
     def output(self) -> Sizes:
@@ -88,12 +104,18 @@ class ConvCase:
             return values.to(device, dtype).requires_grad_(requires_grad)
 
         x = draw(self.B, self.C, *self.input, last=self.last)
-        down = draw(self.R, self.C // self.groups, *self.kernel,
-                    fan_in=self.C // self.groups * math.prod(self.kernel))
+        down = draw(self.R, self.C // self.groups, *self.kernel, fan_in=self.C // self.groups * math.prod(self.kernel))
         up = draw(self.N, self.R // self.up_groups, *(1,) * d, fan_in=self.R // self.up_groups)
         bias = draw(self.N) if self.bias else None
-        return (x, down, up, bias, *self.window, self.activation,
-                draw(*self.output, last=self.last) if self.residual else None)
+        return (
+            x,
+            down,
+            up,
+            bias,
+            *self.window,
+            self.activation,
+            draw(*self.output, last=self.last) if self.residual else None,
+        )
 
 
 def is_last(tensor: Tensor) -> bool:
@@ -102,28 +124,45 @@ def is_last(tensor: Tensor) -> bool:
 
 
 # Every end of the layer, in both memory formats.
-ENDS = [ConvCase((5, 4), (3, 3), 8, 16, 8, padding=(1, 1), bias=bias, activation=activation, residual=residual,
-                 last=last)
-        for activation in ACTIVATIONS for bias, residual, last in product((False, True), repeat=3)]
+ENDS = [
+    ConvCase((5, 4), (3, 3), 8, 16, 8, padding=(1, 1), bias=bias, activation=activation, residual=residual, last=last)
+    for activation in ACTIVATIONS
+    for bias, residual, last in product((False, True), repeat=3)
+]
 _WINDOWS = [
-    ConvCase((17,), (3,), 8, 16, 8), ConvCase((17,), (5,), 8, 16, 8, stride=(2,), padding=(2,)),
-    ConvCase((9,), (4,), 8, 16, 8, padding=(1, 2)), ConvCase((30,), (16,), 1, 8, 8, stride=(4,)),
-    ConvCase((16,), (3,), 24, 8, 8, dilation=(3,)), ConvCase((5,), (8,), 8, 8, 8, padding=(2,)),
-    ConvCase((6, 7), (1, 1), 16, 24, 8), ConvCase((9, 8), (7, 7), 3, 16, 8, stride=(2, 2), padding=(3, 3)),
+    ConvCase((17,), (3,), 8, 16, 8),
+    ConvCase((17,), (5,), 8, 16, 8, stride=(2,), padding=(2,)),
+    ConvCase((9,), (4,), 8, 16, 8, padding=(1, 2)),
+    ConvCase((30,), (16,), 1, 8, 8, stride=(4,)),
+    ConvCase((16,), (3,), 24, 8, 8, dilation=(3,)),
+    ConvCase((5,), (8,), 8, 8, 8, padding=(2,)),
+    ConvCase((6, 7), (1, 1), 16, 24, 8),
+    ConvCase((9, 8), (7, 7), 3, 16, 8, stride=(2, 2), padding=(3, 3)),
     ConvCase((6, 5), (2, 3), 8, 8, 8, padding=(0, 1, 2, 0)),
     ConvCase((40, 1), (16, 1), 16, 16, 8, padding=(7, 8, 0, 0)),
-    ConvCase((8, 9), (3, 2), 8, 8, 8, stride=(3, 1), dilation=(1, 2)), ConvCase((1, 1), (1, 1), 8, 8, 8),
+    ConvCase((8, 9), (3, 2), 8, 8, 8, stride=(3, 1), dilation=(1, 2)),
+    ConvCase((1, 1), (1, 1), 8, 8, 8),
     ConvCase((4, 5, 6), (3, 2, 1), 8, 8, 8, padding=(1, 0, 0)),
     ConvCase((4, 8, 8), (2, 4, 4), 3, 16, 8, stride=(2, 4, 4)),
 ]
 _GROUPS = [
-    ConvCase((11,), (3,), 32, 32, 16, groups=4), ConvCase((11,), (3,), 32, 32, 32, groups=4, up_groups=4),
-    ConvCase((6, 6), (3, 3), 16, 16, 16, groups=2, padding=(1, 1)), ConvCase((6, 6), (3, 3), 16, 24, 16, groups=16),
-    ConvCase((6, 6), (3, 3), 8, 16, 16, up_groups=2), ConvCase((6, 6), (2, 2), 8, 6, 12, groups=4, up_groups=2),
-    ConvCase((6, 6), (2, 2), 6, 9, 6, groups=2, up_groups=3), ConvCase((3, 4, 5), (2, 2, 2), 8, 8, 8, groups=8),
+    ConvCase((11,), (3,), 32, 32, 16, groups=4),
+    ConvCase((11,), (3,), 32, 32, 32, groups=4, up_groups=4),
+    ConvCase((6, 6), (3, 3), 16, 16, 16, groups=2, padding=(1, 1)),
+    ConvCase((6, 6), (3, 3), 16, 24, 16, groups=16),
+    ConvCase((6, 6), (3, 3), 8, 16, 16, up_groups=2),
+    ConvCase((6, 6), (2, 2), 8, 6, 12, groups=4, up_groups=2),
+    ConvCase((6, 6), (2, 2), 6, 9, 6, groups=2, up_groups=3),
+    ConvCase((3, 4, 5), (2, 2, 2), 8, 8, 8, groups=8),
 ]
-_ODD = [ConvCase((5, 5), (3, 3), 5, 7, 3), ConvCase((5, 5), (3, 3), 8, 8, 8, B=0), ConvCase((5,), (3,), 1, 1, 1, B=1),
-        ConvCase((12, 11), (3, 3), 24, 136, 80, B=1)]
-SHAPES = [replace(case, activation=activation, residual=residual, last=last)
-          for case in _WINDOWS + _GROUPS + _ODD
-          for activation, residual, last in (("none", False, False), ("gelu", True, True))]
+_ODD = [
+    ConvCase((5, 5), (3, 3), 5, 7, 3),
+    ConvCase((5, 5), (3, 3), 8, 8, 8, B=0),
+    ConvCase((5,), (3,), 1, 1, 1, B=1),
+    ConvCase((12, 11), (3, 3), 24, 136, 80, B=1),
+]
+SHAPES = [
+    replace(case, activation=activation, residual=residual, last=last)
+    for case in _WINDOWS + _GROUPS + _ODD
+    for activation, residual, last in (("none", False, False), ("gelu", True, True))
+]

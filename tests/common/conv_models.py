@@ -56,15 +56,32 @@ class UNetBlock(nn.Module):
 def video_net() -> nn.Sequential:
     """Convolutions over (batch, 3, frames, height, width), one of them in groups."""
     return nn.Sequential(
-        nn.Conv3d(3, 32, 3, padding=1), nn.BatchNorm3d(32), nn.ReLU(),
-        nn.Conv3d(32, 64, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1), groups=2), nn.BatchNorm3d(64), nn.ReLU(),
-        nn.Conv3d(64, 64, (3, 1, 1), dilation=(2, 1, 1), padding="same"), nn.ReLU(), nn.Conv3d(64, 32, 1))
+        nn.Conv3d(3, 32, 3, padding=1),
+        nn.BatchNorm3d(32),
+        nn.ReLU(),
+        nn.Conv3d(32, 64, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1), groups=2),
+        nn.BatchNorm3d(64),
+        nn.ReLU(),
+        nn.Conv3d(64, 64, (3, 1, 1), dilation=(2, 1, 1), padding="same"),
+        nn.ReLU(),
+        nn.Conv3d(64, 32, 1),
+    )
 
 
 def wav2vec2() -> Wav2Vec2Model:
-    return Wav2Vec2Model(Wav2Vec2Config(
-        **_WIDTHS, conv_dim=(32, 64, 64), conv_kernel=(10, 3, 2), conv_stride=(5, 2, 2), num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=2, num_feat_extract_layers=3, layerdrop=0.0, mask_time_prob=0.0))
+    return Wav2Vec2Model(
+        Wav2Vec2Config(
+            **_WIDTHS,
+            conv_dim=(32, 64, 64),
+            conv_kernel=(10, 3, 2),
+            conv_stride=(5, 2, 2),
+            num_conv_pos_embeddings=16,
+            num_conv_pos_embedding_groups=2,
+            num_feat_extract_layers=3,
+            layerdrop=0.0,
+            mask_time_prob=0.0,
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -83,21 +100,38 @@ class ConvModel:
 _IMAGE, _LAST, _LAST_3D = draw(2, 3, 32, 32), (torch.channels_last,), (torch.channels_last_3d,)
 MODELS = {
     "crepe": ConvModel(lambda: load_crepe("tiny"), draw(2, WINDOW), _LAST, trained=True),
-    "resnet": ConvModel(lambda: ResNetModel(ResNetConfig(
-        embedding_size=16, hidden_sizes=[32, 64], depths=[1, 2])), _IMAGE, _LAST),
-    "convnextv2": ConvModel(lambda: ConvNextV2Model(ConvNextV2Config(hidden_sizes=[32, 64], depths=[1, 1],
-                                                                     num_stages=2)), _IMAGE, _LAST),
+    "resnet": ConvModel(
+        lambda: ResNetModel(ResNetConfig(embedding_size=16, hidden_sizes=[32, 64], depths=[1, 2])), _IMAGE, _LAST
+    ),
+    "convnextv2": ConvModel(
+        lambda: ConvNextV2Model(ConvNextV2Config(hidden_sizes=[32, 64], depths=[1, 1], num_stages=2)), _IMAGE, _LAST
+    ),
     "mobilenetv2": ConvModel(lambda: MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.5)), _IMAGE, _LAST),
     "unet": ConvModel(UNetBlock, draw(2, 16, 16, 16), _LAST),
     "wav2vec2": ConvModel(wav2vec2, draw(2, 800)),
-    "whisper": ConvModel(lambda: WhisperEncoder(WhisperConfig(
-        num_mel_bins=16, d_model=64, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=128,
-        max_source_positions=20)), draw(2, 16, 40)),
-    "videomae": ConvModel(lambda: VideoMAEModel(VideoMAEConfig(
-        **_WIDTHS, image_size=16, patch_size=8, num_frames=4)), draw(2, 4, 3, 16, 16), _LAST_3D),
+    "whisper": ConvModel(
+        lambda: WhisperEncoder(
+            WhisperConfig(
+                num_mel_bins=16,
+                d_model=64,
+                encoder_layers=1,
+                encoder_attention_heads=2,
+                encoder_ffn_dim=128,
+                max_source_positions=20,
+            )
+        ),
+        draw(2, 16, 40),
+    ),
+    "videomae": ConvModel(
+        lambda: VideoMAEModel(VideoMAEConfig(**_WIDTHS, image_size=16, patch_size=8, num_frames=4)),
+        draw(2, 4, 3, 16, 16),
+        _LAST_3D,
+    ),
     "video-net": ConvModel(video_net, draw(2, 3, 4, 12, 12), _LAST_3D),
-    "mamba": ConvModel(lambda: MambaModel(MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2,
-                                                      state_size=4)), tokens(2, 8)),
+    "mamba": ConvModel(
+        lambda: MambaModel(MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)),
+        tokens(2, 8),
+    ),
 }
 
 

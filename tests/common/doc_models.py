@@ -11,8 +11,14 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 from tests.common.model_folders import tokenizer
 from tests.common.models import seeded
 
-_SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-          "intermediate_size": 128, "max_position_embeddings": 64}
+_SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+    "max_position_embeddings": 64,
+}
 
 
 def texts(count: int = 24, words: int = 20) -> list[str]:

@@ -56,22 +56,48 @@ class LinearCase:
             values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
             return values.to(device, dtype).requires_grad_(requires_grad)
 
-        return (draw(*self.batch, self.K), draw(self.R, self.K, scale=max(self.K, 1) ** -0.5),
-                draw(self.N, self.R, scale=max(self.R, 1) ** -0.5), draw(self.N) if self.bias else None,
-                self.activation, draw(*self.batch, self.N) if self.residual else None)
+        return (
+            draw(*self.batch, self.K),
+            draw(self.R, self.K, scale=max(self.K, 1) ** -0.5),
+            draw(self.N, self.R, scale=max(self.R, 1) ** -0.5),
+            draw(self.N) if self.bias else None,
+            self.activation,
+            draw(*self.batch, self.N) if self.residual else None,
+        )
 
 
 # Every end of the layer, at a size whose rows are whole 16-byte accesses and at one whose rows are not.
-ENDS = [LinearCase((6,), 32, N, 8, bias, activation, residual)
-        for N in (64, 37) for activation in ACTIVATIONS for bias in (False, True) for residual in (False, True)]
+ENDS = [
+    LinearCase((6,), 32, N, 8, bias, activation, residual)
+    for N in (64, 37)
+    for activation in ACTIVATIONS
+    for bias in (False, True)
+    for residual in (False, True)
+]
 # Shapes that kernels must take or leave: empty, single, odd, one-dimensional, many dimensions, wide.
-SHAPES = [LinearCase(batch, K, N, R, True, "gelu", True) for batch, K, N, R in [
-    ((), 32, 64, 8), ((0,), 32, 64, 8), ((2, 0, 3), 32, 64, 8), ((1,), 32, 64, 8), ((1,), 1, 1, 1),
-    ((5,), 7, 3, 2), ((2, 3, 4), 24, 40, 16), ((1, 1, 1, 2), 16, 8, 4), ((3,), 16, 1032, 8), ((300,), 16, 8, 8),
-    ((4,), 0, 8, 4), ((4,), 16, 0, 4), ((4,), 16, 8, 0), ((129,), 130, 257, 33),
-]]
+SHAPES = [
+    LinearCase(batch, K, N, R, True, "gelu", True)
+    for batch, K, N, R in [
+        ((), 32, 64, 8),
+        ((0,), 32, 64, 8),
+        ((2, 0, 3), 32, 64, 8),
+        ((1,), 32, 64, 8),
+        ((1,), 1, 1, 1),
+        ((5,), 7, 3, 2),
+        ((2, 3, 4), 24, 40, 16),
+        ((1, 1, 1, 2), 16, 8, 4),
+        ((3,), 16, 1032, 8),
+        ((300,), 16, 8, 8),
+        ((4,), 0, 8, 4),
+        ((4,), 16, 0, 4),
+        ((4,), 16, 8, 0),
+        ((129,), 130, 257, 33),
+    ]
+]
 # Whole 16-byte rows, sizes off every tile: the matrix kernels' own, fused and, beyond rank 256, from h.
 MATRICES = [
-    LinearCase((130,), 200, 264, 120, True, "silu", True), LinearCase((3, 171), 768, 776, 96, True, "gelu_tanh"),
-    LinearCase((70,), 520, 520, 320, False, "gelu", True), LinearCase((65,), 128, 136, 64),
+    LinearCase((130,), 200, 264, 120, True, "silu", True),
+    LinearCase((3, 171), 768, 776, 96, True, "gelu_tanh"),
+    LinearCase((70,), 520, 520, 320, False, "gelu", True),
+    LinearCase((65,), 128, 136, 64),
 ]

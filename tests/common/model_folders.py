@@ -62,14 +62,39 @@ _VOCABULARY = 64
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 _IDS = {"pad_token_id": PAD, "eos_token_id": END, "bos_token_id": START, "vocab_size": _VOCABULARY}
 _TEXT = {**_SIZES, **_IDS, "max_position_embeddings": POSITIONS}
-_SEQ2SEQ = {**_IDS, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-            "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": END,
-            "forced_eos_token_id": None}
-_T5 = {"d_model": 32, "d_ff": 48, "d_kv": 16, "num_heads": 2, "num_layers": 1, "vocab_size": _VOCABULARY,
-       "decoder_start_token_id": PAD, "pad_token_id": PAD, "eos_token_id": END}
+_SEQ2SEQ = {
+    **_IDS,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "decoder_start_token_id": END,
+    "forced_eos_token_id": None,
+}
+_T5 = {
+    "d_model": 32,
+    "d_ff": 48,
+    "d_kv": 16,
+    "num_heads": 2,
+    "num_layers": 1,
+    "vocab_size": _VOCABULARY,
+    "decoder_start_token_id": PAD,
+    "pad_token_id": PAD,
+    "eos_token_id": END,
+}
 _VISION = {**_SIZES, "image_size": SIDE, "patch_size": 4}
-_WHISPER = {**_SEQ2SEQ, "num_mel_bins": 16, "max_source_positions": 50, "max_target_positions": POSITIONS,
-            "decoder_start_token_id": START, "suppress_tokens": None, "begin_suppress_tokens": None}
+_WHISPER = {
+    **_SEQ2SEQ,
+    "num_mel_bins": 16,
+    "max_source_positions": 50,
+    "max_target_positions": POSITIONS,
+    "decoder_start_token_id": START,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
 
 
 def word_ids(text: str) -> list[int]:
@@ -85,10 +110,17 @@ def tokenizer(start: bool = False, padding: bool = True) -> PreTrainedTokenizerF
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.add_special_tokens(list(special))
     inner.post_processor = processors.TemplateProcessing(
-        single=("<s> " if start else "") + "$A </s>", special_tokens=[("</s>", END), ("<s>", START)])
+        single=("<s> " if start else "") + "$A </s>", special_tokens=[("</s>", END), ("<s>", START)]
+    )
     pad = {"pad_token": "<pad>"} if padding else {}
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", bos_token="<s>", unk_token="<unk>",
-                                   extra_special_tokens={"image_token": "<image>"}, **pad)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token="</s>",
+        bos_token="<s>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+        **pad,
+    )
 
 
 def _image_processor() -> ViTImageProcessorPil:
@@ -101,7 +133,8 @@ def _clip_image_processor() -> CLIPImageProcessorPil:
 
 def _captioner() -> nn.Module:
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
-        ViTConfig(**_VISION), GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=POSITIONS, **_IDS))
+        ViTConfig(**_VISION), GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=POSITIONS, **_IDS)
+    )
     model = VisionEncoderDecoderModel(config)
     for place in (model.config, model.generation_config):
         place.decoder_start_token_id, place.pad_token_id, place.eos_token_id = START, PAD, END
@@ -109,9 +142,14 @@ def _captioner() -> nn.Module:
 
 
 def _llava() -> nn.Module:
-    return LlavaForConditionalGeneration(LlavaConfig(
-        vision_config=CLIPVisionConfig(**_VISION), text_config=LlamaConfig(**_TEXT), image_token_index=IMAGE_TOKEN,
-        vision_feature_layer=-1))
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**_VISION),
+            text_config=LlamaConfig(**_TEXT),
+            image_token_index=IMAGE_TOKEN,
+            vision_feature_layer=-1,
+        )
+    )
 
 
 def _clip() -> nn.Module:
@@ -119,43 +157,81 @@ def _clip() -> nn.Module:
 
 
 def _wav2vec2() -> nn.Module:
-    return Wav2Vec2ForCTC(Wav2Vec2Config(
-        **_SIZES, vocab_size=_VOCABULARY, conv_dim=(16, 16), conv_kernel=(10, 8), conv_stride=(5, 160),
-        num_feat_extract_layers=2, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2))
+    return Wav2Vec2ForCTC(
+        Wav2Vec2Config(
+            **_SIZES,
+            vocab_size=_VOCABULARY,
+            conv_dim=(16, 16),
+            conv_kernel=(10, 8),
+            conv_stride=(5, 160),
+            num_feat_extract_layers=2,
+            num_conv_pos_embeddings=16,
+            num_conv_pos_embedding_groups=2,
+        )
+    )
 
 
 def _speech_t5() -> nn.Module:
-    return SpeechT5ForTextToSpeech(SpeechT5Config(
-        vocab_size=_VOCABULARY, hidden_size=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, speech_decoder_prenet_units=16))
+    return SpeechT5ForTextToSpeech(
+        SpeechT5Config(
+            vocab_size=_VOCABULARY,
+            hidden_size=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            speech_decoder_prenet_units=16,
+        )
+    )
 
 
 def _llava_processor() -> LlavaProcessor:
-    return LlavaProcessor(_clip_image_processor(), tokenizer(), patch_size=4, vision_feature_select_strategy="default",
-                          num_additional_image_tokens=1)
+    return LlavaProcessor(
+        _clip_image_processor(),
+        tokenizer(),
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
 
 
 # The model, and what reads files for it.
 FOLDERS: dict[str, tuple[Callable[[], nn.Module], list[Callable[[], object]]]] = {
     "bert": (lambda: BertForMaskedLM(BertConfig(**_TEXT)), [tokenizer]),
     "roberta": (lambda: RobertaModel(RobertaConfig(**_TEXT)), [tokenizer]),
-    "gpt2": (lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=POSITIONS, **_IDS)),
-             [lambda: tokenizer(padding=False)]),
+    "gpt2": (
+        lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=POSITIONS, **_IDS)),
+        [lambda: tokenizer(padding=False)],
+    ),
     "llama": (lambda: LlamaForCausalLM(LlamaConfig(**_TEXT)), [tokenizer]),
     "t5": (lambda: T5ForConditionalGeneration(T5Config(**_T5)), [tokenizer]),
     "t5_base": (lambda: T5Model(T5Config(**_T5)), [tokenizer]),
     "t5_encoder": (lambda: T5EncoderModel(T5Config(**_T5)), [tokenizer]),
-    "bart": (lambda: BartForConditionalGeneration(BartConfig(**_SEQ2SEQ, max_position_embeddings=POSITIONS)),
-             [lambda: tokenizer(start=True)]),
+    "bart": (
+        lambda: BartForConditionalGeneration(BartConfig(**_SEQ2SEQ, max_position_embeddings=POSITIONS)),
+        [lambda: tokenizer(start=True)],
+    ),
     "bart_base": (lambda: BartModel(BartConfig(**_SEQ2SEQ, max_position_embeddings=POSITIONS)), [tokenizer]),
-    "bart_classifier": (lambda: BartForSequenceClassification(BartConfig(
-        **_SEQ2SEQ, max_position_embeddings=POSITIONS)), [tokenizer]),
-    "marian": (lambda: MarianMTModel(MarianConfig(**{**_SEQ2SEQ, "decoder_start_token_id": PAD},
-                                                  max_position_embeddings=POSITIONS)), [tokenizer]),
-    "whisper": (lambda: WhisperForConditionalGeneration(WhisperConfig(**_WHISPER)),
-                [lambda: tokenizer(start=True), lambda: WhisperFeatureExtractor(feature_size=16, chunk_length=1)]),
-    "whisper_base": (lambda: WhisperModel(WhisperConfig(**_WHISPER)),
-                     [tokenizer, lambda: WhisperFeatureExtractor(feature_size=16, chunk_length=1)]),
+    "bart_classifier": (
+        lambda: BartForSequenceClassification(BartConfig(**_SEQ2SEQ, max_position_embeddings=POSITIONS)),
+        [tokenizer],
+    ),
+    "marian": (
+        lambda: MarianMTModel(
+            MarianConfig(**{**_SEQ2SEQ, "decoder_start_token_id": PAD}, max_position_embeddings=POSITIONS)
+        ),
+        [tokenizer],
+    ),
+    "whisper": (
+        lambda: WhisperForConditionalGeneration(WhisperConfig(**_WHISPER)),
+        [lambda: tokenizer(start=True), lambda: WhisperFeatureExtractor(feature_size=16, chunk_length=1)],
+    ),
+    "whisper_base": (
+        lambda: WhisperModel(WhisperConfig(**_WHISPER)),
+        [tokenizer, lambda: WhisperFeatureExtractor(feature_size=16, chunk_length=1)],
+    ),
     "wav2vec2": (_wav2vec2, [Wav2Vec2FeatureExtractor]),
     "vit": (lambda: ViTForImageClassification(ViTConfig(**_VISION)), [_image_processor]),
     "clip": (_clip, [tokenizer, _clip_image_processor]),

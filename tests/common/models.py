@@ -90,17 +90,26 @@ class Mixed(nn.Module):
         return self.head(torch.relu(self.mixer(self.depthwise(self.grouped(x)).mean((2, 3)))))
 
 
-_TEXT = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
-         "vocab_size": VOCAB, "max_position_embeddings": 32}
+_TEXT = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 32,
+}
 _SPECIAL = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
 HF_MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: BertForSequenceClassification(BertConfig(**_TEXT)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=WIDTH, n_layer=2, n_head=2, vocab_size=VOCAB, n_positions=32,
-                                               bos_token_id=1, eos_token_id=1)),
-    "t5": lambda: T5ForConditionalGeneration(T5Config(
-        d_model=WIDTH, d_ff=64, d_kv=16, num_heads=2, num_layers=2, vocab_size=VOCAB, decoder_start_token_id=0)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_TEXT, **_SPECIAL, num_key_value_heads=2,
-                                                  tie_word_embeddings=True)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(n_embd=WIDTH, n_layer=2, n_head=2, vocab_size=VOCAB, n_positions=32, bos_token_id=1, eos_token_id=1)
+    ),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(d_model=WIDTH, d_ff=64, d_kv=16, num_heads=2, num_layers=2, vocab_size=VOCAB, decoder_start_token_id=0)
+    ),
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(**_TEXT, **_SPECIAL, num_key_value_heads=2, tie_word_embeddings=True)
+    ),
     "vit": lambda: ViTForImageClassification(ViTConfig(**_TEXT, image_size=16, patch_size=4, num_channels=3)),
 }
 
@@ -126,8 +135,10 @@ def fingerprint(model: nn.Module) -> dict[str, object]:
     """Everything that surgery could change: module types, and the bits, dtypes and flags of the state."""
     return {
         "types": {name: type(module) for name, module in model.named_modules(remove_duplicate=False)},
-        "state": {name: (value.dtype, value.shape, None if value.is_meta else value.detach().clone())
-                  for name, value in model.state_dict().items()},
+        "state": {
+            name: (value.dtype, value.shape, None if value.is_meta else value.detach().clone())
+            for name, value in model.state_dict().items()
+        },
         "flags": {name: (p.requires_grad, id(p)) for name, p in model.named_parameters(remove_duplicate=False)},
         "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
     }
@@ -145,7 +156,6 @@ def assert_same_state(one: dict, other: dict) -> None:
     assert one.keys() == other.keys()
     for name, (dtype, shape, value) in one.items():
         assert (dtype, shape) == other[name][:2], name
-        assert value is None or torch.equal(value.contiguous().view(-1).view(torch.uint8),
-                                            other[name][2].contiguous().view(-1).view(torch.uint8)), name
-
-
+        assert value is None or torch.equal(
+            value.contiguous().view(-1).view(torch.uint8), other[name][2].contiguous().view(-1).view(torch.uint8)
+        ), name

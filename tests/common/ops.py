@@ -68,29 +68,46 @@ _linear = LinearCase((3, 5), 24, 40, 8, True, "gelu", True)
 _last = ConvCase((6, 5), (3, 2), 16, 24, 8, padding=(1, 0, 0, 1), activation="gelu", residual=True, last=True)
 _formats = {"channels_first": replace(_last, last=False), "channels_last": _last}
 LINEAR_OP = OpUnderTest(
-    name="linear", definition=LINEAR, reference=reference.low_rank_linear, full={"rows": _linear},
-    small={"rows": _linear}, values=linear_cases.ENDS + linear_cases.SHAPES + linear_cases.MATRICES,
+    name="linear",
+    definition=LINEAR,
+    reference=reference.low_rank_linear,
+    full={"rows": _linear},
+    small={"rows": _linear},
+    values=linear_cases.ENDS + linear_cases.SHAPES + linear_cases.MATRICES,
     gradients=linear_cases.ENDS + linear_cases.SHAPES + linear_cases.MATRICES,
-    odd=[_linear, LinearCase((), 8, 8, 2), LinearCase((4,), 16, 7, 3, False, "silu"), LinearCase((0,), 16, 8, 4)])
+    odd=[_linear, LinearCase((), 8, 8, 2), LinearCase((4,), 16, 7, 3, False, "silu"), LinearCase((0,), 16, 8, 4)],
+)
 CONV_OP = OpUnderTest(
-    name="conv", definition=CONV, reference=_conv_reference, full=_formats,
+    name="conv",
+    definition=CONV,
+    reference=_conv_reference,
+    full=_formats,
     small={name: replace(case, input=(3, 3), C=4, N=4, R=2, groups=2) for name, case in _formats.items()},
-    values=conv_cases.ENDS + conv_cases.SHAPES, gradients=conv_cases.ENDS[::3] + conv_cases.SHAPES,
-    odd=[*_formats.values(), ConvCase((7,), (3,), 8, 5, 3, bias=False), replace(_last, B=0),
-         ConvCase((3, 4, 5), (2, 2, 2), 8, 8, 8, groups=4, activation="silu", last=True)])
+    values=conv_cases.ENDS + conv_cases.SHAPES,
+    gradients=conv_cases.ENDS[::3] + conv_cases.SHAPES,
+    odd=[
+        *_formats.values(),
+        ConvCase((7,), (3,), 8, 5, 3, bias=False),
+        replace(_last, B=0),
+        ConvCase((3, 4, 5), (2, 2, 2), 8, 8, 8, groups=4, activation="silu", last=True),
+    ],
+)
 OPS = (LINEAR_OP, CONV_OP)
 
 
 def each_case(of: Callable[[OpUnderTest], list]) -> pytest.MarkDecorator:
     """For tests of `tested` at `case`: every case that `of` an op gives."""
-    return pytest.mark.parametrize(("tested", "case"), [
-        pytest.param(tested, case, id=f"{tested}-{case}") for tested in OPS for case in of(tested)])
+    return pytest.mark.parametrize(
+        ("tested", "case"), [pytest.param(tested, case, id=f"{tested}-{case}") for tested in OPS for case in of(tested)]
+    )
 
 
 def each_format(of: Callable[[OpUnderTest], dict] = lambda tested: tested.full) -> pytest.MarkDecorator:
     """For tests of `tested` at `full`: a problem with every end, in each memory format."""
-    return pytest.mark.parametrize(("tested", "full"), [
-        pytest.param(tested, case, id=f"{tested}-{name}") for tested in OPS for name, case in of(tested).items()])
+    return pytest.mark.parametrize(
+        ("tested", "full"),
+        [pytest.param(tested, case, id=f"{tested}-{name}") for tested in OPS for name, case in of(tested).items()],
+    )
 
 
 EACH_OP = pytest.mark.parametrize("tested", OPS, ids=str)

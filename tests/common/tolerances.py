@@ -51,5 +51,7 @@ def assert_every_element_close(actual: Tensor, expected: Tensor) -> None:
     bound = _UNITS * torch.finfo(actual.dtype).eps * expected.abs().max().item()
     if not (error <= bound).all():
         worst = error.nan_to_num(torch.inf).argmax()
-        raise AssertionError(f"{int((~(error <= bound)).sum())} elements are off by more than {bound:.3g}; element "
-                             f"{int(worst)}: {actual.flatten()[worst]:.6g} for {expected.flatten()[worst]:.6g}")
+        raise AssertionError(
+            f"{int((~(error <= bound)).sum())} elements are off by more than {bound:.3g}; element "
+            f"{int(worst)}: {actual.flatten()[worst]:.6g} for {expected.flatten()[worst]:.6g}"
+        )

@@ -31,9 +31,18 @@ TOKEN_NAME = re.compile(r"(_id|_ids|_token_index)$")
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
 ROPES = {"full_attention": ROPE, "sliding_attention": ROPE}
-SERIES = {"prediction_length": 4, "context_length": 8, "label_length": 4, "inputs": {
-    "past_values": (2, 15), "past_time_features": (2, 15, 0), "past_observed_mask": (2, 15),
-    "future_values": (2, 4), "future_time_features": (2, 4, 0)}}
+SERIES = {
+    "prediction_length": 4,
+    "context_length": 8,
+    "label_length": 4,
+    "inputs": {
+        "past_values": (2, 15),
+        "past_time_features": (2, 15, 0),
+        "past_observed_mask": (2, 15),
+        "future_values": (2, 4),
+        "future_time_features": (2, 4, 0),
+    },
+}
 NAFLEX = {"pixel_values": (2, 16, 768), "pixel_attention_mask": (2, 16), "spatial_shapes": [[4, 4], [4, 4]]}
 ZAMBA, IDS = {"attention_hidden_size": 128, "attention_head_dim": 32}, (BATCH, SEQUENCE)
 # Config values by their dotted paths, where a default is missing or sizes depend on each other, and under
@@ -47,20 +56,31 @@ OVERRIDES: dict[str, dict] = {
     "audioflamingo3_encoder": {"inputs": {"input_features_mask": (2, FRAMES)}},
     "autoformer informer time_series_transformer": SERIES,
     "bridgetower": {"inputs": {"pixel_values": (2, 3, IMAGE, IMAGE), "pixel_mask": (2, IMAGE, IMAGE)}},
-    "bros": {"dim_bbox_sinusoid_emb_1d": 2, "dim_bbox_sinusoid_emb_2d": 16, "dim_bbox_projection": 16,
-        "inputs": {"bbox": (*IDS, 4)}},
+    "bros": {
+        "dim_bbox_sinusoid_emb_1d": 2,
+        "dim_bbox_sinusoid_emb_2d": 16,
+        "dim_bbox_projection": 16,
+        "inputs": {"bbox": (*IDS, 4)},
+    },
     "chameleon": {"vocabulary_map": {"<image>": 120, "IMGIMGAZ": 121}},
     "cohere_compass": {"text_config.rope_parameters": ROPES},
-    "cohere_compass_text": {"rope_parameters": ROPES}, "cvt": {"depth": (1, 2, 3)},
+    "cohere_compass_text": {"rope_parameters": ROPES},
+    "cvt": {"depth": (1, 2, 3)},
     "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
-    "decision_transformer": {"inputs": {
-        "states": (*IDS, 17), "actions": (*IDS, 4), "returns_to_go": (*IDS, 1), "timesteps": IDS}},
-    "deepseek_v2": {"num_experts_per_tok": 2}, "depth_pro": {"intermediate_hook_ids": (1, 0)},
-    "dia": {"inputs": {"decoder_input_ids": (*IDS, 9)}}, "donut-swin swin": {"window_size": 2},
+    "decision_transformer": {
+        "inputs": {"states": (*IDS, 17), "actions": (*IDS, 4), "returns_to_go": (*IDS, 1), "timesteps": IDS}
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "depth_pro": {"intermediate_hook_ids": (1, 0)},
+    "dia": {"inputs": {"decoder_input_ids": (*IDS, 9)}},
+    "donut-swin swin": {"window_size": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "dots3_note": {"text_config.head_dim": 64}, "dots3_note_text": {"head_dim": 64},
-    "efficientnet": {"hidden_dim": 2560}, "emu3": {"vocabulary_map": {"<image>": 120, "<|extra_200|>": 121}},
-    "esm": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 2}, "falcon_h1": {"mamba_d_head": 16},
+    "dots3_note": {"text_config.head_dim": 64},
+    "dots3_note_text": {"head_dim": 64},
+    "efficientnet": {"hidden_dim": 2560},
+    "emu3": {"vocabulary_map": {"<image>": 120, "<|extra_200|>": 121}},
+    "esm": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 2},
+    "falcon_h1": {"mamba_d_head": 16},
     "fun_asr_nano_encoder": {"inputs": {"input_features": (2, FRAMES, 448)}},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "granite_speech5_ctc granite_speech5_encoder": {"inputs": {"input_features": (2, FRAMES, 256)}},
@@ -69,7 +89,8 @@ OVERRIDES: dict[str, dict] = {
     "kyutai_speech_to_text": {"inputs": {"input_ids": (*IDS, 33)}},
     "layoutlmv3": {"coordinate_size": 10, "shape_size": 12},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "lightglue superglue": {"inputs": {"pixel_values": (1, 2, 3, IMAGE, IMAGE)}}, "lilt": {"hidden_size": 96},
+    "lightglue superglue": {"inputs": {"pixel_values": (1, 2, 3, IMAGE, IMAGE)}},
+    "lilt": {"hidden_size": 96},
     "lxmert": {"inputs": {"visual_feats": (2, 5, WIDTH), "visual_pos": (2, 5, 4)}},
     "minicpm_ocr_vision minicpmv4_7_vision": {"inputs": {"target_sizes": [[4, 4]]}},
     "mimi_decoder pocket_tts_audio_tokenizer_decoder": {"inputs": {"latents": (2, WIDTH, 12)}},
@@ -121,16 +142,20 @@ UNBUILDABLE: dict[str, str] = {
     family: reason for reason, names in _UNBUILDABLE_BY_REASON.items() for family in names.split()
 }
 # Encoders, decoders, mixtures of experts, state spaces, HF Conv1D, vision, audio, multimodal, shared layers.
-FAST: tuple[str, ...] = tuple("""
+FAST: tuple[str, ...] = tuple(
+    """
     albert bart bert bit bloom clip convnext deberta-v2 deepseek_v3 detr distilbert falcon
     falcon_mamba gemma2 gemma3 gpt2 gpt_neox hubert jamba llama llava mamba2 mistral mixtral mobilenet_v2
     modernbert opt qwen2 qwen2_moe qwen2_vl resnet sam segformer siglip swin t5 vit
     vit_mae wav2vec2 whisper
-""".split())
+""".split()
+)
 # Of those, the ones that are also calibrated, given unequal ranks, saved and loaded.
-FAST_CALIBRATED: tuple[str, ...] = tuple("""
+FAST_CALIBRATED: tuple[str, ...] = tuple(
+    """
     bert convnext falcon_mamba gpt2 llama mixtral resnet
-""".split())
+""".split()
+)
 # Families without any layer that rank 8 could make smaller, and why.
 NOTHING_TO_REPLACE: dict[str, str] = {
     "bit": "its convolutions standardise their weights in a subclass of nn.Conv2d",
@@ -157,9 +182,11 @@ SHAPE_DEPENDS_ON_WEIGHTS = ("fastspeech2_conformer", "fastspeech2_conformer_with
 ROUNDING_DECIDES = ("d_fine", "deimv2", "pp_doclayout_v3", "pp_doclayout_v4", "rt_detr", "rt_detr_v2")
 # Dense models whose own save_pretrained and from_pretrained do not round-trip: their shrunk configs are refused, or
 # rebuilt with other sizes, when read back.
-DENSE_DOES_NOT_LOAD = tuple("""
+DENSE_DOES_NOT_LOAD = tuple(
+    """
     apertus1p5 data2vec-audio depth_pro dory dots3_note dots3_note_text embedding_gemma2 embedding_gemma2_text
     fun_asr_nano gemma4 gemma4_text gemma4_unified gemma4_unified_text glm5_next glm5_next_text hubert
     minimax_m3_vl molmo2 sew sew-d speecht5 step3p7 unispeech unispeech-sat vibevoice_asr wav2vec2
     wav2vec2-conformer wavlm
-""".split())
+""".split()
+)

@@ -37,8 +37,13 @@ ROWS = 1000
 
 
 def convolutions() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.GELU(), nn.Conv2d(32, 32, 3, padding=1, groups=2),
-                         nn.GELU(), nn.Conv2d(32, 16, 1, bias=False))
+    return nn.Sequential(
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.GELU(),
+        nn.Conv2d(32, 32, 3, padding=1, groups=2),
+        nn.GELU(),
+        nn.Conv2d(32, 16, 1, bias=False),
+    )
 
 
 def deep() -> nn.Module:
@@ -46,8 +51,9 @@ def deep() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(WIDTH, WIDTH, bias=False))
 
 
-@pytest.mark.parametrize("build, x", [(deep, draw(ROWS, WIDTH)), (convolutions, draw(64, 16, 8, 8))],
-                         ids=["linear", "convolutions"])
+@pytest.mark.parametrize(
+    "build, x", [(deep, draw(ROWS, WIDTH)), (convolutions, draw(64, 16, 8, 8))], ids=["linear", "convolutions"]
+)
 def test_the_model_comes_nearer_than_with_layers_fitted_alone(build: Callable[[], nn.Module], x: Tensor) -> None:
     model = seeded(build)
     plan = make_plan(model, 0.5, errors=False, allow_slower=True)
@@ -186,11 +192,15 @@ def test_padding_is_not_anchored() -> None:
     changed = inputs | {"input_ids": torch.where(mask == 0, 5, inputs["input_ids"])}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fewer than 10 tokens")
-        one, other = (auto_fact(hf_model("bert"), 4, calibrate=Calibrate([x], loss="none"), anchored=True)
-                      for x in (inputs, changed))
+        one, other = (
+            auto_fact(hf_model("bert"), 4, calibrate=Calibrate([x], loss="none"), anchored=True)
+            for x in (inputs, changed)
+        )
     layer = "bert.encoder.layer.1.output.dense"
-    assert_close(one.get_submodule(layer).up @ one.get_submodule(layer).down,
-                 other.get_submodule(layer).up @ other.get_submodule(layer).down)
+    assert_close(
+        one.get_submodule(layer).up @ one.get_submodule(layer).down,
+        other.get_submodule(layer).up @ other.get_submodule(layer).down,
+    )
 
 
 def test_what_is_not_finite_behind_compressed_layers_stays_dense() -> None:

@@ -18,8 +18,9 @@ def dev_module() -> ModuleType:
     suffixes = importlib.machinery.EXTENSION_SUFFIXES
     found = [path for suffix in suffixes if (path := BUILD / f"shrank_dev{suffix}").exists()]
     if not found:
-        raise FileNotFoundError(f"{BUILD}/shrank_dev{suffixes[0]} is missing: "
-                                "cmake -S . -B build/cmake && cmake --build build/cmake")
+        raise FileNotFoundError(
+            f"{BUILD}/shrank_dev{suffixes[0]} is missing: cmake -S . -B build/cmake && cmake --build build/cmake"
+        )
     return load_module(found[0])
 
 

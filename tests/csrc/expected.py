@@ -62,8 +62,12 @@ def counted_from_opposite(words: Words) -> Words:
 
 
 def positions(_: Words) -> Words:
-    rows = [[bx * 64 + t, by, 128, 3, t, t % WARP, t // WARP, bx, by, 3]
-            for by in range(3) for bx in range(2) for t in range(64)]
+    rows = [
+        [bx * 64 + t, by, 128, 3, t, t % WARP, t // WARP, bx, by, 3]
+        for by in range(3)
+        for bx in range(2)
+        for t in range(64)
+    ]
     return np.array(rows, dtype=np.uint32).reshape(-1)
 
 
@@ -81,8 +85,8 @@ def operands(words: Words, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarr
     a = np.zeros((2, 8, 2, 4, 2))  # which 8 rows, row, which 8 columns, pair, which of the pair
     for register in range(4):
         a[register % 2, :, register // 2] = held[:, :, register]
-    b = np.stack([held[:, :, 4], held[:, :, 5]], axis=1)              # column, which 8 rows, pair, which of the pair
-    total = np.stack([held[:, :, 6], held[:, :, 7]])                  # which 8 rows, row, pair of columns, which
+    b = np.stack([held[:, :, 4], held[:, :, 5]], axis=1)  # column, which 8 rows, pair, which of the pair
+    total = np.stack([held[:, :, 6], held[:, :, 7]])  # which 8 rows, row, pair of columns, which
     return a.reshape(16, 16), b.reshape(8, 16).T, total.reshape(16, 8)
 
 
@@ -103,8 +107,9 @@ def magnitude(words: Words, dtype: str) -> np.ndarray:
 
 
 def two_phases(words: Words) -> Words:
-    return np.concatenate([(words[::-1, None] + np.arange(4, dtype=np.uint32) + np.uint32(phase * 4)).reshape(-1)
-                           for phase in range(2)])
+    return np.concatenate(
+        [(words[::-1, None] + np.arange(4, dtype=np.uint32) + np.uint32(phase * 4)).reshape(-1) for phase in range(2)]
+    )
 
 
 def tiles(words: Words) -> Words:
@@ -142,20 +147,36 @@ ANSWERS: dict[str, Callable[[Words], Words]] = {
     "exp2_approximate": in_double(np.exp2),
     "reciprocal_approximate": in_double(np.reciprocal),
     "tanh_approximate": in_double(np.tanh),
-    "load_store<uint32_t, 4>": mirrored, "load_store<bfloat16, 8>": mirrored, "load_store<float, 2>": mirrored,
-    "load_shared_words": mirrored, "load_shared_floats": mirrored,
-    "store_shared_words": mirrored, "copy_async": every_other_chunk, "copy_async_reused": every_other_chunk,
-    "sync_threads": counted_from_opposite, "grid_dependency": lambda words: words,
-    "position": positions, "arrive": two_phases, "copy_tile_async": tiles,
+    "load_store<uint32_t, 4>": mirrored,
+    "load_store<bfloat16, 8>": mirrored,
+    "load_store<float, 2>": mirrored,
+    "load_shared_words": mirrored,
+    "load_shared_floats": mirrored,
+    "store_shared_words": mirrored,
+    "copy_async": every_other_chunk,
+    "copy_async_reused": every_other_chunk,
+    "sync_threads": counted_from_opposite,
+    "grid_dependency": lambda words: words,
+    "position": positions,
+    "arrive": two_phases,
+    "copy_tile_async": tiles,
     "load_matrices": lambda words: matrices(words, False),
     "load_matrices_transposed": lambda words: matrices(words, True),
 }
 for _dtype in TYPES:
-    ANSWERS |= {f"{name}<{_dtype}>": lambda words, answer=answer, dtype=_dtype: answer(words, dtype)
-                for name, answer in {"widen": widened, "round_to": rounded, "round_to_pair": rounded,
-                                     "multiply_add": multiplied}.items()}
-    ANSWERS |= {f"warpgroup_multiply_add<{_dtype}, {n}>": lambda words, dtype=_dtype: warpgroup_multiplied(words, dtype)
-                for n in (64, 128)}
+    ANSWERS |= {
+        f"{name}<{_dtype}>": lambda words, answer=answer, dtype=_dtype: answer(words, dtype)
+        for name, answer in {
+            "widen": widened,
+            "round_to": rounded,
+            "round_to_pair": rounded,
+            "multiply_add": multiplied,
+        }.items()
+    }
+    ANSWERS |= {
+        f"warpgroup_multiply_add<{_dtype}, {n}>": lambda words, dtype=_dtype: warpgroup_multiplied(words, dtype)
+        for n in (64, 128)
+    }
 
 # Those of sm_90a: other GPUs are not asked.
 HOPPER = {name for name in ANSWERS if name.startswith(("arrive", "copy_tile", "warpgroup"))}
@@ -163,12 +184,20 @@ HOPPER = {name for name in ANSWERS if name.startswith(("arrive", "copy_tile", "w
 # Where an instruction approximates: how far from the answer, and measured by what. PTX ISA: ex2 and rcp.approx err by
 # at most 2^-22 and 2^-23 of the result, tanh.approx by 2^-11; a tensor core's order and rounding are not told.
 SIZE_OF_ANSWER = lambda words, answer: np.abs(floats(answer)).astype(np.float64)  # noqa: E731
-BOUNDS = {"exp2_approximate": (2**-21, SIZE_OF_ANSWER), "reciprocal_approximate": (2**-21, SIZE_OF_ANSWER),
-          "tanh_approximate": (2**-10.5, SIZE_OF_ANSWER),
-          **{f"multiply_add<{dtype}>": (2**-20, lambda words, _, dtype=dtype: magnitude(words, dtype))
-             for dtype in TYPES},
-          **{f"warpgroup_multiply_add<{dtype}, {n}>": (2**-20, lambda words, _, dtype=dtype: warpgroup_magnitude(
-              words, dtype)) for dtype in TYPES for n in (64, 128)}}
+BOUNDS = {
+    "exp2_approximate": (2**-21, SIZE_OF_ANSWER),
+    "reciprocal_approximate": (2**-21, SIZE_OF_ANSWER),
+    "tanh_approximate": (2**-10.5, SIZE_OF_ANSWER),
+    **{f"multiply_add<{dtype}>": (2**-20, lambda words, _, dtype=dtype: magnitude(words, dtype)) for dtype in TYPES},
+    **{
+        f"warpgroup_multiply_add<{dtype}, {n}>": (
+            2**-20,
+            lambda words, _, dtype=dtype: warpgroup_magnitude(words, dtype),
+        )
+        for dtype in TYPES
+        for n in (64, 128)
+    },
+}
 
 
 def disagreements(name: str, given: Words, got: Words, answer: Words) -> np.ndarray:

@@ -44,6 +44,7 @@ class Suite:
     def object(self) -> str:
         return f"csrc/kernels/low_rank_{self.name}_emulated.cpp"
 
+
 @dataclass(frozen=True)
 class Mutant:
     number: int
@@ -59,8 +60,9 @@ class Mutant:
 
     @property
     def equivalent(self) -> str | None:
-        return next((why for (rule, piece), why in EQUIVALENT.items() if rule == self.rule and piece in self.before),
-                    None)
+        return next(
+            (why for (rule, piece), why in EQUIVALENT.items() if rule == self.rule and piece in self.before), None
+        )
 
 
 def mutants() -> Iterator[Mutant]:
@@ -70,12 +72,13 @@ def mutants() -> Iterator[Mutant]:
         for rule, (what, instead) in RULES.items():
             for match in re.finditer(what, text, re.MULTILINE):
                 start = text.rfind("\n", 0, match.start()) + 1
-                before = text[start:text.find("\n", match.end())]
-                if before.lstrip().startswith(("//", "#", "template", "using", "static constexpr", "static_assert",
-                                                "constexpr")):
+                before = text[start : text.find("\n", match.end())]
+                if before.lstrip().startswith(
+                    ("//", "#", "template", "using", "static constexpr", "static_assert", "constexpr")
+                ):
                     continue
-                changed = text[:match.start()] + match.expand(instead) + text[match.end():]
-                after = changed[start:changed.find("\n", start)]
+                changed = text[: match.start()] + match.expand(instead) + text[match.end() :]
+                after = changed[start : changed.find("\n", start)]
                 yield Mutant(number, rule, source, text.count("\n", 0, start) + 1, before, after, changed)
                 number += 1
 
@@ -94,10 +97,16 @@ def build(mutant: Mutant, suite: Suite) -> Path:
     (folder / mutant.source).write_text(mutant.text)
     module = folder / "shrank_dev.so"
     made = f"CMakeFiles/emulated_{suite.name}.dir/{suite.object}.o"
-    compiled = commands(f"-c {ROOT / suite.object}", made).replace(
-        str(ROOT / suite.object), str(folder / suite.object)).replace(f"-o {made}", f"-o {folder}/kernels.o")
-    linked = re.sub(r"-o shrank_dev\S*", f"-o {module}", commands("-o shrank_dev", "shrank_dev").replace(
-        made, f"{folder}/kernels.o"))
+    compiled = (
+        commands(f"-c {ROOT / suite.object}", made)
+        .replace(str(ROOT / suite.object), str(folder / suite.object))
+        .replace(f"-o {made}", f"-o {folder}/kernels.o")
+    )
+    linked = re.sub(
+        r"-o shrank_dev\S*",
+        f"-o {module}",
+        commands("-o shrank_dev", "shrank_dev").replace(made, f"{folder}/kernels.o"),
+    )
     for command in (re.sub(r"-M[DTF]\S*( \S+\.[od])?", "", compiled), linked):
         subprocess.run(command, shell=True, cwd=BUILD, check=True, capture_output=True, text=True)
     return module
@@ -143,8 +152,14 @@ def mistake(outcome: linear.Outcome, wanted: reference.Stages, torchs: torch.Ten
 
 LINEAR = Suite("linear", linear.runs, lambda run: run.M * (run.K + run.N) * run.R, failure_of_linear)
 CONV = Suite("conv", conv.runs, conv.ConvRun.multiply_adds, failure_of_conv)
-SOURCES = {"tile.cuh": (LINEAR, CONV), "expand.cuh": (LINEAR, CONV), "low_rank_linear.cuh": (LINEAR,),
-           "gather.cuh": (CONV,), "low_rank_conv.cuh": (CONV,), "depthwise.cuh": (CONV,)}
+SOURCES = {
+    "tile.cuh": (LINEAR, CONV),
+    "expand.cuh": (LINEAR, CONV),
+    "low_rank_linear.cuh": (LINEAR,),
+    "gather.cuh": (CONV,),
+    "low_rank_conv.cuh": (CONV,),
+    "depthwise.cuh": (CONV,),
+}
 
 
 def verdict(mutant: Mutant) -> tuple[Mutant, str | None]:
@@ -187,8 +202,10 @@ def main(only: str = "") -> int:
             wrong += [] if expected else [mutant]
             shown = noticed or (f"equivalent: {mutant.equivalent}" if mutant.equivalent else "SURVIVED")
             print(f"{'ok   ' if expected else 'WRONG'} {mutant}\n        {shown[:200]}", flush=True)
-    print(f"{killed} of {len(everything)} mutants noticed, {len(everything) - killed - len(wrong)} equivalent, "
-          f"{len(wrong)} wrong, in {time.monotonic() - started:.0f} s; rules without a match: {sorted(missing)}")
+    print(
+        f"{killed} of {len(everything)} mutants noticed, {len(everything) - killed - len(wrong)} equivalent, "
+        f"{len(wrong)} wrong, in {time.monotonic() - started:.0f} s; rules without a match: {sorted(missing)}"
+    )
     return bool(wrong or missing)
 
 

@@ -45,8 +45,9 @@ def tool(name: str) -> Path:
 
 def dump(*arguments: str) -> str:
     command = [tool("cuobjdump"), *arguments, native.LIBRARY]
-    return subprocess.run(command, text=True, capture_output=True, check=True,
-                          env={"PATH": f"{tool('nvdisasm').parent}:/usr/bin:/bin"}).stdout
+    return subprocess.run(
+        command, text=True, capture_output=True, check=True, env={"PATH": f"{tool('nvdisasm').parent}:/usr/bin:/bin"}
+    ).stdout
 
 
 def name_in(line: str) -> Name | None:
@@ -94,10 +95,21 @@ def nvcc_version() -> str | None:
 
 
 def table(tiles: list) -> str:
-    columns = ["kernel", "block_m", "max_rank", "threads", "shared KiB",
-               *(f"{arch}: registers, blocks per SM" for arch in ARCHS), "HMMA, sm_90a"]
-    rows = [f"By nvcc {nvcc_version()}, in bfloat16; float16 differs by a few registers. No kernel spills.", "",
-            f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    columns = [
+        "kernel",
+        "block_m",
+        "max_rank",
+        "threads",
+        "shared KiB",
+        *(f"{arch}: registers, blocks per SM" for arch in ARCHS),
+        "HMMA, sm_90a",
+    ]
+    rows = [
+        f"By nvcc {nvcc_version()}, in bfloat16; float16 differs by a few registers. No kernel spills.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
     for tile in tiles:
         name, cells = name_of(tile, "bfloat16"), []
         for arch in ARCHS:
@@ -106,8 +118,10 @@ def table(tiles: list) -> str:
             fits = tile.shared_bytes <= SHARED_OF_BLOCK[arch] * 1024
             cells.append(f"{kernel.registers}, {blocks}" if fits else "does not fit")
         matrix = kernels("sm_90a")[name].instructions["HMMA"]
-        rows.append(f"| {name[0]} | {tile.block_m} | {tile.max_rank or 'any'} | {tile.threads} | "
-                    f"{tile.shared_bytes / 1024:g} | {' | '.join(cells)} | {matrix} |")
+        rows.append(
+            f"| {name[0]} | {tile.block_m} | {tile.max_rank or 'any'} | {tile.threads} | "
+            f"{tile.shared_bytes / 1024:g} | {' | '.join(cells)} | {matrix} |"
+        )
     return "\n".join(rows)
 
 

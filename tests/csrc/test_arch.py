@@ -16,7 +16,9 @@ ALLOWED = {
     "__launch_bounds__": "how many threads it has",
     "__grid_constant__": "where its parameters stay",
     "__attribute__": "weak symbols of torch, a host's business",
-    "__FILE__": "C++", "__LINE__": "C++", "__VA_ARGS__": "C++",
+    "__FILE__": "C++",
+    "__LINE__": "C++",
+    "__VA_ARGS__": "C++",
     "__repr__": "Python's, in the bindings",
 }
 # attributes of a launch on the host side, of dim3 and of cudaLaunchConfig_t
@@ -40,8 +42,14 @@ def test_no_instruction_is_spelled_outside_arch(path: Path) -> None:
 
 
 def test_an_instruction_would_be_seen() -> None:
-    for line in ("__syncthreads();", 'asm volatile("nop;");', "int i = threadIdx.x;", "x = __ldg(p);",
-                 "v = __shfl_xor_sync(~0u, v, 1);", "float f = __uint_as_float(u);"):
+    for line in (
+        "__syncthreads();",
+        'asm volatile("nop;");',
+        "int i = threadIdx.x;",
+        "x = __ldg(p);",
+        "v = __shfl_xor_sync(~0u, v, 1);",
+        "float f = __uint_as_float(u);",
+    ):
         assert spellings(line), line
     assert not spellings("config.gridDim = grid;  // __syncthreads")
 

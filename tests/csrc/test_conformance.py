@@ -18,25 +18,34 @@ GOLDEN = sorted((ROOT / "benchmarks/results").glob("conformance-*.json"))
 PROGRAM = ROOT / "csrc/conformance"
 # Without a GPU's answers, only a reading of the PTX ISA speaks for the device's half of csrc/arch: the name says so.
 CONFIRMATIONS = [pytest.param(path, id=path.stem) for path in GOLDEN] or [
-    pytest.param(None, id="not_confirmed_on_hardware")]
+    pytest.param(None, id="not_confirmed_on_hardware")
+]
 
 
 @pytest.fixture(scope="module")
 def answered(dev: ModuleType) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Of each instruction: the words given, and the emulator's answer."""
-    return {name: (np.array(words.input, dtype=np.uint32), np.array(words.output, dtype=np.uint32))
-            for name, words in dev.conformance.run().items()}
+    return {
+        name: (np.array(words.input, dtype=np.uint32), np.array(words.output, dtype=np.uint32))
+        for name, words in dev.conformance.run().items()
+    }
 
 
 def parsed(results: dict[str, list[str]]) -> dict[str, np.ndarray]:
-    return {name: np.array([int(word, 16) for word in " ".join(rows).split()], dtype=np.uint32)
-            for name, rows in results.items()}
+    return {
+        name: np.array([int(word, 16) for word in " ".join(rows).split()], dtype=np.uint32)
+        for name, rows in results.items()
+    }
 
 
 def complaint(name: str, given: np.ndarray, got: np.ndarray, answer: np.ndarray) -> str:
     at = disagreements(name, given, got, answer)
-    return "" if not at.size else f"{name}: {at.size} of {got.size} words, first {at[0]}: " + (
-        f"{got[at[0]]:#010x}, not {answer[at[0]]:#010x}" if got.shape == answer.shape else f"{got.size}")
+    return (
+        ""
+        if not at.size
+        else f"{name}: {at.size} of {got.size} words, first {at[0]}: "
+        + (f"{got[at[0]]:#010x}, not {answer[at[0]]:#010x}" if got.shape == answer.shape else f"{got.size}")
+    )
 
 
 @pytest.mark.parametrize("golden", CONFIRMATIONS)

@@ -9,19 +9,35 @@ import pytest
 from shrank.linalg.factors import Shape
 
 HALF, FULL = ("bfloat16", "float16"), ("float32", "float64")
-TAILS = [dict(activation=activation, bias=bias, residual=residual)
-         for activation, bias, residual in product(("none", "gelu"), *[(False, True)] * 2)]
+TAILS = [
+    dict(activation=activation, bias=bias, residual=residual)
+    for activation, bias, residual in product(("none", "gelu"), *[(False, True)] * 2)
+]
 # B, C, N, R, input, kernel: the rows of docs/csrc/predicted.md (ResNet's four stages, a UNet, a high resolution, a
 # point), a stem, CREPE, Whisper, tubes.
-SPATIAL = [(32, 64, 64, 16, (56, 56), (3, 3)), (32, 128, 128, 32, (28, 28), (3, 3)),
-           (32, 256, 256, 64, (14, 14), (3, 3)), (32, 512, 512, 128, (7, 7), (3, 3)),
-           (8, 320, 320, 80, (64, 64), (3, 3)), (8, 128, 128, 32, (128, 128), (3, 3)),
-           (32, 64, 256, 16, (56, 56), (1, 1)), (8, 3, 64, 24, (224, 224), (7, 7)),
-           (64, 1, 1024, 168, (1532, 1), (512, 1)), (64, 128, 128, 56, (127, 1), (64, 1)),
-           (8, 80, 384, 40, (3000,), (3,)), (2, 3, 768, 256, (16, 224, 224), (2, 16, 16))]
-SEPARABLE = [(32, 32, 64, (112, 112), (3, 3)), (32, 128, 128, (56, 56), (3, 3)), (32, 256, 256, (28, 28), (3, 3)),
-             (32, 512, 512, (14, 14), (3, 3)), (32, 1024, 1024, (7, 7), (3, 3)), (32, 96, 384, (56, 56), (7, 7)),
-             (8, 1536, 80, (2048,), (4,))]
+SPATIAL = [
+    (32, 64, 64, 16, (56, 56), (3, 3)),
+    (32, 128, 128, 32, (28, 28), (3, 3)),
+    (32, 256, 256, 64, (14, 14), (3, 3)),
+    (32, 512, 512, 128, (7, 7), (3, 3)),
+    (8, 320, 320, 80, (64, 64), (3, 3)),
+    (8, 128, 128, 32, (128, 128), (3, 3)),
+    (32, 64, 256, 16, (56, 56), (1, 1)),
+    (8, 3, 64, 24, (224, 224), (7, 7)),
+    (64, 1, 1024, 168, (1532, 1), (512, 1)),
+    (64, 128, 128, 56, (127, 1), (64, 1)),
+    (8, 80, 384, 40, (3000,), (3,)),
+    (2, 3, 768, 256, (16, 224, 224), (2, 16, 16)),
+]
+SEPARABLE = [
+    (32, 32, 64, (112, 112), (3, 3)),
+    (32, 128, 128, (56, 56), (3, 3)),
+    (32, 256, 256, (28, 28), (3, 3)),
+    (32, 512, 512, (14, 14), (3, 3)),
+    (32, 1024, 1024, (7, 7), (3, 3)),
+    (32, 96, 384, (56, 56), (7, 7)),
+    (8, 1536, 80, (2048,), (4,)),
+]
 
 
 def three(sizes: tuple, fill: int) -> tuple:
@@ -57,11 +73,15 @@ def test_the_choice_is_legal_its_cost_is_told_and_none_beats_the_floor(dev, gpu,
 
 @pytest.mark.parametrize("tail", TAILS, ids=str)
 def test_the_choice_is_the_cheapest_of_those_never_slower_than_two_calls_and_training_makes_the_same(
-        dev, gpu, tail) -> None:
+    dev, gpu, tail
+) -> None:
     for training, inference in zip(problems(dev, training=True, **tail), problems(dev, **tail), strict=True):
         costs = [legal_costs(dev, each, gpu) for each in (training, inference)]
-        total = {kernel: sum(cost[kernel] for cost in costs) for kernel in costs[0]
-                 if all(cost[kernel] <= cost["two_convs"] for cost in costs)}
+        total = {
+            kernel: sum(cost[kernel] for cost in costs)
+            for kernel in costs[0]
+            if all(cost[kernel] <= cost["two_convs"] for cost in costs)
+        }
         chosen = [dev.select.select(each, gpu) for each in (training, inference)]
         assert chosen[0].kernel == chosen[1].kernel and total[chosen[0].kernel] == min(total.values())
         if chosen[0].kernel == "fused":
@@ -79,13 +99,24 @@ def test_the_grid_covers_the_problem_with_a_tile_that_fits(dev, gpu) -> None:
         assert grid.tile.shared_bytes <= gpu.smem_per_block and grid.tile.max_rank >= each.R
 
 
-@pytest.mark.parametrize(("deviation", "reason"), [
-    (dict(dtype="float32"), "bfloat16 and float16"), (dict(channels_last=False), "not channels last"),
-    (dict(R=20), "multiples of 8"), (dict(N=36), "multiples of 8"), (dict(R=264), "rank 256"),
-    (dict(B=0), "zero"), (dict(C=0), "zero"), (dict(B=1 << 21), "2^30"), (dict(smem=48 << 10), "more shared memory"),
-    (dict(gpu=(7, 5)), "compute capability 8.0"), (dict(R=1544, C=1544, groups=1544), "1536 if depthwise"),
-    (dict(C=64, R=64, groups=64, kernel=(17, 17)), "256 taps"), (dict(R=96, groups=3, C=96, up_groups=2), "parts of"),
-])
+@pytest.mark.parametrize(
+    ("deviation", "reason"),
+    [
+        (dict(dtype="float32"), "bfloat16 and float16"),
+        (dict(channels_last=False), "not channels last"),
+        (dict(R=20), "multiples of 8"),
+        (dict(N=36), "multiples of 8"),
+        (dict(R=264), "rank 256"),
+        (dict(B=0), "zero"),
+        (dict(C=0), "zero"),
+        (dict(B=1 << 21), "2^30"),
+        (dict(smem=48 << 10), "more shared memory"),
+        (dict(gpu=(7, 5)), "compute capability 8.0"),
+        (dict(R=1544, C=1544, groups=1544), "1536 if depthwise"),
+        (dict(C=64, R=64, groups=64, kernel=(17, 17)), "256 taps"),
+        (dict(R=96, groups=3, C=96, up_groups=2), "parts of"),
+    ],
+)
 def test_kernels_that_may_not_run_say_why(dev, deviation, reason) -> None:
     sizes = dict(B=8, C=64, N=64, R=32, size=(28, 28), kernel=(3, 3)) | deviation
     arch, smem = sizes.pop("gpu", (9, 0)), sizes.pop("smem", 227 << 10)
@@ -97,15 +128,18 @@ def test_kernels_that_may_not_run_say_why(dev, deviation, reason) -> None:
     assert dev.select.select(each, card).kernel != "fused"
 
 
-@pytest.mark.parametrize(("C", "groups", "gather"), [(64, 1, "chunks"), (64, 8, "chunks"), (3, 1, "numbers"),
-                                                     (24, 8, "numbers"), (64, 64, "depthwise")])
+@pytest.mark.parametrize(
+    ("C", "groups", "gather"),
+    [(64, 1, "chunks"), (64, 8, "chunks"), (3, 1, "numbers"), (24, 8, "numbers"), (64, 64, "depthwise")],
+)
 def test_channels_decide_how_windows_are_read(dev, C, groups, gather) -> None:
     each = problem(dev, 8, C, 64, 64, (28, 28), (3, 3), groups=groups)
     assert dev.select.conv_grid(each, dev.select.device("H200")).tile.gather == gather
 
 
-@pytest.mark.parametrize(("C", "N", "R", "groups", "up_groups"), [(1024, 1024, 512, 1, 1), (1024, 1024, 512, 4, 1),
-                                                                  (1024, 1024, 512, 4, 4)])
+@pytest.mark.parametrize(
+    ("C", "N", "R", "groups", "up_groups"), [(1024, 1024, 512, 1, 1), (1024, 1024, 512, 4, 1), (1024, 1024, 512, 4, 4)]
+)
 def test_costs_agree_with_the_cost_formulas_of_the_library(dev, gpu, C, N, R, groups, up_groups) -> None:
     """In fp32 these are compute-bound on every card."""
     each = problem(dev, 32, C, N, R, (56, 56), (3, 3), groups=groups, up_groups=up_groups, dtype="float32")

@@ -51,12 +51,19 @@ MISTAKES = {  # kernel: the kind of the report, and the instruction in it
     "before_the_grid_before": ("access before grid_dependency_wait", "load"),
     "never_waits_for_the_grid_before": ("access before grid_dependency_wait", "load"),
 }
-REFUSED = {"too_much_shared": "233472 bytes of shared memory, at most 232448",
-           "too_many_threads": "1056 threads, at most 1024"}
+REFUSED = {
+    "too_much_shared": "233472 bytes of shared memory, at most 232448",
+    "too_many_threads": "1056 threads, at most 1024",
+}
 # 16 bytes a lane: 4 phases of 8 lanes, all in one group of banks, are 4 x 7 passes more; 8 bytes a lane, 16 bytes
 # apart: 2 phases of 16 lanes, each word of a bank twice.
-CONFLICTS = {"matrix_rows_in_one_bank_group": 4 * 7 + 4 * 31, "matrix_rows_side_by_side": 0, "pairs_side_by_side": 0,
-             "pairs_with_gaps": 2, "copies_into_one_bank_group": 4 * 7}
+CONFLICTS = {
+    "matrix_rows_in_one_bank_group": 4 * 7 + 4 * 31,
+    "matrix_rows_side_by_side": 0,
+    "pairs_side_by_side": 0,
+    "pairs_with_gaps": 2,
+    "copies_into_one_bank_group": 4 * 7,
+}
 
 
 def micro(dev, name: str, seed: int = 0, copies_early: bool = False) -> tuple[object, torch.Tensor, torch.Tensor]:
@@ -105,9 +112,12 @@ def test_a_mistake_is_reported_with_its_line(dev, name, seed, copies_early) -> N
 def test_a_race_is_reported_with_both_sides(dev) -> None:
     report = micro(dev, "written_again_too_soon")[0].problems[0]
     here = line_of("written_again_too_soon")
-    assert re.fullmatch(r"race: write after unordered read \| kernel written_again_too_soon \| store_shared at "
-                        rf"micro_kernels.cuh:{here} from .*? \| block 0,0 thread \d+ \| shared offset \d+ \| "
-                        rf"read by thread \d+ at micro_kernels.cuh:{here - 1} from .*", report), report
+    assert re.fullmatch(
+        r"race: write after unordered read \| kernel written_again_too_soon \| store_shared at "
+        rf"micro_kernels.cuh:{here} from .*? \| block 0,0 thread \d+ \| shared offset \d+ \| "
+        rf"read by thread \d+ at micro_kernels.cuh:{here - 1} from .*",
+        report,
+    ), report
 
 
 def test_an_early_copy_shows_what_it_overwrites_and_a_late_one_what_is_missing(dev) -> None:

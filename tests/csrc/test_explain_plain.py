@@ -23,7 +23,8 @@ def decided(dev, problem, gpu) -> tuple[dict, str]:
 
 def test_a_linear_layer_that_only_pytorch_can_run(dev, gpu) -> None:
     for K, N, R, dtype, activation, residual in product(
-            SIZES, SIZES, SIZES[:5], ("bf16", "fp16", "fp32", "fp64"), ("none", "relu"), (False, True)):
+        SIZES, SIZES, SIZES[:5], ("bf16", "fp16", "fp32", "fp64"), ("none", "relu"), (False, True)
+    ):
         asked = dev.select.Problem(7, K, N, R, dtype, activation, residual=residual)
         problem, only = decided(dev, asked, gpu)
         reason = explain_plain.why_plain(problem, on_cpu=False)
@@ -35,9 +36,11 @@ def test_a_linear_layer_that_only_pytorch_can_run(dev, gpu) -> None:
 def test_a_convolution_of_which_it_is_told_is_one_that_only_pytorch_can_run(dev, gpu) -> None:
     told = 0
     for C, N, R, up_groups, dtype, activation in product(
-            (3, 8, 64), (8, 12, 96), (4, 8, 64), (1, 2, 4), ("bf16", "fp16", "fp32", "fp64"), ("none", "silu")):
-        asked = dev.select.ConvProblem(2, C, N, R, (1, 9, 7), (1, 3, 3), up_groups=up_groups, dtype=dtype,
-                                       activation=activation)
+        (3, 8, 64), (8, 12, 96), (4, 8, 64), (1, 2, 4), ("bf16", "fp16", "fp32", "fp64"), ("none", "silu")
+    ):
+        asked = dev.select.ConvProblem(
+            2, C, N, R, (1, 9, 7), (1, 3, 3), up_groups=up_groups, dtype=dtype, activation=activation
+        )
         problem, only = decided(dev, asked, gpu)
         if explain_plain.why_plain(problem, on_cpu=False):
             assert only == "two_convs", problem
@@ -58,5 +61,9 @@ def test_names_are_those_of_select(dev) -> None:
     with pytest.raises(ValueError, match=f"wanted one of {', '.join(GPUS)}$"):
         dev.select.device("?")
     for spelling, dtype in explain_plain.DTYPES.items():
-        assert json.loads(dev.select.explain(dev.select.Problem(1, 1, 1, 1, spelling), dev.select.device("H200")))[
-            "problem"]["dtype"] == dtype
+        assert (
+            json.loads(dev.select.explain(dev.select.Problem(1, 1, 1, 1, spelling), dev.select.device("H200")))[
+                "problem"
+            ]["dtype"]
+            == dtype
+        )

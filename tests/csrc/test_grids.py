@@ -15,14 +15,25 @@ ADDRESSING = [("bfloat16", True), ("float16", True), ("float32", True), ("float6
 # ---- the matrix kernels
 
 
-@pytest.mark.parametrize(("fused", "deviation", "reason"), [
-    (True, dict(dtype="float32"), "bfloat16 and float16"), (False, dict(dtype="float64"), "bfloat16 and float16"),
-    (True, dict(K=100), "multiples of 8"), (True, dict(N=4), "multiples of 8"), (False, dict(R=12), "multiples of 8"),
-    (True, dict(aligned=False), "multiple of 16 bytes"), (False, dict(aligned=False), "multiple of 16 bytes"),
-    (True, dict(R=264), "R is above 256"), (False, dict(M=0), "zero"), (True, dict(R=0), "zero"),
-    (False, dict(M=1 << 31), r"2\^31"), (True, dict(gpu=(7, 5)), "compute capability 8.0"),
-    (True, dict(smem=48 << 10), "more shared memory"), (False, dict(smem=48 << 10), "more shared memory"),
-])
+@pytest.mark.parametrize(
+    ("fused", "deviation", "reason"),
+    [
+        (True, dict(dtype="float32"), "bfloat16 and float16"),
+        (False, dict(dtype="float64"), "bfloat16 and float16"),
+        (True, dict(K=100), "multiples of 8"),
+        (True, dict(N=4), "multiples of 8"),
+        (False, dict(R=12), "multiples of 8"),
+        (True, dict(aligned=False), "multiple of 16 bytes"),
+        (False, dict(aligned=False), "multiple of 16 bytes"),
+        (True, dict(R=264), "R is above 256"),
+        (False, dict(M=0), "zero"),
+        (True, dict(R=0), "zero"),
+        (False, dict(M=1 << 31), r"2\^31"),
+        (True, dict(gpu=(7, 5)), "compute capability 8.0"),
+        (True, dict(smem=48 << 10), "more shared memory"),
+        (False, dict(smem=48 << 10), "more shared memory"),
+    ],
+)
 def test_a_matrix_kernel_that_may_not_run_says_why(dev, fused, deviation, reason) -> None:
     sizes = {"M": 512, "K": 768, "N": 768, "R": 96, **deviation}
     arch, smem = sizes.pop("gpu", (9, 0)), sizes.pop("smem", 227 << 10)
@@ -58,7 +69,7 @@ def cover(tile, M: int, N: int) -> np.ndarray:
     for column in columns[columns < N]:
         assert column + tile.vector <= N
         for row in range(tile.blocks_m * tile.threads_m):
-            counts[row::tile.blocks_m * tile.threads_m, column:column + tile.vector] += 1
+            counts[row :: tile.blocks_m * tile.threads_m, column : column + tile.vector] += 1
     return counts
 
 

@@ -32,16 +32,32 @@ FOUND = {
 NEEDS_REUSE = {"no_wait_for_empty", "early_release"}
 
 
-def run(dev: ModuleType, mistake: str, shape: tuple[int, int, int], seed: int, early: bool,
-        dtype: torch.dtype = torch.bfloat16) -> tuple[list[str], float]:
+def run(
+    dev: ModuleType,
+    mistake: str,
+    shape: tuple[int, int, int],
+    seed: int,
+    early: bool,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[list[str], float]:
     """The emulator's complaints, and the largest error."""
     rows, columns, depth = shape
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(rows, depth, generator=generator).to(dtype)
     b = (torch.randn(columns, depth, generator=generator) * depth**-0.5).to(dtype)
     c = torch.full((rows, columns), torch.nan, dtype=dtype)
-    result = dev.hopper.tiled_product(mistake, str(dtype).removeprefix("torch."), rows, columns, depth, a.data_ptr(),
-                                      b.data_ptr(), c.data_ptr(), seed, early)
+    result = dev.hopper.tiled_product(
+        mistake,
+        str(dtype).removeprefix("torch."),
+        rows,
+        columns,
+        depth,
+        a.data_ptr(),
+        b.data_ptr(),
+        c.data_ptr(),
+        seed,
+        early,
+    )
     error = (c.double() - a.double() @ b.double().T).abs().max().item()
     return result.problems, error
 
@@ -113,7 +129,7 @@ def test_a_small_kernels_mistake_is_found_under_every_seed(dev: ModuleType, name
         thread = torch.arange(128)
         answer = product[thread // 32 * 16 + thread % 32 // 4, thread % 4 * 2] if "product" in name else given[:, 0]
         too_soon = name.endswith("read_before_wait") and not early
-        assert torch.isnan(out[0]) if too_soon else torch.allclose(out[:len(answer)].double(), answer.double())
+        assert torch.isnan(out[0]) if too_soon else torch.allclose(out[: len(answer)].double(), answer.double())
 
 
 def test_all_small_kernels_are_run(dev: ModuleType) -> None:
@@ -122,8 +138,9 @@ def test_all_small_kernels_are_run(dev: ModuleType) -> None:
 
 def test_a_report_names_both_lines(dev: ModuleType) -> None:
     problems, _ = run(dev, "early_release", (64, 64, 512), 0, True)
-    assert re.search(r"copy_tile_async at hopper_kernels.cuh:\d+ .*read by thread \d+ at hopper_kernels.cuh:\d+",
-                     "\n".join(problems)), problems
+    assert re.search(
+        r"copy_tile_async at hopper_kernels.cuh:\d+ .*read by thread \d+ at hopper_kernels.cuh:\d+", "\n".join(problems)
+    ), problems
 
 
 def test_all_mistakes_are_tried(dev: ModuleType) -> None:
@@ -132,8 +149,16 @@ def test_all_mistakes_are_tried(dev: ModuleType) -> None:
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc, not a GPU")
 def test_nvcc_compiles_it_without_spills(tmp_path: Path) -> None:
-    command = [NVCC, "-std=c++17", "-arch=sm_90a", "-cubin", "-Xptxas=-v", "-o", tmp_path / "kernels.cubin",
-               HERE / "emulated/hopper_kernels.cu"]
+    command = [
+        NVCC,
+        "-std=c++17",
+        "-arch=sm_90a",
+        "-cubin",
+        "-Xptxas=-v",
+        "-o",
+        tmp_path / "kernels.cubin",
+        HERE / "emulated/hopper_kernels.cu",
+    ]
     says = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     assert len(re.findall("Compiling entry function", says)) == 2
     assert len(re.findall("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", says)) == 2

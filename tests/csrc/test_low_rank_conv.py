@@ -37,20 +37,51 @@ def test_values_are_as_good_as_pytorchs_and_no_rule_is_broken(dev, run: ConvRun,
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(("tile", "C", "groups"), [(TINY, 32, 2), (BY_NUMBER, 10, 1), (DEPTHWISE, 72, 72)])
 def test_no_order_of_threads_breaks_a_rule_or_changes_a_bit(dev, tile, C, groups, seed, copies_early) -> None:
-    run = ConvRun(tile, (9, 8), (3, 3), C, 136, 72 if tile == DEPTHWISE else 40, 1, begin=(1, 1), groups=groups,
-                  bias=True, activation="gelu_tanh", residual=True, training=True, blocks_n=2)
+    run = ConvRun(
+        tile,
+        (9, 8),
+        (3, 3),
+        C,
+        136,
+        72 if tile == DEPTHWISE else 40,
+        1,
+        begin=(1, 1),
+        groups=groups,
+        bias=True,
+        activation="gelu_tanh",
+        residual=True,
+        training=True,
+        blocks_n=2,
+    )
     arguments = run.arguments(dev)
     outcome, other = emulate(dev, run, arguments, seed, copies_early), emulate(dev, run, arguments)
     assert outcome.problems == []
-    assert all(torch.equal(a, b) for a, b in zip((outcome.y, outcome.h, outcome.z), (other.y, other.h, other.z),
-                                                 strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip((outcome.y, outcome.h, outcome.z), (other.y, other.h, other.z), strict=True)
+    )
 
 
 @pytest.mark.parametrize(("tile", "C", "groups"), [(TINY, 16, 1), (BY_NUMBER, 3, 1), (DEPTHWISE, 16, 16)])
 def test_training_and_inference_give_the_same_bits(dev, tile, C, groups) -> None:
     for activation in reference.ACTIVATIONS:
-        training, inference = (ConvRun(tile, (7, 6), (3, 3), C, 40, 16, 1, begin=(1, 1), groups=groups, bias=True,
-                                       activation=activation, residual=True, training=each) for each in (True, False))
+        training, inference = (
+            ConvRun(
+                tile,
+                (7, 6),
+                (3, 3),
+                C,
+                40,
+                16,
+                1,
+                begin=(1, 1),
+                groups=groups,
+                bias=True,
+                activation=activation,
+                residual=True,
+                training=each,
+            )
+            for each in (True, False)
+        )
         arguments = training.arguments(dev)
         assert torch.equal(emulate(dev, training, arguments).y, emulate(dev, inference, arguments).y)
 
@@ -58,8 +89,9 @@ def test_training_and_inference_give_the_same_bits(dev, tile, C, groups) -> None
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(("tile", "C", "groups"), [(TINY, 16, 1), (BY_NUMBER, 3, 1), (DEPTHWISE, 16, 16)])
 def test_nan_and_inf_reach_the_windows_that_see_them(dev, special, tile, C, groups) -> None:
-    run = ConvRun(tile, (12,), (3,), C, 40, 16, 1, begin=(1,), groups=groups, bias=True, activation="relu",
-                  residual=True)
+    run = ConvRun(
+        tile, (12,), (3,), C, 40, 16, 1, begin=(1,), groups=groups, bias=True, activation="relu", residual=True
+    )
     arguments = run.arguments(dev)
     arguments["x"][0, 0, 0, 5, 1] = special
     y, torchs = emulate(dev, run, arguments).y, in_pytorch(run, arguments).y

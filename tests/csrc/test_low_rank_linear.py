@@ -42,8 +42,9 @@ def test_no_order_of_threads_breaks_a_rule_or_changes_a_bit(dev, block_m, max_ra
     arguments = run.arguments()
     outcome, other = emulate(dev, run, arguments, seed, copies_early), emulate(dev, run, arguments)
     assert outcome.problems == []
-    assert all(torch.equal(a, b) for a, b in zip((outcome.y, outcome.h, outcome.z), (other.y, other.h, other.z),
-                                                 strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip((outcome.y, outcome.h, outcome.z), (other.y, other.h, other.z), strict=True)
+    )
 
 
 def test_training_and_inference_give_the_same_bits(dev) -> None:

@@ -12,14 +12,22 @@ import pytest
 from .conftest import BUILD
 
 
-@pytest.mark.parametrize("library", [
-    pytest.param(BUILD / "libshrank.so", id="for_the_cpu"),
-    pytest.param(BUILD / "libshrank_emulated.so", id="as_on_a_gpu_with_its_kernels_emulated"),
-])
+@pytest.mark.parametrize(
+    "library",
+    [
+        pytest.param(BUILD / "libshrank.so", id="for_the_cpu"),
+        pytest.param(BUILD / "libshrank_emulated.so", id="as_on_a_gpu_with_its_kernels_emulated"),
+    ],
+)
 def test_cpp_passes_the_tests_of_the_ops(library: Path) -> None:
     assert library.exists(), "cmake -S . -B build/cmake && cmake --build build/cmake"
-    ran = subprocess.run([sys.executable, "-m", "pytest", "tests/ops", "-p", "no:cacheprovider"], text=True,
-                         capture_output=True, check=False, env={**os.environ, "SHRANK_TEST_LIBRARY": str(library)})
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/ops", "-p", "no:cacheprovider"],
+        text=True,
+        capture_output=True,
+        check=False,
+        env={**os.environ, "SHRANK_TEST_LIBRARY": str(library)},
+    )
     assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
 
 

@@ -41,8 +41,9 @@ def test_products_run_on_tensor_cores_and_panels_come_by_asynchronous_copies(arc
 
 def test_every_kernel_fits_where_select_lets_it_run(dev, arch) -> None:
     capability = divmod(int(arch.strip("sma_")), 10)
-    card = dev.select.Device.from_attributes("Some GPU", *capability, 100, 1500000, 5000000, 256, 1 << 22,
-                                             sass.SHARED_OF_BLOCK[arch] * 1024)
+    card = dev.select.Device.from_attributes(
+        "Some GPU", *capability, 100, 1500000, 5000000, 256, 1 << 22, sass.SHARED_OF_BLOCK[arch] * 1024
+    )
     fitting = [tile for tile in sass.tiles_of(dev) if tile.shared_bytes <= card.smem_per_block]
     for tile in fitting:
         assert why_not(dev, tile, card) is None

@@ -13,8 +13,10 @@ from .conftest import GPUS
 
 LAYERS = [(768, 768, 96), (768, 3072, 48), (3072, 768, 192), (4096, 4096, 512), (4096, 14336, 256), (100, 7, 3)]
 TOKENS = (1, 2, 16, 64, 127, 128, 129, 512, 1000, 4096, 16384, 65536, 1 << 20)
-TAILS = [dict(activation=activation, bias=bias, residual=residual, training=training)
-         for activation, bias, residual, training in product(("none", "gelu"), *[(False, True)] * 3)]
+TAILS = [
+    dict(activation=activation, bias=bias, residual=residual, training=training)
+    for activation, bias, residual, training in product(("none", "gelu"), *[(False, True)] * 3)
+]
 
 
 def problems(dev, M: int = 1000, dtype: str = "bfloat16"):
@@ -47,8 +49,11 @@ def test_the_choice_is_the_cheapest_of_those_never_slower_than_two_calls(dev, gp
     for (K, N, R), tail in product(LAYERS, TAILS):
         both = [dev.select.Problem(M, K, N, R, **{**tail, "training": training}) for training in (True, False)]
         costs = [legal_costs(dev, problem, gpu) for problem in both]
-        total = {kernel: sum(cost[kernel] for cost in costs) for kernel in costs[0]
-                 if all(cost[kernel] <= cost["two_gemms"] for cost in costs)}
+        total = {
+            kernel: sum(cost[kernel] for cost in costs)
+            for kernel in costs[0]
+            if all(cost[kernel] <= cost["two_gemms"] for cost in costs)
+        }
         assert all(total[dev.select.select(problem, gpu).kernel] == min(total.values()) for problem in both)
 
 
@@ -88,8 +93,10 @@ def test_both_tails_fused_save_their_passes_over_y(dev, gpu) -> None:
 
 def test_keeping_what_the_backward_pass_needs_raises_the_floor_by_its_bytes(dev, gpu) -> None:
     M, K, N, R = 65536, 768, 3072, 16  # memory-bound on every card
+
     def floor(**tail):
         return dev.select.floor_us(dev.select.Problem(M, K, N, R, **tail), gpu) * gpu.bandwidth / 1e6
+
     assert floor(training=True) - floor() == pytest.approx(2 * M * R)
     assert floor(training=True, activation="relu") - floor() == pytest.approx(2 * M * (R + N))
     assert floor(residual=True) - floor() == pytest.approx(2 * M * N)
@@ -114,8 +121,11 @@ def test_an_h200_follows_the_roofline(dev, M, K, N, share) -> None:
     problem = dev.select.Problem(M, K, N, R)
     fused = roofline(2 * M * R * (K + N), 2 * (M * K + R * K + N * R + M * N))
     dense = roofline(2 * M * K * N, 2 * (M * K + K * N + M * N)) + NODE
-    pair = (roofline(2 * M * K * R, 2 * (M * K + R * K + M * R)) + roofline(2 * M * R * N, 2 * (M * R + N * R + M * N))
-            + 2 * NODE)
+    pair = (
+        roofline(2 * M * K * R, 2 * (M * K + R * K + M * R))
+        + roofline(2 * M * R * N, 2 * (M * R + N * R + M * N))
+        + 2 * NODE
+    )
     assert dev.select.floor_us(problem, h200) == pytest.approx(fused)
     # A product too small to fill the machine may take up to twice its share of the tensor cores.
     assert dense * (1 - 1e-9) <= dev.select.dense_us(problem, h200) <= 2 * dense
@@ -124,10 +134,12 @@ def test_an_h200_follows_the_roofline(dev, M, K, N, share) -> None:
 
 def test_a_product_of_few_tiles_takes_up_to_twice_its_share(dev, gpu) -> None:
     """In fp32 every one of these is compute-bound."""
+
     def share(tiles: float) -> float:
         M, K, N = 1024, 4096, int(16 * tiles)
         gemm = dev.select.dense_us(dev.select.Problem(M, K, N, 1, dtype="float32"), gpu) - gpu.node_us
         return gemm / (2 * M * K * N / gpu.flops_float32 * 1e6)
+
     shares = [share(gpu.sms * fill) for fill in (0.25, 0.5, 0.75, 1, 1.5, 8)]
     assert shares == pytest.approx([2, 2, 4 / 3, 1, 1, 1], rel=0.02)
 
@@ -152,10 +164,19 @@ def test_costs_agree_with_the_cost_formulas_of_the_library(dev, gpu, K, N, R) ->
 # ---- names and devices
 
 
-@pytest.mark.parametrize(("name", "gpu"), [
-    ("h200", "H200"), ("NVIDIA H200", "H200"), (" nvidia-h200 ", "H200"), ("NVIDIA A100", "A100"),
-    ("A100-SXM4-80GB", "A100"), ("rtx4090", "RTX 4090"), ("rtx 4090", "RTX 4090"), ("GeForce RTX 4090", "RTX 4090"),
-])
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("h200", "H200"),
+        ("NVIDIA H200", "H200"),
+        (" nvidia-h200 ", "H200"),
+        ("NVIDIA A100", "A100"),
+        ("A100-SXM4-80GB", "A100"),
+        ("rtx4090", "RTX 4090"),
+        ("rtx 4090", "RTX 4090"),
+        ("GeForce RTX 4090", "RTX 4090"),
+    ],
+)
 def test_a_gpu_has_many_spellings(dev, name, gpu) -> None:
     assert dev.select.device(name).name == gpu
 
@@ -172,15 +193,26 @@ def test_the_table_lists_every_gpu_under_the_name_that_the_runtime_reports(dev) 
 
 
 REPORTED = {  # SM clock, memory clock (kHz) and bus width, as the driver reports them
-    "A100": (1410000, 1593000, 5120), "L40S": (2520000, 9001000, 384), "RTX 4090": (2520000, 10501000, 384),
-    "H100": (1980000, 2619000, 5120), "H200": (1980000, 3201000, 6144), "B200": (1965000, 3996000, 8192),
+    "A100": (1410000, 1593000, 5120),
+    "L40S": (2520000, 9001000, 384),
+    "RTX 4090": (2520000, 10501000, 384),
+    "H100": (1980000, 2619000, 5120),
+    "H200": (1980000, 3201000, 6144),
+    "B200": (1965000, 3996000, 8192),
 }
 
 
 def test_attributes_alone_come_close_to_the_table(dev, gpu) -> None:
     brand = "NVIDIA GeForce" if "GeForce" in gpu.reported_name else "NVIDIA"
-    derived = dev.select.Device.from_attributes(f"{brand} Unheard-of", gpu.arch // 10, gpu.arch % 10, gpu.sms,
-                                                *REPORTED[gpu.name], int(gpu.l2_bytes), gpu.smem_per_block)
+    derived = dev.select.Device.from_attributes(
+        f"{brand} Unheard-of",
+        gpu.arch // 10,
+        gpu.arch % 10,
+        gpu.sms,
+        *REPORTED[gpu.name],
+        int(gpu.l2_bytes),
+        gpu.smem_per_block,
+    )
     assert (derived.name, derived.arch, derived.sms) == (f"{brand} Unheard-of", gpu.arch, gpu.sms)
     for figure in ("bandwidth", "flops_half", "flops_float32", "flops_float64"):
         assert getattr(derived, figure) == pytest.approx(getattr(gpu, figure), rel=0.1), figure
@@ -201,15 +233,25 @@ def test_any_gpu_gets_a_decision(dev, arch) -> None:
 def test_dtypes_have_torch_names_and_short_ones(dev) -> None:
     def spelled(name: str) -> str:
         return dev.select.Problem(1, 1, 1, 1, dtype=name).dtype
+
     assert [spelled(n) for n in ("bf16", "half", "fp16", "fp32", "float", "fp64")] == [
-        "bfloat16", "float16", "float16", "float32", "float32", "float64"]
+        "bfloat16",
+        "float16",
+        "float16",
+        "float32",
+        "float32",
+        "float64",
+    ]
     assert all(spelled(n) == n for n in dev.select.DTYPES)
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    (dict(dtype="int8"), "dtype is 'int8', wanted one of bf16, "),
-    (dict(activation="swish"), "activation is 'swish', wanted one of none, relu, gelu, gelu_tanh, silu"),
-])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(dtype="int8"), "dtype is 'int8', wanted one of bf16, "),
+        (dict(activation="swish"), "activation is 'swish', wanted one of none, relu, gelu, gelu_tanh, silu"),
+    ],
+)
 def test_unknown_names_are_refused_with_the_known_ones(dev, wrong, message) -> None:
     with pytest.raises(ValueError, match=message):
         dev.select.Problem(1, 1, 1, 1, **wrong)
@@ -221,10 +263,18 @@ def test_unknown_names_are_refused_with_the_known_ones(dev, wrong, message) -> N
 def test_explain_says_what_select_decides(dev, gpu) -> None:
     for problem in problems(dev):
         told, chosen = json.loads(dev.select.explain(problem, gpu)), dev.select.select(problem, gpu)
-        grid = {"block_m": chosen.grid.tile.block_m, "max_rank": chosen.grid.tile.max_rank,
-                "blocks_m": chosen.grid.blocks_m, "blocks_n": chosen.grid.blocks_n}
-        assert told["decision"] == {"kernel": chosen.kernel, "microseconds": chosen.microseconds,
-                                    "reason": chosen.reason, "grid": grid if grid["blocks_n"] else None}
+        grid = {
+            "block_m": chosen.grid.tile.block_m,
+            "max_rank": chosen.grid.tile.max_rank,
+            "blocks_m": chosen.grid.blocks_m,
+            "blocks_n": chosen.grid.blocks_n,
+        }
+        assert told["decision"] == {
+            "kernel": chosen.kernel,
+            "microseconds": chosen.microseconds,
+            "reason": chosen.reason,
+            "grid": grid if grid["blocks_n"] else None,
+        }
         assert (grid["blocks_n"] > 0) == (chosen.kernel in ("fused", "gemm_expand"))
         assert told["floor_us"] == dev.select.floor_us(problem, gpu)
         assert told["dense_us"] == dev.select.dense_us(problem, gpu)
@@ -232,7 +282,8 @@ def test_explain_says_what_select_decides(dev, gpu) -> None:
         assert told["device"] == {name: getattr(gpu, name) for name in told["device"]}
         legal = [c["microseconds"] for c in told["candidates"] if c["legal"]]
         assert legal[1:] == sorted(legal[1:]) and [c["legal"] for c in told["candidates"]] == sorted(
-            (c["legal"] for c in told["candidates"]), reverse=True)
+            (c["legal"] for c in told["candidates"]), reverse=True
+        )
         assert told["candidates"][0]["kernel"] == chosen.kernel
         assert told["runner_up"] == (told["candidates"][1] if len(legal) > 1 else None)
         assert all(c["legal"] or c["why_not"] for c in told["candidates"])

@@ -40,7 +40,8 @@ def test_texts(name: str, model_folder, data_folder) -> None:
     assert [len(batch.kwargs["input_ids"]) for batch in found] == [4, 4, 2]
     first, mask = found[0].kwargs["input_ids"], found[0].kwargs["attention_mask"].bool()
     assert [row[keep].tolist() for row, keep in zip(first, mask, strict=True)] == [
-        [*word_ids(text), END] for text in sentences(10)[:4]]
+        [*word_ids(text), END] for text in sentences(10)[:4]
+    ]
     assert len(found[0].masks) == 1 and found[0].kwargs.keys() == {"input_ids", "attention_mask"}
 
 
@@ -78,7 +79,8 @@ def test_images_with_texts_for_a_model_of_both(model_folder, data_folder) -> Non
 def test_a_captioner_says_the_caption_or_what_it_generates(model_folder, data_folder) -> None:
     model, (batch, _) = batches(model_folder("captioner"), data_folder / "captioned")
     assert [row[row != -100].tolist() for row in batch.kwargs["labels"]] == [
-        [*word_ids(text), END] for text in sentences(10)[:8]]
+        [*word_ids(text), END] for text in sentences(10)[:8]
+    ]
     model, (batch, _) = batches(model_folder("captioner"), data_folder / "images", max_length=6)
     best = model(**batch.kwargs).logits.argmax(-1)
     counted = batch.kwargs["labels"] != -100
@@ -89,7 +91,8 @@ def test_speech_with_and_without_transcripts(model_folder, data_folder) -> None:
     source = model_folder("whisper")
     _, (batch, _) = batches(source, data_folder / "spoken")
     assert [row[row != -100].tolist() for row in batch.kwargs["labels"]] == [
-        [*word_ids(text), END] for text in sentences(10)[:8]]
+        [*word_ids(text), END] for text in sentences(10)[:8]
+    ]
     process = load_feature_extractor(str(source))
     expected = process(read_sound(data_folder / "spoken" / "1.flac", RATE), sampling_rate=RATE, return_tensors="pt")
     assert torch.equal(batch.kwargs["input_features"][1:2], expected["input_features"])
@@ -106,20 +109,26 @@ def test_a_target_goes_before_a_transcript(model_folder, tmp_path) -> None:
 
 def test_sounds_of_different_lengths_are_not_padded(model_folder, data_folder) -> None:
     _, found = batches(model_folder("wav2vec2"), data_folder / "spoken")
-    assert [batch.kwargs["input_values"].shape for batch in found] == [(1, int(RATE * (0.3 + 0.05 * i)))
-                                                                       for i in range(10)]
+    assert [batch.kwargs["input_values"].shape for batch in found] == [
+        (1, int(RATE * (0.3 + 0.05 * i))) for i in range(10)
+    ]
     _, found = batches(model_folder("wav2vec2"), data_folder / "sounds")
     assert [batch.kwargs["input_values"].shape for batch in found] == [(8, RATE // 2), (2, RATE // 2)]
 
 
 def test_images_within_texts(model_folder, tmp_path) -> None:
     write_image(tmp_path / "a.png")
-    path = write_lines(tmp_path / "a.jsonl", [{"text": "w1", "image": "a.png"}, {"text": "w2 <image> w3",
-                                                                               "image": "a.png"}, {"text": "w4"}])
+    path = write_lines(
+        tmp_path / "a.jsonl",
+        [{"text": "w1", "image": "a.png"}, {"text": "w2 <image> w3", "image": "a.png"}, {"text": "w4"}],
+    )
     _, found = batches(model_folder("llava"), path)
     image = [IMAGE_TOKEN] * (SIDE // 4) ** 2
     assert [batch.kwargs["input_ids"].tolist() for batch in found] == [
-        [[*image, *word_ids("w1"), END]], [[*word_ids("w2"), *image, *word_ids("w3"), END]], [[*word_ids("w4"), END]]]
+        [[*image, *word_ids("w1"), END]],
+        [[*word_ids("w2"), *image, *word_ids("w3"), END]],
+        [[*word_ids("w4"), END]],
+    ]
     assert [batch.kwargs.get("pixel_values", torch.empty(0)).numel() > 0 for batch in found] == [True, True, False]
 
 
@@ -132,18 +141,25 @@ def test_numbers_have_the_precision_of_the_model(model_folder, data_folder, tmp_
     assert model.dtype == batch.kwargs["pixel_values"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("name", "lines", "says"), [
-    ("clip", [{"text": "w1", "image": "a.png"}, {"text": "w1"}], "line 2: has no image, which CLIPModel needs"),
-    ("clip", [{"image": "a.png"}], r'line 1: has no text, which CLIPModel needs.*\{"text": .*, "image": "cat.jpg"\}'),
-    ("vit", [{"text": "w1"}], r'line 1: has no image.*\{"image": "cat.jpg"\}'),
-    ("wav2vec2", [{"image": "a.png"}], r'line 1: has no audio.*\{"audio": "cat.wav"\}'),
-    ("bert", [{"image": "a.png"}], "line 1: has no text, which BertForMaskedLM needs"),
-    ("t5", [{"target": "w1"}], "line 1: has no text, which T5ForConditionalGeneration needs"),
-    ("whisper", [{"audio": "a.wav", "text": "w1"}, {"audio": "a.wav"}], "line 2: has no text, which others have"),
-    ("whisper_base", [{"audio": "a.wav"}], "no text for the decoder, and WhisperModel has no head"),
-    ("wav2vec2", [{"audio": "short.wav"}], r"short\.wav: its 5 samples are too few for Wav2Vec2ForCTC"),
-    ("speech_t5", [{"text": "w1"}], "SpeechT5ForTextToSpeech: its decoder takes decoder_input_values"),
-])
+@pytest.mark.parametrize(
+    ("name", "lines", "says"),
+    [
+        ("clip", [{"text": "w1", "image": "a.png"}, {"text": "w1"}], "line 2: has no image, which CLIPModel needs"),
+        (
+            "clip",
+            [{"image": "a.png"}],
+            r'line 1: has no text, which CLIPModel needs.*\{"text": .*, "image": "cat.jpg"\}',
+        ),
+        ("vit", [{"text": "w1"}], r'line 1: has no image.*\{"image": "cat.jpg"\}'),
+        ("wav2vec2", [{"image": "a.png"}], r'line 1: has no audio.*\{"audio": "cat.wav"\}'),
+        ("bert", [{"image": "a.png"}], "line 1: has no text, which BertForMaskedLM needs"),
+        ("t5", [{"target": "w1"}], "line 1: has no text, which T5ForConditionalGeneration needs"),
+        ("whisper", [{"audio": "a.wav", "text": "w1"}, {"audio": "a.wav"}], "line 2: has no text, which others have"),
+        ("whisper_base", [{"audio": "a.wav"}], "no text for the decoder, and WhisperModel has no head"),
+        ("wav2vec2", [{"audio": "short.wav"}], r"short\.wav: its 5 samples are too few for Wav2Vec2ForCTC"),
+        ("speech_t5", [{"text": "w1"}], "SpeechT5ForTextToSpeech: its decoder takes decoder_input_values"),
+    ],
+)
 def test_what_is_missing_is_said(name: str, lines: list[dict], says: str, model_folder, tmp_path) -> None:
     write_image(tmp_path / "a.png")
     write_sound(tmp_path / "a.wav")
@@ -183,8 +199,9 @@ def test_sounds_within_texts_are_refused(tmp_path) -> None:
 
 def test_the_processor_of_another_model_is_refused(model_folder, data_folder) -> None:
     with pytest.raises(ValueError, match="makes input_features of audio, and Wav2Vec2ForCTC takes input_values"):
-        batches_from_file(data_folder / "sounds", load_model(str(model_folder("wav2vec2"))),
-                          str(model_folder("whisper")))
+        batches_from_file(
+            data_folder / "sounds", load_model(str(model_folder("wav2vec2"))), str(model_folder("whisper"))
+        )
 
 
 def test_what_is_left_out_is_warned_of(model_folder, tmp_path) -> None:
@@ -192,5 +209,7 @@ def test_what_is_left_out_is_warned_of(model_folder, tmp_path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"text": "w1", "image": "a.png", "target": "w2"}])
     with pytest.warns(UserWarning) as caught:
         batches(model_folder("llama"), path)
-    assert [str(x.message) for x in caught] == ["LlamaForCausalLM takes no image: it is left out",
-                                                "LlamaForCausalLM has no decoder of its own: the target is left out"]
+    assert [str(x.message) for x in caught] == [
+        "LlamaForCausalLM takes no image: it is left out",
+        "LlamaForCausalLM has no decoder of its own: the target is left out",
+    ]

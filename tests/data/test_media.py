@@ -28,13 +28,17 @@ def test_images_stand_upright(tmp_path) -> None:
     assert read_image(tmp_path / "a.jpg").size == (4, 6)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: path.write_bytes(path.read_bytes()[:200]),
-    lambda path: path.write_text("no image"),
-    lambda path: path.write_bytes(b""),
-    lambda path: path.write_bytes(path.read_bytes()[:60] + b"\0" * 300),
-    lambda path: path.unlink(),
-], ids=["truncated", "text", "empty", "overwritten", "absent"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:200]),
+        lambda path: path.write_text("no image"),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:60] + b"\0" * 300),
+        lambda path: path.unlink(),
+    ],
+    ids=["truncated", "text", "empty", "overwritten", "absent"],
+)
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".gif"])
 def test_damaged_images_are_named(damage, suffix: str, tmp_path) -> None:
     path = write_image(tmp_path / f"a{suffix}", size=(64, 64))
@@ -55,8 +59,10 @@ def test_sounds_are_mono_at_the_rate_that_is_wanted(tmp_path) -> None:
     assert np.abs(exact - left / 2).max() < 1e-4
 
 
-@pytest.mark.parametrize(("content", "says"), [
-    (b"no sound", "cannot be read as sound"), (b"", "cannot be read as sound"), (None, "cannot be read as sound")])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"no sound", "cannot be read as sound"), (b"", "cannot be read as sound"), (None, "cannot be read as sound")],
+)
 def test_damaged_sounds_are_named(content: bytes | None, says: str, tmp_path) -> None:
     path = tmp_path / "a.wav"
     if content is not None:
@@ -70,8 +76,14 @@ def test_a_sound_without_samples_is_named(tmp_path) -> None:
         read_sound(write_sound(tmp_path / "a.wav", seconds=0.0), 16000)
 
 
-@pytest.mark.parametrize(("package", "says"), [("PIL", r"shrank\[vision\]"), ("soundfile", r"shrank\[audio\]"),
-                                               ("soxr", r"8000 samples a second.*shrank\[audio\]")])
+@pytest.mark.parametrize(
+    ("package", "says"),
+    [
+        ("PIL", r"shrank\[vision\]"),
+        ("soundfile", r"shrank\[audio\]"),
+        ("soxr", r"8000 samples a second.*shrank\[audio\]"),
+    ],
+)
 def test_missing_packages_are_named(package: str, says: str, tmp_path: Path, monkeypatch) -> None:
     image, sound = write_image(tmp_path / "a.png"), write_sound(tmp_path / "a.wav", rate=8000)
     monkeypatch.setitem(sys.modules, package, None)

@@ -25,24 +25,27 @@ def built(name: str) -> nn.Module:
         return FOLDERS[name][0]()
 
 
-@pytest.mark.parametrize(("name", "needs", "decoder", "labels", "joins", "next_token", "causal"), [
-    ("bert", {TEXT}, False, False, False, False, False),
-    ("roberta", {TEXT}, False, False, False, False, False),
-    ("gpt2", {TEXT}, False, False, False, True, True),
-    ("llama", {TEXT}, False, False, False, True, True),
-    ("t5", {TEXT}, True, True, False, True, False),
-    ("t5_base", {TEXT}, True, False, False, False, False),
-    ("t5_encoder", {TEXT}, False, False, False, False, False),
-    ("bart_classifier", {TEXT}, True, False, False, False, False),
-    ("marian", {TEXT}, True, True, False, True, False),
-    ("whisper", {AUDIO}, True, True, False, True, False),
-    ("whisper_base", {AUDIO}, True, False, False, False, False),
-    ("wav2vec2", {AUDIO}, False, False, False, False, False),
-    ("vit", {IMAGE}, False, False, False, False, False),
-    ("clip", {TEXT, IMAGE}, False, False, False, False, False),
-    ("captioner", {IMAGE}, True, True, False, True, False),
-    ("llava", {TEXT}, False, False, True, True, True),
-])
+@pytest.mark.parametrize(
+    ("name", "needs", "decoder", "labels", "joins", "next_token", "causal"),
+    [
+        ("bert", {TEXT}, False, False, False, False, False),
+        ("roberta", {TEXT}, False, False, False, False, False),
+        ("gpt2", {TEXT}, False, False, False, True, True),
+        ("llama", {TEXT}, False, False, False, True, True),
+        ("t5", {TEXT}, True, True, False, True, False),
+        ("t5_base", {TEXT}, True, False, False, False, False),
+        ("t5_encoder", {TEXT}, False, False, False, False, False),
+        ("bart_classifier", {TEXT}, True, False, False, False, False),
+        ("marian", {TEXT}, True, True, False, True, False),
+        ("whisper", {AUDIO}, True, True, False, True, False),
+        ("whisper_base", {AUDIO}, True, False, False, False, False),
+        ("wav2vec2", {AUDIO}, False, False, False, False, False),
+        ("vit", {IMAGE}, False, False, False, False, False),
+        ("clip", {TEXT, IMAGE}, False, False, False, False, False),
+        ("captioner", {IMAGE}, True, True, False, True, False),
+        ("llava", {TEXT}, False, False, True, True, True),
+    ],
+)
 def test_what_models_take(name, needs, decoder, labels, joins, next_token, causal) -> None:
     model = built(name)
     found = inputs_of(model)
@@ -80,19 +83,27 @@ class _Codes(nn.Module):
         return inputs
 
 
-@pytest.mark.parametrize(("build", "says"), [
-    (lambda: built("speech_t5"), "its decoder takes decoder_input_values, which no text makes"),
-    (_Music, "its decoder takes codes of audio, which no text makes"),
-    (lambda: transformers.PatchTSTModel(transformers.PatchTSTConfig(d_model=16, num_hidden_layers=1)),
-     "takes past_values, which no text, image or sound makes"),
-    (lambda: transformers.BertForMultipleChoice(transformers.BertConfig(hidden_size=16, num_hidden_layers=1,
-                                                                        num_attention_heads=2, vocab_size=9)),
-     "BertForMultipleChoice takes several texts at once"),
-    (lambda: nn.Linear(2, 2), "Linear takes None"),
-    (_Tasks, r"_Tasks takes \['pixel_values', 'task_inputs'\]"),
-    (_Codes, "_Codes takes inputs, which no text"),
-    (_Grid, "_Grid takes hidden_states, grid, which no text"),
-])
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda: built("speech_t5"), "its decoder takes decoder_input_values, which no text makes"),
+        (_Music, "its decoder takes codes of audio, which no text makes"),
+        (
+            lambda: transformers.PatchTSTModel(transformers.PatchTSTConfig(d_model=16, num_hidden_layers=1)),
+            "takes past_values, which no text, image or sound makes",
+        ),
+        (
+            lambda: transformers.BertForMultipleChoice(
+                transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+            ),
+            "BertForMultipleChoice takes several texts at once",
+        ),
+        (lambda: nn.Linear(2, 2), "Linear takes None"),
+        (_Tasks, r"_Tasks takes \['pixel_values', 'task_inputs'\]"),
+        (_Codes, "_Codes takes inputs, which no text"),
+        (_Grid, "_Grid takes hidden_states, grid, which no text"),
+    ],
+)
 def test_models_that_files_cannot_feed_are_refused(build, says: str) -> None:
     with pytest.raises(ValueError, match=says) as caught:
         inputs_of(build())
@@ -131,20 +142,35 @@ class _Tokens(nn.Module):
         return pixel_values
 
 
-@pytest.mark.parametrize(("model", "needs", "decoder", "joins"), [
-    (_Tower(), {IMAGE}, False, False), (_Wrapper(), {AUDIO}, True, False),
-    (_Tokens(False), {TEXT, IMAGE}, False, True), (_Tokens(True), {TEXT, IMAGE}, True, True)])
+@pytest.mark.parametrize(
+    ("model", "needs", "decoder", "joins"),
+    [
+        (_Tower(), {IMAGE}, False, False),
+        (_Wrapper(), {AUDIO}, True, False),
+        (_Tokens(False), {TEXT, IMAGE}, False, True),
+        (_Tokens(True), {TEXT, IMAGE}, True, True),
+    ],
+)
 def test_classes_that_say_little_of_themselves(model: nn.Module, needs: set[str], decoder: bool, joins: bool) -> None:
     found = inputs_of(model)
     assert (found.needs, found.decoder, found.joins_images) == (needs, decoder, joins)
 
 
-@pytest.mark.parametrize(("name", "encoder", "decoder"), [
-    ("bert", POSITIONS, POSITIONS), ("gpt2", POSITIONS, POSITIONS), ("clip", POSITIONS, POSITIONS),
-    ("roberta", POSITIONS - 1, POSITIONS - 1),  # counts from behind the padding, token 0 here
-    ("t5", None, None), ("marian", POSITIONS, POSITIONS), ("whisper", None, POSITIONS),
-    ("captioner", None, POSITIONS), ("llava", POSITIONS, POSITIONS), ("vit", None, None),
-])
+@pytest.mark.parametrize(
+    ("name", "encoder", "decoder"),
+    [
+        ("bert", POSITIONS, POSITIONS),
+        ("gpt2", POSITIONS, POSITIONS),
+        ("clip", POSITIONS, POSITIONS),
+        ("roberta", POSITIONS - 1, POSITIONS - 1),  # counts from behind the padding, token 0 here
+        ("t5", None, None),
+        ("marian", POSITIONS, POSITIONS),
+        ("whisper", None, POSITIONS),
+        ("captioner", None, POSITIONS),
+        ("llava", POSITIONS, POSITIONS),
+        ("vit", None, None),
+    ],
+)
 def test_positions(name: str, encoder: int | None, decoder: int | None) -> None:
     model = built(name)
     assert (positions(model), positions(model, decoder=True)) == (encoder, decoder)

@@ -23,7 +23,7 @@ def built(name: str) -> nn.Module:
 
 def says(name: str, texts: list[str] = TEXTS, **options) -> dict:
     model = built(name)
-    call, = tokenized(texts, tokenizer(**options), inputs_of(model), model, 512, 8, decoder=True)
+    (call,) = tokenized(texts, tokenizer(**options), inputs_of(model), model, 512, 8, decoder=True)
     return {key: value.tolist() for key, value in call.items()}
 
 
@@ -34,8 +34,9 @@ def test_labels_are_the_tokens_and_padding_does_not_count(name: str) -> None:
     assert found == {"decoder_attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]]}
 
 
-@pytest.mark.parametrize(("name", "begins"), [("t5_base", PAD), ("bart_base", END), ("bart_classifier", END),
-                                              ("whisper_base", START)])
+@pytest.mark.parametrize(
+    ("name", "begins"), [("t5_base", PAD), ("bart_base", END), ("bart_classifier", END), ("whisper_base", START)]
+)
 def test_a_decoder_without_a_head_gets_what_begins_a_text_and_all_but_its_last_token(name: str, begins: int) -> None:
     found = says(name)
     assert found["decoder_input_ids"] == [[begins, *LONG[:-1]], [begins, *SHORT, PAD]]
@@ -54,12 +55,20 @@ def test_a_models_own_shift_gives_the_same_input() -> None:
     assert t5.prepare_decoder_input_ids_from_labels(labels).tolist() == base["decoder_input_ids"]
 
 
-@pytest.mark.parametrize(("name", "decoder", "most"), [("bert", False, POSITIONS), ("roberta", False, POSITIONS - 1),
-                                                       ("clip", False, POSITIONS), ("t5", False, 40),
-                                                       ("whisper", True, POSITIONS), ("captioner", True, POSITIONS)])
+@pytest.mark.parametrize(
+    ("name", "decoder", "most"),
+    [
+        ("bert", False, POSITIONS),
+        ("roberta", False, POSITIONS - 1),
+        ("clip", False, POSITIONS),
+        ("t5", False, 40),
+        ("whisper", True, POSITIONS),
+        ("captioner", True, POSITIONS),
+    ],
+)
 def test_texts_are_as_long_as_the_model_has_positions_for(name: str, decoder: bool, most: int) -> None:
     model, text = built(name), " ".join(["w1"] * 60)
-    call, = tokenized([text], tokenizer(), inputs_of(model), model, 40, 8, decoder)
+    (call,) = tokenized([text], tokenizer(), inputs_of(model), model, 40, 8, decoder)
     assert call["labels" if decoder else "input_ids"].shape == (1, most)
     if not decoder and name != "clip" and name != "t5":
         assert model(**call)[0].isfinite().all()
@@ -68,9 +77,11 @@ def test_texts_are_as_long_as_the_model_has_positions_for(name: str, decoder: bo
 def test_only_what_forward_takes_is_given() -> None:
     made = tokenizer()
     made.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    for name, keys in (("bert", {"input_ids", "token_type_ids", "attention_mask"}),
-                       ("llama", {"input_ids", "attention_mask"})):
-        call, = tokenized(TEXTS, made, inputs_of(built(name)), built(name), 512, 8)
+    for name, keys in (
+        ("bert", {"input_ids", "token_type_ids", "attention_mask"}),
+        ("llama", {"input_ids", "attention_mask"}),
+    ):
+        (call,) = tokenized(TEXTS, made, inputs_of(built(name)), built(name), 512, 8)
         assert call.keys() == keys
 
 
@@ -101,14 +112,17 @@ class _Speaker(nn.Module):
         return self.ids
 
 
-@pytest.mark.parametrize(("ids", "end", "labels"), [
-    ([[START, 9, 8, END], [START, 7, END, PAD]], END, [[9, 8, END], [7, END, -100]]),
-    ([[9, 8, 7], [6, END, END]], END, [[9, 8, 7], [6, END, -100]]),  # Whisper's lack what begins them
-    ([[START, 9, 5, PAD]], [5, 6], [[9, 5, -100]]),
-    ([[START, 9, 8]], None, [[9, 8]]),
-    ([[], []], END, [[END], [END]]),
-    ([[START], [START]], END, [[START], [START]]),
-])
+@pytest.mark.parametrize(
+    ("ids", "end", "labels"),
+    [
+        ([[START, 9, 8, END], [START, 7, END, PAD]], END, [[9, 8, END], [7, END, -100]]),
+        ([[9, 8, 7], [6, END, END]], END, [[9, 8, 7], [6, END, -100]]),  # Whisper's lack what begins them
+        ([[START, 9, 5, PAD]], [5, 6], [[9, 5, -100]]),
+        ([[START, 9, 8]], None, [[9, 8]]),
+        ([[], []], END, [[END], [END]]),
+        ([[START], [START]], END, [[START], [START]]),
+    ],
+)
 def test_what_is_generated_counts_up_to_its_end(ids, end, labels) -> None:
     model = _Speaker(ids, end)
     call = {"input_features": torch.zeros(len(ids), 4)}

@@ -58,8 +58,15 @@ def test_the_student_comes_nearer(build, batches) -> None:
 def test_the_best_weights_are_kept() -> None:
     student, teacher = pair()
     before, held = state(student), data(3)
-    heal(student, teacher, data(), steps=6, learning_rate=30.0, held_out=held,  # it diverges
-         options=HealOptions(evaluate_every=2))
+    heal(
+        student,
+        teacher,
+        data(),
+        steps=6,
+        learning_rate=30.0,
+        held_out=held,  # it diverges
+        options=HealOptions(evaluate_every=2),
+    )
     assert student.shrank_healing.best_step == 0
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     student, teacher = pair()
@@ -85,6 +92,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(dtype, tmp_path, monkey
     students = [auto_fact(copy.deepcopy(dense), 4) for _ in range(2)]
     heal(students[0], dense, batches, **arguments)
     from shrank.healing.run import Run
+
     take_step, taken = Run._take_step, []
 
     def interrupted(run: Run) -> None:
@@ -107,12 +115,25 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(dtype, tmp_path, monkey
 def test_a_checkpoint_of_something_else_is_refused(tmp_path) -> None:
     student, teacher = pair()
     heal(student, teacher, data(), steps=2, options=HealOptions(evaluate_every=1), checkpoint=tmp_path / "run")
-    for change in ({"steps": 3}, {"learning_rate": 1e-4}, {"data": data(11)},
-                   {"options": HealOptions(evaluate_every=1, seed=1)}):
+    for change in (
+        {"steps": 3},
+        {"learning_rate": 1e-4},
+        {"data": data(11)},
+        {"options": HealOptions(evaluate_every=1, seed=1)},
+    ):
         before = state(student)
         with pytest.raises(ValueError, match="another healing"):
-            heal(student, teacher, **{"data": data(), "steps": 2, "options": HealOptions(evaluate_every=1),
-                                      "checkpoint": tmp_path / "run", **change})
+            heal(
+                student,
+                teacher,
+                **{
+                    "data": data(),
+                    "steps": 2,
+                    "options": HealOptions(evaluate_every=1),
+                    "checkpoint": tmp_path / "run",
+                    **change,
+                },
+            )
         assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
@@ -121,8 +142,14 @@ def test_half_precision_weights_move_by_less_than_their_rounding() -> None:
     student = auto_fact(copy.deepcopy(dense), 8)
     before = state(student)
     batches = [(b * torch.linspace(0.1, 3, WIDTH)).bfloat16() for b in data()]  # else plain SVD is the best already
-    heal(student, dense, batches, steps=60, learning_rate=2e-4,  # a step is below half a unit
-         options=HealOptions(evaluate_every=60))
+    heal(
+        student,
+        dense,
+        batches,
+        steps=60,
+        learning_rate=2e-4,  # a step is below half a unit
+        options=HealOptions(evaluate_every=60),
+    )
     moved = [name for name, value in student.state_dict().items() if not torch.equal(value, before[name])]
     assert student.shrank_healing.best_step == 60 and moved
     assert all(p.dtype == torch.bfloat16 for p in student.parameters())
@@ -135,14 +162,29 @@ def test_all_parameters_if_asked_for() -> None:
     assert not torch.equal(student.model.norm.weight, before)
 
 
-@pytest.mark.parametrize("loss", ["lm", lambda output, batch: 9 * 2 * F.cross_entropy(
-    output.logits[:, :-1].flatten(0, 1), batch.kwargs["input_ids"][:, 1:].flatten())], ids=["lm", "function"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "lm",
+        lambda output, batch: (
+            9 * 2 * F.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch.kwargs["input_ids"][:, 1:].flatten())
+        ),
+    ],
+    ids=["lm", "function"],
+)
 def test_the_tasks_own_loss_counts_as_well(loss) -> None:
     teacher, batches, own = llama(), texts(1) * 8, []  # always the same tokens, of which the teacher knows nothing
     student = auto_fact(copy.deepcopy(teacher), 4)
     for chosen in ("none", loss):
-        healed = heal(copy.deepcopy(student), teacher, batches, steps=40, learning_rate=1e-2, loss=chosen,
-                      options=HealOptions(train="all"))
+        healed = heal(
+            copy.deepcopy(student),
+            teacher,
+            batches,
+            steps=40,
+            learning_rate=1e-2,
+            loss=chosen,
+            options=HealOptions(train="all"),
+        )
         with torch.no_grad():
             own.append(NextToken().mean(healed(**batches[0]), as_batches(batches)[0]).item())
     assert own[1] < 0.8 * own[0]
@@ -155,8 +197,10 @@ def test_padding_does_not_count() -> None:
     changed = ids.clone()
     changed[1, 6:] = 5
     blocks = masking_of_blocks(student, teacher, [])
-    losses = [distance(student, teacher, as_batches([{"input_ids": i, "attention_mask": mask}])[0], blocks, 1.0).item()
-              for i in (ids, changed)]
+    losses = [
+        distance(student, teacher, as_batches([{"input_ids": i, "attention_mask": mask}])[0], blocks, 1.0).item()
+        for i in (ids, changed)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -215,11 +259,14 @@ def test_places_without_tokens_heal_as_places_with_hardly_any_share() -> None:
     assert curves[0] == pytest.approx(curves[1], rel=1e-4) and healed[0].after < healed[0].before
 
 
-@pytest.mark.parametrize("model, other, says", [
-    (0, {"first": 50}, r"step 0, held-out batch \d+: the model's logits are -inf where .* for token 50 in row 0"),
-    (1, {"value": torch.nan}, r"step 0, held-out batch \d+: the dense model's logits hold NaN"),
-    (0, {"value": torch.inf}, r"step 0, held-out batch \d+: the model's logits hold NaN or \+inf"),
-])
+@pytest.mark.parametrize(
+    "model, other, says",
+    [
+        (0, {"first": 50}, r"step 0, held-out batch \d+: the model's logits are -inf where .* for token 50 in row 0"),
+        (1, {"value": torch.nan}, r"step 0, held-out batch \d+: the dense model's logits hold NaN"),
+        (0, {"value": torch.inf}, r"step 0, held-out batch \d+: the model's logits hold NaN or \+inf"),
+    ],
+)
 def test_what_cannot_be_compared_says_which_model_and_which_batch(model: int, other: dict, says: str) -> None:
     student, teacher = pair(lambda: seeded(Padded))
     before = state(student)
@@ -241,8 +288,16 @@ def test_batches_of_padding_alone_and_labels_that_do_not_count_change_nothing() 
     nothing = [x | {"attention_mask": torch.zeros(2, 9, dtype=torch.long)} for x in texts(1)]
     nothing += [x | {"labels": torch.full((2, 9), -100)} for x in nothing]
     student, teacher = pair(llama)
-    heal(student, teacher, batches + nothing, held_out=batches[:2] + nothing[:1], steps=20, learning_rate=1e-3,
-         options=HealOptions(evaluate_every=10), loss="lm")
+    heal(
+        student,
+        teacher,
+        batches + nothing,
+        held_out=batches[:2] + nothing[:1],
+        steps=20,
+        learning_rate=1e-3,
+        options=HealOptions(evaluate_every=10),
+        loss="lm",
+    )
     assert student.shrank_healing.after < student.shrank_healing.before
     masking = masking_of_blocks(student, teacher, [])
     for item in nothing:
@@ -261,7 +316,7 @@ def test_blocks_that_run_several_times_are_compared_call_by_call() -> None:
             return self.blocks[0](self.blocks[0](x))
 
     student, teacher = pair(lambda: seeded(Twice))
-    batch, = as_batches([data()[0]])
+    (batch,) = as_batches([data()[0]])
     found = distance(student, teacher, batch, masking_of_blocks(student, teacher, [batch]), 1.0)
 
     def error(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -273,11 +328,16 @@ def test_blocks_that_run_several_times_are_compared_call_by_call() -> None:
     assert found.item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"data": data(1)}, "cannot be trained on and held out"), ({"loss": "none of these"}, "must be 'output', 'lm'"),
-    ({"loss": "output"}, "the outputs are compared anyway"),
-    ({"student": mlp()}, "no low-rank layers"), ({"steps": 0}, "steps must be at least 1"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"data": data(1)}, "cannot be trained on and held out"),
+        ({"loss": "none of these"}, "must be 'output', 'lm'"),
+        ({"loss": "output"}, "the outputs are compared anyway"),
+        ({"student": mlp()}, "no low-rank layers"),
+        ({"steps": 0}, "steps must be at least 1"),
+    ],
+)
 def test_bad_arguments_are_named(change, says) -> None:
     student, teacher = pair()
     with pytest.raises(ValueError, match=says):

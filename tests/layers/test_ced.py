@@ -28,8 +28,9 @@ def test_forward_is_the_convolution_with_the_merged_kernel(kernel: tuple, option
     torch.manual_seed(0)
     layer = CED(8, 12, 4, kernel, **options)
     x = torch.randn(2, 8, *(11,) * len(kernel))
-    expected = CONV[len(kernel)](x, layer.dense_weight(), layer.bias, layer.stride, layer.padding, layer.dilation,
-                                 layer.groups)
+    expected = CONV[len(kernel)](
+        x, layer.dense_weight(), layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
+    )
     assert_close(layer(x), expected)
     assert_close(layer(x[0]), expected[0])  # unbatched
     assert layer(x[:0]).shape == (0, *expected.shape[1:])
@@ -49,8 +50,11 @@ def test_ancestors_arguments_and_names() -> None:
     assert layer.rank == 4 and layer.down_groups == layer.up_groups == 4  # min(rank, groups), as ShRank
     assert layer[0] is layer.ced_unit[0] and layer[1].kernel_size == (1, 1)
     assert list(layer.state_dict()) == ["ced_unit.0.weight", "ced_unit.1.weight", "ced_unit.1.bias"]
-    state = {"ced_unit.0.weight": torch.randn(4, 8, 3), "ced_unit.1.weight": torch.randn(12, 4, 1),
-             "ced_unit.1.bias": torch.randn(12)}
+    state = {
+        "ced_unit.0.weight": torch.randn(4, 8, 3),
+        "ced_unit.1.weight": torch.randn(12, 4, 1),
+        "ced_unit.1.bias": torch.randn(12),
+    }
     old = CED(8, 12, 4, (3,))
     old.load_state_dict(state)
     assert torch.equal(old.down, state["ced_unit.0.weight"]) and torch.equal(old.up, state["ced_unit.1.weight"])
@@ -81,7 +85,8 @@ def test_gradients() -> None:
     parameters = dict(layer.named_parameters())
     assert torch.autograd.gradcheck(
         lambda x, *values: torch.func.functional_call(layer, dict(zip(parameters, values, strict=True)), x),
-        (x, *parameters.values()))
+        (x, *parameters.values()),
+    )
 
 
 def test_channels_last_is_kept() -> None:

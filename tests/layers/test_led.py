@@ -43,20 +43,26 @@ def test_ancestors_arguments_and_names() -> None:
     assert list(LED(12, 20, 5).state_dict()) == ["led_unit.0.weight", "led_unit.1.weight", "led_unit.1.bias"]
 
 
-@pytest.mark.parametrize(("arguments", "error", "says"), [
-    ({"rank": 0}, ValueError, "at least 1, got 0"),
-    ({"r": -2}, ValueError, "at least 1, got -2"),
-    ({}, TypeError, "give the rank once"),
-    ({"rank": 2, "r": 2}, TypeError, "give the rank once"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"rank": 0}, ValueError, "at least 1, got 0"),
+        ({"r": -2}, ValueError, "at least 1, got -2"),
+        ({}, TypeError, "give the rank once"),
+        ({"rank": 2, "r": 2}, TypeError, "give the rank once"),
+    ],
+)
 def test_bad_ranks_are_refused(arguments: dict, error: type, says: str) -> None:
     with pytest.raises(error, match=says):
         LED(12, 20, **arguments)
 
 
 def test_checkpoints_of_the_ancestors_load() -> None:
-    state = {"led_unit.0.weight": torch.randn(5, 12), "led_unit.1.weight": torch.randn(20, 5),
-             "led_unit.1.bias": torch.randn(20)}
+    state = {
+        "led_unit.0.weight": torch.randn(5, 12),
+        "led_unit.1.weight": torch.randn(20, 5),
+        "led_unit.1.bias": torch.randn(20),
+    }
     layer = LED(12, 20, 5)
     layer.load_state_dict(state)
     assert torch.equal(layer.down, state["led_unit.0.weight"]) and torch.equal(layer.up, state["led_unit.1.weight"])

@@ -56,11 +56,19 @@ def test_metadata_costs_nothing(build, options):
 
 
 USES = {
-    "square": lambda w: w.square().sum(), "linear": lambda w: F.linear(w.flatten(1)[:2], w.flatten(1)),
-    "index": lambda w: w[0] + 1, "stack": lambda w: torch.stack([w, w]), "scale": lambda w: 2 * w,
-    "cast": lambda w: w.to(torch.float32), "detach": lambda w: w.detach(), "data": lambda w: w.data,
-    "transpose": lambda w: w.transpose(0, 1), "clone": lambda w: w.clone(), "norm": torch.linalg.norm,
-    "kwarg": lambda w: torch.add(input=w, other=w), "mT": lambda w: w.flatten(1).mT,
+    "square": lambda w: w.square().sum(),
+    "linear": lambda w: F.linear(w.flatten(1)[:2], w.flatten(1)),
+    "index": lambda w: w[0] + 1,
+    "stack": lambda w: torch.stack([w, w]),
+    "scale": lambda w: 2 * w,
+    "cast": lambda w: w.to(torch.float32),
+    "detach": lambda w: w.detach(),
+    "data": lambda w: w.data,
+    "transpose": lambda w: w.transpose(0, 1),
+    "clone": lambda w: w.clone(),
+    "norm": torch.linalg.norm,
+    "kwarg": lambda w: torch.add(input=w, other=w),
+    "mT": lambda w: w.flatten(1).mT,
 }
 
 
@@ -81,10 +89,15 @@ def test_gradients_reach_the_factors(build, options):
 
 
 WRITES = {
-    "fill_": lambda w: w.fill_(0), "init": nn.init.xavier_uniform_,
-    "setitem": lambda w: w.__setitem__(0, 1), "iadd": lambda w: w.__iadd__(1),
-    "imul": lambda w: w.__imul__(torch.ones(w.shape)), "floor": lambda w: w.div_(2, rounding_mode="floor"),
-    "out": lambda w: torch.add(w, w, out=w), "data": lambda w: w.data.fill_(0), "detach": lambda w: w.detach().zero_(),
+    "fill_": lambda w: w.fill_(0),
+    "init": nn.init.xavier_uniform_,
+    "setitem": lambda w: w.__setitem__(0, 1),
+    "iadd": lambda w: w.__iadd__(1),
+    "imul": lambda w: w.__imul__(torch.ones(w.shape)),
+    "floor": lambda w: w.div_(2, rounding_mode="floor"),
+    "out": lambda w: torch.add(w, w, out=w),
+    "data": lambda w: w.data.fill_(0),
+    "detach": lambda w: w.detach().zero_(),
     "foreach": lambda w: torch._foreach_mul_([w], 2.0),
 }
 
@@ -99,8 +112,13 @@ def test_in_place_writes_are_refused(build, options, write):
     assert torch.equal(twin.dense_weight(), before)
 
 
-SCALES = {"mul_": lambda w: w.mul_(3), "div_": lambda w: w.div_(2), "other": lambda w: w.mul_(other=3),
-          "imul": lambda w: w.__imul__(3), "data": lambda w: w.data.mul_(3)}
+SCALES = {
+    "mul_": lambda w: w.mul_(3),
+    "div_": lambda w: w.div_(2),
+    "other": lambda w: w.mul_(other=3),
+    "imul": lambda w: w.__imul__(3),
+    "data": lambda w: w.data.mul_(3),
+}
 
 
 @each_layer

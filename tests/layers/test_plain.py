@@ -61,8 +61,9 @@ def test_fsdp(build, shape, original: bool, one_process) -> None:
 
     layer, x = seeded(build), draw(*shape)
     expected = layer(x)
-    wrapped = FullyShardedDataParallel(nn.Sequential(copy.deepcopy(layer)), device_id=torch.device("cpu"),
-                                       use_orig_params=original)
+    wrapped = FullyShardedDataParallel(
+        nn.Sequential(copy.deepcopy(layer)), device_id=torch.device("cpu"), use_orig_params=original
+    )
     assert_close(wrapped(x), expected)
     wrapped(x).square().sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in wrapped.parameters())
@@ -97,17 +98,23 @@ def torchao(model: nn.Sequential) -> None:
 
 # What other tools make of model[0], and what is said of it.
 CHANGES = {
-    "pruned": (lambda m: torch.nn.utils.prune.l1_unstructured(m[0][1], "weight", 0.5),
-               r"up stage is pruned.*prune\.remove"),
+    "pruned": (
+        lambda m: torch.nn.utils.prune.l1_unstructured(m[0][1], "weight", 0.5),
+        r"up stage is pruned.*prune\.remove",
+    ),
     "weight-norm": (lambda m: parametrizations.weight_norm(m[0][0]), "down stage has a parametrized weight"),
-    "wrapped": (lambda m: m[0].led_unit.__setitem__(1, Frozen(m[0][1])),
-                "up stage is a tests.layers.test_plain.Frozen"),
+    "wrapped": (
+        lambda m: m[0].led_unit.__setitem__(1, Frozen(m[0][1])),
+        "up stage is a tests.layers.test_plain.Frozen",
+    ),
     "quantized": (quantized, "down stage is a torch.ao.*Linear.*before quantizing"),
     "torchao": (torchao, "down stage has a weight that is a torchao.*not plain numbers"),
     "hooked": (lambda m: m[0][1].register_forward_hook(lambda *args: args[2] * 2), "up stage has forward hooks"),
     "pre-hooked": (lambda m: m[0][0].register_forward_pre_hook(lambda m, a: (a[0] * 2,)), "down stage has forward pre"),
-    "patched": (lambda m: setattr(m[0][1], "forward", lambda x, f=m[0][1].forward: f(x) * 0),
-                "up stage has a forward that was patched"),
+    "patched": (
+        lambda m: setattr(m[0][1], "forward", lambda x, f=m[0][1].forward: f(x) * 0),
+        "up stage has a forward that was patched",
+    ),
     "buffer": (lambda m: m[0][0].register_buffer("scale", torch.ones(1)), "down stage carries extra state: scale"),
     "offloaded": (cpu_offload, "factors are on the meta device"),
 }
@@ -168,8 +175,15 @@ def test_factors_are_what_the_stage_multiplies_by() -> None:
 def test_every_parameter_owns_its_memory(pivot: bool, data: bool) -> None:
     net = seeded(lambda: nn.Sequential(nn.Conv1d(32, 48, 3, groups=2), nn.Flatten(), nn.Linear(96, 32)))
     x = draw(40, 32, 4)
-    small = shrank.auto_fact(net, 16, groups_out=True, pivot=pivot, allow_slower=True, allow_growth=True,
-                             **({"calibrate": [x]} if data else {}))
+    small = shrank.auto_fact(
+        net,
+        16,
+        groups_out=True,
+        pivot=pivot,
+        allow_slower=True,
+        allow_growth=True,
+        **({"calibrate": [x]} if data else {}),
+    )
     assert len(small.shrank_plan.low_rank) == 2
     for name, tensor in small.state_dict().items():
         assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
@@ -194,7 +208,8 @@ def test_batch_norm_folds_into_the_factors(pivot: bool, groups: int, bias: bool)
     assert_close(fused(x), net(x))
     assert_untouched(net, before)
     net[0].weight, net[0].bias = nn.utils.fusion.fuse_conv_bn_weights(  # in place, as YOLO's fuse() does
-        net[0].weight, net[0].bias, net[1].running_mean, net[1].running_var, net[1].eps, net[1].weight, net[1].bias)
+        net[0].weight, net[0].bias, net[1].running_mean, net[1].running_var, net[1].eps, net[1].weight, net[1].bias
+    )
     assert_close(net[0](x), fused(x))
 
 

@@ -18,7 +18,8 @@ from tests.common.replica import replica
 from tests.common.tolerances import assert_close
 
 LAYERS = {
-    "led": (lambda: LED(24, 20, 7), (3, 24)), "led-no-bias": (lambda: LED(24, 20, 7, bias=False), (3, 24)),
+    "led": (lambda: LED(24, 20, 7), (3, 24)),
+    "led-no-bias": (lambda: LED(24, 20, 7, bias=False), (3, 24)),
     "led-conv1d": (lambda: LEDConv1D(24, 20, 7), (2, 3, 24)),
     "led-pivoted": (lambda: LED(24, 20, 7, pivot=True), (24,)),
     "ced": (lambda: CED(8, 12, 4, (3, 3), padding=1), (2, 8, 6, 5)),
@@ -62,10 +63,15 @@ def parametrized(layer: LowRankLayer) -> LowRankLayer:
 # Of these the stages are what they were built as, and of those something else.
 SAME = {"untouched": lambda layer: layer, "replica": replica, "frozen": lambda layer: layer.requires_grad_(False)}
 CHANGED = {
-    "hook": hooked("register_forward_hook", 0), "pre-hook": hooked("register_forward_pre_hook", 1),
-    "backward-hook": hooked("register_full_backward_hook", 0), "last-hook": hooked("register_forward_hook", -1),
-    "backward-pre-hook": hooked("register_full_backward_pre_hook", 1), "patched": patched, "wrapped": wrapped,
-    "subclass": in_subclass, "parametrized": parametrized,
+    "hook": hooked("register_forward_hook", 0),
+    "pre-hook": hooked("register_forward_pre_hook", 1),
+    "backward-hook": hooked("register_full_backward_hook", 0),
+    "last-hook": hooked("register_forward_hook", -1),
+    "backward-pre-hook": hooked("register_full_backward_pre_hook", 1),
+    "patched": patched,
+    "wrapped": wrapped,
+    "subclass": in_subclass,
+    "parametrized": parametrized,
 }
 
 
@@ -85,8 +91,9 @@ def outcome(call: Callable[[], Tensor]) -> tuple[list[str], Tensor | str]:
 @pytest.mark.parametrize("backend", shrank.Backend)
 @pytest.mark.parametrize("change", SAME | CHANGED)
 @pytest.mark.parametrize("name", LAYERS)
-def test_who_computes(name: str, change: str, backend: shrank.Backend, kernels: bool, on_cuda: bool,
-                      monkeypatch) -> None:
+def test_who_computes(
+    name: str, change: str, backend: shrank.Backend, kernels: bool, on_cuda: bool, monkeypatch
+) -> None:
     build, shape = LAYERS[name]
     layer, x = seeded(build), draw(*shape)
     expected, op = layer(x).detach(), OPS[type(layer)]

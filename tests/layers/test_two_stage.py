@@ -108,7 +108,8 @@ def test_gradients(window: int | None) -> None:
     state = {"led_unit.2.order": layer.led_unit[2].order}
     assert torch.autograd.gradcheck(
         lambda x, *p: torch.func.functional_call(layer, state | dict(zip(names, p, strict=True)), (x,)),
-        (x, *(p.detach().requires_grad_() for p in layer.parameters())))
+        (x, *(p.detach().requires_grad_() for p in layer.parameters())),
+    )
 
 
 def test_fresh_outputs_have_the_variance_of_a_linear_layer() -> None:
@@ -188,14 +189,18 @@ def test_a_fraction_counts_what_pivots_store() -> None:
     assert 0.69 < layer.params_after / layer.size <= 0.75 and layer.rank > 0.75 * Shape(32, 32).break_even_rank
 
 
-@pytest.mark.parametrize("change, cause", [
-    (torch.zeros_like, "no permutation"),
-    (lambda order: order[:-1], "does not fit"),
-])
+@pytest.mark.parametrize(
+    "change, cause",
+    [
+        (torch.zeros_like, "no permutation"),
+        (lambda order: order[:-1], "does not fit"),
+    ],
+)
 def test_a_damaged_order_is_refused(change, cause, tmp_path) -> None:
     from safetensors.torch import load_file, save_file
 
     from shrank.util.tensor_file import read_table
+
     path = tmp_path / "model.safetensors"
     shrank.save(shrank.auto_fact(mlp(), 8, pivot=True), path)
     metadata, tensors = read_table(path)[1], load_file(path)

@@ -24,9 +24,11 @@ def problem(seed: int, pivoted: bool) -> list[Options]:
 
 
 def best(items: list[Options], budget: float) -> float | None:
-    errors = [sum(x.errors[i] for x, i in zip(items, choice, strict=True))
-              for choice in itertools.product(*(range(len(x.costs)) for x in items))
-              if sum(x.costs[i] for x, i in zip(items, choice, strict=True)) <= budget]
+    errors = [
+        sum(x.errors[i] for x, i in zip(items, choice, strict=True))
+        for choice in itertools.product(*(range(len(x.costs)) for x in items))
+        if sum(x.costs[i] for x, i in zip(items, choice, strict=True)) <= budget
+    ]
     return min(errors, default=None)
 
 
@@ -73,8 +75,7 @@ def test_more_budget_never_hurts_on_the_frontier() -> None:
         turns = frontier(problem(seed, pivoted=True))
         assert all(a.cost < b.cost and a.error > b.error for a, b in itertools.pairwise(turns))
         slopes = [(a.error - b.error) / (b.cost - a.cost) for a, b in itertools.pairwise(turns)]
-        assert slopes == sorted(slopes, reverse=True) or max(
-            b - a for a, b in itertools.pairwise(slopes)) < 1e-9
+        assert slopes == sorted(slopes, reverse=True) or max(b - a for a, b in itertools.pairwise(slopes)) < 1e-9
 
 
 def test_what_is_left_is_spent() -> None:

@@ -30,15 +30,25 @@ def moments_of(W: Tensor, inputs: Tensor, gradients: Tensor | None, of_inputs: b
     if gradients is not None and of_inputs and W.shape[0] > W.shape[1]:
         gradients = gradients @ W
     square = lambda rows: (rows.T @ rows / len(rows))[None]  # noqa: E731
-    return Moments(len(inputs), square(data), data.mean(0)[None], inputs.square().mean(0)[None], of_inputs,
-                   None if gradients is None else square(gradients), len(inputs))
+    return Moments(
+        len(inputs),
+        square(data),
+        data.mean(0)[None],
+        inputs.square().mean(0)[None],
+        of_inputs,
+        None if gradients is None else square(gradients),
+        len(inputs),
+    )
 
 
 def anchored(W: Tensor, inputs: Tensor, wanted: Tensor, gradients: Tensor | None, of_inputs: bool) -> Moments:
     """As moments_of these inputs, where the layer should act as on the wanted ones."""
     data, towards = (inputs, wanted) if of_inputs else (inputs @ W.T, wanted @ W.T)
-    return replace(moments_of(W, inputs, gradients, of_inputs), anchor=(towards.T @ data / len(data))[None],
-                   anchor_mean=towards.mean(0)[None])
+    return replace(
+        moments_of(W, inputs, gradients, of_inputs),
+        anchor=(towards.T @ data / len(data))[None],
+        anchor_mean=towards.mean(0)[None],
+    )
 
 
 def weighted_error(W: Tensor, approximation: Tensor, norm: Metric) -> float:
@@ -46,7 +56,7 @@ def weighted_error(W: Tensor, approximation: Tensor, norm: Metric) -> float:
     error, (data, gradient) = W - approximation, (norm.data[0], norm.gradient)
     if norm.on_inputs:  # gradients are known as W^T sees them, so the error in the coordinates of W's columns
         left, inner = torch.linalg.lstsq(W, error).solution, W.T @ W if gradient is None else gradient[0]
-    else:               # data are known as W sees them
+    else:  # data are known as W sees them
         left, inner = error @ torch.linalg.pinv(W), torch.eye(len(W)).double() if gradient is None else gradient[0]
     return (left @ data @ left.T * inner).sum().clamp_min(0).sqrt().item()
 
@@ -66,8 +76,10 @@ def test_the_error_is_what_was_cut_and_no_other_factors_do_better(N, K, of_input
         assert_optimal(weighted_error(W, found.merge()[0], norm), found.tail_error, W)
         within = W @ torch.linalg.pinv(W)  # what lies outside the weight's columns is not in this norm
         others = [factorize(W[None], rank).merge()[0]]
-        others += [within @ (found.up[0] + 0.05 * sign * draw(N, rank, dtype=torch.float64)) @ found.down[0]
-                   for sign in (1, -1)]
+        others += [
+            within @ (found.up[0] + 0.05 * sign * draw(N, rank, dtype=torch.float64)) @ found.down[0]
+            for sign in (1, -1)
+        ]
         assert all(weighted_error(W, other, norm) >= found.tail_error * (1 - 1e-9) for other in others)
 
 
@@ -127,9 +139,10 @@ def test_anchored_factors_give_the_wanted_outputs_best_at_the_inputs_there_are(N
 @pytest.mark.parametrize(("N", "K"), SIZES)
 def test_an_anchor_where_everything_is_as_wanted_changes_nothing(N: int, K: int, of_inputs: bool) -> None:
     W, inputs, gradients = seen(N, K)
-    found = [factorize_weighted(W[None], metric(W[None], moments, centred=True), 9)
-             for moments in (moments_of(W, inputs, gradients, of_inputs),
-                             anchored(W, inputs, inputs, gradients, of_inputs))]
+    found = [
+        factorize_weighted(W[None], metric(W[None], moments, centred=True), 9)
+        for moments in (moments_of(W, inputs, gradients, of_inputs), anchored(W, inputs, inputs, gradients, of_inputs))
+    ]
     assert_close(found[1].merge().float(), found[0].merge())
     assert_close(found[1].shift.float(), found[0].shift)
 
@@ -188,8 +201,11 @@ def test_fewer_tokens_are_trusted_less() -> None:
 def test_groups_are_factorised_one_by_one() -> None:
     parts = [seen(12, 20), tuple(2 * t for t in seen(12, 20))]
     each = [moments_of(W, x, d, False) for W, x, d in parts]
-    both = Moments(TOKENS, *(torch.cat([getattr(m, name) for m in each]) for name in ("data", "mean", "input_energy")),
-                   of_inputs=False)
+    both = Moments(
+        TOKENS,
+        *(torch.cat([getattr(m, name) for m in each]) for name in ("data", "mean", "input_energy")),
+        of_inputs=False,
+    )
     weights = torch.stack([part[0] for part in parts])
     together = factorize_weighted(weights, metric(weights, both, False), 5).merge()
     for matrix, one, W in zip(together, each, weights, strict=True):

@@ -14,16 +14,34 @@ from shrank.measuring import explain
 from shrank.ops import native
 
 FACTS = {
-    "problem": {"M": 16384, "K": 768, "N": 3072, "R": 96, "dtype": "bfloat16", "activation": "gelu", "bias": True,
-                "residual": True, "training": False, "aligned": True},
+    "problem": {
+        "M": 16384,
+        "K": 768,
+        "N": 3072,
+        "R": 96,
+        "dtype": "bfloat16",
+        "activation": "gelu",
+        "bias": True,
+        "residual": True,
+        "training": False,
+        "aligned": True,
+    },
     "device": {"name": "H200", "source": "measured on a Tuesday"},
-    "decision": {"kernel": "fast", "microseconds": 50.0, "reason": "it is faster",
-                 "grid": {"block_m": 64, "max_rank": 96, "blocks_m": 256, "blocks_n": 2}},
+    "decision": {
+        "kernel": "fast",
+        "microseconds": 50.0,
+        "reason": "it is faster",
+        "grid": {"block_m": 64, "max_rank": 96, "blocks_m": 256, "blocks_n": 2},
+    },
     "runner_up": {"kernel": "slow", "legal": True, "microseconds": 1250.0},
-    "candidates": [{"kernel": "fast", "legal": True, "microseconds": 50.0},
-                   {"kernel": "slow", "legal": True, "microseconds": 1250.0},
-                   {"kernel": "odd", "legal": False, "why_not": "N is odd"}],
-    "floor_us": 40.123, "dense_us": 25.0, "status": "model; not measured",
+    "candidates": [
+        {"kernel": "fast", "legal": True, "microseconds": 50.0},
+        {"kernel": "slow", "legal": True, "microseconds": 1250.0},
+        {"kernel": "odd", "legal": False, "why_not": "N is odd"},
+    ],
+    "floor_us": 40.123,
+    "dense_us": 25.0,
+    "status": "model; not measured",
 }
 
 
@@ -37,9 +55,14 @@ def asked(monkeypatch) -> list[tuple]:
         return json.dumps(FACTS)
 
     monkeypatch.setattr(native, "problems", list)
-    monkeypatch.setattr(explain, "torch", SimpleNamespace(
-        ops=SimpleNamespace(shrank=SimpleNamespace(explain=op)),
-        cuda=SimpleNamespace(is_available=lambda: True, current_device=lambda: 1)))
+    monkeypatch.setattr(
+        explain,
+        "torch",
+        SimpleNamespace(
+            ops=SimpleNamespace(shrank=SimpleNamespace(explain=op)),
+            cuda=SimpleNamespace(is_available=lambda: True, current_device=lambda: 1),
+        ),
+    )
     return calls
 
 
@@ -48,23 +71,48 @@ def run(*arguments: object):
 
 
 def test_options_reach_the_op(asked) -> None:
-    assert run("--shape", "16384,768,3072,96", "--dtype", "fp16", "--gpu", "a100", "--activation", "gelu", "--residual",
-               "--no-bias", "--training").exit_code == 0
+    assert (
+        run(
+            "--shape",
+            "16384,768,3072,96",
+            "--dtype",
+            "fp16",
+            "--gpu",
+            "a100",
+            "--activation",
+            "gelu",
+            "--residual",
+            "--no-bias",
+            "--training",
+        ).exit_code
+        == 0
+    )
     assert run("--shape", "1, 2, 3, 4").exit_code == 0
-    assert asked == [(16384, 768, 3072, 96, "fp16", "gelu", False, True, True, "a100"),
-                     (1, 2, 3, 4, "bf16", "none", True, False, False, "cuda:1")]
+    assert asked == [
+        (16384, 768, 3072, 96, "fp16", "gelu", False, True, True, "a100"),
+        (1, 2, 3, 4, "bf16", "none", True, False, False, "cuda:1"),
+    ]
 
 
 def test_the_table_holds_the_decision_and_what_it_is_compared_with(asked) -> None:
     shown = run("--shape", "16384,768,3072,96", "--gpu", "h200")
     assert shown.exit_code == 0, shown.stderr
     lines = [" ".join(line.replace("│", " ").split()) for line in shown.stdout.splitlines()]
-    for line in ("layer M 16384, K 768, N 3072, R 96", "bfloat16, gelu, bias, residual", "gpu H200", "kernel fast",
-                 "because it is faster", "blocks 256 x 2, of 64 tokens, h of rank up to 96 held", "predicted 50 us",
-                 "floor 40.1 us; predicted is 1.25x that",
-                 "runner-up slow, 1,250 us: 25.00x the predicted time", "not possible odd: N is odd",
-                 "dense layer 25 us: 0.50x the predicted time", "figures model; not measured",
-                 "H200: measured on a Tuesday"):
+    for line in (
+        "layer M 16384, K 768, N 3072, R 96",
+        "bfloat16, gelu, bias, residual",
+        "gpu H200",
+        "kernel fast",
+        "because it is faster",
+        "blocks 256 x 2, of 64 tokens, h of rank up to 96 held",
+        "predicted 50 us",
+        "floor 40.1 us; predicted is 1.25x that",
+        "runner-up slow, 1,250 us: 25.00x the predicted time",
+        "not possible odd: N is odd",
+        "dense layer 25 us: 0.50x the predicted time",
+        "figures model; not measured",
+        "H200: measured on a Tuesday",
+    ):
         assert line in lines
 
 
@@ -100,9 +148,14 @@ def hidden(monkeypatch) -> None:
     monkeypatch.setattr(native, "problems", lambda: ["it was never built", "the moon is full"])
 
 
-MAY_HAVE_A_KERNEL = [("--shape", "1,8,16,24"), ("--shape", "1,8,16,24", "--activation", "relu", "--dtype", "fp32"),
-                     ("--shape", "1,2,3,4", "--residual"), ("--conv", "2,8,9x7,3x1,16,8", "--training"),
-                     ("--conv", "2,3,9x7,3x1,16,8"), ("--conv", "2,8,9x7,3x1,16,8", "--groups", "2")]
+MAY_HAVE_A_KERNEL = [
+    ("--shape", "1,8,16,24"),
+    ("--shape", "1,8,16,24", "--activation", "relu", "--dtype", "fp32"),
+    ("--shape", "1,2,3,4", "--residual"),
+    ("--conv", "2,8,9x7,3x1,16,8", "--training"),
+    ("--conv", "2,3,9x7,3x1,16,8"),
+    ("--conv", "2,8,9x7,3x1,16,8", "--groups", "2"),
+]
 
 
 @pytest.mark.usefixtures("hidden")
@@ -111,22 +164,34 @@ def test_without_the_extension_it_says_why_and_how_to_get_one(options: tuple) ->
     result = run(*options, "--gpu", "h200")
     told = " ".join(result.stderr.split())
     assert result.exit_code == FAILED
-    for part in ("decided by the native extension, which is not loaded: it was never built; the moon is full.",
-                 "CUDA's compiler (nvcc", "`SHRANK_BUILD=1 CUDA_HOME=/usr/local/cuda pip install .`", "torch 2.10"):
+    for part in (
+        "decided by the native extension, which is not loaded: it was never built; the moon is full.",
+        "CUDA's compiler (nvcc",
+        "`SHRANK_BUILD=1 CUDA_HOME=/usr/local/cuda pip install .`",
+        "torch 2.10",
+    ):
         assert part in told
 
 
 @pytest.mark.usefixtures("hidden")
-@pytest.mark.parametrize(("options", "kernel", "because"), [
-    (("--shape", "16,32,64,8", "--dtype", "fp32"), "two_gemms", "no kernel takes float32"),
-    (("--shape", "16,32,64,8", "--dtype", "fp64", "--training"), "two_gemms", "no kernel takes float64"),
-    (("--shape", "16,30,64,9"), "two_gemms", "K is 30 and R is 9: kernels read 8 numbers at a time"),
-    (("--conv", "2,8,9x7,3x1,16,4"), "two_convs", "R is 4: kernels read 8 numbers at a time"),
-    (("--conv", "2,8,9x7,3x1,16,8", "--up-groups", "2"), "two_convs", "R is 4: kernels read"),
-    (("--conv", "2,8,9x7,3x1,16,8", "--dtype", "float"), "two_convs", "no kernel takes float32"),
-    (("--shape", "16,32,64,8", "--gpu", "cpu", "--activation", "gelu"), "two_gemms", "a CPU has none of our kernels"),
-    (("--conv", "2,8,9x7,3x1,16,8", "--gpu", "CPU", "--residual"), "two_convs", "a CPU has none of our kernels"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("options", "kernel", "because"),
+    [
+        (("--shape", "16,32,64,8", "--dtype", "fp32"), "two_gemms", "no kernel takes float32"),
+        (("--shape", "16,32,64,8", "--dtype", "fp64", "--training"), "two_gemms", "no kernel takes float64"),
+        (("--shape", "16,30,64,9"), "two_gemms", "K is 30 and R is 9: kernels read 8 numbers at a time"),
+        (("--conv", "2,8,9x7,3x1,16,4"), "two_convs", "R is 4: kernels read 8 numbers at a time"),
+        (("--conv", "2,8,9x7,3x1,16,8", "--up-groups", "2"), "two_convs", "R is 4: kernels read"),
+        (("--conv", "2,8,9x7,3x1,16,8", "--dtype", "float"), "two_convs", "no kernel takes float32"),
+        (
+            ("--shape", "16,32,64,8", "--gpu", "cpu", "--activation", "gelu"),
+            "two_gemms",
+            "a CPU has none of our kernels",
+        ),
+        (("--conv", "2,8,9x7,3x1,16,8", "--gpu", "CPU", "--residual"), "two_convs", "a CPU has none of our kernels"),
+    ],
+    ids=str,
+)
 def test_what_no_kernel_runs_is_told_without_the_extension(options: tuple, kernel: str, because: str) -> None:
     shown = run("--gpu", "h200", *options)
     lines = [" ".join(line.replace("│", " ").split()) for line in shown.stdout.splitlines()]
@@ -138,12 +203,27 @@ def test_what_no_kernel_runs_is_told_without_the_extension(options: tuple, kerne
 
 @pytest.mark.usefixtures("hidden")
 def test_the_problem_is_told_as_the_extension_tells_it() -> None:
-    told = json.loads(run("--shape", "16,32,64,8", "--gpu", "cpu", "--dtype", "bfloat16", "--residual", "--activation",
-                          "gelu", "--json").stdout)
+    told = json.loads(
+        run(
+            "--shape",
+            "16,32,64,8",
+            "--gpu",
+            "cpu",
+            "--dtype",
+            "bfloat16",
+            "--residual",
+            "--activation",
+            "gelu",
+            "--json",
+        ).stdout
+    )
     assert told["problem"] == FACTS["problem"] | {"M": 16, "K": 32, "N": 64, "R": 8}
     assert told.keys() == FACTS.keys()
-    told = json.loads(run("--conv", "2,8,9x7,3x1,16,4", "--stride", "2x1", "--padding", "1x0", "--groups", 2, "--gpu",
-                          "cpu", "--json").stdout)
+    told = json.loads(
+        run(
+            "--conv", "2,8,9x7,3x1,16,4", "--stride", "2x1", "--padding", "1x0", "--groups", 2, "--gpu", "cpu", "--json"
+        ).stdout
+    )
     assert told["problem"] == CONV["problem"]
 
 
@@ -153,16 +233,32 @@ def test_a_cpu_needs_no_extension_and_no_figures_even_where_they_are(asked) -> N
 
 
 @pytest.mark.parametrize("extension", ["hidden", "asked"])
-@pytest.mark.parametrize(("option", "typo", "meant"), [
-    ("gpu", "H20", "H200"), ("gpu", "nvidia h-2000", "H200"), ("gpu", "RTX4080", "RTX 4090"), ("gpu", "cuda", "cuda:0"),
-    ("gpu", "NVIDIA A100-SXM4-40GB", "A100"), ("gpu", "abacus", None), ("gpu", "", None),
-    ("dtype", "bf61", "bf16"), ("dtype", "BF16", "bf16"), ("dtype", "torch.bfloat16", "bfloat16"),
-    ("dtype", "bflaot16", "bfloat16"), ("dtype", "double", None),
-    ("activation", "gellu", "gelu"), ("activation", "swish", "silu"), ("activation", "GELU", "gelu"),
-    ("activation", "gelu_new", "gelu_tanh"), ("activation", "tanh", "gelu_tanh"), ("activation", "42", None),
-])
-def test_a_typo_is_told_the_nearest_right_name(extension: str, option: str, typo: str, meant: str | None,
-                                               request) -> None:
+@pytest.mark.parametrize(
+    ("option", "typo", "meant"),
+    [
+        ("gpu", "H20", "H200"),
+        ("gpu", "nvidia h-2000", "H200"),
+        ("gpu", "RTX4080", "RTX 4090"),
+        ("gpu", "cuda", "cuda:0"),
+        ("gpu", "NVIDIA A100-SXM4-40GB", "A100"),
+        ("gpu", "abacus", None),
+        ("gpu", "", None),
+        ("dtype", "bf61", "bf16"),
+        ("dtype", "BF16", "bf16"),
+        ("dtype", "torch.bfloat16", "bfloat16"),
+        ("dtype", "bflaot16", "bfloat16"),
+        ("dtype", "double", None),
+        ("activation", "gellu", "gelu"),
+        ("activation", "swish", "silu"),
+        ("activation", "GELU", "gelu"),
+        ("activation", "gelu_new", "gelu_tanh"),
+        ("activation", "tanh", "gelu_tanh"),
+        ("activation", "42", None),
+    ],
+)
+def test_a_typo_is_told_the_nearest_right_name(
+    extension: str, option: str, typo: str, meant: str | None, request
+) -> None:
     calls = request.getfixturevalue(extension)
     result = run("--shape", "16,32,64,8", "--gpu", "h200", f"--{option}", typo)
     told = " ".join(result.stderr.split())
@@ -189,12 +285,33 @@ def test_the_real_op_answers_where_it_is_loaded() -> None:
     assert wrong.exit_code == FAILED and "gpu is 'abacus', wanted one of A100" in " ".join(wrong.stderr.split())
 
 
-CONV = {"problem": {"batch": 2, "C": 8, "N": 16, "R": 4, "input": [1, 9, 7], "output": [1, 5, 7], "kernel": [1, 3, 1],
-                    "stride": [1, 2, 1], "begin": [0, 1, 0], "end": [0, 1, 0], "dilation": [1, 1, 1], "groups": 2,
-                    "up_groups": 1, "dtype": "bfloat16", "activation": "none", "bias": True, "residual": False,
-                    "training": False, "channels_last": True},
-        "decision": {**FACTS["decision"], "grid": {"gather": "chunks", "block_m": 64, "max_rank": 32, "blocks_m": 2,
-                                                   "blocks_n": 1}}}
+CONV = {
+    "problem": {
+        "batch": 2,
+        "C": 8,
+        "N": 16,
+        "R": 4,
+        "input": [1, 9, 7],
+        "output": [1, 5, 7],
+        "kernel": [1, 3, 1],
+        "stride": [1, 2, 1],
+        "begin": [0, 1, 0],
+        "end": [0, 1, 0],
+        "dilation": [1, 1, 1],
+        "groups": 2,
+        "up_groups": 1,
+        "dtype": "bfloat16",
+        "activation": "none",
+        "bias": True,
+        "residual": False,
+        "training": False,
+        "channels_last": True,
+    },
+    "decision": {
+        **FACTS["decision"],
+        "grid": {"gather": "chunks", "block_m": 64, "max_rank": 32, "blocks_m": 2, "blocks_n": 1},
+    },
+}
 
 
 @pytest.fixture
@@ -208,33 +325,100 @@ def asked_of_convolutions(asked, monkeypatch) -> list[tuple]:
 
 
 def test_a_convolution_reaches_its_op_in_three_dimensions(asked_of_convolutions) -> None:
-    assert run("--conv", "2,8,9x7,3x1,16,4", "--stride", "2x1", "--padding", "1:2x0", "--groups", 2, "--gpu", "h200",
-               "--activation", "silu").exit_code == 0
+    assert (
+        run(
+            "--conv",
+            "2,8,9x7,3x1,16,4",
+            "--stride",
+            "2x1",
+            "--padding",
+            "1:2x0",
+            "--groups",
+            2,
+            "--gpu",
+            "h200",
+            "--activation",
+            "silu",
+        ).exit_code
+        == 0
+    )
     assert run("--conv", "1,8,9,4,16,8", "--padding", "3:0", "--dilation", "2", "--up-groups", 4).exit_code == 0
     assert asked_of_convolutions == [
-        (2, 8, 16, 4, (1, 9, 7), (1, 3, 1), (1, 2, 1), (0, 1, 0), (0, 2, 0), (1, 1, 1), 2, 1, "bf16", "silu", True,
-         False, False, True, "h200"),
-        (1, 8, 16, 8, (1, 1, 9), (1, 1, 4), (1, 1, 1), (0, 0, 3), (0, 0, 0), (1, 1, 2), 1, 4, "bf16", "none", True,
-         False, False, True, "cuda:1")]
+        (
+            2,
+            8,
+            16,
+            4,
+            (1, 9, 7),
+            (1, 3, 1),
+            (1, 2, 1),
+            (0, 1, 0),
+            (0, 2, 0),
+            (1, 1, 1),
+            2,
+            1,
+            "bf16",
+            "silu",
+            True,
+            False,
+            False,
+            True,
+            "h200",
+        ),
+        (
+            1,
+            8,
+            16,
+            8,
+            (1, 1, 9),
+            (1, 1, 4),
+            (1, 1, 1),
+            (0, 0, 3),
+            (0, 0, 0),
+            (1, 1, 2),
+            1,
+            4,
+            "bf16",
+            "none",
+            True,
+            False,
+            False,
+            True,
+            "cuda:1",
+        ),
+    ]
 
 
 def test_the_table_of_a_convolution_shows_its_window(asked_of_convolutions) -> None:
     shown = " ".join(run("--conv", "2,8,9x7,3x1,16,4", "--gpu", "h200").stdout.replace("│", " ").split())
-    for piece in ("2 of 8 channels, 1x9x7", "kernel 1x3x1", "stride 1x2x1", "padding 0:0x1:1x0:0", "R 4, N 16",
-                  "64 pixels, read by chunks"):
+    for piece in (
+        "2 of 8 channels, 1x9x7",
+        "kernel 1x3x1",
+        "stride 1x2x1",
+        "padding 0:0x1:1x0:0",
+        "R 4, N 16",
+        "64 pixels, read by chunks",
+    ):
         assert piece in shown
 
 
-@pytest.mark.parametrize(("arguments", "named"), [
-    (["--conv", "2,8,9x7,3x3,16"], "B,C,INPUT"), (["--conv", "2,8,9x7,3,16,4"], "as many kernel"),
-    (["--conv", "2,8,9x9x9x9,1x1x1x1,16,4"], "at most 3"), (["--conv", "2,8,0,3,16,4"], "from 1 on"),
-    (["--conv", "2,8,9,3,16,4", "--stride", "1x1"], "--stride"),
-    (["--conv", "2,8,9,3,16,4", "--stride", "0"], "--stride"),
-    (["--conv", "2,8,9,3,16,4", "--padding", "1:2:3"], "--padding"), (["--conv", "2,8,9,30,16,4"], "reaches over 30"),
-    (["--conv", "2,8,9,3,16,4", "--groups", "3"], "divisor of C 8"),
-    (["--conv", "2,8,9,3,16,4", "--up-groups", "0"], "divisor of R 4"), ([], "--shape"),
-    (["--conv", "2,8,9,3,16,4", "--shape", "1,2,3,4"], "--shape"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--conv", "2,8,9x7,3x3,16"], "B,C,INPUT"),
+        (["--conv", "2,8,9x7,3,16,4"], "as many kernel"),
+        (["--conv", "2,8,9x9x9x9,1x1x1x1,16,4"], "at most 3"),
+        (["--conv", "2,8,0,3,16,4"], "from 1 on"),
+        (["--conv", "2,8,9,3,16,4", "--stride", "1x1"], "--stride"),
+        (["--conv", "2,8,9,3,16,4", "--stride", "0"], "--stride"),
+        (["--conv", "2,8,9,3,16,4", "--padding", "1:2:3"], "--padding"),
+        (["--conv", "2,8,9,30,16,4"], "reaches over 30"),
+        (["--conv", "2,8,9,3,16,4", "--groups", "3"], "divisor of C 8"),
+        (["--conv", "2,8,9,3,16,4", "--up-groups", "0"], "divisor of R 4"),
+        ([], "--shape"),
+        (["--conv", "2,8,9,3,16,4", "--shape", "1,2,3,4"], "--shape"),
+    ],
+)
 def test_a_bad_convolution_is_refused_by_name(arguments: list, named: str, asked_of_convolutions) -> None:
     refused = run(*arguments, "--gpu", "h200")
     assert refused.exit_code in (FAILED, USAGE) and named in " ".join(refused.stderr.split())

@@ -64,8 +64,10 @@ class FewLetters(Letters):
 
 def test_places_without_tokens_do_not_count() -> None:
     model, other = hf_model("llama"), hf_model("gpt2")
-    far, none = (evaluate(Padded(other, value), FewLetters(), TEXTS, Padded(model, value), window=10)
-                 for value in (-1e4, -math.inf))
+    far, none = (
+        evaluate(Padded(other, value), FewLetters(), TEXTS, Padded(model, value), window=10)
+        for value in (-1e4, -math.inf)
+    )
     assert none.divergence == pytest.approx(far.divergence, rel=1e-5) and none.divergence > 0
     assert none.perplexity == pytest.approx(far.perplexity, rel=1e-5) and none.agreement == far.agreement
     with pytest.raises(ValueError, match=r"window 0: the model's logits are -inf where .* token 60 in row 0"):
@@ -94,10 +96,17 @@ def test_bad_input_is_named() -> None:
         repetition(model, Letters(), TEXTS, prompt_tokens=100)
 
 
-@pytest.mark.parametrize("tokens, loops", [
-    ([1, 2, 3, 4, 5, 6], False), ([9, 1, 1, 1], True), ([7, 1, 2, 1, 2, 1, 2], True), ([1, 2, 1, 2, 1], False),
-    ([1, 1, 1, 2], False), ([], False),
-])
+@pytest.mark.parametrize(
+    "tokens, loops",
+    [
+        ([1, 2, 3, 4, 5, 6], False),
+        ([9, 1, 1, 1], True),
+        ([7, 1, 2, 1, 2, 1, 2], True),
+        ([1, 2, 1, 2, 1], False),
+        ([1, 1, 1, 2], False),
+        ([], False),
+    ],
+)
 def test_loops(tokens: list[int], loops: bool) -> None:
     assert ends_in_a_loop(tokens) is loops
 

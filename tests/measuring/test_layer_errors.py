@@ -23,11 +23,12 @@ def test_errors_are_those_of_the_tokens_that_count() -> None:
     layer.register_forward_hook(lambda m, args, y: seen.append((args[0][mask.bool()], y[mask.bool()])))
     with torch.no_grad():
         model(**inputs)
-        (x, y), = seen
+        ((x, y),) = seen
         expected = (twin(x) - y).norm() / (y - y.mean(0)).norm()
     assert_close(torch.tensor(plan[name].measured), expected)
-    other = measure_errors(small.shrank_plan, model, small,
-                           batches([inputs], mask=lambda item: 1 - item["attention_mask"]))
+    other = measure_errors(
+        small.shrank_plan, model, small, batches([inputs], mask=lambda item: 1 - item["attention_mask"])
+    )
     assert other[name].measured != plan[name].measured
 
 
@@ -36,8 +37,9 @@ def test_nothing_is_measured_where_nothing_counts() -> None:
     small = auto_fact(copy.deepcopy(model), 4)
     for data in ([draw(0, WIDTH)], [{"input": draw(2, WIDTH), "attention_mask": None}]):
         run = lambda model, batch: model(batch.kwargs.get("input", draw(0, WIDTH)))  # noqa: E731
-        plan = measure_errors(small.shrank_plan, model, small,
-                              batches(data, mask=lambda item: torch.zeros(2), forward=run))
+        plan = measure_errors(
+            small.shrank_plan, model, small, batches(data, mask=lambda item: torch.zeros(2), forward=run)
+        )
         assert all(layer.measured is None for layer in plan)
 
 

@@ -38,8 +38,16 @@ class Case:
         return shrank.auto_fact(self.dense(dtype), rank, allow_growth=True, **self.options)
 
 
-def conv(id: str, dim: int = 2, channels: tuple[int, int] = (8, 12), kernel=3, rank: int = 4,
-         options: dict | None = None, layout: torch.memory_format = torch.contiguous_format, **kwargs) -> Case:
+def conv(
+    id: str,
+    dim: int = 2,
+    channels: tuple[int, int] = (8, 12),
+    kernel=3,
+    rank: int = 4,
+    options: dict | None = None,
+    layout: torch.memory_format = torch.contiguous_format,
+    **kwargs,
+) -> Case:
     kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dim]
     shape = (2, channels[0], *(9, 8, 7)[:dim])
     return Case(id, lambda: kind(*channels, kernel, **kwargs).to(memory_format=layout), shape, options or {}, rank)
@@ -93,7 +101,7 @@ def optimal_error(dense: nn.Module, rank: int, groups_out: bool) -> float:
     squared = 0.0
     for i, columns in enumerate(weight.chunk(groups, 1)):
         block = columns.chunk(groups)[i] if groups_out else columns
-        squared += torch.linalg.svd(block).S[rank // groups:].square().sum().item()
+        squared += torch.linalg.svd(block).S[rank // groups :].square().sum().item()
         squared += columns.square().sum().item() - block.square().sum().item()
     return math.sqrt(squared)
 
@@ -124,8 +132,17 @@ def test_output_is_that_of_the_approximated_weight(case: Case):
     x = draw(*case.input, dtype=torch.float64)
     with torch.no_grad():
         if hasattr(twin, "groups"):
-            dense = type(dense)(dense.in_channels, dense.out_channels, dense.kernel_size, dense.stride, dense.padding,
-                                dense.dilation, twin.groups, dense.bias is not None, dense.padding_mode).double()
+            dense = type(dense)(
+                dense.in_channels,
+                dense.out_channels,
+                dense.kernel_size,
+                dense.stride,
+                dense.padding,
+                dense.dilation,
+                twin.groups,
+                dense.bias is not None,
+                dense.padding_mode,
+            ).double()
         dense.weight.copy_(twin.weight)
         if dense.bias is not None:
             dense.bias.copy_(twin.bias)
@@ -186,8 +203,9 @@ def test_layout_and_names_of_the_factors(case: Case):
 
 @pytest.mark.parametrize("channels, groups, rank", [((12, 12), 6, 5), ((12, 18), 6, 4)], ids=["inputs", "outputs"])
 def test_groups_that_do_not_divide_keep_it_dense(channels, groups, rank):
-    plan = shrank.make_plan(nn.Conv2d(*channels, 3, groups=groups), rank, allow_growth=True, groups_out=True,
-                            skip_high_groups=False)
+    plan = shrank.make_plan(
+        nn.Conv2d(*channels, 3, groups=groups), rank, allow_growth=True, groups_out=True, skip_high_groups=False
+    )
     assert plan[""].rank is None and "divide" in plan[""].reason
 
 

@@ -93,8 +93,12 @@ def test_dora_and_convolutions_are_refused_in_words() -> None:
 def test_adapters_and_their_bases_stay_dense() -> None:
     dense = hf_model("llama")
     inputs = hf_inputs(dense)
-    tuned = get_peft_model(copy.deepcopy(dense), LoraConfig(
-        task_type="CAUSAL_LM", r=32, init_lora_weights=False, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    tuned = get_peft_model(
+        copy.deepcopy(dense),
+        LoraConfig(
+            task_type="CAUSAL_LM", r=32, init_lora_weights=False, target_modules=["q_proj"], modules_to_save=["lm_head"]
+        ),
+    )
     before = logits(tuned.eval(), inputs)
     shrank.auto_fact(tuned, 10**9, allow_growth=True)
     plan = tuned.shrank_plan

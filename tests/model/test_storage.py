@@ -15,15 +15,26 @@ from tests.common.tolerances import assert_close
 
 
 def layers() -> nn.Module:
-    return nn.ModuleDict({
-        "linear": LED(WIDTH, 48, 12, pivot=True), "no_bias": LED(48, WIDTH, 9, bias=False, pivot=True),
-        "conv1d": LEDConv1D(WIDTH, WIDTH, 7, pivot=True), "plain": LED(WIDTH, WIDTH, 5),
-        "conv": CED(16, 20, 8, (3, 3), 2, 1, pivot=True),
-        "grouped": CED(16, 24, 8, (3,), 1, 1, 1, 2, groups_out=True, pivot=True)})
+    return nn.ModuleDict(
+        {
+            "linear": LED(WIDTH, 48, 12, pivot=True),
+            "no_bias": LED(48, WIDTH, 9, bias=False, pivot=True),
+            "conv1d": LEDConv1D(WIDTH, WIDTH, 7, pivot=True),
+            "plain": LED(WIDTH, WIDTH, 5),
+            "conv": CED(16, 20, 8, (3, 3), 2, 1, pivot=True),
+            "grouped": CED(16, 24, 8, (3,), 1, 1, 1, 2, groups_out=True, pivot=True),
+        }
+    )
 
 
-INPUTS = {"linear": draw(5, WIDTH), "no_bias": draw(5, 48), "conv1d": draw(2, 3, WIDTH), "plain": draw(5, WIDTH),
-          "conv": draw(2, 16, 9, 9), "grouped": draw(2, 16, 9)}
+INPUTS = {
+    "linear": draw(5, WIDTH),
+    "no_bias": draw(5, 48),
+    "conv1d": draw(2, 3, WIDTH),
+    "plain": draw(5, WIDTH),
+    "conv": draw(2, 16, 9, 9),
+    "grouped": draw(2, 16, 9),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -66,8 +66,15 @@ def forgotten(monkeypatch) -> None:
 
 
 def speech() -> nn.Module:
-    return seeded(lambda: nn.Sequential(CastingConv1d(16, 32, 3, padding=1), nn.Flatten(), CastingLinear(160, 48),
-                                        nn.GELU(), LateBias(48, 32, bias=False)))
+    return seeded(
+        lambda: nn.Sequential(
+            CastingConv1d(16, 32, 3, padding=1),
+            nn.Flatten(),
+            CastingLinear(160, 48),
+            nn.GELU(),
+            LateBias(48, 32, bias=False),
+        )
+    )
 
 
 def test_without_a_word_they_stay_dense_and_the_plan_tells_the_way_out() -> None:
@@ -75,8 +82,10 @@ def test_without_a_word_they_stay_dense_and_the_plan_tells_the_way_out() -> None
     with pytest.warns(UserWarning, match="no layer was replaced.*treat_as_base"):
         shrank.auto_fact(net, 0.6, calibrate=[draw(8, 16, 5)])
     for layer, base in zip(net.shrank_plan, ("Conv1d", "Linear", "Linear"), strict=True):
-        assert f"tests.model.test_subclasses.{type(net.get_submodule(layer.fqn)).__name__} is a subclass of {base}" in \
-            layer.reason
+        assert (
+            f"tests.model.test_subclasses.{type(net.get_submodule(layer.fqn)).__name__} is a subclass of {base}"
+            in layer.reason
+        )
 
 
 @pytest.mark.parametrize("pivot", [False, True])
@@ -110,11 +119,14 @@ def test_they_are_calibrated_saved_loaded_merged_and_copied(tmp_path) -> None:
     assert_close(merged(x), before)
 
 
-@pytest.mark.parametrize(("build_layer", "cause"), [
-    (lambda: Scaled(32, 32), r"outputs differ from those of Linear with the same weights by 0\.[35]"),
-    (lambda: Standardised(16, 16, 3), "outputs differ from those of Conv2d"),
-    (lambda: TwoInputs(32, 32), "forward fails on a plain input: .*missing"),
-])
+@pytest.mark.parametrize(
+    ("build_layer", "cause"),
+    [
+        (lambda: Scaled(32, 32), r"outputs differ from those of Linear with the same weights by 0\.[35]"),
+        (lambda: Standardised(16, 16, 3), "outputs differ from those of Conv2d"),
+        (lambda: TwoInputs(32, 32), "forward fails on a plain input: .*missing"),
+    ],
+)
 def test_what_computes_something_else_is_not_believed(build_layer, cause) -> None:
     net = seeded(lambda: nn.Sequential(build_layer()))
     shrank.treat_as_base(type(net[0]))

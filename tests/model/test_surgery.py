@@ -114,7 +114,7 @@ def tie_two_linears(model: nn.Sequential) -> None:
 
 def tie_by_views(model: nn.Sequential) -> None:
     whole = draw(2 * WIDTH, WIDTH)
-    model[0].weight, model[2].weight = nn.Parameter(whole[:WIDTH]), nn.Parameter(whole[WIDTH // 2:WIDTH * 3 // 2])
+    model[0].weight, model[2].weight = nn.Parameter(whole[:WIDTH]), nn.Parameter(whole[WIDTH // 2 : WIDTH * 3 // 2])
 
 
 def tie_by_strided_views(model: nn.Sequential) -> None:

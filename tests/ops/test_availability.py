@@ -18,7 +18,7 @@ def test_why_not_collects_all_reasons() -> None:
     here = shrank.why_not()
     assert here, "no GPU here"
     reasons = shrank.why_not(x.int(), down, up, bias, residual)
-    assert reasons[:len(here)] == here
+    assert reasons[: len(here)] == here
     for name in ("x", "down", "up", "bias", "residual"):
         assert f"{name} is on cpu, not on a CUDA device" in reasons
     assert any(reason.startswith("x is torch.int32") for reason in reasons)
@@ -40,7 +40,8 @@ def test_why_not_knows_what_surrounds_a_call() -> None:
     ask(x)
     assert not any("forward-mode" in reason or "torch.func" in reason for reason in seen[-1])
     assert any("Proxy" in reason for reason in shrank.why_not(torch.fx.Graph().placeholder("x"), down, up)) or any(
-        "Node" in reason for reason in shrank.why_not(torch.fx.Graph().placeholder("x"), down, up))
+        "Node" in reason for reason in shrank.why_not(torch.fx.Graph().placeholder("x"), down, up)
+    )
 
 
 def test_a_tensor_subclass_is_left_to_pytorch() -> None:

@@ -18,13 +18,24 @@ from tests.common.ops import CONV_OP, EACH_OP, LINEAR_OP, doubled, ops_of
 from tests.common.tolerances import assert_close, assert_every_element_close
 
 pytestmark = pytest.mark.gpu
-CASES = {"linear": LinearCase((64,), 256, 384, 32, True, "gelu", True),
-         "conv": ConvCase((28, 30), (3, 3), 64, 96, 32, B=4, padding=(1, 1), activation="gelu", residual=True,
-                          last=True)}
+CASES = {
+    "linear": LinearCase((64,), 256, 384, 32, True, "gelu", True),
+    "conv": ConvCase((28, 30), (3, 3), 64, 96, 32, B=4, padding=(1, 1), activation="gelu", residual=True, last=True),
+}
 # Tokens are those of batches, single and full.
-LINEAR_MODELS = [LinearCase((M,), K, N, R) for M in (1, 33, 128, 1000, 4096) for K, N, R in [
-    (768, 768, 64), (768, 3072, 96), (3072, 768, 128), (1024, 1032, 192), (4096, 4096, 256), (768, 776, 40),
-    (2048, 2048, 320)]]
+LINEAR_MODELS = [
+    LinearCase((M,), K, N, R)
+    for M in (1, 33, 128, 1000, 4096)
+    for K, N, R in [
+        (768, 768, 64),
+        (768, 3072, 96),
+        (3072, 768, 128),
+        (1024, 1032, 192),
+        (4096, 4096, 256),
+        (768, 776, 40),
+        (2048, 2048, 320),
+    ]
+]
 CONV_MODELS = [  # by chunks, by numbers, depthwise, grouped; 1d, 2d, 3d
     ConvCase((56, 56), (3, 3), 64, 64, 16, B=8, padding=(1, 1), last=True),
     ConvCase((28, 28), (3, 3), 128, 128, 32, B=8, padding=(1, 1), last=True),
@@ -42,7 +53,8 @@ CONV_MODELS = [  # by chunks, by numbers, depthwise, grouped; 1d, 2d, 3d
     ConvCase((2048,), (4,), 1536, 80, 1536, padding=(3, 0), groups=1536, last=True),
 ]
 MODELS = [(LINEAR_OP, case, case) for case in LINEAR_MODELS] + [
-    (CONV_OP, case, replace(case, last=False)) for case in CONV_MODELS]
+    (CONV_OP, case, replace(case, last=False)) for case in CONV_MODELS
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -63,8 +75,10 @@ def test_the_native_kernels_run_here(tested) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"shrank::{tested.definition.name}", "CUDA")
 
 
-LAYERS = {"linear": lambda: shrank.LED(256, 384, 32, device="cuda", dtype=torch.bfloat16),
-          "conv": lambda: shrank.CED(64, 96, 32, (3, 3), padding=1, device="cuda", dtype=torch.bfloat16)}
+LAYERS = {
+    "linear": lambda: shrank.LED(256, 384, 32, device="cuda", dtype=torch.bfloat16),
+    "conv": lambda: shrank.CED(64, 96, 32, (3, 3), padding=1, device="cuda", dtype=torch.bfloat16),
+}
 
 
 def gradients(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -175,7 +189,10 @@ def test_explain_knows_this_gpu() -> None:
 
 def test_each_matrix_kernel_is_chosen_for_some_layer() -> None:
     """Or the tests above would not be of them. By select's model of this GPU."""
-    kernels = {explain((M, K, N, R), gpu=None, activation=activation)["decision"]["kernel"]
-               for M in (1, 128, 1000, 4096) for K, N, R in [(768, 768, 64), (4096, 4096, 256), (2048, 2048, 320)]
-               for activation in ("none", "gelu")}
+    kernels = {
+        explain((M, K, N, R), gpu=None, activation=activation)["decision"]["kernel"]
+        for M in (1, 128, 1000, 4096)
+        for K, N, R in [(768, 768, 64), (4096, 4096, 256), (2048, 2048, 320)]
+        for activation in ("none", "gelu")
+    }
     assert {"fused", "gemm_expand"} <= kernels

@@ -75,10 +75,14 @@ def test_led_takes_the_op() -> None:
 
 
 CED_LAYERS = {
-    "1d": ((3,), {"stride": 2}), "2d": ((3, 3), {"padding": "same", "dilation": 2}), "3d": ((2, 2, 2), {"padding": 1}),
-    "even": ((4, 4), {"padding": "same"}), "grouped": ((3, 3), {"groups": 4, "groups_out": True}),
+    "1d": ((3,), {"stride": 2}),
+    "2d": ((3, 3), {"padding": "same", "dilation": 2}),
+    "3d": ((2, 2, 2), {"padding": 1}),
+    "even": ((4, 4), {"padding": "same"}),
+    "grouped": ((3, 3), {"groups": 4, "groups_out": True}),
     "reflect": ((3, 3), {"padding": (1, 2), "padding_mode": "reflect"}),
-    "circular": ((5,), {"padding": 2, "padding_mode": "circular"}), "no bias": ((3, 3), {"bias": False}),
+    "circular": ((5,), {"padding": 2, "padding_mode": "circular"}),
+    "no bias": ((3, 3), {"bias": False}),
 }
 
 
@@ -99,8 +103,11 @@ def test_ced_takes_the_op(kernel: tuple, options: dict) -> None:
 @pytest.mark.usefixtures("native")
 def test_a_stage_that_is_not_itself_runs_itself() -> None:
     x = torch.randn(2, 8, 9, 9)
-    for change in (lambda stage: stage.register_forward_hook(lambda *_: None),
-                   lambda stage: setattr(stage, "forward", stage.forward), nn.Sequential):
+    for change in (
+        lambda stage: stage.register_forward_hook(lambda *_: None),
+        lambda stage: setattr(stage, "forward", stage.forward),
+        nn.Sequential,
+    ):
         for which in (0, 1):
             layer = shrank.CED(8, 12, 4, (3, 3))
             changed = change(layer.ced_unit[which])
@@ -123,8 +130,13 @@ def test_an_unknown_backend_is_refused(tested, value: object) -> None:
 @pytest.mark.parametrize(("value", "error"), [("native", ""), ("gpu", "SHRANK_BACKEND is 'gpu'")])
 def test_the_environment_sets_the_backend(value: str, error: str) -> None:
     code = "import shrank; from shrank.ops.dispatch import current_backend; print(current_backend().value)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
-                         env={"SHRANK_BACKEND": value, "PATH": ""})
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"SHRANK_BACKEND": value, "PATH": ""},
+    )
     assert (ran.stdout.strip() == value and ran.returncode == 0) if not error else error in ran.stderr
 
 

@@ -16,46 +16,95 @@ from tests.common.tolerances import assert_close
 
 TENSORS = ("x", "down", "up", "bias", "residual")
 BAD_DTYPES_DEVICES_AND_NAMES = [  # what is changed, and what the error must name
-    ({name: torch.int64 for name in TENSORS}, "x is"), ({"x": torch.complex64}, "x is"),
-    ({"x": torch.float64}, "down is"), ({"down": torch.bfloat16}, "down is"), ({"up": torch.float16}, "up is"),
-    ({"bias": torch.float64}, "bias is"), ({"residual": torch.float64}, "residual is"),
-    ({"activation": "swish"}, "activation is"), ({"activation": ""}, "activation is"),
-    ({"down": "meta"}, "down is on"), ({"residual": "meta"}, "residual is on"),
+    ({name: torch.int64 for name in TENSORS}, "x is"),
+    ({"x": torch.complex64}, "x is"),
+    ({"x": torch.float64}, "down is"),
+    ({"down": torch.bfloat16}, "down is"),
+    ({"up": torch.float16}, "up is"),
+    ({"bias": torch.float64}, "bias is"),
+    ({"residual": torch.float64}, "residual is"),
+    ({"activation": "swish"}, "activation is"),
+    ({"activation": ""}, "activation is"),
+    ({"down": "meta"}, "down is on"),
+    ({"residual": "meta"}, "residual is on"),
 ]
 BAD_LINEAR = [
-    ({"x": ()}, "x is 0-dimensional"), ({"x": (4, 31)}, "down"), ({"x": (31,)}, "down"),
-    ({"down": (8,)}, "down"), ({"down": (8, 32, 1)}, "down"), ({"down": (8, 33)}, "down"),
-    ({"up": (16, 9)}, "up"), ({"up": (16,)}, "up"), ({"up": (8, 16)}, "up"),
-    ({"bias": (15,)}, "bias"), ({"bias": (1,)}, "bias"), ({"bias": (1, 16)}, "bias"), ({"bias": ()}, "bias"),
-    ({"residual": (4, 15)}, "residual"), ({"residual": (1, 16)}, "residual"), ({"residual": (16,)}, "residual"),
-    ({"residual": (2, 2, 16)}, "residual"), *BAD_DTYPES_DEVICES_AND_NAMES,
+    ({"x": ()}, "x is 0-dimensional"),
+    ({"x": (4, 31)}, "down"),
+    ({"x": (31,)}, "down"),
+    ({"down": (8,)}, "down"),
+    ({"down": (8, 32, 1)}, "down"),
+    ({"down": (8, 33)}, "down"),
+    ({"up": (16, 9)}, "up"),
+    ({"up": (16,)}, "up"),
+    ({"up": (8, 16)}, "up"),
+    ({"bias": (15,)}, "bias"),
+    ({"bias": (1,)}, "bias"),
+    ({"bias": (1, 16)}, "bias"),
+    ({"bias": ()}, "bias"),
+    ({"residual": (4, 15)}, "residual"),
+    ({"residual": (1, 16)}, "residual"),
+    ({"residual": (16,)}, "residual"),
+    ({"residual": (2, 2, 16)}, "residual"),
+    *BAD_DTYPES_DEVICES_AND_NAMES,
 ]
 BAD_CONV = [
-    ({"x": ()}, "x is"), ({"x": (2, 8, 6)}, "x is"), ({"x": (8, 6, 5)}, "x is"), ({"x": (2, 8, 6, 5, 1)}, "x is"),
-    ({"x": (2, 9, 6, 5)}, "groups is"), ({"x": (2, 6, 6, 5)}, "down is"), ({"x": (2, 8, 0, 5)}, "x is"),
+    ({"x": ()}, "x is"),
+    ({"x": (2, 8, 6)}, "x is"),
+    ({"x": (8, 6, 5)}, "x is"),
+    ({"x": (2, 8, 6, 5, 1)}, "x is"),
+    ({"x": (2, 9, 6, 5)}, "groups is"),
+    ({"x": (2, 6, 6, 5)}, "down is"),
+    ({"x": (2, 8, 0, 5)}, "x is"),
     ({"x": (2, 8, 6, 4)}, "residual is"),
-    ({"down": (12, 4)}, "down is"), ({"down": (12,)}, "down is"), ({"down": (12, 4, 3, 3, 3, 3)}, "down is"),
-    ({"down": (12, 8, 3, 3)}, "down is"), ({"down": (11, 4, 3, 3)}, "groups is"), ({"down": (12, 4, 0, 3)}, "kernel"),
-    ({"down": (12, 4, 9, 3)}, "x is"), ({"down": (12, 4, 3)}, "x is"),
-    ({"up": (16, 12, 1, 1)}, "up is"), ({"up": (16, 6)}, "up is"), ({"up": (16, 6, 1)}, "up is"),
-    ({"up": (16, 6, 1, 2)}, "up is"), ({"up": (15, 6, 1, 1)}, "up_groups is"), ({"up": ()}, "up"),
-    ({"bias": (15,)}, "bias is"), ({"bias": (1, 16)}, "bias is"), ({"bias": ()}, "bias is"),
-    ({"residual": (2, 16, 6, 4)}, "residual is"), ({"residual": (1, 16, 6, 5)}, "residual is"),
+    ({"down": (12, 4)}, "down is"),
+    ({"down": (12,)}, "down is"),
+    ({"down": (12, 4, 3, 3, 3, 3)}, "down is"),
+    ({"down": (12, 8, 3, 3)}, "down is"),
+    ({"down": (11, 4, 3, 3)}, "groups is"),
+    ({"down": (12, 4, 0, 3)}, "kernel"),
+    ({"down": (12, 4, 9, 3)}, "x is"),
+    ({"down": (12, 4, 3)}, "x is"),
+    ({"up": (16, 12, 1, 1)}, "up is"),
+    ({"up": (16, 6)}, "up is"),
+    ({"up": (16, 6, 1)}, "up is"),
+    ({"up": (16, 6, 1, 2)}, "up is"),
+    ({"up": (15, 6, 1, 1)}, "up_groups is"),
+    ({"up": ()}, "up"),
+    ({"bias": (15,)}, "bias is"),
+    ({"bias": (1, 16)}, "bias is"),
+    ({"bias": ()}, "bias is"),
+    ({"residual": (2, 16, 6, 4)}, "residual is"),
+    ({"residual": (1, 16, 6, 5)}, "residual is"),
     ({"residual": (16, 6, 5)}, "residual is"),
-    ({"stride": [1]}, "stride is"), ({"stride": [0, 1]}, "stride is"), ({"stride": [1, 1, 1]}, "stride is"),
+    ({"stride": [1]}, "stride is"),
+    ({"stride": [0, 1]}, "stride is"),
+    ({"stride": [1, 1, 1]}, "stride is"),
     ({"stride": [2, 1]}, "residual is"),
-    ({"padding": [1]}, "padding is"), ({"padding": [1, 1, 1]}, "padding is"), ({"padding": [-1, 1]}, "padding is"),
-    ({"padding": [1, 1, 1, -1]}, "padding is"), ({"padding": [1, 0, 1, 1]}, "residual is"),
-    ({"dilation": [0, 1]}, "dilation is"), ({"dilation": []}, "dilation is"), ({"dilation": [4, 1]}, "x is"),
-    ({"groups": 0}, "groups are"), ({"groups": 3}, "groups is"), ({"up_groups": 0}, "groups are"),
-    ({"up_groups": 5}, "up_groups is"), ({"up_groups": 4}, "up is"), ({"groups": -2}, "groups are"),
+    ({"padding": [1]}, "padding is"),
+    ({"padding": [1, 1, 1]}, "padding is"),
+    ({"padding": [-1, 1]}, "padding is"),
+    ({"padding": [1, 1, 1, -1]}, "padding is"),
+    ({"padding": [1, 0, 1, 1]}, "residual is"),
+    ({"dilation": [0, 1]}, "dilation is"),
+    ({"dilation": []}, "dilation is"),
+    ({"dilation": [4, 1]}, "x is"),
+    ({"groups": 0}, "groups are"),
+    ({"groups": 3}, "groups is"),
+    ({"up_groups": 0}, "groups are"),
+    ({"up_groups": 5}, "up_groups is"),
+    ({"up_groups": 4}, "up is"),
+    ({"groups": -2}, "groups are"),
     *BAD_DTYPES_DEVICES_AND_NAMES,
 ]
 # An input without a batch is none of the op, and the function adds one; and it takes more than numbers.
 BAD_CONV_FUNCTION = [case for case in BAD_CONV if case[0] not in ({"x": (8, 6, 5)}, {"x": (2, 8, 6)})] + [
     ({"x": (8, 6, 5), "residual": (15, 6, 5)}, "residual is"),
-    ({"padding": "full"}, "padding is 'full'"), ({"padding": "same", "stride": 2}, "padding is 'same' with stride"),
-    ({"stride": 1.5}, "stride is 1.5"), ({"dilation": "2"}, "dilation is '2'"), ({"padding": (1, None)}, "padding is"),
+    ({"padding": "full"}, "padding is 'full'"),
+    ({"padding": "same", "stride": 2}, "padding is 'same' with stride"),
+    ({"stride": 1.5}, "stride is 1.5"),
+    ({"dilation": "2"}, "dilation is '2'"),
+    ({"padding": (1, None)}, "padding is"),
 ]
 
 
@@ -75,23 +124,49 @@ class Law:
 LAWS = {
     LINEAR_OP.name: Law(
         {"x": (4, 32), "down": (8, 32), "up": (16, 8), "bias": (16,), "activation": "gelu", "residual": (4, 16)},
-        (4, 16), lambda x, down, up, bias: F.linear(F.linear(x, down), up, bias), BAD_LINEAR, BAD_LINEAR,
-        [({"x": (4, 31)}, "down"), ({"down": torch.bfloat16}, "down"), ({"activation": "swish"}, "activation")]),
+        (4, 16),
+        lambda x, down, up, bias: F.linear(F.linear(x, down), up, bias),
+        BAD_LINEAR,
+        BAD_LINEAR,
+        [({"x": (4, 31)}, "down"), ({"down": torch.bfloat16}, "down"), ({"activation": "swish"}, "activation")],
+    ),
     CONV_OP.name: Law(
-        {"x": (2, 8, 6, 5), "down": (12, 4, 3, 3), "up": (16, 6, 1, 1), "bias": (16,), "stride": [1, 1],
-         "padding": [1, 1], "dilation": [1, 1], "groups": 2, "up_groups": 2, "activation": "gelu",
-         "residual": (2, 16, 6, 5)},
-        (2, 16, 6, 5), lambda x, down, up, bias: F.conv2d(F.conv2d(x, down, None, 1, 1, 1, 2), up, bias, groups=2),
-        BAD_CONV, BAD_CONV_FUNCTION,
-        [({"x": (2, 9, 6, 5)}, "groups is"), ({"down": torch.bfloat16}, "down"),
-         ({"activation": "swish"}, "activation"), ({"padding": "full"}, "padding is 'full'")]),
+        {
+            "x": (2, 8, 6, 5),
+            "down": (12, 4, 3, 3),
+            "up": (16, 6, 1, 1),
+            "bias": (16,),
+            "stride": [1, 1],
+            "padding": [1, 1],
+            "dilation": [1, 1],
+            "groups": 2,
+            "up_groups": 2,
+            "activation": "gelu",
+            "residual": (2, 16, 6, 5),
+        },
+        (2, 16, 6, 5),
+        lambda x, down, up, bias: F.conv2d(F.conv2d(x, down, None, 1, 1, 1, 2), up, bias, groups=2),
+        BAD_CONV,
+        BAD_CONV_FUNCTION,
+        [
+            ({"x": (2, 9, 6, 5)}, "groups is"),
+            ({"down": torch.bfloat16}, "down"),
+            ({"activation": "swish"}, "activation"),
+            ({"padding": "full"}, "padding is 'full'"),
+        ],
+    ),
 }
 
 
 def each_bad(of: Callable[[Law], list]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(("tested", "changes", "named"), [
-        pytest.param(tested, changes, named, id=f"{tested}-{changes}")
-        for tested in OPS for changes, named in of(LAWS[tested.name])])
+    return pytest.mark.parametrize(
+        ("tested", "changes", "named"),
+        [
+            pytest.param(tested, changes, named, id=f"{tested}-{changes}")
+            for tested in OPS
+            for changes, named in of(LAWS[tested.name])
+        ],
+    )
 
 
 def arguments(tested: OpUnderTest, changes: dict, device: str) -> dict:
@@ -101,8 +176,11 @@ def arguments(tested: OpUnderTest, changes: dict, device: str) -> dict:
         if name not in TENSORS:
             made[name] = change
             continue
-        made[name] = torch.zeros(change if isinstance(change, tuple) else good, device=change if isinstance(
-            change, str) else device, dtype=change if isinstance(change, torch.dtype) else torch.float32)
+        made[name] = torch.zeros(
+            change if isinstance(change, tuple) else good,
+            device=change if isinstance(change, str) else device,
+            dtype=change if isinstance(change, torch.dtype) else torch.float32,
+        )
     return made
 
 
@@ -144,8 +222,13 @@ def test_the_function_refuses_alike(tested, how: str, changes: dict, named: str,
     refused(tested, how, arguments(tested, changes, device), named)
 
 
-@each_bad(lambda law: [(changes, named) for changes, named in law.bad_of_function if "residual" not in named
-                       and not {"residual", "activation"} & changes.keys()])
+@each_bad(
+    lambda law: [
+        (changes, named)
+        for changes, named in law.bad_of_function
+        if "residual" not in named and not {"residual", "activation"} & changes.keys()
+    ]
+)
 def test_without_activation_and_residual_it_is_refused_alike(tested, changes: dict, named: str, device: str) -> None:
     made = arguments(tested, changes, device) | {"activation": "none", "residual": None}
     refused(tested, "auto", made, named)

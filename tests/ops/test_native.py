@@ -56,8 +56,13 @@ def driver(tmp_path_factory) -> Path:
 def asked(driver: Path, log: Path, *command: str) -> tuple[list[str], str]:
     """What a command of this Python asks the driver, and what it prints."""
     log.touch()
-    ran = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True,
-                         env={**os.environ, "LD_LIBRARY_PATH": str(driver), "STAND_IN_LOG": str(log)})
+    ran = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "LD_LIBRARY_PATH": str(driver), "STAND_IN_LOG": str(log)},
+    )
     return log.read_text().split("\n")[:-1], ran.stdout
 
 
@@ -67,11 +72,13 @@ def test_import_asks_the_driver_nothing(driver: Path, tmp_path: Path) -> None:
 
 def test_what_runs_on_a_cpu_asks_the_driver_nothing(driver: Path, tmp_path: Path) -> None:
     """With a torch that would ask it for its devices."""
-    code = ("import shrank, torch; x = torch.ones(4, 4); torch.version.cuda = '13.0'\n"
-            "torch.cuda.is_available = lambda: exit('torch was asked for CUDA devices')\n"
-            "shrank.low_rank_linear(x, x, x, backend='auto'); shrank.LED(4, 4, 2)(x)\n"
-            "shrank.low_rank_conv(x[None], x[..., None], x[..., None]); shrank.CED(4, 4, 2, (1,))(x[None])\n"
-            "shrank.auto_fact(torch.nn.Linear(64, 64), 8)(torch.ones(4, 64))")
+    code = (
+        "import shrank, torch; x = torch.ones(4, 4); torch.version.cuda = '13.0'\n"
+        "torch.cuda.is_available = lambda: exit('torch was asked for CUDA devices')\n"
+        "shrank.low_rank_linear(x, x, x, backend='auto'); shrank.LED(4, 4, 2)(x)\n"
+        "shrank.low_rank_conv(x[None], x[..., None], x[..., None]); shrank.CED(4, 4, 2, (1,))(x[None])\n"
+        "shrank.auto_fact(torch.nn.Linear(64, 64), 8)(torch.ones(4, 64))"
+    )
     assert asked(driver, tmp_path / "log", "-c", code)[0] == []
 
 

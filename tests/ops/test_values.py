@@ -23,7 +23,7 @@ def test_values_and_memory_format(tested, case, dtype: torch.dtype, device: str)
     y, (_, h, z) = tested.op(*arguments), tested.op_train(*arguments)
     assert y.shape == case.output and y.dtype == dtype and h.shape == case.hidden
     tested.assert_as_good_as_torch(y, arguments)
-    for output in (y, h, z)[:2 if case.activation == "none" else 3]:
+    for output in (y, h, z)[: 2 if case.activation == "none" else 3]:
         assert case.is_laid_out(output, arguments[0])
 
 
@@ -43,8 +43,14 @@ def test_inputs_stay_and_outputs_are_new(tested, full, device: str) -> None:
 def test_strides_of_rows_do_not_matter(N: int, device: str) -> None:
     op = LINEAR_OP.op
     x, down, up, bias, activation, residual = replace(LINEAR_FULL, N=N).tensors(torch.float32, device)
-    strided = (x.transpose(0, 1).contiguous().transpose(0, 1), down.T.contiguous().T, up.repeat(1, 2)[:, ::2],
-               bias.repeat_interleave(2)[::2], activation, residual.transpose(0, 1).contiguous().transpose(0, 1))
+    strided = (
+        x.transpose(0, 1).contiguous().transpose(0, 1),
+        down.T.contiguous().T,
+        up.repeat(1, 2)[:, ::2],
+        bias.repeat_interleave(2)[::2],
+        activation,
+        residual.transpose(0, 1).contiguous().transpose(0, 1),
+    )
     y = op(*strided)
     assert y.is_contiguous()
     LINEAR_OP.assert_as_good_as_torch(y, strided)
@@ -59,9 +65,14 @@ def test_strides_of_images_do_not_matter(dtype: torch.dtype, device: str) -> Non
     op, check = CONV_OP.op, CONV_OP.assert_as_good_as_torch
     x, down, up, bias, *rest, residual = CONV_FULL.tensors(dtype, device)
     for format_of_down in (torch.contiguous_format, torch.channels_last):
-        strided = (x.transpose(2, 3).contiguous().transpose(2, 3), down.to(memory_format=format_of_down),
-                   up.repeat(1, 2, 1, 1)[:, ::2], bias.repeat_interleave(2)[::2], *rest,
-                   residual.repeat(1, 1, 1, 2)[..., ::2][..., :residual.size(-1)])
+        strided = (
+            x.transpose(2, 3).contiguous().transpose(2, 3),
+            down.to(memory_format=format_of_down),
+            up.repeat(1, 2, 1, 1)[:, ::2],
+            bias.repeat_interleave(2)[::2],
+            *rest,
+            residual.repeat(1, 1, 1, 2)[..., ::2][..., : residual.size(-1)],
+        )
         y = op(*strided)
         assert y.is_contiguous()
         check(y, strided)

@@ -141,8 +141,10 @@ def test_layers_of_one_group_get_one_rank() -> None:
 @pytest.mark.parametrize("options", [{"round_to": 4}, {"max_rank": 6}, {"min_rank": 5}], ids=str)
 def test_ranks_keep_to_the_options(options: dict) -> None:
     ranks = [x.rank for x in make_plan(mlp(4), Budget(keep_params=0.6), **options).low_rank]
-    assert ranks and all(r % options.get("round_to", 1) == 0 and r <= options.get("max_rank", r)
-                         and r >= options.get("min_rank", r) for r in ranks)
+    assert ranks and all(
+        r % options.get("round_to", 1) == 0 and r <= options.get("max_rank", r) and r >= options.get("min_rank", r)
+        for r in ranks
+    )
 
 
 def test_wide_layers_get_multiples_of_eight() -> None:
@@ -201,11 +203,16 @@ def test_the_smallest_model_that_is_good_enough() -> None:
     assert not shrank.describe(untouched).low_rank
 
 
-@pytest.mark.parametrize("arguments, says", [
-    ({}, "exactly one of"), ({"keep_params": 0.5, "keep_flops": 0.5}, "exactly one of"),
-    ({"keep_params": 1.2}, r"keep_params must lie in \(0, 1\), got 1.2"), ({"keep_latency": 0.5}, "go together"),
-    ({"max_error": 0.0}, "max_error must lie"),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ({}, "exactly one of"),
+        ({"keep_params": 0.5, "keep_flops": 0.5}, "exactly one of"),
+        ({"keep_params": 1.2}, r"keep_params must lie in \(0, 1\), got 1.2"),
+        ({"keep_latency": 0.5}, "go together"),
+        ({"max_error": 0.0}, "max_error must lie"),
+    ],
+)
 def test_bad_budgets_are_refused(arguments: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Budget(**arguments)

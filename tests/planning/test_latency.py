@@ -31,11 +31,16 @@ def test_a_file_gives_the_same_table(tmp_path) -> None:
     assert LatencyTable.load(tmp_path / "table.json") == table
 
 
-@pytest.mark.parametrize("change", [
-    lambda data: data.update(format=9), lambda data: data["layers"]["a"].pop("dense"),
-    lambda data: data["layers"]["a"]["plain"].update({"4": -1}), lambda data: data.update(layers=[]),
-    lambda data: data["layers"].update(a=3),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.update(format=9),
+        lambda data: data["layers"]["a"].pop("dense"),
+        lambda data: data["layers"]["a"]["plain"].update({"4": -1}),
+        lambda data: data.update(layers=[]),
+        lambda data: data["layers"].update(a=3),
+    ],
+)
 def test_damaged_files_are_named(change, tmp_path) -> None:
     path = tmp_path / "table.json"
     LatencyTable({"a": json.loads(json.dumps(ENTRY))}, {}).save(path)
@@ -55,8 +60,13 @@ def test_every_layer_of_a_model_is_timed_and_the_model_is_as_before(build) -> No
     plan = make_plan(model, 4)
     assert {x.fqn for x in plan.low_rank} <= table.layers.keys()
     assert all(entry["dense"] > 0 and entry["plain"] for entry in table.layers.values())
-    made = make_plan(model, Budget(keep_latency=0.99, table=LatencyTable(
-        {name: {**entry, "dense": 1e3} for name, entry in table.layers.items()}, {})))  # anything is faster
+    made = make_plan(
+        model,
+        Budget(
+            keep_latency=0.99,
+            table=LatencyTable({name: {**entry, "dense": 1e3} for name, entry in table.layers.items()}, {}),
+        ),
+    )  # anything is faster
     assert made.low_rank
 
 

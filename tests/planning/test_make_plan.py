@@ -16,11 +16,13 @@ from tests.common.models import WIDTH, assert_untouched, draw, fingerprint, mlp,
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.ModuleDict({
-        "encoder": nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 96)),
-        "decoder": nn.Sequential(nn.Linear(96, 64), nn.Conv1d(32, 64, 5)),
-        "head": nn.Linear(64, 10),
-    })
+    return nn.ModuleDict(
+        {
+            "encoder": nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 96)),
+            "decoder": nn.Sequential(nn.Linear(96, 64), nn.Conv1d(32, 64, 5)),
+            "head": nn.Linear(64, 10),
+        }
+    )
 
 
 def ranks(rank: object = 8, **options: object) -> dict[str, int | None]:
@@ -82,15 +84,19 @@ def test_rank_is_a_multiple_of_the_groups() -> None:
     assert shrank.make_plan(net, 12, min_features=1, round_to=3, allow_growth=True)[""].rank == 24
 
 
-@pytest.mark.parametrize(("channels", "kernel", "groups", "rank", "computed"), [
-    ((128, 16), (64, 1), 1, 7, "16 of its 16"),
-    ((64, 64), (3, 3), 1, 50, "64 of its 64"),
-    ((64, 128), (3,), 8, 8, "128 of its 128"),
-    ((64, 24), (3, 3), 1, 20, "32 of its 32"),
-    ((64, 64), (2,), 1, 40, "48 of its 64"),
-])
-def test_convolutions_that_a_cpu_computes_no_faster_stay_dense(channels: tuple, kernel: tuple, groups: int, rank: int,
-                                                               computed: str) -> None:
+@pytest.mark.parametrize(
+    ("channels", "kernel", "groups", "rank", "computed"),
+    [
+        ((128, 16), (64, 1), 1, 7, "16 of its 16"),
+        ((64, 64), (3, 3), 1, 50, "64 of its 64"),
+        ((64, 128), (3,), 8, 8, "128 of its 128"),
+        ((64, 24), (3, 3), 1, 20, "32 of its 32"),
+        ((64, 64), (2,), 1, 40, "48 of its 64"),
+    ],
+)
+def test_convolutions_that_a_cpu_computes_no_faster_stay_dense(
+    channels: tuple, kernel: tuple, groups: int, rank: int, computed: str
+) -> None:
     net = nn.Sequential(CONVOLUTIONS[len(kernel)](*channels, kernel, groups=groups))
     plan = shrank.make_plan(net, rank, min_features=1)
     assert plan["0"].reason.startswith(f"rank {rank} computes as {computed} channels, and a second stage: no faster")
@@ -127,26 +133,32 @@ def test_expected_error_is_what_applying_gives() -> None:
     assert all(x.error is None for x in shrank.make_plan(net, 8, errors=False))
 
 
-@pytest.mark.parametrize(("options", "says"), [
-    ({"round_to": 0}, "round_to must be at least 1, got 0"),
-    ({"min_rank": 0}, "min_rank must be at least 1"),
-    ({"min_features": -1}, "min_features must be at least 1"),
-    ({"min_rank": 8, "max_rank": 4}, "max_rank 4 is below min_rank 8"),
-])
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"round_to": 0}, "round_to must be at least 1, got 0"),
+        ({"min_rank": 0}, "min_rank must be at least 1"),
+        ({"min_features": -1}, "min_features must be at least 1"),
+        ({"min_rank": 8, "max_rank": 4}, "max_rank 4 is below min_rank 8"),
+    ],
+)
 def test_impossible_options_are_refused(options: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         shrank.make_plan(model(), 8, **options)
 
 
-@pytest.mark.parametrize(("call", "option", "says"), [
-    (make_plan, "exlude", r"make_plan\(\) has no option 'exlude'; did you mean exclude\?"),
-    (make_plan, "calibrations", r"did you mean calibration\?"),
-    (shrank.auto_fact, "exlude", r"auto_fact\(\) has no option 'exlude'; did you mean exclude\?"),
-    (shrank.auto_fact, "los", r"has no option 'los'; did you mean calibrate=shrank.Calibrate\(data, loss=\)\?"),
-    (shrank.auto_fact, "max_lenght", r"did you mean calibrate=shrank.batches\(data, max_length=\)\?"),
-    (shrank.auto_fact, "xyzzy", r"has no option 'xyzzy': it has allow_dense, allow_growth.*submodules"),
-    (shrank.eligible, "minrank", r"eligible\(\) has no option 'minrank'; did you mean min_rank\?"),
-])
+@pytest.mark.parametrize(
+    ("call", "option", "says"),
+    [
+        (make_plan, "exlude", r"make_plan\(\) has no option 'exlude'; did you mean exclude\?"),
+        (make_plan, "calibrations", r"did you mean calibration\?"),
+        (shrank.auto_fact, "exlude", r"auto_fact\(\) has no option 'exlude'; did you mean exclude\?"),
+        (shrank.auto_fact, "los", r"has no option 'los'; did you mean calibrate=shrank.Calibrate\(data, loss=\)\?"),
+        (shrank.auto_fact, "max_lenght", r"did you mean calibrate=shrank.batches\(data, max_length=\)\?"),
+        (shrank.auto_fact, "xyzzy", r"has no option 'xyzzy': it has allow_dense, allow_growth.*submodules"),
+        (shrank.eligible, "minrank", r"eligible\(\) has no option 'minrank'; did you mean min_rank\?"),
+    ],
+)
 def test_unknown_options_are_refused_with_the_nearest_name(call, option: str, says: str) -> None:
     net = mlp()
     before = fingerprint(net)
@@ -170,8 +182,13 @@ NOTHING = {
     "no-layers": (lambda: nn.Sequential(nn.ReLU()), {}, "no layer owns a weight matrix"),
     "too-small": (lambda: nn.Sequential(nn.Linear(WIDTH, 4)), {}, r"too small: its smaller side is 4.*\(1 layer\)"),
 }
-BUDGETS = [Budget(keep_params=0.5), Budget(keep_flops=0.5), Budget(max_error=0.1),
-           Budget(keep_latency=0.5, table=shrank.LatencyTable({}, {})), Budget(eval_fn=lambda model: 1.0)]
+BUDGETS = [
+    Budget(keep_params=0.5),
+    Budget(keep_flops=0.5),
+    Budget(max_error=0.1),
+    Budget(keep_latency=0.5, table=shrank.LatencyTable({}, {})),
+    Budget(eval_fn=lambda model: 1.0),
+]
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=lambda b: next(n for n in vars(b) if getattr(b, n) is not None))

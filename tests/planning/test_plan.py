@@ -66,26 +66,29 @@ def test_json_round_trip(tmp_path) -> None:
     assert RankPlan.load(tmp_path / "plan.json") == made
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    (lambda d: d.update(format=99), "format 99"),
-    (lambda d: d.pop("layers"), "key 'layers'"),
-    (lambda d: d.update(layers={}), "must be a list"),
-    (lambda d: d["layers"].append(7), "must be an object"),
-    (lambda d: d["layers"][0].update(rank=0), "rank must be at least 1"),
-    (lambda d: d["layers"][0].update(rank=True), "rank must be a whole number, got True"),
-    (lambda d: d["layers"][0].update(rank="8"), "rank must be a whole number, got '8'"),
-    (lambda d: d["layers"][0].update(rank=2.5), "got 2.5"),
-    (lambda d: d["layers"][1].update(rank=2), "has a rank but no shape"),
-    (lambda d: d["layers"][0].update(size=-1), "size must be a whole number, got -1"),
-    (lambda d: d["layers"][0].pop("size"), "size must be a whole number, got None"),
-    (lambda d: d.update(other_params="9"), "other_params must be a whole number, got '9'"),
-    (lambda d: d["layers"][0].update(colour="red"), "unknown keys colour"),
-    (lambda d: d["layers"][0]["shape"].update(groups=0), "groups must be at least 1"),
-    (lambda d: d["layers"][0]["shape"].pop("groups"), "exactly the keys"),
-    (lambda d: d["layers"][0].update(kind=3), "must be strings"),
-    (lambda d: d["layers"][0].update(error="small"), "error must be a number"),
-    (lambda d: d["layers"].append(d["layers"][0]), "lists layers twice: 0"),
-])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda d: d.update(format=99), "format 99"),
+        (lambda d: d.pop("layers"), "key 'layers'"),
+        (lambda d: d.update(layers={}), "must be a list"),
+        (lambda d: d["layers"].append(7), "must be an object"),
+        (lambda d: d["layers"][0].update(rank=0), "rank must be at least 1"),
+        (lambda d: d["layers"][0].update(rank=True), "rank must be a whole number, got True"),
+        (lambda d: d["layers"][0].update(rank="8"), "rank must be a whole number, got '8'"),
+        (lambda d: d["layers"][0].update(rank=2.5), "got 2.5"),
+        (lambda d: d["layers"][1].update(rank=2), "has a rank but no shape"),
+        (lambda d: d["layers"][0].update(size=-1), "size must be a whole number, got -1"),
+        (lambda d: d["layers"][0].pop("size"), "size must be a whole number, got None"),
+        (lambda d: d.update(other_params="9"), "other_params must be a whole number, got '9'"),
+        (lambda d: d["layers"][0].update(colour="red"), "unknown keys colour"),
+        (lambda d: d["layers"][0]["shape"].update(groups=0), "groups must be at least 1"),
+        (lambda d: d["layers"][0]["shape"].pop("groups"), "exactly the keys"),
+        (lambda d: d["layers"][0].update(kind=3), "must be strings"),
+        (lambda d: d["layers"][0].update(error="small"), "error must be a number"),
+        (lambda d: d["layers"].append(d["layers"][0]), "lists layers twice: 0"),
+    ],
+)
 def test_foreign_json_is_refused_by_what_is_wrong(change, says: str) -> None:
     data = plan().to_dict()
     change(data)
@@ -93,8 +96,16 @@ def test_foreign_json_is_refused_by_what_is_wrong(change, says: str) -> None:
         RankPlan.from_dict(data)
 
 
-NO_PLANS = {"empty": b"", "open": b"{", "list": b"[1]", "string": b'"plan"', "null": b"null", "zero": b"\x00",
-            "binary": b"\xff\xfe\x00", "deep": b"[" * 10**5}
+NO_PLANS = {
+    "empty": b"",
+    "open": b"{",
+    "list": b"[1]",
+    "string": b'"plan"',
+    "null": b"null",
+    "zero": b"\x00",
+    "binary": b"\xff\xfe\x00",
+    "deep": b"[" * 10**5,
+}
 
 
 @pytest.mark.parametrize("content", NO_PLANS.values(), ids=NO_PLANS.keys())

@@ -63,17 +63,21 @@ def test_rules_pass_through_and_compare_by_value() -> None:
     assert isinstance(as_rule(max), ByFunction)
 
 
-@pytest.mark.parametrize(("bad", "error", "says"), [
-    (0, ValueError, "at least 1, got 0"),
-    (-3, ValueError, "at least 1, got -3"),
-    (1.0, ValueError, r"\(0, 1\), got 1.0"),
-    (0.0, ValueError, r"\(0, 1\), got 0.0"),
-    (float("nan"), ValueError, "got nan"),
-    (True, TypeError, "bool True"),
-    ("8", TypeError, "got str"),
-    (None, TypeError, "got NoneType"),
-    ({"*": "all"}, TypeError, "got str"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("bad", "error", "says"),
+    [
+        (0, ValueError, "at least 1, got 0"),
+        (-3, ValueError, "at least 1, got -3"),
+        (1.0, ValueError, r"\(0, 1\), got 1.0"),
+        (0.0, ValueError, r"\(0, 1\), got 0.0"),
+        (float("nan"), ValueError, "got nan"),
+        (True, TypeError, "bool True"),
+        ("8", TypeError, "got str"),
+        (None, TypeError, "got NoneType"),
+        ({"*": "all"}, TypeError, "got str"),
+    ],
+    ids=str,
+)
 def test_what_is_no_rank_is_refused_by_name(bad: object, error: type, says: str) -> None:
     with pytest.raises(error, match=says):
         as_rule(bad)

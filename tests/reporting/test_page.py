@@ -77,12 +77,18 @@ def test_figures_are_of_what_is_known() -> None:
     assert len(curve) == 2 and len(curve[1].get_xdata()) == 1  # the trade-off, and this plan
 
 
-@pytest.mark.parametrize("build, x", [(mlp, (200, WIDTH)), (lambda: seeded(Mixed), (100, 16, 8, 8))],
-                         ids=["mlp", "mixed"])
+@pytest.mark.parametrize(
+    "build, x", [(mlp, (200, WIDTH)), (lambda: seeded(Mixed), (100, 16, 8, 8))], ids=["mlp", "mixed"]
+)
 def test_on_the_calibration_data_measured_errors_are_the_expected_ones(build, x) -> None:
     model, x = build(), draw(*x)
-    small = auto_fact(copy.deepcopy(model), Budget(keep_params=0.6), groups_out=True,
-                      allow_slower=True, calibrate=Calibrate([x], loss="none"))
+    small = auto_fact(
+        copy.deepcopy(model),
+        Budget(keep_params=0.6),
+        groups_out=True,
+        allow_slower=True,
+        calibrate=Calibrate([x], loss="none"),
+    )
     found = measure_errors(small.shrank_plan, model, small, [x])
     assert found.low_rank
     for layer in found.low_rank:
@@ -104,7 +110,7 @@ def test_measuring_changes_neither_model() -> None:
 def test_measured_errors_are_relative_to_the_outputs() -> None:
     model, x = mlp(1), draw(50, WIDTH)
     small = auto_fact(copy.deepcopy(model), 4)
-    layer, = measure_errors(small.shrank_plan, model, small, [x]).low_rank
+    (layer,) = measure_errors(small.shrank_plan, model, small, [x]).low_rank
     y = model(x).detach()
     expected = ((small(x) - y).norm() / (y - y.mean(0)).norm()).item()
     assert layer.measured == pytest.approx(expected, rel=1e-4)

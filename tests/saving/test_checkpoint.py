@@ -40,16 +40,22 @@ MODELS = {
     "linear": (lambda: nn.Sequential(nn.Linear(WIDTH, 48), nn.Linear(48, 16, bias=False)), draw(3, WIDTH), {}),
     "mixed": (Mixed, draw(*IMAGE), {}),
     "grouped-out": (Mixed, draw(*IMAGE), {"groups_out": True}),
-    "high-groups": (lambda: nn.Sequential(nn.Conv1d(32, 32, 3, groups=8)), draw(2, 32, 9),
-                    {"rank": 4, "skip_high_groups": False, "allow_growth": True}),
+    "high-groups": (
+        lambda: nn.Sequential(nn.Conv1d(32, 32, 3, groups=8)),
+        draw(2, 32, 9),
+        {"rank": 4, "skip_high_groups": False, "allow_growth": True},
+    ),
     "tied": (TiedLM, tokens(2, 5), {}),
     "shared": (SharedLayer, draw(3, WIDTH), {}),
     "bfloat16": (lambda: Mixed().bfloat16(), draw(*IMAGE, dtype=torch.bfloat16), {}),
     "float64": (lambda: Mixed().double(), draw(*IMAGE, dtype=torch.float64), {}),
     "channels-last": (lambda: Mixed().to(memory_format=torch.channels_last), draw(*IMAGE), {}),
     "by-design": (by_design, draw(*IMAGE), None),
-    "nested": (lambda: nn.Sequential(nn.Linear(64, 64), nn.Unflatten(1, (16, 4)), nn.Conv1d(16, 64, 3)), draw(2, 64),
-               {"fact_led_unit": True}),
+    "nested": (
+        lambda: nn.Sequential(nn.Linear(64, 64), nn.Unflatten(1, (16, 4)), nn.Conv1d(16, 64, 3)),
+        draw(2, 64),
+        {"fact_led_unit": True},
+    ),
     "root-linear": (lambda: nn.Linear(WIDTH, WIDTH), draw(2, WIDTH), {}),
     "root-conv": (lambda: nn.Conv2d(16, WIDTH, 3), draw(*IMAGE), {}),
     "root-by-design": (lambda: LED(WIDTH, WIDTH, 3), draw(2, WIDTH), None),
@@ -89,8 +95,9 @@ def test_round_trip(build, x, options, target, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["cpu", "meta"])
-@pytest.mark.parametrize("build, one, other", [(TiedLM, "head", "embedding"), (SharedLayer, "first.led_unit.0",
-                                                                               "blocks.again.led_unit.0")])
+@pytest.mark.parametrize(
+    "build, one, other", [(TiedLM, "head", "embedding"), (SharedLayer, "first.led_unit.0", "blocks.again.led_unit.0")]
+)
 def test_sharing_survives(build, one, other, target, tmp_path):
     shrank.save(low_rank(build, {}), tmp_path / "x.safetensors")
     with torch.device(target):
@@ -220,9 +227,13 @@ def test_damaged_and_foreign_files_are_refused(write, cause, good):
     assert_refused(bad, cause)
 
 
-OTHERS = {"shallower": lambda: mlp(2), "deeper": lambda: mlp(4), "different": TiedLM,
-          "narrower": lambda: nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))),
-          "root": lambda: nn.Linear(WIDTH, WIDTH)}
+OTHERS = {
+    "shallower": lambda: mlp(2),
+    "deeper": lambda: mlp(4),
+    "different": TiedLM,
+    "narrower": lambda: nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))),
+    "root": lambda: nn.Linear(WIDTH, WIDTH),
+}
 
 
 @pytest.mark.parametrize("build", OTHERS.values(), ids=OTHERS)

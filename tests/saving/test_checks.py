@@ -52,10 +52,14 @@ def replaced(model: nn.Module) -> nn.Module:
 SPOILED: dict[str, tuple[Callable, str]] = {
     "adapter": (with_adapter, r"0: its up stage is a peft\.tuners\.lora\.layer\.Linear.*merge the adapter first"),
     "pruned": (pruned, r"1: its down stage is pruned.*prune\.remove"),
-    "torchao": (quantized,
-                r"0: its down stage has a weight that is a torchao\.quantization\.\S*Int8Tensor, not plain numbers"),
-    "torch.ao": (quantized_by_torch,
-                 r"0: its down stage is a torch\.ao\.nn\.quantized\.dynamic\S+Linear.*before quantizing"),
+    "torchao": (
+        quantized,
+        r"0: its down stage has a weight that is a torchao\.quantization\.\S*Int8Tensor, not plain numbers",
+    ),
+    "torch.ao": (
+        quantized_by_torch,
+        r"0: its down stage is a torch\.ao\.nn\.quantized\.dynamic\S+Linear.*before quantizing",
+    ),
     "parametrized": (parametrized, r"0: its up stage has a parametrized weight"),
     "replaced": (replaced, r"0: its up stage is a torch\.nn\.modules\.container\.Sequential"),
 }

@@ -21,10 +21,19 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def unet() -> nn.Module:
-    return seeded(lambda: UNet(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1,
-                               block_out_channels=(16, 32), norm_num_groups=8, attention_head_dim=8,
-                               down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                               up_block_types=("AttnUpBlock2D", "UpBlock2D")))
+    return seeded(
+        lambda: UNet(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            layers_per_block=1,
+            block_out_channels=(16, 32),
+            norm_num_groups=8,
+            attention_head_dim=8,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )
+    )
 
 
 def small(pivot: bool = False) -> nn.Module:
@@ -43,8 +52,11 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
     assert_close(output(one), output(other))
 
 
-@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}, {"variant": "small"},
-                                     {"safe_serialization": False}], ids=["plain", "sharded", "variant", "pickled"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_shard_size": "20KB"}, {"variant": "small"}, {"safe_serialization": False}],
+    ids=["plain", "sharded", "variant", "pickled"],
+)
 @pytest.mark.parametrize("pivot", [False, True])
 def test_round_trip(options, pivot, tmp_path):
     saved = small(pivot)
@@ -82,7 +94,6 @@ def test_models_of_its_config_are_dense(tmp_path):
         assert not shrank.describe(UNet.from_pretrained(tmp_path / "dense")).low_rank
 
 
-
 @pytest.mark.parametrize("lost", ["led_unit.0.weight", "ced_unit.1.weight", "conv_norm_out.weight"])
 def test_missing_weights_are_an_error(lost, tmp_path):
     small().save_pretrained(tmp_path)
@@ -109,9 +120,13 @@ def test_what_could_not_be_loaded_is_refused(tmp_path):
     torch.nn.utils.prune.l1_unstructured(layer[0], "weight", 0.3)
     quantized = small()
     quantized.hf_quantizer = diffusers.quantizers.auto.DiffusersAutoQuantizer.from_config(
-        diffusers.QuantoConfig(weights_dtype="int8"), pre_quantized=False)
-    for model, options, cause in ((pruned, {}, "down stage is pruned"), (quantized, {}, "was quantized by"),
-                                  (small(), {"use_flashpack": True}, "flashpack")):
+        diffusers.QuantoConfig(weights_dtype="int8"), pre_quantized=False
+    )
+    for model, options, cause in (
+        (pruned, {}, "down stage is pruned"),
+        (quantized, {}, "was quantized by"),
+        (small(), {"use_flashpack": True}, "flashpack"),
+    ):
         with pytest.raises(ValueError, match=cause):
             model.save_pretrained(tmp_path / "refused", **options)
     assert not (tmp_path / "refused").exists()

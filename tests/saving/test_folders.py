@@ -46,8 +46,13 @@ def sentences(request, tmp_path) -> tuple[Path, Path]:
     sentence_model(tmp_path / "transformer").save_pretrained(str(source))
     if place:
         (source / place).mkdir()
-        for name in ("config.json", "model.safetensors", "sentence_bert_config.json", "tokenizer.json",
-                     "tokenizer_config.json"):
+        for name in (
+            "config.json",
+            "model.safetensors",
+            "sentence_bert_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ):
             shutil.move(source / name, source / place / name)
         modules = (source / "modules.json").read_text()
         (source / "modules.json").write_text(modules.replace('"path": ""', f'"path": "{place}"'))
@@ -66,8 +71,13 @@ def sentences(request, tmp_path) -> tuple[Path, Path]:
 
 def test_a_sentence_transformers_folder(sentences):
     source, copy = sentences
-    gone = {"onnx/model.onnx", "checkpoint-5/model.safetensors", "checkpoint-5/config.json", ".cache/model.safetensors",
-            "pytorch_model.bin"}
+    gone = {
+        "onnx/model.onnx",
+        "checkpoint-5/model.safetensors",
+        "checkpoint-5/config.json",
+        ".cache/model.safetensors",
+        "pytorch_model.bin",
+    }
     assert files_in(copy) == files_in(source) - gone
     loaded, expected = (SentenceTransformer(str(folder), device="cpu") for folder in (copy, source))
     shrank.auto_fact(expected[0], 8)
@@ -80,8 +90,14 @@ def test_the_card_is_that_of_the_copy(sentences):
     source, copy = sentences
     card = ModelCard.load(copy / "README.md")
     data = card.data.to_dict()
-    assert data == {"license": "mit", "language": "en", "pipeline_tag": "sentence-similarity", "base_model": "dense",
-                    "library_name": "sentence-transformers", "tags": ["small", "shrank", "low-rank"]}
+    assert data == {
+        "license": "mit",
+        "language": "en",
+        "pipeline_tag": "sentence-similarity",
+        "base_model": "dense",
+        "library_name": "sentence-transformers",
+        "tags": ["small", "shrank", "low-rank"],
+    }
     plan = shrank.describe(load_model(str(copy)))
     assert f"replaced {len(plan.low_rank)} layers of `dense`" in card.text and "ranks 8 to 8" in card.text
     assert f"| parameters | {plan.params_before:,} | {plan.params_after:,} (" in card.text
@@ -132,8 +148,10 @@ def test_the_hubs_name_of_a_cached_source(tmp_path):
 def test_another_models_weights_beside_the_transformer_are_kept(tmp_path):
     model = hf_model("bert")
     model.save_pretrained(tmp_path / "dense")
-    for name, tensors in (("vocoder", {"conv.weight": torch.ones(3)}),
-                          ("old", {"encoder.layer.0.output.dense.weight": torch.ones(3)})):  # without the base's name
+    for name, tensors in (
+        ("vocoder", {"conv.weight": torch.ones(3)}),
+        ("old", {"encoder.layer.0.output.dense.weight": torch.ones(3)}),
+    ):  # without the base's name
         (tmp_path / "dense" / name).mkdir()
         save_file(tensors, tmp_path / "dense" / name / "model.safetensors")
     save_model(shrank.auto_fact(model, 8), str(tmp_path / "dense"), tmp_path / "copy")

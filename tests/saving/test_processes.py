@@ -25,8 +25,15 @@ ROOT = Path(__file__).parents[2]
 
 def run(code: str, *args: str | Path, path: Path | None = ROOT) -> None:
     environment = os.environ | {"PYTHONPATH": str(path or ""), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, cwd="/",
-                          env=environment, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env=environment,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -51,8 +58,10 @@ def saved_with_outputs(folder: Path, families: Iterable[str], change: Callable[[
     return [folder / family for family in families]
 
 
-@pytest.mark.parametrize("imports", ["import shrank", "from transformers import AutoModel; import shrank",
-                                     "import shrank.saving.transformers_folder"])
+@pytest.mark.parametrize(
+    "imports",
+    ["import shrank", "from transformers import AutoModel; import shrank", "import shrank.saving.transformers_folder"],
+)
 def test_new_process_and_import_orders(imports, tmp_path):
     families = HF_MODELS if imports == "import shrank" else ["vit"]
     run(f"{imports}\n{LOAD_ALL}", *saved_with_outputs(tmp_path, families, lambda model: model))
@@ -76,25 +85,33 @@ def test_transformers_alone_raises(tmp_path):
     for folder in folders:
         load_again = transformers.AutoModel.from_pretrained(folder)
         assert shrank.describe(load_again).low_rank
-    run(f"""{REFUSED_WITHOUT_SHRANK}
+    run(
+        f"""{REFUSED_WITHOUT_SHRANK}
 import transformers
 for folder in sys.argv[1:]:
     kind = getattr(transformers, transformers.AutoConfig.from_pretrained(folder).architectures[0])
     for loader in (kind, transformers.AutoModel):
         for options in ({{}}, {{"device_map": "cpu"}}, {{"dtype": "float16"}}):
             refused(lambda: loader.from_pretrained(folder, **options), "ignore_mismatched_sizes")
-""", *folders, path=None)
+""",
+        *folders,
+        path=None,
+    )
 
 
 def test_pipelines_and_sentence_transformers_alone_raise(tmp_path):
     saved = shrank.auto_fact(sentence_model(tmp_path / "transformer"), 8)
     saved.save_pretrained(str(tmp_path / "saved"))
-    run(f"""{REFUSED_WITHOUT_SHRANK}
+    run(
+        f"""{REFUSED_WITHOUT_SHRANK}
 from sentence_transformers import SentenceTransformer
 from transformers import pipeline
 refused(lambda: SentenceTransformer(sys.argv[1], device="cpu"), "ignore_mismatched_sizes")
 refused(lambda: pipeline("feature-extraction", sys.argv[1]), "Could not load model")
-""", tmp_path / "saved", path=None)
+""",
+        tmp_path / "saved",
+        path=None,
+    )
 
 
 def test_the_hub_mixin_and_diffusers_alone_raise(tmp_path):
@@ -105,19 +122,28 @@ class Net(torch.nn.Module, huggingface_hub.PyTorchModelHubMixin):
         super().__init__()
         self.layer = torch.nn.Linear(64, 64)
 """
-    run(f"""import sys, shrank, diffusers
+    run(
+        f"""import sys, shrank, diffusers
 {define}
 shrank.auto_fact(Net(), 8).save_pretrained(sys.argv[1])
 net = diffusers.UNet2DModel(sample_size=8, block_out_channels=(32,), layers_per_block=1, norm_num_groups=8,
                             down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
 shrank.auto_fact(net, 0.5, allow_slower=True).save_pretrained(sys.argv[2])
-""", tmp_path / "hub", tmp_path / "unet")
-    run(f"""{REFUSED_WITHOUT_SHRANK}
+""",
+        tmp_path / "hub",
+        tmp_path / "unet",
+    )
+    run(
+        f"""{REFUSED_WITHOUT_SHRANK}
 import diffusers
 {define}
 refused(lambda: Net.from_pretrained(sys.argv[1]), "size mismatch for layer.weight")
 refused(lambda: diffusers.UNet2DModel.from_pretrained(sys.argv[2]), "Unknown quantization type, got shrank")
-""", tmp_path / "hub", tmp_path / "unet", path=None)
+""",
+        tmp_path / "hub",
+        tmp_path / "unet",
+        path=None,
+    )
 
 
 ORDERS = [  # the first is that of lm-evaluation-harness
@@ -133,7 +159,8 @@ ORDERS = [  # the first is that of lm-evaluation-harness
 def test_whatever_of_transformers_is_asked_first_knows_shrank(order, tmp_path):
     low_rank = shrank.auto_fact(hf_model("llama"), 8)
     low_rank.save_pretrained(tmp_path / "small")
-    run(f"""{order}
+    run(
+        f"""{order}
 import sys, transformers
 assert type(AutoQuantizationConfig.from_dict({{"quant_method": "shrank"}})).__name__ == "ShrankConfig"
 folder, again = sys.argv[1:]
@@ -141,17 +168,21 @@ model = transformers.AutoModelForCausalLM.from_pretrained(folder)
 model.save_pretrained(again)
 assert shrank.describe(transformers.AutoModelForCausalLM.from_pretrained(again)) == shrank.describe(model)
 assert len(shrank.describe(model).low_rank) == 14
-""", tmp_path / "small", tmp_path / "again")
+""",
+        tmp_path / "small",
+        tmp_path / "again",
+    )
 
 
 @pytest.mark.parametrize("late", [False, True])
 def test_functions_of_safetensors_that_others_took_before(late, tmp_path):
     taken = "from safetensors.torch import load_model, save_model"
-    run(f"""
+    run(
+        f"""
 import sys
-{taken if late else ''}
+{taken if late else ""}
 import shrank, torch
-{'' if late else taken}
+{"" if late else taken}
 model, path = shrank.auto_fact(torch.nn.Sequential(torch.nn.Linear(64, 64)), 8), sys.argv[1]
 save_model(model, path)
 loaded = torch.nn.Sequential(torch.nn.Linear(64, 64))
@@ -159,7 +190,9 @@ load_model(loaded, path, strict=False)
 x = torch.randn(2, 64)
 assert torch.equal(loaded(x), model(x))
 assert not {{"transformers", "diffusers", "accelerate", "peft", "sentence_transformers"}} & sys.modules.keys()
-""", tmp_path / "model.safetensors")
+""",
+        tmp_path / "model.safetensors",
+    )
 
 
 def test_a_merged_checkpoint_needs_no_shrank(tmp_path):
@@ -168,7 +201,8 @@ def test_a_merged_checkpoint_needs_no_shrank(tmp_path):
 
 
 def test_works_without_transformers(tmp_path):
-    run("""
+    run(
+        """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
@@ -182,7 +216,9 @@ shrank.save(model, sys.argv[1])
 loaded = shrank.load(build(), sys.argv[1])
 assert torch.equal(loaded(x), model(x)) and len(shrank.describe(loaded)) == 2
 assert type(shrank.merge(loaded)[0]) is torch.nn.Linear and "transformers" not in sys.modules
-""", tmp_path / "model.safetensors")
+""",
+        tmp_path / "model.safetensors",
+    )
 
 
 def test_an_older_transformers_is_kept_from_writing_what_it_cannot_load(monkeypatch):

@@ -10,8 +10,9 @@ import shrank
 from tests.common.sentences import TEXTS, sentence_model
 
 
-@pytest.mark.parametrize("convolution, part, count", [
-    (False, None, 14), (False, 0, 13), (False, 2, 1), (True, None, 16), (True, 1, 3)])
+@pytest.mark.parametrize(
+    "convolution, part, count", [(False, None, 14), (False, 0, 13), (False, 2, 1), (True, None, 16), (True, 1, 3)]
+)
 def test_round_trip(convolution, part, count, tmp_path):
     saved = sentence_model(tmp_path / "transformer", convolution)
     shrank.auto_fact(saved if part is None else saved[part], 0.5, allow_slower=True, min_features=8)

@@ -46,8 +46,12 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
     assert torch.equal(hf_outputs(one), hf_outputs(other))
 
 
-LOAD = {"plain": {}, "bfloat16": {"dtype": torch.bfloat16}, "cpu": {"device_map": "cpu"},
-        "map": {"device_map": {"": "cpu"}}}
+LOAD = {
+    "plain": {},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "cpu": {"device_map": "cpu"},
+    "map": {"device_map": {"": "cpu"}},
+}
 
 
 @each_family
@@ -96,8 +100,10 @@ def test_a_model_merged_in_parts_is_saved_plain(part, tmp_path):
 def test_offloaded_to_disk(tmp_path):
     saved = low_rank("bert")
     saved.save_pretrained(tmp_path)
-    places = {name: "disk" if name.endswith(".1") else "cpu" for name in (
-        "bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1", "bert.pooler", "classifier")}
+    places = {
+        name: "disk" if name.endswith(".1") else "cpu"
+        for name in ("bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1", "bert.pooler", "classifier")
+    }
     loaded = type(saved).from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload").eval()
     assert torch.equal(hf_outputs(loaded), hf_outputs(saved))
 
@@ -187,8 +193,10 @@ def renamed(old: str, new: str):
 CORRUPT = {
     "unknown-layer": lambda tensors, config: plan_of(config).update(fqn="bert.encoder.layer.9.output.dense"),
     "unlisted-layer": lambda tensors, config: config["quantization_config"]["plan"]["layers"].remove(plan_of(config)),
-    **{f"rank-{rank}": lambda tensors, config, rank=rank: plan_of(config).update(rank=rank)
-       for rank in (0, 3, 10**9, "8", None)},
+    **{
+        f"rank-{rank}": lambda tensors, config, rank=rank: plan_of(config).update(rank=rank)
+        for rank in (0, 3, 10**9, "8", None)
+    },
     "kind": lambda tensors, config: plan_of(config).update(kind="Conv1D"),
     "no-plan": lambda tensors, config: config["quantization_config"].pop("plan"),
     "plan-text": lambda tensors, config: config["quantization_config"].update(plan="all"),
@@ -197,10 +205,12 @@ CORRUPT = {
     "missing-up": lambda tensors, config: tensors.pop(f"{LAYER}.led_unit.1.weight"),
     "missing-bias": lambda tensors, config: tensors.pop(f"{LAYER}.led_unit.1.bias"),
     "renamed": renamed(f"{LAYER}.led_unit.0.weight", f"{LAYER}.led_unit.2.weight"),
-    "dense-instead": lambda tensors, config: tensors.update({f"{LAYER}.weight": tensors.pop(
-        f"{LAYER}.led_unit.1.weight") @ tensors.pop(f"{LAYER}.led_unit.0.weight")}),
-    "transposed": lambda tensors, config: tensors.update({f"{LAYER}.led_unit.1.weight": tensors[
-        f"{LAYER}.led_unit.1.weight"].T.contiguous()}),
+    "dense-instead": lambda tensors, config: tensors.update(
+        {f"{LAYER}.weight": tensors.pop(f"{LAYER}.led_unit.1.weight") @ tensors.pop(f"{LAYER}.led_unit.0.weight")}
+    ),
+    "transposed": lambda tensors, config: tensors.update(
+        {f"{LAYER}.led_unit.1.weight": tensors[f"{LAYER}.led_unit.1.weight"].T.contiguous()}
+    ),
 }
 
 

@@ -26,8 +26,11 @@ WORDS = 64
 
 
 def factors(model: nn.Module, without: str = "") -> dict[str, torch.Tensor]:
-    return {name: value for name, value in model.state_dict().items()
-            if "_unit." in name and not (without and name.startswith(without))}
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if "_unit." in name and not (without and name.startswith(without))
+    }
 
 
 @pytest.fixture(params=[False, True], ids=["dense head", "low-rank head"])
@@ -35,8 +38,9 @@ def labelled(request, tmp_path):
     """A classifier of 32 labels in a folder."""
     config = copy.deepcopy(hf_model("bert").config)
     config.num_labels = 32
-    model = shrank.auto_fact(seeded(lambda: BertForSequenceClassification(config)), 8,
-                             exclude=None if request.param else ["classifier"])
+    model = shrank.auto_fact(
+        seeded(lambda: BertForSequenceClassification(config)), 8, exclude=None if request.param else ["classifier"]
+    )
     assert isinstance(model.classifier, LED) == request.param
     model.save_pretrained(tmp_path)
     return model
@@ -46,7 +50,8 @@ def test_another_number_of_labels(labelled, tmp_path):
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         BertForSequenceClassification.from_pretrained(tmp_path, num_labels=7)
     model, found = AutoModelForSequenceClassification.from_pretrained(
-        tmp_path, num_labels=7, ignore_mismatched_sizes=True, output_loading_info=True)
+        tmp_path, num_labels=7, ignore_mismatched_sizes=True, output_loading_info=True
+    )
     assert type(model.classifier) is nn.Linear and model.classifier.weight.shape == (7, 32)
     assert "classifier.weight" in {name for name, *_ in found["mismatched_keys"]}
     kept = factors(labelled, without="classifier")

@@ -108,8 +108,9 @@ def test_the_function_of_the_class(tmp_path):
 
 def test_a_state_dict_that_is_given_is_what_is_written(tmp_path):
     model = small()
-    model.save_pretrained(tmp_path, state_dict={name: value + 1 for name, value in model.state_dict().items()
-                                                if name != "lm_head.weight"})
+    model.save_pretrained(
+        tmp_path, state_dict={name: value + 1 for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    )
     loaded = LlamaForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(value, model.state_dict()[name] + 1) for name, value in loaded.state_dict().items())
 
@@ -127,12 +128,25 @@ def test_every_shard_holds_the_seals_of_its_layers(tmp_path):
 def uneven(model: nn.Module) -> nn.Module:
     """The model with other ranks in neighbouring layers, and one of four dense."""
     layers = shrank.make_plan(model, 8, min_features=8).low_rank
-    return shrank.auto_fact(model, {layer.fqn: min(layer.shape.max_rank, 3 + i % 5)
-                                    for i, layer in enumerate(layers) if i % 4 != 1}, min_features=8)
+    return shrank.auto_fact(
+        model,
+        {layer.fqn: min(layer.shape.max_rank, 3 + i % 5) for i, layer in enumerate(layers) if i % 4 != 1},
+        min_features=8,
+    )
 
 
-CONVERTED = ["gte", "nomic_bert", "jina_embeddings_v3", "radio", "molmo2_text", "tipsv2", "lara_mini", "inkling2_text",
-             "mixtral", "llava"]
+CONVERTED = [
+    "gte",
+    "nomic_bert",
+    "jina_embeddings_v3",
+    "radio",
+    "molmo2_text",
+    "tipsv2",
+    "lara_mini",
+    "inkling2_text",
+    "mixtral",
+    "llava",
+]
 
 
 @pytest.mark.parametrize("family", CONVERTED)
@@ -153,8 +167,9 @@ def test_weights_that_transformers_would_convert(family, tmp_path):
     merged = shrank.merge(loaded)
     expected = outputs(merged, inputs)
     merged.save_pretrained(tmp_path / "merged")  # in the published format again
-    for one, other in zip(outputs(type(model).from_pretrained(tmp_path / "merged").eval(), inputs), expected,
-                          strict=True):
+    for one, other in zip(
+        outputs(type(model).from_pretrained(tmp_path / "merged").eval(), inputs), expected, strict=True
+    ):
         assert_close(one, other)
 
 
@@ -190,8 +205,10 @@ def test_a_model_that_another_quantizer_loaded(tmp_path):
     assert not (tmp_path / "both").exists()
 
 
-@pytest.mark.parametrize("layers, cause", [(r".*led_unit\.1", r"its up stage is a peft"),
-                                           (r".*classifier", "adapters are attached to classifier")])
+@pytest.mark.parametrize(
+    "layers, cause",
+    [(r".*led_unit\.1", r"its up stage is a peft"), (r".*classifier", "adapters are attached to classifier")],
+)
 def test_adapters_are_not_written_among_the_weights(layers, cause, tmp_path):
     model = shrank.auto_fact(hf_model("bert"), {"*.output.dense": 8})
     wrapped = get_peft_model(model, LoraConfig(target_modules=layers, r=2))

@@ -64,13 +64,28 @@ def middle(value: float) -> Tensor:
 
 
 CONTAINERS: list[Callable[[object], object]] = [
-    lambda x: x, lambda x: [x], lambda x: (x,), lambda x: {"x": x}, lambda x: UserDict(x=x), lambda x: Pair(x, 1), Box,
-    Terse, lambda x: SimpleNamespace(x=x), lambda x: deque([x]), lambda x: {1: [Terse(Box(x))]},
-    lambda x: BatchEncoding({"x": x}), lambda x: partial(scaled, x), lambda x: lambda: x,
+    lambda x: x,
+    lambda x: [x],
+    lambda x: (x,),
+    lambda x: {"x": x},
+    lambda x: UserDict(x=x),
+    lambda x: Pair(x, 1),
+    Box,
+    Terse,
+    lambda x: SimpleNamespace(x=x),
+    lambda x: deque([x]),
+    lambda x: {1: [Terse(Box(x))]},
+    lambda x: BatchEncoding({"x": x}),
+    lambda x: partial(scaled, x),
+    lambda x: lambda: x,
 ]
 VALUES: list[Callable[[float], object]] = [
-    middle, lambda value: middle(value).numpy(), lambda value: middle(value).to(torch.bfloat16), lambda value: value,
-    lambda value: nn.Parameter(middle(value)), lambda value: {value, 3.0},
+    middle,
+    lambda value: middle(value).numpy(),
+    lambda value: middle(value).to(torch.bfloat16),
+    lambda value: value,
+    lambda value: nn.Parameter(middle(value)),
+    lambda value: {value, 3.0},
 ]
 
 
@@ -82,9 +97,31 @@ def test_values_in_containers_are_told_apart(contain, make) -> None:
 
 def test_kinds_are_told_apart() -> None:
     x = draw(4)
-    values = [[x], (x,), {"x": x}, UserDict(x=x), Pair(x, 1), Box(x), Terse(x), x.double(), x[None], x, 1, 1.0, "1",
-              True, None, torch.float32, torch.float16, range(3), np.zeros(2), np.zeros(2, dtype=int), F.relu, F.gelu,
-              torch.relu]
+    values = [
+        [x],
+        (x,),
+        {"x": x},
+        UserDict(x=x),
+        Pair(x, 1),
+        Box(x),
+        Terse(x),
+        x.double(),
+        x[None],
+        x,
+        1,
+        1.0,
+        "1",
+        True,
+        None,
+        torch.float32,
+        torch.float16,
+        range(3),
+        np.zeros(2),
+        np.zeros(2, dtype=int),
+        F.relu,
+        F.gelu,
+        torch.relu,
+    ]
     assert len({fingerprint(value) for value in values}) == len(values)
 
 
@@ -97,8 +134,20 @@ def test_functions_are_their_code_and_what_they_read(monkeypatch) -> None:
 
     double = lambda output, batch: 2 * output.sum()  # noqa: E731
     triple = lambda output, batch: 3 * output.sum()  # noqa: E731
-    losses = [one, other, double, triple, scaled(1.0), scaled(2.0), Scaled(1.0), Scaled(2.0), partial(scaled, 1.0),
-              Scaled(1.0).__call__, partial(one, batch=None), reads_a_global]
+    losses = [
+        one,
+        other,
+        double,
+        triple,
+        scaled(1.0),
+        scaled(2.0),
+        Scaled(1.0),
+        Scaled(2.0),
+        partial(scaled, 1.0),
+        Scaled(1.0).__call__,
+        partial(one, batch=None),
+        reads_a_global,
+    ]
     assert len({fingerprint(loss) for loss in losses}) == len(losses)
     assert fingerprint(scaled(2.0)) == fingerprint(scaled(2.0)) and fingerprint(Scaled(2.0)) == fingerprint(Scaled(2.0))
     before = fingerprint(reads_a_global)
@@ -107,10 +156,16 @@ def test_functions_are_their_code_and_what_they_read(monkeypatch) -> None:
 
 
 CHANGES: list[Callable[[nn.Sequential], object]] = [
-    lambda m: m.append(nn.ReLU()), lambda m: m.append(nn.GELU()), lambda m: m.append(nn.LayerNorm(32, eps=1e-3)),
-    lambda m: m.append(nn.LayerNorm(32, eps=1e-5)), lambda m: m.append(nn.Dropout(0.5)), lambda m: m.double(),
-    lambda m: m.register_buffer("scale", torch.ones(2), persistent=False), lambda m: setattr(m, "scale", 2),
-    lambda m: setattr(m, "scale", 3), lambda m: m[0].register_forward_hook(lambda module, args, output: 2 * output),
+    lambda m: m.append(nn.ReLU()),
+    lambda m: m.append(nn.GELU()),
+    lambda m: m.append(nn.LayerNorm(32, eps=1e-3)),
+    lambda m: m.append(nn.LayerNorm(32, eps=1e-5)),
+    lambda m: m.append(nn.Dropout(0.5)),
+    lambda m: m.double(),
+    lambda m: m.register_buffer("scale", torch.ones(2), persistent=False),
+    lambda m: setattr(m, "scale", 2),
+    lambda m: setattr(m, "scale", 3),
+    lambda m: m[0].register_forward_hook(lambda module, args, output: 2 * output),
     lambda m: m[0].register_forward_hook(lambda module, args, output: 3 * output),
     lambda m: setattr(m, "forward", partial(F.linear, weight=m[0].weight)),
 ]
@@ -146,9 +201,17 @@ def test_recurrent_models_are_known_by_their_weights() -> None:
     assert fingerprint(models[0]) == fingerprint(models[1])
 
 
-@pytest.mark.parametrize("value", [
-    (i for i in range(3)), threading.Lock(), open(__file__), torch.empty(2, device="meta"), tokens(3).to_sparse(),  # noqa: SIM115
-], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "value",
+    [
+        (i for i in range(3)),
+        threading.Lock(),
+        open(__file__),  # noqa: SIM115
+        torch.empty(2, device="meta"),
+        tokens(3).to_sparse(),
+    ],
+    ids=lambda v: type(v).__name__,
+)
 def test_what_has_no_value_is_named(value: object) -> None:
     with pytest.raises(Unhashable, match=r"\[0\]\['deep'\]\.x is a "):
         fingerprint({"deep": Box(value)})

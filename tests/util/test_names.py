@@ -9,9 +9,18 @@ from shrank.util.names import unknown
 WANTED = ("exact", "randomized", "gram")
 
 
-@pytest.mark.parametrize(("found", "meant"), [
-    ("exat", "exact"), ("EXACT", "exact"), ("randomised", "randomized"), ("grams", "gram"), ("svd", "randomized"),
-    ("qq", None), ("", None)])
+@pytest.mark.parametrize(
+    ("found", "meant"),
+    [
+        ("exat", "exact"),
+        ("EXACT", "exact"),
+        ("randomised", "randomized"),
+        ("grams", "gram"),
+        ("svd", "randomized"),
+        ("qq", None),
+        ("", None),
+    ],
+)
 def test_the_nearest_name_is_asked_for(found: str, meant: str | None) -> None:
     error = unknown("solver", found, WANTED, {"svds": "randomized"})
     asked = f"; did you mean {meant}?" if meant else ""

@@ -47,10 +47,26 @@ class Named(dict):
 
 X = draw(3, 4)
 FORMS = [
-    {"x": X}, OrderedDict(x=X), defaultdict(list, x=X), UserDict(x=X), BatchEncoding({"x": X}),
-    MappingProxyType({"x": X}), BaseModelOutput(last_hidden_state=X), [X], (X, 1), UserList([X]), deque([X], maxlen=4),
-    Pair(X, 1), Frozen(X), Slotted(X), SimpleNamespace(x=X), Plain(X), Named(x=X),
-    {"deep": [(Frozen(X), SimpleNamespace(y=UserDict(x=X)))]}, {X}, frozenset([X]),
+    {"x": X},
+    OrderedDict(x=X),
+    defaultdict(list, x=X),
+    UserDict(x=X),
+    BatchEncoding({"x": X}),
+    MappingProxyType({"x": X}),
+    BaseModelOutput(last_hidden_state=X),
+    [X],
+    (X, 1),
+    UserList([X]),
+    deque([X], maxlen=4),
+    Pair(X, 1),
+    Frozen(X),
+    Slotted(X),
+    SimpleNamespace(x=X),
+    Plain(X),
+    Named(x=X),
+    {"deep": [(Frozen(X), SimpleNamespace(y=UserDict(x=X)))]},
+    {X},
+    frozenset([X]),
 ]
 
 

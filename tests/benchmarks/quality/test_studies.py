@@ -83,28 +83,45 @@ def test_words_are_compared_as_spoken() -> None:
     assert word_error_rate([("one two three four", "1 2 three four"), ("five six", "five")]) == pytest.approx(1 / 6)
 
 
-@pytest.mark.parametrize("line, parsed", [
-    ("vm-goodbye: thank you for calling and good bye", ("vm-goodbye", "thank you for calling and good bye")),
-    ("; a comment: with a colon and six more words", ("", "")), ("short: too few words", ("", "")),
-    ("digits/1: press 1 to hear this message again", ("", "")), ("note: [a note about this one sound file]", ("", "")),
-])
+@pytest.mark.parametrize(
+    "line, parsed",
+    [
+        ("vm-goodbye: thank you for calling and good bye", ("vm-goodbye", "thank you for calling and good bye")),
+        ("; a comment: with a colon and six more words", ("", "")),
+        ("short: too few words", ("", "")),
+        ("digits/1: press 1 to hear this message again", ("", "")),
+        ("note: [a note about this one sound file]", ("", "")),
+    ],
+)
 def test_lines_of_the_list_of_prompts(line: str, parsed: tuple[str, str]) -> None:
     assert parse(line) == parsed
 
 
 def test_prose_is_what_remains_of_markup() -> None:
-    prose = ("'''Anarchism''' is a [[political philosophy|philosophy]] that<ref>A book.</ref> is described {{cite|x}} "
-             "at length in this paragraph, which ends with a full stop. ") * 2
+    prose = (
+        "'''Anarchism''' is a [[political philosophy|philosophy]] that<ref>A book.</ref> is described {{cite|x}} "
+        "at length in this paragraph, which ends with a full stop. "
+    ) * 2
     text = f"{{{{Infobox\n|a=b}}}}\n[[File:x.png|thumb|A caption]]\n{prose}\n* a list\n== References ==\n{prose}"
-    found, = paragraphs(text)
+    (found,) = paragraphs(text)
     assert found.startswith("Anarchism is a philosophy that is described") and "[[" not in found
 
 
 def test_a_table_has_a_column_per_keep() -> None:
-    results = {"rows": [{"method": "dense", "keep": 1.0, "score": 1.0}, {"method": "a", "keep": 0.9, "score": 0.5},
-                        {"method": "a", "keep": 0.8, "score": 0.25}, {"method": "b", "keep": 0.8, "score": 0.75}]}
-    assert table(results).splitlines() == ["| score (dense 1) | keep 0.9 | keep 0.8 |", "|---|---|---|",
-                                           "| a | 0.5 | 0.25 |", "| b |  | 0.75 |"]
+    results = {
+        "rows": [
+            {"method": "dense", "keep": 1.0, "score": 1.0},
+            {"method": "a", "keep": 0.9, "score": 0.5},
+            {"method": "a", "keep": 0.8, "score": 0.25},
+            {"method": "b", "keep": 0.8, "score": 0.75},
+        ]
+    }
+    assert table(results).splitlines() == [
+        "| score (dense 1) | keep 0.9 | keep 0.8 |",
+        "|---|---|---|",
+        "| a | 0.5 | 0.25 |",
+        "| b |  | 0.75 |",
+    ]
 
 
 @pytest.mark.parametrize("name", ["quality", "tasks", "baselines"])

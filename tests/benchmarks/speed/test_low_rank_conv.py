@@ -31,8 +31,20 @@ def test_the_floor_is_that_of_select() -> None:
         layer, done = case.layer, work(case)
         pads = layer.window.pads()
         begin, end = ((0,) * (3 - len(pads)) + tuple(pad[i] for pad in pads) for i in (0, 1))
-        same = problem(dev, layer.batch, layer.C, layer.N, layer.rank, layer.input, layer.kernel, begin=begin, end=end,
-                       stride=(1,) * (3 - len(layer.stride)) + layer.stride, groups=layer.groups, bias=layer.bias)
+        same = problem(
+            dev,
+            layer.batch,
+            layer.C,
+            layer.N,
+            layer.rank,
+            layer.input,
+            layer.kernel,
+            begin=begin,
+            end=end,
+            stride=(1,) * (3 - len(layer.stride)) + layer.stride,
+            groups=layer.groups,
+            bias=layer.bias,
+        )
         least = max(done.flops / h200.flops_half, done.bytes / h200.bandwidth) * 1e6
         assert dev.select.floor_us(same, h200) == pytest.approx(least)
 

@@ -20,8 +20,9 @@ ROOF = Roof(bandwidth=1e10, flops=1e11, launch=1e-5)
 @pytest.fixture
 def short(monkeypatch) -> None:
     """No compiler, short sequences, small caches."""
-    monkeypatch.setattr(low_rank_linear.Family, "providers", lambda family, device: {
-        "dense": family.dense, "torch": family.two_calls})
+    monkeypatch.setattr(
+        low_rank_linear.Family, "providers", lambda family, device: {"dense": family.dense, "torch": family.two_calls}
+    )
     monkeypatch.setattr(low_rank_linear, "SEQUENCE_SECONDS", 1e-6)
     monkeypatch.setattr(low_rank_linear, "copies_beyond_cache", lambda size, device: 3)
     monkeypatch.setattr(bench_low_rank_linear, "roof_of", lambda device, dtype: ROOF)
@@ -38,8 +39,13 @@ def test_who_computes_something_else_is_found(case: shapes.Case) -> None:
     def broken(inputs, activation):
         raise RuntimeError("no such kernel")
 
-    found = {"dense": dense, "torch": two_calls, "without bias": without_bias, "unfinished": unfinished,
-             "broken": broken}
+    found = {
+        "dense": dense,
+        "torch": two_calls,
+        "without bias": without_bias,
+        "unfinished": unfinished,
+        "broken": broken,
+    }
     wrong = check(found, draw(case, "cpu"), case.layer.activation, LINEAR)
     assert wrong.keys() == {"without bias", "unfinished", "broken"}
     assert "relative error" in wrong["without bias"] and "no such kernel" in wrong["broken"]
@@ -81,8 +87,10 @@ def test_the_choice_is_that_of_select(monkeypatch) -> None:
         assert found["choice"] == "two_gemms_epilogue" and found["predicted_us"] > 0
     monkeypatch.setattr(native, "problems", lambda: ("it was never built",))
     found = choice(CASES[0], "cpu")
-    assert found["choice"] is None and "native extension, which is not loaded: it was never built" in found[
-        "why_no_choice"]
+    assert (
+        found["choice"] is None
+        and "native extension, which is not loaded: it was never built" in found["why_no_choice"]
+    )
 
 
 def test_a_run_stops_between_cases_and_its_file_can_be_shown(short, tmp_path, monkeypatch) -> None:

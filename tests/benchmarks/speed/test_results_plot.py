@@ -13,18 +13,41 @@ from benchmarks.speed import results_plot
 
 
 def row(provider: str, microseconds: float, M: int = 512, R: int = 304, **more: object) -> dict:
-    return {"model": "BERT-base", "layer": "fc1", "M": M, "R": R, "dtype": "bfloat16", "provider": provider,
-            "flops": 10**9, "bytes": 10**7, "median_us": microseconds, "floor_us": 4.0, "bound": "memory",
-            "over_floor": microseconds / 4.0, "choice": "two_gemms", **more}
+    return {
+        "model": "BERT-base",
+        "layer": "fc1",
+        "M": M,
+        "R": R,
+        "dtype": "bfloat16",
+        "provider": provider,
+        "flops": 10**9,
+        "bytes": 10**7,
+        "median_us": microseconds,
+        "floor_us": 4.0,
+        "bound": "memory",
+        "over_floor": microseconds / 4.0,
+        "choice": "two_gemms",
+        **more,
+    }
 
 
-FAILED_ROW = {key: value for key, value in row("native", 1.0, M=1, error="AssertionError: wrong").items()
-              if key not in ("median_us", "floor_us", "bound", "over_floor")}
+FAILED_ROW = {
+    key: value
+    for key, value in row("native", 1.0, M=1, error="AssertionError: wrong").items()
+    if key not in ("median_us", "floor_us", "bound", "over_floor")
+}
 DATA = {
     "about": {"device": "some GPU", "torch": "2.13.0", "date": "2026-11-24T12:00+00:00", "commit": "abc"},
-    "roofs": {"bfloat16": {"bandwidth": 4e12, "flops": 8e14, "launch": 1e-6}}, "choice_on": "some GPU",
-    "rows": [row("dense", 30.0), row("torch", 20.0), row("native", 6.0), row("dense", 7.0, M=1), row("torch", 5.0, M=1),
-             FAILED_ROW],
+    "roofs": {"bfloat16": {"bandwidth": 4e12, "flops": 8e14, "launch": 1e-6}},
+    "choice_on": "some GPU",
+    "rows": [
+        row("dense", 30.0),
+        row("torch", 20.0),
+        row("native", 6.0),
+        row("dense", 7.0, M=1),
+        row("torch", 5.0, M=1),
+        FAILED_ROW,
+    ],
 }
 
 
@@ -63,8 +86,12 @@ def test_the_picture_lies_beside_the_results(file: Path) -> None:
 
 @pytest.mark.parametrize("layers", [1, 4, 20])
 def test_any_number_of_layers_dtypes_and_ranks_is_drawn(layers: int, tmp_path) -> None:
-    rows = [{**each, "layer": f"fc{number}", "dtype": "float32" if number % 2 else "bfloat16", "R": rank}
-            for number in range(layers) for rank in (8, 16) for each in DATA["rows"]]
+    rows = [
+        {**each, "layer": f"fc{number}", "dtype": "float32" if number % 2 else "bfloat16", "R": rank}
+        for number in range(layers)
+        for rank in (8, 16)
+        for each in DATA["rows"]
+    ]
     roofs = {**DATA["roofs"], "float32": {"bandwidth": 4e12, "flops": 5e13, "launch": 1e-6}}
     results = results_plot.Results(DATA["about"], roofs, "some GPU", rows)
     results_plot.draw(results, tmp_path / "picture.png")
@@ -91,12 +118,19 @@ def without(*path: object) -> dict:
     return changed
 
 
-@pytest.mark.parametrize(("data", "says"), [
-    ([1], "holds no results of"), ({"steps": {}}, "holds no results of"), (without("roofs"), "holds no results of"),
-    (without("rows", 1, "median_us"), "row 1 lacks median_us"), (without("rows", 0, "R"), "row 0 lacks R"),
-    ({**DATA, "rows": []}, "holds no measured row"), ({**DATA, "rows": DATA["rows"][-1:]}, "holds no measured row"),
-    ("{", "is not JSON"),
-])
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ([1], "holds no results of"),
+        ({"steps": {}}, "holds no results of"),
+        (without("roofs"), "holds no results of"),
+        (without("rows", 1, "median_us"), "row 1 lacks median_us"),
+        (without("rows", 0, "R"), "row 0 lacks R"),
+        ({**DATA, "rows": []}, "holds no measured row"),
+        ({**DATA, "rows": DATA["rows"][-1:]}, "holds no measured row"),
+        ("{", "is not JSON"),
+    ],
+)
 def test_other_files_are_refused(data: object, says: str, file: Path, capsys) -> None:
     file.write_text(data if isinstance(data, str) else json.dumps(data))
     status, said = refusal([str(file)], capsys)
@@ -116,7 +150,8 @@ def test_it_takes_one_file(arguments: list[str], capsys) -> None:
     assert status == 2 and said.startswith("usage:")
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.5, "0.5 "), (45e9, "45 G"), (4.3e12, "4.3 T"), (7.9e14, "790 T"),
-                                             (1e19, "1e+04 P")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.5, "0.5 "), (45e9, "45 G"), (4.3e12, "4.3 T"), (7.9e14, "790 T"), (1e19, "1e+04 P")]
+)
 def test_units(value: float, text: str) -> None:
     assert results_plot._si(value) == text

@@ -36,8 +36,9 @@ def test_select_has_the_same_floor(dtype: str, rate: str) -> None:
     """csrc/select has its own formula; with its constants, and no launch, ours must give the same."""
     if native.problems():
         pytest.skip("no native extension")
-    for M, (K, N, R), bias, residual in product((1, 512, 65536), ((768, 3072, 96), (4096, 4096, 1024)), (False, True),
-                                                (False, True)):
+    for M, (K, N, R), bias, residual in product(
+        (1, 512, 65536), ((768, 3072, 96), (4096, 4096, 1024)), (False, True), (False, True)
+    ):
         facts = explain.explain((M, K, N, R), dtype, "H200", "none", bias, residual)
         roof = Roof(facts["device"]["bandwidth"], facts["device"][rate], launch=0.0)
         floor = roof.floor(layer_work(Shape(N, K), R, M, getattr(torch, dtype), bias, residual))

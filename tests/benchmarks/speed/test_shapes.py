@@ -19,8 +19,14 @@ def test_layers_are_ones_that_the_op_computes(layer: shapes.Layer) -> None:
 
 def test_known_shapes() -> None:
     sizes = {(layer.model, layer.K, layer.N) for layer in shapes.LAYERS}
-    assert {("BERT-base", 768, 3072), ("Llama-3-8B", 4096, 14336), ("Llama-3-8B", 4096, 1024), ("ViT-L/16", 1024, 4096),
-            ("MiniLM", 384, 1536), ("Whisper-large", 1280, 5120)} <= sizes
+    assert {
+        ("BERT-base", 768, 3072),
+        ("Llama-3-8B", 4096, 14336),
+        ("Llama-3-8B", 4096, 1024),
+        ("ViT-L/16", 1024, 4096),
+        ("MiniLM", 384, 1536),
+        ("Whisper-large", 1280, 5120),
+    } <= sizes
     assert shapes.BERT[0].rank(1 / 2) == 304  # break-even 614
 
 
@@ -28,16 +34,17 @@ def test_the_grid_is_complete_and_holds_nothing_twice() -> None:
     grid = shapes.grid("bfloat16")
     assert len(grid) == len(set(grid))
     assert {(case.layer, case.M, case.R) for case in grid} >= {
-        (layer, M, layer.rank(share)) for layer in shapes.LAYERS for M in shapes.Ms for share in shapes.SHARES}
+        (layer, M, layer.rank(share)) for layer in shapes.LAYERS for M in shapes.Ms for share in shapes.SHARES
+    }
     assert set(shapes.TELLING_Ms) == set(shapes.Ms)
     assert max(2 * case.M * max(case.layer.K, case.layer.N) for case in grid) <= shapes.MOST_BYTES
 
 
 def test_the_most_telling_come_first() -> None:
     grid = shapes.grid("bfloat16")
-    first = grid[:2 * len(shapes.LAYERS)]
+    first = grid[: 2 * len(shapes.LAYERS)]
     assert {(case.layer, case.M) for case in first} == {(layer, M) for layer in shapes.LAYERS for M in layer.typical_M}
     assert all(case.layer.rank(1 / 2) == case.R for case in first)
-    assert {case.layer.model for case in first[:len(shapes.LAYERS)]} == {layer.model for layer in shapes.LAYERS}
-    sweep = grid[len(first):len(first) + 6]
+    assert {case.layer.model for case in first[: len(shapes.LAYERS)]} == {layer.model for layer in shapes.LAYERS}
+    sweep = grid[len(first) : len(first) + 6]
     assert {case.layer for case in sweep} == set(shapes.TELLING) and {case.M for case in sweep} == {512}
