@@ -8,7 +8,7 @@ from torch.nn import Linear
 from torch.nn.functional import linear
 
 from ..linalg import Factors, PivotedFactors, Shape
-from ..ops.dispatch import Backend, current_backend, low_rank_linear
+from ..ops.dispatch import Backend, low_rank_linear, process
 from .low_rank import LowRankLayer
 from .two_stage import Pivots, checked_rank, reset_stages, run_pivots
 
@@ -71,9 +71,9 @@ class LED(LowRankLayer):
         reset_stages(self.led_unit, fan_in=in_features, rank=rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        # two_stage.run, inlined for stages that own their parameters: attribute access on modules and more calls would
-        # cost as much as the product of a small layer (benchmarks/speed/bench_inference.py). All else goes there, and
-        # tests/layers/test_run.py holds both to the same answers.
+        # two_stage.run, inlined for stages that own their parameters: attribute access on modules and more calls (as of
+        # current_backend) would cost as much as the product of a small layer (benchmarks/speed/bench_inference.py). All
+        # else goes there, and tests/layers/test_run.py holds both to the same answers.
         stages = self._modules["led_unit"]._modules
         first, second = stages["0"], stages["1"]
         a, b = first.__dict__, second.__dict__
@@ -98,10 +98,10 @@ class LED(LowRankLayer):
         ):
             down, up, bias = own["weight"], others["weight"], others["bias"]
             if len(stages) == 2:
-                if down.is_cuda or current_backend() is NATIVE:
+                if down.is_cuda or process.backend is NATIVE:
                     return low_rank_linear(x, down, up, bias)
                 return linear(linear(x, down), up, bias)  # as low_rank_linear would, without the cost of asking
-            if current_backend() is not NATIVE:
+            if process.backend is not NATIVE:
                 h = linear(x, down)
                 return run_pivots(stages["2"], h, linear(h, up, bias))
         return super().forward(x)

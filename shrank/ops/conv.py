@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import reference
 from .law import check_activation, check_alike, check_bias, check_residual, refusal, shape_of
-from .reference import Stages, Window, channels_last, in_format, output_sizes
+from .reference import Forward, Window, channels_last, in_format, output_sizes
 from .registration import Op, register
 
 NAME = "low_rank_conv"
@@ -118,17 +118,17 @@ def _paddings(padding: int | str | Sequence[int], stride: list[int], dilation: l
     return [side for total in totals for side in (total // 2, total - total // 2)]
 
 
-def _stages(
+def _forward(
     x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, window: Window, activation: str, residual: Tensor | None
-) -> Stages:
-    y, h, z = reference.low_rank_conv_stages(x, down, up, bias, window, activation, residual)
+) -> Forward:
+    y, h, z = reference.low_rank_conv_forward(x, down, up, bias, window, activation, residual)
     last = channels_last(x, down)
-    return Stages(in_format(y, last), in_format(h, last), in_format(z, last) if activation != "none" else z)
+    return Forward(in_format(y, last), in_format(h, last), in_format(z, last) if activation != "none" else z)
 
 
 def _empty(
     x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, window: Window, activation: str, residual: Tensor | None
-) -> Stages:
+) -> Forward:
     sizes, last = output_sizes(x, down, window), channels_last(x, down)
 
     def empty(channels: int) -> Tensor:
@@ -136,7 +136,9 @@ def _empty(
             return x.new_empty((x.size(0), *sizes, channels)).movedim(-1, 1)
         return x.new_empty((x.size(0), channels, *sizes))
 
-    return Stages(empty(up.size(0)), empty(down.size(0)), empty(up.size(0)) if activation != "none" else x.new_empty(0))
+    return Forward(
+        empty(up.size(0)), empty(down.size(0)), empty(up.size(0)) if activation != "none" else x.new_empty(0)
+    )
 
 
 def _pack(
@@ -150,7 +152,7 @@ CONV = Op(
     "Tensor x, Tensor down, Tensor up, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups=1,"
     " int up_groups=1, str activation='none', Tensor? residual=None",
     check_low_rank_conv,
-    _stages,
+    _forward,
     reference.low_rank_conv_backward,
     _empty,
     _pack,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import reference
 from .law import check_activation, check_alike, check_bias, check_residual, refusal, shape_of
-from .reference import Stages
+from .reference import Forward
 from .registration import Op, register
 
 NAME = "low_rank_linear"
@@ -37,25 +37,25 @@ def check_low_rank_linear(
     check_alike(NAME, casts, x=x, down=down, up=up, bias=bias, residual=residual)
 
 
-def _stages(
+def _forward(
     x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
-) -> Stages:
-    stages = reference.low_rank_linear_stages(x, down, up, bias, activation, residual)
-    return Stages(*(each.contiguous() for each in stages))
+) -> Forward:
+    outputs = reference.low_rank_linear_forward(x, down, up, bias, activation, residual)
+    return Forward(*(each.contiguous() for each in outputs))
 
 
 def _empty(
     x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
-) -> Stages:
+) -> Forward:
     y, h = (x.new_empty((*x.shape[:-1], factor.size(0))) for factor in (up, down))
-    return Stages(y, h, x.new_empty(y.shape if activation != "none" else 0))
+    return Forward(y, h, x.new_empty(y.shape if activation != "none" else 0))
 
 
 LINEAR = Op(
     NAME,
     "Tensor x, Tensor down, Tensor up, Tensor? bias=None, str activation='none', Tensor? residual=None",
     check_low_rank_linear,
-    _stages,
+    _forward,
     reference.low_rank_linear_backward,
     _empty,
 )

@@ -36,7 +36,7 @@ _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-class Stages(NamedTuple):
+class Forward(NamedTuple):
     """y (..., N), h (..., R) and, for the backward pass, the pre-activation z (..., N), empty without an activation."""
 
     y: Tensor
@@ -64,23 +64,23 @@ def low_rank_linear(
 
     x: (..., K)  down: (R, K)  up: (N, R)  bias: (N,)  residual: (..., N)  ->  (..., N)
     """
-    return low_rank_linear_stages(x, down, up, bias, activation, residual).y
+    return low_rank_linear_forward(x, down, up, bias, activation, residual).y
 
 
-def low_rank_linear_stages(
+def low_rank_linear_forward(
     x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
-) -> Stages:
+) -> Forward:
     """low_rank_linear with what lies between."""
     h = F.linear(x, down)
     z = F.linear(h, up, bias)
     return _finished(h, z, activation, residual)
 
 
-def _finished(h: Tensor, z: Tensor, activation: str, residual: Tensor | None) -> Stages:
+def _finished(h: Tensor, z: Tensor, activation: str, residual: Tensor | None) -> Forward:
     y = ACTIVATIONS[activation](z)
     if residual is not None:
         y = y + residual
-    return Stages(y, h, z if activation != "none" else z.new_empty(0))
+    return Forward(y, h, z if activation != "none" else z.new_empty(0))
 
 
 def low_rank_linear_backward(
@@ -158,12 +158,12 @@ def low_rank_conv(
     x: (B, C, *in)  down: (R, C/groups, *kernel)  up: (N, R/up_groups, 1, ...)  bias: (N,)  residual: (B, N, *out)
     ->  (B, N, *out)
     """
-    return low_rank_conv_stages(x, down, up, bias, window, activation, residual).y
+    return low_rank_conv_forward(x, down, up, bias, window, activation, residual).y
 
 
-def low_rank_conv_stages(
+def low_rank_conv_forward(
     x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, window: Window, activation: str, residual: Tensor | None
-) -> Stages:
+) -> Forward:
     """low_rank_conv with what lies between; h is (B, R, *out)."""
     convolve = CONVOLUTIONS[down.dim() - 2]
     x, padding = padded(x, window)

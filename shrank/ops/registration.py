@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .reference import Grads, Stages
+from .reference import Forward, Grads
 
 library = torch.library.Library("shrank", "FRAGMENT")
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C.DispatchKeySet(
@@ -32,9 +32,9 @@ class Op:
     name: str
     arguments: str
     check: Callable[..., None]  # (x, down, up, bias, *packed, residual) raises what the law forbids
-    stages: Callable[..., Stages]  # the same arguments -> y, h, z, laid out as the op promises
+    forward: Callable[..., Forward]  # the same arguments -> y, h, z, laid out as the op promises
     backward: Callable[..., Grads]  # (grad, x, down, up, h, z, *packed, needs)
-    empty: Callable[..., Stages]  # as stages: new tensors, unwritten
+    empty: Callable[..., Forward]  # as forward: new tensors, unwritten
     pack: Callable[..., tuple] = lambda *between: between
 
     @property
@@ -81,7 +81,7 @@ class _LowRank(torch.autograd.Function):
         x, down, up, bias, h, z = ctx.saved_tensors
         packed = ctx.op.pack(*ctx.between)
         if torch.is_grad_enabled():  # to be differentiated again: h and z must know where they come from
-            _, h, z = ctx.op.stages(x, down, up, bias, *packed, None)
+            _, h, z = ctx.op.forward(x, down, up, bias, *packed, None)
         _, *tensors, residual = ctx.needs_input_grad
         grads = ctx.op.backward(grad, x, down, up, h, z, *packed, Grads(*tensors[:4], residual))
         return None, *grads[:4], *(None for _ in ctx.between), grads.residual
@@ -122,10 +122,10 @@ def _is_wide(given: object) -> bool:
     return isinstance(given, Tensor) and given.is_floating_point() and given.dtype != torch.float64
 
 
-def _both(op: Op, compute: Callable[..., Stages]) -> tuple[Callable[..., Tensor], Callable[..., tuple]]:
+def _both(op: Op, compute: Callable[..., Forward]) -> tuple[Callable[..., Tensor], Callable[..., tuple]]:
     """What computes y, and what computes all that training needs, after a look at the law."""
 
-    def checked(*given: object) -> Stages:
+    def checked(*given: object) -> Forward:
         arguments = op.packed(given)
         op.check(*arguments)
         return compute(*arguments)
@@ -142,6 +142,6 @@ def register(op: Op) -> None:
     library.impl(op.name, _autograd_kernel(op), "Autograd")
     for key in ("AutocastCPU", "AutocastCUDA"):
         library.impl(op.name, _autocast_kernel(op), key)
-    for name, kernel, fake in zip(op.schemas, _both(op, op.stages), _both(op, op.empty), strict=True):
+    for name, kernel, fake in zip(op.schemas, _both(op, op.forward), _both(op, op.empty), strict=True):
         library.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"shrank::{name}", fake, lib=library)

@@ -136,7 +136,7 @@ def failure_of_conv(dev: ModuleType, run: conv.ConvRun, copies_early: bool) -> s
     return mistake(outcome, conv.exact(run, arguments), conv.in_pytorch(run, arguments).y, run.training)
 
 
-def mistake(outcome: linear.Outcome, wanted: reference.Stages, torchs: torch.Tensor, training: bool) -> str | None:
+def mistake(outcome: linear.Outcome, wanted: reference.Forward, torchs: torch.Tensor, training: bool) -> str | None:
     if outcome.problems:
         return outcome.problems[0]
     try:

@@ -135,7 +135,7 @@ def emulate(
     return Outcome(y, h, z, result.problems, result.counts)
 
 
-def in_pytorch(run: ConvRun, arguments: dict[str, Tensor | None]) -> reference.Stages:
+def in_pytorch(run: ConvRun, arguments: dict[str, Tensor | None]) -> reference.Forward:
     """What PyTorch computes in the dtype of the arguments, as matrices of pixels."""
     x, down, up = (arguments[name] for name in ("x", "down", "up"))
     begin = run.padded(run.begin, 0)
@@ -145,10 +145,10 @@ def in_pytorch(run: ConvRun, arguments: dict[str, Tensor | None]) -> reference.S
     z = F.conv3d(h, up[:, :, None, None, None], arguments["bias"], groups=run.up_groups)
     h, z = (t.movedim(1, -1).reshape(-1, t.size(1)) for t in (h, z))
     y = reference.ACTIVATIONS[run.activation](z)
-    return reference.Stages(y if arguments["residual"] is None else y + arguments["residual"], h, z)
+    return reference.Forward(y if arguments["residual"] is None else y + arguments["residual"], h, z)
 
 
-def exact(run: ConvRun, arguments: dict[str, Tensor | None]) -> reference.Stages:
+def exact(run: ConvRun, arguments: dict[str, Tensor | None]) -> reference.Forward:
     return in_pytorch(run, {name: None if t is None else t.double() for name, t in arguments.items()})
 
 

@@ -104,13 +104,13 @@ def emulate(dev: ModuleType, run: Run, arguments: tuple, seed: int = 0, copies_e
     return Outcome(y, h, z, result.problems, result.counts)
 
 
-def exact(arguments: tuple, h: Tensor | None = None) -> reference.Stages:
+def exact(arguments: tuple, h: Tensor | None = None) -> reference.Forward:
     """In fp64; from h, if it is given."""
     x, down, up, bias, activation, residual = (a.double() if isinstance(a, Tensor) else a for a in arguments)
     h = x @ down.T if h is None else h.double()
     z = h @ up.T + (0 if bias is None else bias)
     y = reference.ACTIVATIONS[activation](z) + (0 if residual is None else residual)
-    return reference.Stages(y, h, z)
+    return reference.Forward(y, h, z)
 
 
 def runs() -> list[Run]:
