@@ -52,8 +52,12 @@ def auto_fact(
         rank: An int, for every layer; a float in (0, 1), the fraction of each layer's break-even rank, or with data the
             share of all weights that a Budget keeps; a rule such as Energy(0.9); a dict of glob pattern -> rule; a
             function (fqn, module) -> rank | None; a Budget for all layers together; or a RankPlan.
-        groups_out: See PlanOptions, as `skip_high_groups`, `submodules` and `fact_led_unit`.
+        groups_out: Also group the second stage of a grouped convolution.
+        skip_high_groups: Leave a grouped convolution dense whose groups exceed the rank; False gives its twin
+            min(rank, groups) groups.
+        submodules: Modules at or below which layers may change; None for all of the model.
         deepcopy: Leave `module` untouched and change a copy.
+        fact_led_unit: Open layers that are low-rank already, and factorise their stages again.
         calibrate: Data, as `shrank.batches` makes it or takes it without further arguments; Calibrate(data, ...), which
             says how; or a Calibration. The twins then keep what the layers do to that data.
         anchored: Compress block by block. Each block is fitted at the inputs that the compressed blocks before it give,

@@ -28,6 +28,7 @@ class Evaluation:
     divergence: float | None = None
 
     def to_dict(self) -> dict:
+        """The figures by name, as JSON takes them."""
         return asdict(self)
 
 
@@ -55,9 +56,22 @@ def evaluate(
 ) -> Evaluation:
     """Measure a causal language model on texts, joined and cut into windows of `window` tokens, at most `limit`.
 
-    What both models rule out by logits of -inf does not count. Raises ValueError if the texts fill no window or there
-    is nothing to predict in them, if the model gives no logits for every token, if the vocabularies of the two models
-    differ, and where logits cannot be compared.
+    What both models rule out by logits of -inf does not count.
+
+    Args:
+        model: A causal language model, whose output has `logits` (batch, tokens, vocabulary).
+        tokenizer: Called with a text; gives `input_ids`.
+        texts: Joined by blank lines.
+        reference: The dense model, for agreement and divergence.
+        window: Tokens that are predicted together, at least 2.
+        limit: The most windows to measure; None for all.
+
+    Returns:
+        Perplexity, and beside a reference agreement and divergence in nats per token.
+
+    Raises:
+        ValueError: The texts fill no window, there is nothing to predict in them, the model gives no logits for every
+            token, the vocabularies of the two models differ, or logits cannot be compared.
     """
     if window < 2 or (limit is not None and limit < 1):
         raise ValueError(f"window must be at least 2 and limit at least 1, got {window} and {limit}")

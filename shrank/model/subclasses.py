@@ -22,7 +22,13 @@ def treat_as_base(*classes: type) -> None:
 
     A layer is believed only if its outputs on random inputs are those of the base with the same weights; else it stays
     dense, and the plan says by how much they differ. Its twin keeps the class in both stages, so that it casts as the
-    layer did, and runs as two PyTorch calls. Raises TypeError on anything that is no such subclass.
+    layer did, and runs as two PyTorch calls.
+
+    Args:
+        *classes: Classes such as whisper.model.Linear; `subclasses_in(model)` finds those of a model.
+
+    Raises:
+        TypeError: One is no such subclass.
     """
     for kind in classes:
         if not isinstance(kind, type) or base_of(kind) in (None, kind):

@@ -62,6 +62,9 @@ def backend(value: Backend | str) -> Iterator[None]:
     Args:
         value: A `Backend` or its value: "auto", "torch" or "native".
 
+    Yields:
+        Nothing; the choice before is in force again after the block.
+
     Raises:
         ValueError: The name is unknown.
 

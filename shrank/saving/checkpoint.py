@@ -33,8 +33,14 @@ class Header:
 def save(model: nn.Module, path: str | os.PathLike) -> None:
     """Write the model's state and the structure of its low-rank layers to one safetensors file, atomically.
 
-    Raises, before anything is written, TypeError on state that is not a tensor (a module's `get_extra_state`), and
-    ValueError on what `load` could not read: stages with adapters, pruned, quantized or parametrized ones.
+    Args:
+        model: Any module with low-rank layers in it, or none.
+        path: The file, which is replaced whole or not at all.
+
+    Raises:
+        TypeError: Some state is no tensor (a module's `get_extra_state`).
+        ValueError: `load` could not read it: stages with adapters, pruned, quantized or parametrized ones, tensors
+            without data.
     """
     tensor_file.write(path, *content(model))
 
@@ -59,7 +65,15 @@ def content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """Turn a dense model of the saved architecture into the saved one, in place, and return the root.
 
-    Raises ValueError, the model untouched, if the file is damaged, is no checkpoint of shrank, or does not fit.
+    Args:
+        model: A model of the architecture that was compressed, with any weights.
+        path: A file that `save` wrote.
+
+    Returns:
+        The model, or the low-rank layer if `model` itself is a layer that was saved as one.
+
+    Raises:
+        ValueError: The file is damaged, is no checkpoint of shrank, or does not fit; the model is then as it was.
     """
     header = read_header(path)
     try:
