@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 import shrank
 from benchmarks.data.speech import distance, parse, word_error_rate, words
 from benchmarks.data.texts import paragraphs
+from benchmarks.provenance import RESULTS
 from benchmarks.quality import baselines
 from benchmarks.quality.studies import STUDIES, column, table
 from shrank.calibration.batches import Batch, as_batches
@@ -124,9 +124,9 @@ def test_a_table_has_a_column_per_keep() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["quality", "tasks", "baselines"])
+@pytest.mark.parametrize("name", ["studies", "tasks", "baselines", "int8"])
 def test_only_public_names_are_measured(name: str) -> None:
-    tree = ast.parse(Path(f"benchmarks/{name}.py").read_text())
+    tree = ast.parse((RESULTS.parent / "quality" / f"{name}.py").read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "shrank":
             assert node.module == "shrank" and {alias.name for alias in node.names} <= set(shrank.__all__)
