@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..linalg import FactorizationError, Metric, Moments, metric
-from ..model.adapters import target, why_not
+from ..model.adapters import target
 from ..model.hooks import frozen, hooked, in_eval_mode
+from ..model.refusals import why_not
 from ..model.surgery import Site, walk
 from ..util import tensor_file
 from ..util.files import replacing

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ..calibration.metric_source import MetricSource, metric_of
 from ..linalg import FactorizationError, factorize, factorize_weighted, pivoted
 from ..model import surgery
-from ..model.adapters import LOW_RANK, target, why_not, with_groups
+from ..model.adapters import LOW_RANK, target, with_groups
 from ..model.dense import dense_twin, require_plain
+from ..model.refusals import why_not
 from ..model.surgery import Site, walk
 from ..planning.plan import LayerPlan, RankPlan
 from ..util.parallel import in_parallel, workers_for

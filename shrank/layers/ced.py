@@ -189,6 +189,26 @@ class CED(LowRankLayer):
             kernel = torch.einsum("ogr,grk->ogk", up.unflatten(1, (G, -1)), down).flatten(1)
         return self.all_rows(kernel).reshape(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
+    def separable_groups(self) -> int:
+        """Groups of the dense convolution: those of the first stage where nothing crosses them."""
+        G = self.down_groups
+        if self.up_groups == G or self.out_channels % G:
+            return self.groups
+        blocks, own = self._blocks(self.dense_weight().detach())
+        return G if torch.count_nonzero(blocks) == torch.count_nonzero(own) else self.groups
+
+    def dense_weight_like(self, dense: nn.Module) -> Tensor:
+        weight = self.dense_weight().detach()
+        if dense.groups != self.groups:
+            weight = self._blocks(weight)[1].flatten(0, 1)
+        return weight.contiguous(memory_format=memory_format(self.down))
+
+    def _blocks(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The kernel in blocks of outputs by inputs (G, out/G, G, in/G, *kernel), and those of a group's own."""
+        G = self.down_groups
+        blocks = weight.unflatten(0, (G, -1)).unflatten(2, (G, -1))
+        return blocks, blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+
     def grouped(self) -> tuple[Tensor, Tensor]:
         G, up = self.down_groups, self.up.flatten(1)
         up = up.unflatten(0, (G, -1)) if self.up_groups == G else up.unflatten(1, (G, -1)).transpose(0, 1)

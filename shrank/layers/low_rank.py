@@ -13,6 +13,7 @@ from .plain import why_no_matrix, why_not_plain
 from .seal import drop_seal
 from .two_stage import assign_bias, is_pivoted, merged_bias, run, set_stages
 
+UNITS = ("led_unit", "ced_unit")  # what the sequence of stages is called, in attributes and checkpoints
 _NAMES = ("down", "up")
 
 
@@ -104,6 +105,10 @@ class LowRankLayer(nn.Module):
     def ungrouped(self, factors: Factors | PivotedFactors) -> tuple[Tensor, Tensor]:
         """down and up in the layouts of the stages' weights, from factors group by group."""
         raise NotImplementedError
+
+    def dense_weight_like(self, dense: nn.Module) -> Tensor:
+        """The product of the factors, detached, in the layout of this dense layer's weight."""
+        return self.dense_weight().detach()
 
     def factors(self) -> Factors | PivotedFactors:
         """The factors, group by group, as `linalg` has them."""

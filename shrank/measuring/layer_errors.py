@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from ..calibration.batches import as_batches, bound
 from ..calibration.streams import Masking, MaskOfCall
-from ..layers.ced import CED
-from ..layers.led import LED
-from ..model.adapters import target
+from ..model.adapters import LOW_RANK, target
 from ..model.hooks import hooked, in_eval_mode
 from ..planning.plan import RankPlan
 from ..util.names import checks_keywords
@@ -44,7 +42,7 @@ def measure_errors(plan: RankPlan, dense: nn.Module, small: nn.Module, data: Ite
             original, twin = dense.get_submodule(layer.fqn), small.get_submodule(layer.fqn)
         except AttributeError as error:
             raise ValueError(f"{layer.fqn!r} is not in both models: {error}") from error
-        if target(original) is not None and isinstance(twin, LED | CED):
+        if target(original) is not None and isinstance(twin, LOW_RANK):
             twins[layer.fqn] = (original, twin)
             sums[layer.fqn] = _Sums(original.bias is not None)
     batches = bound(as_batches(data), dense)

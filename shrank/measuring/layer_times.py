@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..linalg import Factors, PivotedFactors, Shape
-from ..model.adapters import Target, target, why_not, with_groups
+from ..model.adapters import Target, target, with_groups
+from ..model.refusals import why_not
 from ..model.surgery import Site, walk
 from ..planning.latency import LatencyTable
 from ..util.progress import track

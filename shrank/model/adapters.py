@@ -1,6 +1,7 @@
-"""Which modules can become low-rank, how their weights read as matrices, and how their twins are built.
+"""Layer types in all their forms: how a dense layer reads as matrices, how its low-rank twin is built, and which dense
+layer a twin stands for.
 
-Adding a layer type means adding one class here and its entry in ADAPTERS.
+Adding a layer type means adding one class here and registering it.
 """
 
 from __future__ import annotations
@@ -13,23 +14,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
-from torch.nn.utils import parametrizations
 
 from ..layers.ced import CED
 from ..layers.led import LED, LEDConv1D
+from ..layers.low_rank import LowRankLayer
 from ..layers.plain import CONVOLUTIONS
 from ..layers.two_stage import memory_format
 from ..linalg import Shape
-from .subclasses import as_subclass, base_of, disagreement, is_trusted
+from .subclasses import as_subclass, base_of, is_trusted
 
-LOW_RANK = (LED, CED)
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LOW_RANK = LowRankLayer
 
 
 class Target:
     """One eligible module, seen as the matrix that its low-rank twin approximates."""
 
-    kind: ClassVar[str]
+    kind: ClassVar[str]  # as plans and the twins call it
     taps = 1  # positions of a kernel
     takes_vectors = True  # its matrix multiplies the input's last dimension as it is
 
@@ -50,6 +50,11 @@ class Target:
 
     def twin(self, rank: int, shape: Shape) -> nn.Module:
         """A low-rank module of the same interface, on the meta device: nothing is drawn only to be overwritten."""
+        raise NotImplementedError
+
+    @staticmethod
+    def dense_from(layer: LowRankLayer) -> nn.Module:
+        """The dense module that a twin stands for, its parameters in place of whatever it was built with."""
         raise NotImplementedError
 
     def tokens(self, outputs: Tensor) -> Tensor:
@@ -90,6 +95,11 @@ class LinearTarget(Target):
             )
         )
 
+    @staticmethod
+    def dense_from(layer: LED) -> nn.Linear:
+        dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        return as_subclass(dense, layer[0])
+
 
 class HFConv1DTarget(Target):
     """transformers' Conv1D: a linear layer whose weight is stored transposed, (in, out)."""
@@ -104,6 +114,12 @@ class HFConv1DTarget(Target):
 
     def twin(self, rank: int, shape: Shape) -> LEDConv1D:
         return LEDConv1D(shape.in_features, shape.out_features, rank, True, pivot=shape.pivoted, **self._meta())
+
+    @staticmethod
+    def dense_from(layer: LEDConv1D) -> nn.Module:
+        from transformers.pytorch_utils import Conv1D
+
+        return Conv1D(layer.nf, layer.nx)
 
 
 class ConvTarget(Target):
@@ -161,6 +177,23 @@ class ConvTarget(Target):
         )
         return self._cast_alike(twin.to(memory_format=memory_format(conv.weight)))
 
+    @staticmethod
+    def dense_from(layer: CED) -> nn.Module:
+        """Grouped where nothing crosses the groups of the first stage."""
+        dense = CONVOLUTIONS[len(layer.kernel_size)](
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.separable_groups(),
+            layer.bias is not None,
+            layer.padding_mode,
+            device="meta",
+        )
+        return as_subclass(dense, layer[0])
+
     def tokens(self, outputs: Tensor) -> Tensor:
         return outputs.movedim(-len(self.module.kernel_size) - 1, -1)
 
@@ -168,17 +201,38 @@ class ConvTarget(Target):
         return chosen(inputs, 1)[0].square().mean(0).repeat_interleave(self.taps)  # each tap sees the whole channel
 
 
-ADAPTERS: dict[type, type[Target]] = {nn.Linear: LinearTarget, **{c: ConvTarget for c in CONVOLUTIONS.values()}}
+ADAPTERS: dict[type, type[Target]] = {}
+_BY_KIND: dict[str, type[Target]] = {}
+
+
+def register(dense: type, adapter: type[Target], kind: str | None = None) -> None:
+    """Make a class of dense layers known, whose adapter calls it `kind`."""
+    ADAPTERS[dense] = adapter
+    _BY_KIND[kind or adapter.kind] = adapter
+
+
+register(nn.Linear, LinearTarget)
+for _convolution in CONVOLUTIONS.values():
+    register(_convolution, ConvTarget, _convolution.__name__)
+_BY_KIND[HFConv1DTarget.kind] = HFConv1DTarget  # its class is known by name alone
 
 
 def target(module: nn.Module, vouched: bool = False) -> Target | None:
     """The adapter of a module whose class is supported, else None. Subclasses are where `treat_as_base` was called for
     them, or if somebody `vouched` for this one, as a plan that was carried out once does."""
     kind = type(module)
-    if _is_hf_conv1d(kind):
+    if is_hf_conv1d(kind):
         return HFConv1DTarget(module)
-    base = base_of(kind) if vouched or is_trusted(kind) else kind
-    return ADAPTERS[base](module) if base in ADAPTERS else None
+    if kind not in ADAPTERS and (vouched or is_trusted(kind)):
+        kind = base_of(kind)
+    return ADAPTERS[kind](module) if kind in ADAPTERS else None
+
+
+def adapter_of(layer: LowRankLayer) -> type[Target]:
+    """The adapter that built a low-rank layer; ValueError for a kind that nobody registered."""
+    if layer.kind not in _BY_KIND:
+        raise ValueError(f"no layer type is called {layer.kind!r}; there are {', '.join(_BY_KIND)}")
+    return _BY_KIND[layer.kind]
 
 
 def with_groups(shape: Shape, rank: int, groups_out: bool, pivoted: bool = False) -> Shape:
@@ -187,63 +241,11 @@ def with_groups(shape: Shape, rank: int, groups_out: bool, pivoted: bool = False
     return replace(shape, down_groups=groups, up_groups=groups if groups_out else 1, pivoted=pivoted)
 
 
-def why_not(module: nn.Module) -> list[str]:
-    """Every reason for which this module, taken alone, cannot be replaced; [] means it can."""
-    if isinstance(module, LOW_RANK):
-        return ["already low-rank"]
-    weight = getattr(module, "weight", None)
-    if is_lazy(weight):
-        return ["its weight is not initialized yet"]
-    if target(module) is None:
-        return [_why_not_type(module)]
-    if type(weight) is not nn.Parameter or "weight" not in module._parameters:
-        return [f"its weight is a {type(weight).__name__}, not a plain parameter (weight_norm, pruning, quantization)"]
-    reasons = []
-    if weight.is_meta:
-        reasons.append("its weight is on the meta device (offloaded or not loaded)")
-    elif weight.dtype not in _DTYPES:
-        reasons.append(f"its weight is {weight.dtype}")
-    extra = [n for n, _ in module.named_parameters() if n not in ("weight", "bias")]
-    if extra := extra + [n for n, _ in module.named_buffers()]:
-        reasons.append(f"it carries extra state: {', '.join(extra)}")
-    # weight_norm leaves one of torch behind when its parametrization goes; it only renames entries of old checkpoints.
-    loading = [h for h in module._load_state_dict_pre_hooks.values() if h.hook.__module__ != parametrizations.__name__]
-    if module._state_dict_hooks or loading:
-        reasons.append("it has state-dict hooks, made for a dense weight")
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
-        reasons.append("its forward was patched on the instance")
-    if not reasons and type(module) not in ADAPTERS and is_trusted(type(module)) and (reason := disagreement(module)):
-        reasons.append(f"treat_as_base does not hold: {reason}")
-    return reasons or _why_not_shape(target(module).shape())
-
-
-def _why_not_type(module: nn.Module) -> str:
-    kind = type(module)
-    if nn.utils.parametrize.is_parametrized(module):
-        return f"its {', '.join(module.parametrizations)} is parametrized"
-    # Namesakes are common: quantized layers, other packages' Linear.
-    name = kind.__qualname__ if kind.__module__.startswith("torch.nn.") else f"{kind.__module__}.{kind.__qualname__}"
-    if (base := base_of(kind)) is not None:
-        return (
-            f"{name} is a subclass of {base.__name__}: if it only casts or adds up in another order, "
-            "shrank.treat_as_base(class) has it checked and taken for its base"
-        )
-    if any(_is_hf_conv1d(c) for c in kind.__mro__):
-        return f"{name} is a subclass of transformers' Conv1D"
-    return f"{name} is not a supported layer type"
-
-
-def _why_not_shape(shape: Shape) -> list[str]:
-    if shape.groups > 1 and shape.max_rank == shape.groups:
-        return [f"depthwise: each of its {shape.groups} groups already has rank 1"]
-    return [] if shape.dense_params else ["it is empty"]
-
-
 def is_lazy(parameter: object) -> bool:
     """Whether a parameter gets its shape at the first forward."""
     return isinstance(parameter, UninitializedTensorMixin)
 
 
-def _is_hf_conv1d(kind: type) -> bool:
+def is_hf_conv1d(kind: type) -> bool:
     # By name: a model that has such a layer imported it, so shrank need not import transformers to recognise it.
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")

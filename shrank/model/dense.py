@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..layers.ced import CED
-from ..layers.led import LED, LEDConv1D
-from ..layers.plain import CONVOLUTIONS, why_not_quiet
-from ..layers.two_stage import memory_format, merged_bias
-from .subclasses import as_subclass
+from ..layers.low_rank import LowRankLayer
+from ..layers.plain import why_not_quiet
+from ..layers.two_stage import merged_bias
+from .adapters import adapter_of
 from .surgery import Site
 
 
@@ -23,7 +21,7 @@ def require_plain(sites: Iterable[Site], what: str) -> None:
         raise ValueError(f"these layers cannot be {what}; nothing was changed:\n  " + "\n  ".join(problems[:10]) + more)
 
 
-def why_not_dense(layer: LED | CED) -> str:
+def why_not_dense(layer: LowRankLayer) -> str:
     """What a dense layer made of this one's parameters would lack; '' if nothing."""
     if reason := layer.why_not_plain():
         return reason
@@ -35,44 +33,10 @@ def why_not_dense(layer: LED | CED) -> str:
     return ""
 
 
-def dense_twin(layer: LED | CED) -> nn.Module:
+def dense_twin(layer: LowRankLayer) -> nn.Module:
     """The dense module that a low-rank layer stands for, with the product of its factors as weight."""
-    bias, weight = merged_bias(layer.stages), layer.dense_weight().detach()
-    meta = {"device": "meta", "dtype": weight.dtype}
-    if isinstance(layer, LEDConv1D):
-        from transformers.pytorch_utils import Conv1D
-
-        dense = Conv1D(layer.nf, layer.nx)
-    elif isinstance(layer, LED):
-        dense = nn.Linear(layer.in_features, layer.out_features, bias is not None, **meta)
-    else:
-        groups, weight = _dense_groups(layer, weight)
-        dense = CONVOLUTIONS[len(layer.kernel_size)](
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            groups,
-            bias is not None,
-            layer.padding_mode,
-            **meta,
-        )
-        weight = weight.contiguous(memory_format=memory_format(layer.down))
-    dense.weight = nn.Parameter(weight)
+    dense, bias = adapter_of(layer).dense_from(layer), merged_bias(layer.stages)
+    dense.weight = nn.Parameter(layer.dense_weight_like(dense))
     if bias is not None:
         dense.bias = nn.Parameter(bias.detach())
-    return as_subclass(dense, layer[0])
-
-
-def _dense_groups(layer: CED, weight: Tensor) -> tuple[int, Tensor]:
-    """The groups of the merged convolution and its kernel: grouped where nothing crosses the first stage's groups."""
-    G = layer.down_groups
-    if layer.up_groups == G or layer.out_channels % G:
-        return layer.groups, weight
-    blocks = weight.unflatten(0, (G, -1)).unflatten(2, (G, -1))  # (G, out/G, G, in/G, *kernel)
-    own = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    if torch.count_nonzero(blocks) != torch.count_nonzero(own):
-        return layer.groups, weight
-    return G, own.flatten(0, 1).contiguous()
+    return dense

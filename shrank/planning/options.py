@@ -11,7 +11,8 @@ from typing import Literal
 from torch import nn
 
 from ..linalg import Shape
-from ..model.adapters import Target, target, why_not, with_groups
+from ..model.adapters import Target, target, with_groups
+from ..model.refusals import why_not
 from ..model.surgery import Site
 from ..util.names import checks_keywords, unknown_keyword
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from ..layers.low_rank import UNITS
 from ..linalg import Shape
 from ..util.files import replacing
 from .plan_checks import FORMAT, check_plan
@@ -98,7 +99,7 @@ class RankPlan:
     def inside(self, fqn: str, relative: bool = True) -> RankPlan:
         """The layers that are stages of this low-rank layer, named from it on if `relative`."""
         prefix = f"{fqn}." if fqn else ""
-        inner = [x for x in self.low_rank if x.fqn.startswith((f"{prefix}led_unit.", f"{prefix}ced_unit."))]
+        inner = [x for x in self.low_rank if x.fqn.startswith(tuple(f"{prefix}{unit}." for unit in UNITS))]
         return RankPlan(tuple(replace(x, fqn=x.fqn.removeprefix(prefix)) if relative else x for x in inner))
 
     @property

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..compression.apply import attach_empty, describe, expected_state, indented
-from ..layers.plain import CONVOLUTIONS, why_not_numbers
+from ..layers.low_rank import UNITS
+from ..layers.plain import why_not_numbers
 from ..layers.seal import sealed_names
 from ..layers.two_stage import memory_format
 from ..planning.plan import RankPlan
@@ -18,7 +19,6 @@ from ..util import tensor_file
 from .checks import check_saveable, seals
 
 METADATA_KEY = "shrank"
-CONVOLUTION_KINDS = {c.__name__ for c in CONVOLUTIONS.values()}
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,8 @@ def _missing_factors(plan: RankPlan, shapes: dict[str, tuple[int, ...]]) -> list
     """Names of factors of planned layers that a checkpoint lacks or holds in another shape than the plan says."""
     missing = []
     for layer in plan.low_rank:
-        unit = "ced_unit" if layer.kind in CONVOLUTION_KINDS else "led_unit"
+        prefix = f"{layer.fqn}." if layer.fqn else ""
+        unit = next((u for u in UNITS if any(name.startswith(f"{prefix}{u}.") for name in shapes)), UNITS[0])
         down, up = (shapes.get(f"{layer.fqn}.{unit}.{stage}.weight".lstrip("."), ()) for stage in (0, 1))
         if down[:1] != (layer.rank,):
             missing.append(f"{layer.fqn}.{unit}.0.weight")

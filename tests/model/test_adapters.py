@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import shrank
-from shrank.model.adapters import memory_format, why_not
+from shrank.layers.two_stage import memory_format
+from shrank.model.refusals import why_not
 from tests.common.models import draw, seeded
 from tests.common.tolerances import assert_close
 
