@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import shrank
+from shrank.ops.availability import constant
 from tests.common.linear_cases import LinearCase
 
 CASE = LinearCase((4,), 32, 24, 8, True, "silu", True)
@@ -62,3 +66,32 @@ def test_a_fake_tensor_of_a_device_that_is_elsewhere_asks_for_no_device() -> Non
         x, down, up = (torch.empty(shape, device="cuda:1") for shape in ((4, 32), (8, 32), (16, 8)))
         assert shrank.why_not(x, down, up) == shrank.why_not()
         assert shrank.low_rank_linear(x, down, up).shape == (4, 16)
+
+
+def test_the_mark_of_constants_is_that_of_torch() -> None:
+    def own() -> None: ...
+
+    def theirs() -> None: ...
+
+    assert vars(constant(own)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
+
+
+def test_importing_shrank_brings_nothing_that_takes_a_second() -> None:
+    heavy = [
+        "torch._dynamo",
+        "torch._inductor",
+        "sympy",
+        "transformers",
+        "accelerate",
+        "diffusers",
+        "peft",
+        "matplotlib",
+        "numpy.testing",
+        "typer",
+        "pandas",
+    ]
+    code = (
+        f"import torch; before = set(sys.modules); import shrank; print(*({{*{heavy!r}}} & set(sys.modules) - before))"
+    )
+    found = subprocess.run([sys.executable, "-c", f"import sys; {code}"], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
