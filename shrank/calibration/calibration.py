@@ -22,7 +22,7 @@ from ..model.hooks import frozen, hooked, in_eval_mode
 from ..model.refusals import why_not
 from ..model.surgery import Site, walk
 from ..util import tensor_file
-from ..util.files import replacing
+from ..util.files import write_text
 from ..util.fingerprint import Unhashable, fingerprint
 from ..util.names import checks_keywords
 from ..util.progress import track
@@ -224,9 +224,7 @@ def _survey(
         return Survey(**json.loads(file.read_text()))
     seen = survey(model, sites, batches, masking, others)
     warn_of_masks_that_fit_nothing(batches)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as path:
-        path.write_text(json.dumps(asdict(seen)))
+    write_text(file, json.dumps(asdict(seen)))
     return seen
 
 

@@ -13,7 +13,6 @@ from .plain import why_no_matrix, why_not_plain
 from .seal import drop_seal
 from .two_stage import assign_bias, is_pivoted, merged_bias, run, set_stages
 
-UNITS = ("led_unit", "ced_unit")  # what the sequence of stages is called, in attributes and checkpoints
 _NAMES = ("down", "up")
 
 

@@ -12,9 +12,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .two_stage import UNITS
+
 DENSE_NAME = "weight"
 _TEXT = b"shrank"
-_UNIT = re.compile(r"(?P<dot>^|\.)(?:led|ced)_unit\.")
+_UNIT = re.compile(rf"(?P<dot>^|\.)(?:{'|'.join(UNITS)})\.")
 
 
 def seal(dense_shape: tuple[int, ...]) -> Tensor:

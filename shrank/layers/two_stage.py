@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.dispatch import Backend, current_backend
 
+UNITS = ("led_unit", "ced_unit")  # what the sequence of stages is called, in attributes and checkpoints
 NO_PIVOTED_KERNEL = "backend is native, but the native kernels do not know pivoted storage: auto_fact(..., pivot=False)"
 
 

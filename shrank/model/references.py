@@ -16,6 +16,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from ..util.nested import attributes
+
 _ATOMS = (
     str,
     bytes,
@@ -144,9 +146,7 @@ def _of_function(value: types.FunctionType, place: Place) -> Iterator[tuple[obje
 
 def _of_object(value: object, place: Place) -> Iterator[tuple[object, Place]]:
     """Attributes of an object, in its dictionary or in slots; of an unregistered module its registered ones too."""
-    names = [name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)]
-    for name in (*getattr(value, "__dict__", ()), *names):
-        inner = object.__getattribute__(value, name)
+    for name, inner in attributes(value).items():
         if not isinstance(inner, _ATOMS):
             yield (
                 inner,
@@ -156,15 +156,6 @@ def _of_object(value: object, place: Place) -> Iterator[tuple[object, Place]]:
                     partial(object.__setattr__, value, name),
                 ),
             )
-
-
-def _slots(kind: type) -> tuple[str, ...]:
-    slots = kind.__dict__.get("__slots__", ())
-    return tuple(
-        name
-        for name in ((slots,) if isinstance(slots, str) else slots)
-        if name not in ("__dict__", "__weakref__") and not name.startswith("__")
-    )
 
 
 def _part(

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from ..util.files import replacing
+from ..util.files import write_text
 
 FORMAT = 1
 
@@ -55,8 +55,7 @@ class LatencyTable:
         Args:
             path: The file; an older one is replaced in one step.
         """
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        write_text(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LatencyTable:

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..layers.low_rank import UNITS
+from ..layers.two_stage import UNITS
 from ..linalg import Shape
-from ..util.files import replacing
+from ..util.files import write_text
 from .plan_checks import FORMAT, check_plan
 from .tables import text
 
@@ -186,8 +186,7 @@ class RankPlan:
         Args:
             path: The file; an older one is replaced in one step.
         """
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> RankPlan:

@@ -7,11 +7,10 @@ import html
 import io
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..planning.plan import LayerPlan, RankPlan
-from ..util.files import replacing
+from ..util.files import write_text
 from .drawings import figures
 
 if TYPE_CHECKING:
@@ -53,8 +52,7 @@ def report(plan: RankPlan, path: str | os.PathLike) -> None:
         f"<p>{html.escape(plan.summary)}</p>\n{_totals(plan)}{pictures}<h2>Every layer</h2>\n{_table(plan)}\n"
         f"<script type='application/json' id='plan'>{_json(plan)}</script>\n</body></html>\n"
     )
-    with replacing(path) as temporary:
-        Path(temporary).write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def _png(figure: Figure) -> str:

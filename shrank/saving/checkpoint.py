@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..compression.apply import attach_empty, describe, expected_state, indented
-from ..layers.low_rank import UNITS
 from ..layers.plain import why_not_numbers
 from ..layers.seal import sealed_names
-from ..layers.two_stage import memory_format
+from ..layers.two_stage import UNITS, memory_format
 from ..planning.plan import RankPlan
 from ..util import tensor_file
 from .checks import check_saveable, seals

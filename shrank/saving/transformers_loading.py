@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..compression.apply import attach_empty, merge
 from ..layers.seal import DENSE_NAME
-from ..layers.two_stage import Pivots
+from ..layers.two_stage import UNITS, Pivots
 from ..linalg import Shape
 from ..model.adapters import LOW_RANK, target
 from ..planning.plan import RankPlan
@@ -228,4 +228,4 @@ def _size(shape: Shape) -> tuple[int, int]:
 
 def _outer(name: str) -> str:
     """The layer of the dense model to which a name belongs: stages of low-rank layers are not in it."""
-    return re.split(r"\.?(?:led|ced)_unit\.", name)[0]
+    return re.split(rf"\.?(?:{'|'.join(UNITS)})\.", name)[0]

@@ -29,6 +29,12 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             raise
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def _set_default_mode(path: Path) -> None:
     """Give written files the mode of any new file: safetensors creates its files readable to their owner alone."""
     probe = path.parent / "mode"
