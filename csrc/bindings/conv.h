@@ -5,6 +5,5 @@
 namespace shrank {
 
 void bind_conv(pybind11::module_ m);
-void bind_select_conv(pybind11::module_ m);  // into the module `select`
 
 }  // namespace shrank

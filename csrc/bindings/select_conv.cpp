@@ -1,10 +1,11 @@
 // What select knows of convolutions, for tests.
+#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "../select/conv_cost.h"
 #include "../select/conv_select.h"
 #include "../select/explain.h"
-#include "conv.h"
+#include "select.h"
 
 namespace py = pybind11;
 using namespace py::literals;

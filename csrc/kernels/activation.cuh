@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "../arch/scalar.cuh"
-#include "../select/problem.h"
+#include "../select/vocabulary.h"
 
 namespace shrank {
 

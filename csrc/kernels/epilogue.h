@@ -3,8 +3,7 @@
 
 #include <cstdint>
 
-#include "../select/problem.h"
-#include "../select/select.h"
+#include "../select/epilogue_tile.h"
 
 namespace shrank {
 

@@ -9,7 +9,7 @@
 
 namespace shrank {
 
-template <typename T, std::size_t I> struct ConvKernel {
+template <typename T, std::size_t I> struct ConvKernelOf {
   static constexpr ConvTile kTile = kConvTiles[I];
   using type = std::conditional_t<kTile.gather == Gather::depthwise,
                                   LowRankDepthwise<T, kTile.tile.block_m, kTile.tile.max_rank>,
@@ -19,7 +19,7 @@ template <typename T, std::size_t I> struct ConvKernel {
 // Calls visit with the type of the tile's kernel, wrapped; false if there is none.
 template <typename T, typename Visit, std::size_t... I>
 bool with_conv_kernel(const ConvTile& tile, const Visit& visit, std::index_sequence<I...>) {
-  return ((tile == kConvTiles[I] && (visit(ConvKernel<T, I>{}), true)) || ...);
+  return ((tile == kConvTiles[I] && (visit(ConvKernelOf<T, I>{}), true)) || ...);
 }
 
 template <typename T, typename Visit> bool with_conv_kernel(const ConvTile& tile, const Visit& visit) {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../select/linear_tile.h"
-#include "../select/problem.h"
+#include "../select/linear_problem.h"
 
 namespace shrank {
 

@@ -38,7 +38,7 @@ const Device& device_of(std::string_view gpu) {
 
 std::string explain_for(int64_t M, int64_t K, int64_t N, int64_t R, std::string_view dtype, std::string_view activation,
                         bool bias, bool residual, bool training, std::string_view gpu) {
-  const Problem problem{M, K, N, R, parse_dtype(dtype), parse_activation(activation), bias, residual, training};
+  const LinearProblem problem{M, K, N, R, parse_dtype(dtype), parse_activation(activation), bias, residual, training};
   return explain(problem, device_of(gpu));
 }
 

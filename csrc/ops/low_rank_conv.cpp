@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "../select/conv_select.h"
-#include "../select/select.h"
+#include "../select/linear_select.h"
 
 namespace shrank {
 namespace {
@@ -174,7 +174,7 @@ Tensor second_stage(const LowRankConv& args, const Tensor& h) {
 }
 
 // One kernel of ours, from x.
-Stages with_fused(const LowRankConv& args, const ConvProblem& problem, const ConvGrid& grid, const Backend& backend) {
+Stages with_fused(const LowRankConv& args, const ConvProblem& problem, const ConvGrid& grid, const Runtime& runtime) {
   const Tensor y = empty_output(problem, args.x, problem.N, true);
   Stages stages{y, std::nullopt, std::nullopt};
   if (problem.training) stages.h = empty_output(problem, args.x, problem.R, true);
@@ -190,16 +190,16 @@ Stages with_fused(const LowRankConv& args, const ConvProblem& problem, const Con
   params.z = mutable_data_of(stages.z);
   params.y = y.mutable_data_ptr();
   const int index = y.get_device_index();
-  backend.conv(params, grid, backend.device(index), index);
+  runtime.conv(params, grid, runtime.device(index), index);
   return stages;
 }
 
 // The second stage and all that follows by a kernel of ours: with channels last, pixels are rows.
 Stages with_expand(const LowRankConv& args, const ConvProblem& problem, const LinearGrid& grid,
-                   const Backend& backend) {
+                   const Runtime& runtime) {
   const Tensor h = with_channels_last(first_stage(args)), y = empty_output(problem, args.x, problem.N, true);
   Stages stages{y, h, std::nullopt};
-  const Problem rows = pointwise(problem);
+  const LinearProblem rows = pointwise(problem);
   if (keeps_preactivation(rows)) stages.z = empty_output(problem, args.x, problem.N, true);
   const int index = y.get_device_index();
   const LowRankLinearParams params{nullptr,
@@ -216,14 +216,14 @@ Stages with_expand(const LowRankConv& args, const ConvProblem& problem, const Li
                                    static_cast<int>(rows.R),
                                    rows.dtype,
                                    rows.activation};
-  backend.linear(params, grid, backend.device(index), index);
+  runtime.linear(params, grid, runtime.device(index), index);
   return stages;
 }
 
 // activation(z) + residual, in place of z unless training keeps it.
-Stages with_epilogue(const LowRankConv& args, const ConvProblem& problem, bool channels_last, const Backend& backend) {
+Stages with_epilogue(const LowRankConv& args, const ConvProblem& problem, bool channels_last, const Runtime& runtime) {
   const Tensor h = in_format(first_stage(args), channels_last), z = in_format(second_stage(args, h), channels_last);
-  Problem rows = pointwise(problem);
+  LinearProblem rows = pointwise(problem);
   const bool keep_z = keeps_preactivation(rows);
   const Tensor y = keep_z ? empty_output(problem, args.x, problem.N, channels_last) : z;
   std::optional<Tensor> residual;
@@ -232,22 +232,22 @@ Stages with_epilogue(const LowRankConv& args, const ConvProblem& problem, bool c
                               rows.dtype,         rows.activation};
   rows.aligned = aligned(params.z) && aligned(params.residual) && aligned(params.y);
   const int index = z.get_device_index();
-  backend.epilogue(params, epilogue_tile(rows, backend.device(index)), index);
+  runtime.epilogue(params, epilogue_tile(rows, runtime.device(index)), index);
   return {y, h, keep_z ? std::optional(z) : std::nullopt};
 }
 
-Stages run(const LowRankConv& args, bool training, const Backend& backend) {
+Stages run(const LowRankConv& args, bool training, const Runtime& runtime) {
   ConvProblem problem = checked_problem(args, training);
   const bool channels_last = wants_channels_last(args.x, args.down);
   problem.channels_last = channels_last && aligned(args.x.const_data_ptr()) && is_plain(args.up) &&
                           is_plain(args.bias) && aligned(args.down.const_data_ptr()) &&
                           (!args.residual ||
                            (has_channels_last(*args.residual) && aligned(args.residual->const_data_ptr())));
-  const ConvChoice& choice = recall(problem, backend.device(args.x.get_device_index()));
+  const ConvChoice& choice = recall(problem, runtime.device(args.x.get_device_index()));
   switch (choice.kernel) {
-    case ConvKernel::fused: return with_fused(args, problem, choice.grid, backend);
-    case ConvKernel::conv_expand: return with_expand(args, problem, choice.expand_grid, backend);
-    case ConvKernel::two_convs_epilogue: return with_epilogue(args, problem, channels_last, backend);
+    case ConvKernel::fused: return with_fused(args, problem, choice.grid, runtime);
+    case ConvKernel::conv_expand: return with_expand(args, problem, choice.expand_grid, runtime);
+    case ConvKernel::two_convs_epilogue: return with_epilogue(args, problem, channels_last, runtime);
     case ConvKernel::two_convs: break;
   }
   SHRANK_CONV_CHECK(problem.activation == Activation::none && !problem.residual,
@@ -258,10 +258,10 @@ Stages run(const LowRankConv& args, bool training, const Backend& backend) {
 
 }  // namespace
 
-Tensor low_rank_conv(const LowRankConv& args, const Backend& backend) { return run(args, false, backend).y; }
+Tensor low_rank_conv(const LowRankConv& args, const Runtime& runtime) { return run(args, false, runtime).y; }
 
-std::tuple<Tensor, Tensor, Tensor> low_rank_conv_train(const LowRankConv& args, const Backend& backend) {
-  Stages stages = run(args, true, backend);
+std::tuple<Tensor, Tensor, Tensor> low_rank_conv_train(const LowRankConv& args, const Runtime& runtime) {
+  Stages stages = run(args, true, runtime);
   if (!stages.z) stages.z = torch::stable::new_empty(stages.y, {0});
   return {stages.y, *stages.h, *stages.z};
 }

@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "backend.h"
+#include "runtime.h"
 #include "tensors.h"
 
 namespace shrank {
@@ -26,32 +26,32 @@ struct LowRankConv {
   const std::optional<Tensor>& residual;
 };
 
-Tensor low_rank_conv(const LowRankConv& args, const Backend& backend);
-std::tuple<Tensor, Tensor, Tensor> low_rank_conv_train(const LowRankConv& args, const Backend& backend);
+Tensor low_rank_conv(const LowRankConv& args, const Runtime& runtime);
+std::tuple<Tensor, Tensor, Tensor> low_rank_conv_train(const LowRankConv& args, const Runtime& runtime);
 
-// Registers both for one dispatch key: `backend` is a constexpr Backend.
-#define SHRANK_IMPL_LOW_RANK_CONV(library, backend)                                                                    \
-  library.impl("low_rank_conv", TORCH_BOX((&::shrank::boxed::low_rank_conv<&backend>)));                               \
-  library.impl("low_rank_conv_train", TORCH_BOX((&::shrank::boxed::low_rank_conv_train<&backend>)))
+// Registers both for one dispatch key: `runtime` is a constexpr Runtime.
+#define SHRANK_IMPL_LOW_RANK_CONV(library, runtime)                                                                    \
+  library.impl("low_rank_conv", TORCH_BOX((&::shrank::boxed::low_rank_conv<&runtime>)));                               \
+  library.impl("low_rank_conv_train", TORCH_BOX((&::shrank::boxed::low_rank_conv_train<&runtime>)))
 
 namespace boxed {
 
-template <const Backend* backend>
+template <const Runtime* runtime>
 Tensor low_rank_conv(const Tensor& x, const Tensor& down, const Tensor& up, const std::optional<Tensor>& bias,
                      const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
                      int64_t up_groups, std::string_view activation, const std::optional<Tensor>& residual) {
   return shrank::low_rank_conv({x, down, up, bias, stride, padding, dilation, groups, up_groups, activation, residual},
-                               *backend);
+                               *runtime);
 }
 
-template <const Backend* backend>
+template <const Runtime* runtime>
 std::tuple<Tensor, Tensor, Tensor> low_rank_conv_train(const Tensor& x, const Tensor& down, const Tensor& up,
                                                        const std::optional<Tensor>& bias, const Sizes& stride,
                                                        const Sizes& padding, const Sizes& dilation, int64_t groups,
                                                        int64_t up_groups, std::string_view activation,
                                                        const std::optional<Tensor>& residual) {
   return shrank::low_rank_conv_train(
-      {x, down, up, bias, stride, padding, dilation, groups, up_groups, activation, residual}, *backend);
+      {x, down, up, bias, stride, padding, dilation, groups, up_groups, activation, residual}, *runtime);
 }
 
 }  // namespace boxed

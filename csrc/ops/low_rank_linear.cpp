@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "../select/select.h"
+#include "../select/linear_select.h"
 
 namespace shrank {
 namespace {
@@ -10,7 +10,7 @@ namespace {
 constexpr const char* kOp = "shrank::low_rank_linear";
 
 // The law of ops/linear.py, which eager calls do not pass through; tests/ops/test_law.py holds both to one table.
-Problem checked_problem(const LowRankLinear& args, bool training) {
+LinearProblem checked_problem(const LowRankLinear& args, bool training) {
   const auto& [x, down, up, bias, activation, residual] = args;
   STD_TORCH_CHECK(x.dim() >= 1, "shrank::low_rank_linear: x is 0-dimensional, wanted (..., K)");
   const int64_t K = x.size(x.dim() - 1);
@@ -59,8 +59,8 @@ Tensor rows_like(const Tensor& x, int64_t columns) {
 }
 
 // One kernel of ours, from x; or, given h, from that.
-Stages with_kernel(const LowRankLinear& args, const Problem& problem, std::optional<Tensor> h, const LinearGrid& grid,
-                   const Backend& backend) {
+Stages with_kernel(const LowRankLinear& args, const LinearProblem& problem, std::optional<Tensor> h,
+                   const LinearGrid& grid, const Runtime& runtime) {
   const Tensor y = rows_like(args.x, problem.N);
   const bool from_h = h.has_value();
   if (problem.training && !from_h) h = rows_like(args.x, problem.R);
@@ -81,12 +81,12 @@ Stages with_kernel(const LowRankLinear& args, const Problem& problem, std::optio
                                    static_cast<int>(problem.R),
                                    problem.dtype,
                                    problem.activation};
-  backend.linear(params, grid, backend.device(index), index);
+  runtime.linear(params, grid, runtime.device(index), index);
   return {y, h, z};
 }
 
 // activation(z) + residual, in place of z unless training keeps it.
-Stages with_epilogue(const LowRankLinear& args, Problem& problem, const Tensor& h, const Backend& backend) {
+Stages with_epilogue(const LowRankLinear& args, LinearProblem& problem, const Tensor& h, const Runtime& runtime) {
   // The bias goes into the GEMM, where it is free; z is then what the backward pass needs, with no pass of its own.
   const Tensor z = as_contiguous(linear(h, args.up, args.bias));
   const bool keep_z = keeps_preactivation(problem);
@@ -102,35 +102,35 @@ Stages with_epilogue(const LowRankLinear& args, Problem& problem, const Tensor& 
                               problem.activation};
   problem.aligned = aligned(params.z) && aligned(params.residual) && aligned(params.y);
   const int index = z.get_device_index();
-  backend.epilogue(params, epilogue_tile(problem, backend.device(index)), index);
+  runtime.epilogue(params, epilogue_tile(problem, runtime.device(index)), index);
   return {y, h, keep_z ? std::optional(z) : std::nullopt};
 }
 
-Stages run(const LowRankLinear& args, bool training, const Backend& backend) {
-  Problem problem = checked_problem(args, training);
+Stages run(const LowRankLinear& args, bool training, const Runtime& runtime) {
+  LinearProblem problem = checked_problem(args, training);
   problem.aligned = is_plain(args.x) && is_plain(args.down) && is_plain(args.up) && is_plain(args.bias) &&
                     is_plain(args.residual);
-  const KernelChoice choice = recall(problem, backend.device(args.x.get_device_index()));
-  if (choice.kernel == Kernel::fused) return with_kernel(args, problem, std::nullopt, choice.grid, backend);
+  const LinearChoice choice = recall(problem, runtime.device(args.x.get_device_index()));
+  if (choice.kernel == LinearKernel::fused) return with_kernel(args, problem, std::nullopt, choice.grid, runtime);
   const Tensor h = linear(args.x, args.down, std::nullopt);
   switch (choice.kernel) {
-    case Kernel::gemm_expand: return with_kernel(args, problem, as_contiguous(h), choice.grid, backend);
-    case Kernel::two_gemms_epilogue: return with_epilogue(args, problem, h, backend);
-    case Kernel::two_gemms:
+    case LinearKernel::gemm_expand: return with_kernel(args, problem, as_contiguous(h), choice.grid, runtime);
+    case LinearKernel::two_gemms_epilogue: return with_epilogue(args, problem, h, runtime);
+    case LinearKernel::two_gemms:
       STD_TORCH_CHECK(problem.activation == Activation::none && !problem.residual,
                       "shrank::low_rank_linear: two GEMMs alone apply no activation and no residual");
       return {linear(h, args.up, args.bias), h, std::nullopt};
-    case Kernel::fused: break;
+    case LinearKernel::fused: break;
   }
   STD_TORCH_CHECK(false, "shrank::low_rank_linear: select chose an unknown kernel");
 }
 
 }  // namespace
 
-Tensor low_rank_linear(const LowRankLinear& args, const Backend& backend) { return run(args, false, backend).y; }
+Tensor low_rank_linear(const LowRankLinear& args, const Runtime& runtime) { return run(args, false, runtime).y; }
 
-std::tuple<Tensor, Tensor, Tensor> low_rank_linear_train(const LowRankLinear& args, const Backend& backend) {
-  Stages stages = run(args, true, backend);
+std::tuple<Tensor, Tensor, Tensor> low_rank_linear_train(const LowRankLinear& args, const Runtime& runtime) {
+  Stages stages = run(args, true, runtime);
   if (!stages.z) stages.z = torch::stable::new_empty(stages.y, {0});
   return {as_contiguous(stages.y), as_contiguous(*stages.h), *stages.z};
 }

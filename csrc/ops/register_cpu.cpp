@@ -30,7 +30,7 @@ void conv(const LowRankConvParams&, const ConvGrid&, const Device&, int) {
   throw std::logic_error("shrank::low_rank_conv: select chose a GPU's kernel on a CPU");
 }
 
-constexpr Backend cpu{device, epilogue, linear, conv};
+constexpr Runtime cpu{device, epilogue, linear, conv};
 
 }  // namespace
 }  // namespace shrank

@@ -33,7 +33,7 @@ void conv(const LowRankConvParams& params, const ConvGrid& grid, const Device& d
   on_device(index, [&](void* stream) { launch_low_rank_conv(params, grid, device.arch >= 90, stream); });
 }
 
-constexpr Backend cuda{cuda_device, epilogue, linear, conv};
+constexpr Runtime cuda{cuda_device, epilogue, linear, conv};
 
 }  // namespace
 }  // namespace shrank

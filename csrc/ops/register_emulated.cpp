@@ -29,7 +29,7 @@ void conv(const LowRankConvParams& params, const ConvGrid& grid, const Device&, 
   if (!result.problems.empty()) throw std::runtime_error("shrank::low_rank_conv: " + result.problems.front());
 }
 
-constexpr Backend emulated{device, epilogue, linear, conv};
+constexpr Runtime emulated{device, epilogue, linear, conv};
 
 }  // namespace
 }  // namespace shrank

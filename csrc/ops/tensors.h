@@ -12,7 +12,7 @@
 #include <string_view>
 #include <vector>
 
-#include "../select/problem.h"
+#include "../select/vocabulary.h"
 
 namespace shrank {
 

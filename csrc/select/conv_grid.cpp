@@ -5,6 +5,7 @@
 
 #include "conv_cost.h"
 #include "cost.h"
+#include "integers.h"
 
 namespace shrank {
 namespace {
@@ -22,8 +23,6 @@ constexpr double kCopyInstructions = 20, kNumberInstructions = 24;
 // sm_80, sm_89, sm_90).
 constexpr double kBeyondShared = 29 * 1024;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 bool whole_groups(const ConvProblem& p) {
   return p.groups > p.up_groups ? p.groups % p.up_groups == 0 : p.up_groups % p.groups == 0;
 }
@@ -38,8 +37,6 @@ bool suits(const ConvTile& tile, const ConvProblem& p, const Device& d) {
          tile.shared_bytes() <= d.smem_per_block;
 }
 
-double wide(int64_t number) { return static_cast<double>(number); }
-
 // Blocks that share an SM, by their shared memory; more than two have too many registers.
 int resident(const ConvTile& tile, const Device& d) { return 2 * tile.shared_bytes() <= d.smem_per_block ? 2 : 1; }
 
@@ -47,14 +44,14 @@ int resident(const ConvTile& tile, const Device& d) { return 2 * tile.shared_byt
 // origin to the last and a window beyond, if L1 holds that; else again for each line of the window, if it holds a line;
 // else for each tap.
 double pixels_read(const ConvProblem& p, const ConvTile& tile, double channels, const Device& d) {
-  const double rows = wide(p.in[1]), line = wide(p.in[2]), block_m = tile.tile.block_m;
-  const auto reach = [&](std::size_t i) { return wide((p.kernel[i] - 1) * p.dilation[i]); };
-  const double span = block_m * wide(volume(p.in)) / wide(volume(p.out())) + reach(2);
+  const double rows = real(p.in[1]), line = real(p.in[2]), block_m = tile.tile.block_m;
+  const auto reach = [&](std::size_t i) { return real((p.kernel[i] - 1) * p.dilation[i]); };
+  const double span = block_m * real(volume(p.in)) / real(volume(p.out())) + reach(2);
   const double room = d.smem_per_block + kBeyondShared - resident(tile, d) * tile.shared_bytes();
   const auto fits = [&](double pixels) { return resident(tile, d) * pixels * channels * bytes(p.dtype) <= room; };
-  const double all = span + (reach(0) * rows + reach(1)) * line, taps = block_m * wide(p.taps());
+  const double all = span + (reach(0) * rows + reach(1)) * line, taps = block_m * real(p.taps());
   if (fits(all)) return std::min(all, taps);
-  if (fits(span)) return std::min(span * wide(p.kernel[0] * p.kernel[1]), taps);
+  if (fits(span)) return std::min(span * real(p.kernel[0] * p.kernel[1]), taps);
   return taps;
 }
 
@@ -63,7 +60,7 @@ double pixels_read(const ConvProblem& p, const ConvTile& tile, double channels, 
 struct Work { double products, instructions, from_l1, from_l2, steps, l1_rate; };
 
 Work depthwise_work(const ConvTile& tile, const ConvProblem& p, const Device& d) {
-  const double block_m = tile.tile.block_m, rank = wide(p.R / p.up_groups), taps = wide(p.taps());
+  const double block_m = tile.tile.block_m, rank = real(p.R / p.up_groups), taps = real(p.taps());
   const double channels = std::min(rank, double{LinearTile::kPanel});
   return {0,
           block_m * rank * taps * kDepthwiseInstructions,
@@ -76,28 +73,28 @@ Work depthwise_work(const ConvTile& tile, const ConvProblem& p, const Device& d)
 Work gather_work(const ConvTile& tile, const ConvProblem& p, const Device& d) {
   const LinearTile& t = tile.tile;
   const int64_t run = run_channels(p), segments = p.segments(), runs = p.C / p.groups / run;
-  const double steps = wide(segments * runs * ceil_div(p.taps() * run, LinearTile::kPanel));
+  const double steps = real(segments * runs * ceil_div(p.taps() * run, LinearTile::kPanel));
   const double k = steps * LinearTile::kPanel;
   // Columns beyond a segment are skipped, but the warps that have them only wait.
   const int64_t busy = std::min<int64_t>(t.max_rank / t.warps_n(), ceil_div(p.R / p.up_groups / segments, 16) * 16);
   const double instructions = tile.gather == Gather::chunks ? t.block_m * k / 8 * kCopyInstructions
                                                             : (t.block_m + t.max_rank) * k * kNumberInstructions;
-  const double from_x = pixels_read(p, tile, wide(run), d) * wide(segments * runs * run);
-  return {t.block_m * k * wide(busy * t.warps_n()),       instructions, t.block_m * k,
-          from_x + wide(p.R / p.up_groups) * wide(p.K()), steps,        kL2OfOneSm};
+  const double from_x = pixels_read(p, tile, real(run), d) * real(segments * runs * run);
+  return {t.block_m * k * real(busy * t.warps_n()),       instructions, t.block_m * k,
+          from_x + real(p.R / p.up_groups) * real(p.K()), steps,        kL2OfOneSm};
 }
 
 double microseconds(const ConvGrid& grid, const ConvProblem& p, const Device& d) {
   const LinearTile& tile = grid.tile.tile;
   const bool depthwise = grid.tile.gather == Gather::depthwise;
-  const double M = wide(p.pixels()), N = wide(p.N), R = wide(p.R), rank = wide(p.R / p.up_groups), sms = d.sms;
+  const double M = real(p.pixels()), N = real(p.N), R = real(p.R), rank = real(p.R / p.up_groups), sms = d.sms;
   const int64_t blocks = grid.blocks_m * grid.blocks_n * p.up_groups;
-  const double rounds = wide(ceil_div(blocks, d.sms));
-  const double tiles = wide(ceil_div(ceil_div(p.N / p.up_groups, LinearTile::kBlockN), grid.blocks_n));
-  const double columns = tiles * LinearTile::kBlockN, real_columns = std::min(columns, wide(p.N / p.up_groups));
+  const double rounds = real(ceil_div(blocks, d.sms));
+  const double tiles = real(ceil_div(ceil_div(p.N / p.up_groups, LinearTile::kBlockN), grid.blocks_n));
+  const double columns = tiles * LinearTile::kBlockN, real_columns = std::min(columns, real(p.N / p.up_groups));
   const Work work = depthwise ? depthwise_work(grid.tile, p, d) : gather_work(grid.tile, p, d);
 
-  const double up_rank = depthwise ? wide(ceil_div(p.R / p.up_groups, 16) * 16) : tile.max_rank;
+  const double up_rank = depthwise ? real(ceil_div(p.R / p.up_groups, 16) * 16) : tile.max_rank;
   const double products = work.products + tile.block_m * up_rank * columns;
   const double arithmetic = rounds * 2 * products / (d.flops_half * mma_share(d.arch) / sms);
   const double issue = rounds * work.instructions / (instruction_rate(d) / sms);
@@ -105,19 +102,19 @@ double microseconds(const ConvGrid& grid, const ConvProblem& p, const Device& d)
   const bool turns = depthwise && resident(grid.tile, d) == 1;
   const double compute = turns ? arithmetic + issue : std::max(arithmetic, issue);
 
-  const double x = wide(p.batch * p.C) * wide(volume(p.in));
+  const double x = real(p.batch * p.C) * real(volume(p.in));
   const double ends = 1.0 + (p.residual ? 1 : 0) + (keeps_preactivation(pointwise(p)) ? 1 : 0);
-  const double moved = x + R * wide(p.K()) + N * rank + (p.bias ? N : 0) + M * N * ends + (p.training ? M * R : 0);
-  const double of_block = x / wide(grid.blocks_m) + tile.block_m * real_columns * ends;
+  const double moved = x + R * real(p.K()) + N * rank + (p.bias ? N : 0) + M * N * ends + (p.training ? M * R : 0);
+  const double of_block = x / real(grid.blocks_m) + tile.block_m * real_columns * ends;
   const double dram = std::max(moved / d.bandwidth, rounds * of_block / (kDrawOfOneSm * d.bandwidth / sms));
   const double from_l2 = work.from_l2 + real_columns * (rank + (p.residual ? tile.block_m : 0));
-  const double l2 = std::max(wide(blocks) * from_l2 / (sms * kL2PerSm), rounds * from_l2 / kL2OfOneSm);
+  const double l2 = std::max(real(blocks) * from_l2 / (sms * kL2PerSm), rounds * from_l2 / kL2OfOneSm);
   const double streams = std::max({dram, l2, rounds * work.from_l1 / work.l1_rate}) * bytes(p.dtype);
 
   // The first tap waits for DRAM, the others for what L2 or L1 has by then.
-  const double first = std::ceil(work.steps / wide(p.taps()));
+  const double first = std::ceil(work.steps / real(p.taps()));
   const double walk = (first * kDramLatencyUs + (work.steps - first) * kL2LatencyUs) / (tile.down_stages() - 1) +
-                      tiles * wide(ceil_div(p.R / p.up_groups, LinearTile::kPanel)) * kL2LatencyUs /
+                      tiles * real(ceil_div(p.R / p.up_groups, LinearTile::kPanel)) * kL2LatencyUs /
                           (tile.up_stages() - 1);
   return std::max(std::max(compute, streams) * 1e6, walk) + d.node_us;
 }

@@ -4,7 +4,7 @@
 
 #include <array>
 
-#include "problem.h"
+#include "linear_problem.h"
 
 namespace shrank {
 
@@ -46,7 +46,7 @@ struct ConvProblem {
 };
 
 // The second stage alone, or what comes after it: pixels are tokens.
-constexpr Problem pointwise(const ConvProblem& p) {
+constexpr LinearProblem pointwise(const ConvProblem& p) {
   return {p.pixels(), p.R, p.N, p.R, p.dtype, p.activation, p.bias, p.residual, p.training, p.channels_last};
 }
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "integers.h"
+
 namespace shrank {
 namespace {
 
@@ -37,15 +39,15 @@ double gemm_us(double m, double n, double k, double more, Dtype dtype, const Dev
   return std::max(work, walk_us(k)) + d.node_us;
 }
 
-double pass_us(const Problem& p, const Device& d, int times) {
-  return roofline_us(0, static_cast<double>(p.M) * static_cast<double>(p.N) * times, p.dtype, d) + d.node_us;
+double pass_us(const LinearProblem& p, const Device& d, int times) {
+  return roofline_us(0, real(p.M) * real(p.N) * times, p.dtype, d) + d.node_us;
 }
 
-double torch_tail_us(const Problem& p, const Device& d) {
+double torch_tail_us(const LinearProblem& p, const Device& d) {
   return (p.activation != Activation::none ? pass_us(p, d, 2) : 0) + (p.residual ? pass_us(p, d, 3) : 0);
 }
 
-double epilogue_us(const Problem& p, const Device& d) { return pass_us(p, d, p.residual ? 3 : 2); }
+double epilogue_us(const LinearProblem& p, const Device& d) { return pass_us(p, d, p.residual ? 3 : 2); }
 
 double mma_share(int arch) {
   if (arch >= 100 && arch < 120) return 0.2;
@@ -53,15 +55,8 @@ double mma_share(int arch) {
   return 0.85;
 }
 
-double bias_numbers(const Problem& p) { return p.bias ? static_cast<double>(p.N) : 0.0; }
+double bias_numbers(const LinearProblem& p) { return p.bias ? real(p.N) : 0.0; }
 
-bool has_tail(const Problem& p) { return p.activation != Activation::none || p.residual; }
-
-// h counts as written and read; if L2 holds it, it may never see DRAM.
-double two_gemms_us(const Problem& p, const Device& d) {
-  const auto M = static_cast<double>(p.M), K = static_cast<double>(p.K), N = static_cast<double>(p.N),
-             R = static_cast<double>(p.R);
-  return gemm_us(M, R, K, 0, p.dtype, d) + gemm_us(M, N, R, bias_numbers(p), p.dtype, d);
-}
+bool has_tail(const LinearProblem& p) { return p.activation != Activation::none || p.residual; }
 
 }  // namespace shrank

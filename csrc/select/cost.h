@@ -2,7 +2,7 @@
 #pragma once
 
 #include "device.h"
-#include "problem.h"
+#include "linear_problem.h"
 
 namespace shrank {
 
@@ -13,19 +13,16 @@ double roofline_us(double flops, double numbers, Dtype dtype, const Device& d);
 double gemm_us(double m, double n, double k, double more, Dtype dtype, const Device& d);
 
 // An elementwise kernel that reads or writes (M, N) this many times, in DRAM: a y that is still in L2 is faster.
-double pass_us(const Problem& p, const Device& d, int times);
+double pass_us(const LinearProblem& p, const Device& d, int times);
 
 // PyTorch's own: an activation reads and writes y, a residual reads two and writes one.
-double torch_tail_us(const Problem& p, const Device& d);
+double torch_tail_us(const LinearProblem& p, const Device& d);
 
 // Our epilogue kernel: one read, one write, and the residual read; in place, or beside where training keeps both.
-double epilogue_us(const Problem& p, const Device& d);
+double epilogue_us(const LinearProblem& p, const Device& d);
 
-// The two products of a low-rank layer by cuBLAS; the bias is in the second.
-double two_gemms_us(const Problem& p, const Device& d);
-
-double bias_numbers(const Problem& p);
-bool has_tail(const Problem& p);
+double bias_numbers(const LinearProblem& p);
+bool has_tail(const LinearProblem& p);
 
 // From asking to having: a panel that comes from DRAM, and one that other blocks have brought into L2. Around 500 to
 // 600 and 250 cycles on an A100 or H100, as microbenchmarks report them, and the barrier of a step: assumed.

@@ -3,7 +3,7 @@
 #include <cctype>
 #include <stdexcept>
 
-#include "problem.h"
+#include "vocabulary.h"
 
 namespace shrank {
 namespace {

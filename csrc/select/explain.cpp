@@ -5,7 +5,8 @@
 #include "conv_cost.h"
 #include "conv_select.h"
 #include "json.h"
-#include "select.h"
+#include "linear_cost.h"
+#include "linear_select.h"
 
 namespace shrank {
 namespace {
@@ -21,7 +22,7 @@ template <typename P> Object& add_end(Object& object, const P& p) {
       .add("training", json(p.training));
 }
 
-std::string json(const Problem& p) {
+std::string json(const LinearProblem& p) {
   Object object;
   object.add("M", json(p.M)).add("K", json(p.K)).add("N", json(p.N)).add("R", json(p.R));
   return add_end(object, p).add("aligned", json(p.aligned)).text();
@@ -84,7 +85,7 @@ std::string json(const ConvGrid& g) {
       .text();
 }
 
-std::string grid_of(const KernelChoice& c) { return json(c.grid); }
+std::string grid_of(const LinearChoice& c) { return json(c.grid); }
 std::string grid_of(const ConvChoice& c) {
   return c.kernel == ConvKernel::conv_expand ? json(c.expand_grid) : json(c.grid);
 }
@@ -130,7 +131,7 @@ template <typename P> std::string explain_any(const P& p, const Device& d) {
 
 }  // namespace
 
-std::string explain(const Problem& p, const Device& d) { return explain_any(p, d); }
+std::string explain(const LinearProblem& p, const Device& d) { return explain_any(p, d); }
 std::string explain(const ConvProblem& p, const Device& d) { return explain_any(p, d); }
 
 }  // namespace shrank

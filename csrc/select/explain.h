@@ -5,11 +5,11 @@
 
 #include "conv_problem.h"
 #include "device.h"
-#include "problem.h"
+#include "linear_problem.h"
 
 namespace shrank {
 
-std::string explain(const Problem& p, const Device& d);
+std::string explain(const LinearProblem& p, const Device& d);
 std::string explain(const ConvProblem& p, const Device& d);
 
 }  // namespace shrank

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cost.h"
+#include "integers.h"
 
 namespace shrank {
 namespace {
@@ -10,33 +11,30 @@ namespace {
 constexpr int kMaxRank = 256;  // of an h that a block holds
 constexpr int kMaxBlocksN = 64;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 bool fits(const LinearTile& tile, const Device& d) { return tile.shared_bytes() <= d.smem_per_block; }
 
 // The smallest rank that is compiled and holds p.R: a larger one would only multiply zeros.
-int rank_held(const Problem& p) {
+int rank_held(const LinearProblem& p) {
   int least = 0;
   for (const LinearTile& tile : kLinearTiles)
     if (tile.max_rank >= p.R && (least == 0 || tile.max_rank < least)) least = tile.max_rank;
   return least;
 }
 
-bool suits(const LinearTile& tile, const Problem& p, const Device& d, bool fused) {
+bool suits(const LinearTile& tile, const LinearProblem& p, const Device& d, bool fused) {
   return (tile.holds_h() ? tile.max_rank == rank_held(p) : !fused) && fits(tile, d);
 }
 
-double microseconds(const LinearGrid& grid, const Problem& p, const Device& d, bool fused) {
+double microseconds(const LinearGrid& grid, const LinearProblem& p, const Device& d, bool fused) {
   const LinearTile& tile = grid.tile;
-  const auto M = static_cast<double>(p.M), K = static_cast<double>(p.K), N = static_cast<double>(p.N),
-             R = static_cast<double>(p.R);
-  const double blocks = static_cast<double>(grid.blocks_m) * grid.blocks_n, sms = d.sms;
-  const double rank = tile.holds_h() ? tile.max_rank : static_cast<double>(ceil_div(p.R, 16) * 16);
-  const double columns = static_cast<double>(ceil_div(ceil_div(p.N, LinearTile::kBlockN), grid.blocks_n)) *
+  const auto M = real(p.M), K = real(p.K), N = real(p.N), R = real(p.R);
+  const double blocks = real(grid.blocks_m) * grid.blocks_n, sms = d.sms;
+  const double rank = tile.holds_h() ? tile.max_rank : real(ceil_div(p.R, 16) * 16);
+  const double columns = real(ceil_div(ceil_div(p.N, LinearTile::kBlockN), grid.blocks_n)) *
                          LinearTile::kBlockN;  // of a block that has most
 
   // The SM with most blocks ends last.
-  const double rounds = static_cast<double>(ceil_div(static_cast<int64_t>(blocks), d.sms));
+  const double rounds = real(ceil_div(static_cast<int64_t>(blocks), d.sms));
   const double flops = 2.0 * tile.block_m * rank * ((fused ? K : 0) + columns);
   const double arithmetic = rounds * flops / (d.flops_half * mma_share(d.arch) / sms);
 
@@ -52,8 +50,8 @@ double microseconds(const LinearGrid& grid, const Problem& p, const Device& d, b
   const double from_l2 = bytes(p.dtype) * (for_h + columns * (R + (p.residual ? tile.block_m : 0)));  // of a block
   const double l2 = std::max(blocks * from_l2 / (sms * kL2PerSm), rounds * from_l2 / kL2OfOneSm);
 
-  const double down_steps = fused ? static_cast<double>(ceil_div(p.K, LinearTile::kPanel)) : 0;
-  const double up_steps = tiles * static_cast<double>(ceil_div(p.R, LinearTile::kPanel));
+  const double down_steps = fused ? real(ceil_div(p.K, LinearTile::kPanel)) : 0;
+  const double up_steps = tiles * real(ceil_div(p.R, LinearTile::kPanel));
   const double walk = down_steps * kDramLatencyUs / (tile.down_stages() - 1) +
                       up_steps * kL2LatencyUs / (tile.up_stages() - 1);
   return std::max(std::max({arithmetic, dram, l2}) * 1e6, walk) + d.node_us;
@@ -61,7 +59,7 @@ double microseconds(const LinearGrid& grid, const Problem& p, const Device& d, b
 
 }  // namespace
 
-const char* linear_why_not(const Problem& p, const Device& d, bool fused) {
+const char* linear_why_not(const LinearProblem& p, const Device& d, bool fused) {
   if (p.dtype != Dtype::bfloat16 && p.dtype != Dtype::float16)
     return "the tensor core kernels take bfloat16 and float16";
   if (d.arch < 80) return "the tensor core kernels need compute capability 8.0";
@@ -75,8 +73,8 @@ const char* linear_why_not(const Problem& p, const Device& d, bool fused) {
   return "the tiles for this R need more shared memory than a block has here";
 }
 
-PlannedGrid linear_grid(const Problem& p, const Device& d, bool fused) {
-  Problem training = p, inference = p;
+PlannedGrid linear_grid(const LinearProblem& p, const Device& d, bool fused) {
+  LinearProblem training = p, inference = p;
   training.training = true;
   inference.training = false;
   PlannedGrid best{};

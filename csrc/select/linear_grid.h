@@ -2,8 +2,8 @@
 #pragma once
 
 #include "device.h"
+#include "linear_problem.h"
 #include "linear_tile.h"
-#include "problem.h"
 
 namespace shrank {
 
@@ -13,10 +13,10 @@ struct PlannedGrid {
 };
 
 // nullptr, or why the kernel cannot run. fused: from x; else expand: from an h that cuBLAS computes.
-const char* linear_why_not(const Problem& p, const Device& d, bool fused);
+const char* linear_why_not(const LinearProblem& p, const Device& d, bool fused);
 
 // The cheapest for training and inference together, so that both give the same bits. The problem must be one that
 // linear_why_not allows.
-PlannedGrid linear_grid(const Problem& p, const Device& d, bool fused);
+PlannedGrid linear_grid(const LinearProblem& p, const Device& d, bool fused);
 
 }  // namespace shrank

@@ -1,6 +1,7 @@
 // What only C++ can see of select: that it allocates nothing, and how long it takes. tests/csrc/test_select.py has the
 // rest.
-#include "select.h"
+#include "epilogue_tile.h"
+#include "linear_select.h"
 
 #include <chrono>
 #include <cstdio>
@@ -40,9 +41,9 @@ int main() {
   CHECK_EQUAL(d.name, "H200");
   CHECK_EQUAL(find_device("h300") == nullptr, true);
 
-  Problem plain{4096, 4096, 4096, 256};
+  LinearProblem plain{4096, 4096, 4096, 256};
   plain.bias = true;
-  Problem fused = plain;
+  LinearProblem fused = plain;
   fused.activation = Activation::gelu;
   CHECK_EQUAL(name_of(shrank::select(plain, d).kernel), "two_gemms");
   CHECK_EQUAL(name_of(shrank::select(fused, d).kernel), "gemm_expand");
@@ -55,10 +56,10 @@ int main() {
   CHECK_EQUAL(tile.blocks_m, 132 * 8 / 2);
 
   for (int i = 0; i < 10'000; ++i) {  // more problems than are remembered
-    Problem any = fused;
+    LinearProblem any = fused;
     any.M = 1 + i % 300;
     any.training = i % 7 == 0;
-    const KernelChoice remembered = shrank::recall(any, d), computed = shrank::select(any, d);
+    const LinearChoice remembered = shrank::recall(any, d), computed = shrank::select(any, d);
     CHECK_EQUAL(name_of(remembered.kernel), name_of(computed.kernel));
     CHECK_EQUAL(remembered.microseconds, computed.microseconds);
     CHECK_EQUAL(remembered.grid.blocks_m, computed.grid.blocks_m);

@@ -25,7 +25,7 @@ def test_a_linear_layer_that_only_pytorch_can_run(dev, gpu) -> None:
     for K, N, R, dtype, activation, residual in product(
         SIZES, SIZES, SIZES[:5], ("bf16", "fp16", "fp32", "fp64"), ("none", "relu"), (False, True)
     ):
-        asked = dev.select.Problem(7, K, N, R, dtype, activation, residual=residual)
+        asked = dev.select.LinearProblem(7, K, N, R, dtype, activation, residual=residual)
         problem, only = decided(dev, asked, gpu)
         reason = explain_plain.why_plain(problem, on_cpu=False)
         assert (only == "two_gemms") == bool(reason), problem
@@ -57,12 +57,12 @@ def test_names_are_those_of_select(dev) -> None:
         explain_plain.check_names("bf16", "none", reported)
     for what, known in (("dtype", explain_plain.DTYPES), ("activation", ACTIVATIONS)):
         with pytest.raises(ValueError, match=f"{what} is '\\?', wanted one of {', '.join(known)}$"):
-            dev.select.Problem(1, 1, 1, 1, **{what: "?"})
+            dev.select.LinearProblem(1, 1, 1, 1, **{what: "?"})
     with pytest.raises(ValueError, match=f"wanted one of {', '.join(GPUS)}$"):
         dev.select.device("?")
     for spelling, dtype in explain_plain.DTYPES.items():
         assert (
-            json.loads(dev.select.explain(dev.select.Problem(1, 1, 1, 1, spelling), dev.select.device("H200")))[
+            json.loads(dev.select.explain(dev.select.LinearProblem(1, 1, 1, 1, spelling), dev.select.device("H200")))[
                 "problem"
             ]["dtype"]
             == dtype

@@ -38,7 +38,7 @@ def test_a_matrix_kernel_that_may_not_run_says_why(dev, fused, deviation, reason
     sizes = {"M": 512, "K": 768, "N": 768, "R": 96, **deviation}
     arch, smem = sizes.pop("gpu", (9, 0)), sizes.pop("smem", 227 << 10)
     card = dev.select.Device.from_attributes("Some GPU", *arch, 132, 1980000, 3201000, 6144, 60 << 20, smem)
-    problem = dev.select.Problem(**sizes)
+    problem = dev.select.LinearProblem(**sizes)
     assert reason.replace("\\", "") in dev.select.linear_why_not(problem, card, fused)
     with pytest.raises(ValueError, match=reason):
         dev.select.linear_grid(problem, card, fused)
@@ -50,7 +50,7 @@ def test_a_matrix_kernel_that_may_not_run_says_why(dev, fused, deviation, reason
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_grid_covers_the_problem_with_a_tile_that_fits(dev, gpu, fused) -> None:
     for (K, N), R, M in product([(768, 3072), (4096, 4096), (64, 8)], (8, 64, 72, 96, 128, 192, 256), TOKENS):
-        grid = dev.select.linear_grid(dev.select.Problem(M, K, N, R), gpu, fused)
+        grid = dev.select.linear_grid(dev.select.LinearProblem(M, K, N, R), gpu, fused)
         assert (grid.blocks_m - 1) * grid.tile.block_m < M <= grid.blocks_m * grid.tile.block_m
         assert 1 <= grid.blocks_n <= min(64, -(-N // 128))
         assert grid.tile.shared_bytes <= gpu.smem_per_block and (grid.tile.holds_h or not fused)
@@ -77,7 +77,7 @@ def cover(tile, M: int, N: int) -> np.ndarray:
 def test_the_epilogue_writes_every_element_once(dev, dtype, aligned) -> None:
     b200 = dev.select.device("B200")
     for M, N in product((1, 3, 40), [*range(1, 34), 64, 96, 255, 257, 520]):
-        tile = dev.select.epilogue_tile(dev.select.Problem(M, 8, N, 4, dtype=dtype, aligned=aligned), b200)
+        tile = dev.select.epilogue_tile(dev.select.LinearProblem(M, 8, N, 4, dtype=dtype, aligned=aligned), b200)
         assert (cover(tile, M, N) == 1).all(), (M, N)
 
 
@@ -85,7 +85,7 @@ def test_the_epilogue_writes_every_element_once(dev, dtype, aligned) -> None:
 def test_the_epilogue_grid_stays_within_its_limits(dev, gpu, dtype, aligned) -> None:
     widest = 16 // {"float64": 8, "float32": 4}.get(dtype, 2) if aligned else 1
     for M, N in product((1, 7, 129, 4096, 1 << 24), [*range(1, 300), *range(4096, 4113), 14336, 50257, 1 << 20]):
-        tile = dev.select.epilogue_tile(dev.select.Problem(M, 8, N, 4, dtype=dtype, aligned=aligned), gpu)
+        tile = dev.select.epilogue_tile(dev.select.LinearProblem(M, 8, N, 4, dtype=dtype, aligned=aligned), gpu)
         assert tile.vector == (widest if N % widest == 0 else 1)
         assert tile.threads_n in (8, 16, 32, 64, 128, 256) and tile.threads_n * tile.threads_m == 256
         assert 1 <= tile.blocks_n < 1 << 31 and 1 <= tile.blocks_m <= 65535
@@ -102,5 +102,5 @@ def test_the_epilogue_grid_stays_within_its_limits(dev, gpu, dtype, aligned) -> 
 
 @pytest.mark.parametrize(("M", "N"), [(0, 64), (64, 0), (0, 0)])
 def test_the_epilogue_of_nothing_has_no_blocks(dev, gpu, M, N) -> None:
-    tile = dev.select.epilogue_tile(dev.select.Problem(M, 8, N, 4), gpu)
+    tile = dev.select.epilogue_tile(dev.select.LinearProblem(M, 8, N, 4), gpu)
     assert (tile.blocks_n, tile.blocks_m) == (0, 0)

@@ -57,7 +57,7 @@ def why_not(dev, tile, card) -> str | None:
     """Of a problem that the tile may serve."""
     kind, _, _, rank = sass.name_of(tile, "bfloat16")
     if kind == sass.LINEAR:
-        return dev.select.linear_why_not(dev.select.Problem(512, 768, 768, rank or 96), card, tile.holds_h)
+        return dev.select.linear_why_not(dev.select.LinearProblem(512, 768, 768, rank or 96), card, tile.holds_h)
     C, groups = {"chunks": (64, 1), "numbers": (3, 1), "depthwise": (rank, rank)}[kind]
     return dev.select.conv_why_not(dev.select.ConvProblem(2, C, 64, rank, (1, 16, 16), (1, 3, 3), groups=groups), card)
 

@@ -21,7 +21,7 @@ TAILS = [
 
 def problems(dev, M: int = 1000, dtype: str = "bfloat16"):
     for (K, N, R), tail in product(LAYERS, TAILS):
-        yield dev.select.Problem(M, K, N, R, dtype=dtype, **tail)
+        yield dev.select.LinearProblem(M, K, N, R, dtype=dtype, **tail)
 
 
 def legal_costs(dev, problem, gpu) -> dict[str, float]:
@@ -47,7 +47,7 @@ def test_the_choice_is_legal_its_cost_is_told_and_none_beats_the_floor(dev, gpu,
 @pytest.mark.parametrize("M", TOKENS)
 def test_the_choice_is_the_cheapest_of_those_never_slower_than_two_calls(dev, gpu, M) -> None:
     for (K, N, R), tail in product(LAYERS, TAILS):
-        both = [dev.select.Problem(M, K, N, R, **{**tail, "training": training}) for training in (True, False)]
+        both = [dev.select.LinearProblem(M, K, N, R, **{**tail, "training": training}) for training in (True, False)]
         costs = [legal_costs(dev, problem, gpu) for problem in both]
         total = {
             kernel: sum(cost[kernel] for cost in costs)
@@ -60,7 +60,7 @@ def test_the_choice_is_the_cheapest_of_those_never_slower_than_two_calls(dev, gp
 @pytest.mark.parametrize("M", TOKENS)
 def test_training_runs_the_kernel_of_inference_so_that_both_give_the_same_bits(dev, gpu, M) -> None:
     for (K, N, R), tail in product(LAYERS, TAILS):
-        training, inference = (dev.select.Problem(M, K, N, R, **{**tail, "training": on}) for on in (True, False))
+        training, inference = (dev.select.LinearProblem(M, K, N, R, **{**tail, "training": on}) for on in (True, False))
         assert dev.select.select(training, gpu).kernel == dev.select.select(inference, gpu).kernel
         for fused in (True, False):
             if LAYERS[-1] != (K, N, R) and dev.select.linear_why_not(training, gpu, fused) is None:
@@ -78,14 +78,14 @@ def test_two_gemms_are_always_there_and_our_epilogue_where_there_is_something_fo
 @pytest.mark.parametrize("tail", TAILS, ids=str)
 def test_more_tokens_never_cost_less(dev, gpu, tail) -> None:
     for K, N, R in LAYERS:
-        grown = [dev.select.Problem(M, K, N, R, **tail) for M in range(0, 3000, 37)]
+        grown = [dev.select.LinearProblem(M, K, N, R, **tail) for M in range(0, 3000, 37)]
         for cost in (dev.select.floor_us, dev.select.dense_us, lambda p, d: legal_costs(dev, p, d)["two_gemms"]):
             assert all(a <= b for a, b in pairwise(cost(p, gpu) for p in grown))
 
 
 def test_both_tails_fused_save_their_passes_over_y(dev, gpu) -> None:
     """PyTorch: 2 passes for the activation and 3 for the residual, in two kernels; ours: 3, in one."""
-    problem = dev.select.Problem(16384, 4096, 4096, 256, activation="gelu", residual=True)
+    problem = dev.select.LinearProblem(16384, 4096, 4096, 256, activation="gelu", residual=True)
     cost = legal_costs(dev, problem, gpu)
     saved = 2 * 16384 * 4096 * 2 / gpu.bandwidth * 1e6 + gpu.node_us
     assert cost["two_gemms"] - cost["two_gemms_epilogue"] == pytest.approx(saved)
@@ -95,7 +95,7 @@ def test_keeping_what_the_backward_pass_needs_raises_the_floor_by_its_bytes(dev,
     M, K, N, R = 65536, 768, 3072, 16  # memory-bound on every card
 
     def floor(**tail):
-        return dev.select.floor_us(dev.select.Problem(M, K, N, R, **tail), gpu) * gpu.bandwidth / 1e6
+        return dev.select.floor_us(dev.select.LinearProblem(M, K, N, R, **tail), gpu) * gpu.bandwidth / 1e6
 
     assert floor(training=True) - floor() == pytest.approx(2 * M * R)
     assert floor(training=True, activation="relu") - floor() == pytest.approx(2 * M * (R + N))
@@ -118,7 +118,7 @@ def roofline(flops: float, moved: float) -> float:
 @pytest.mark.parametrize("share", [16, 8, 4])
 def test_an_h200_follows_the_roofline(dev, M, K, N, share) -> None:
     R, h200 = K // share, dev.select.device("H200")
-    problem = dev.select.Problem(M, K, N, R)
+    problem = dev.select.LinearProblem(M, K, N, R)
     fused = roofline(2 * M * R * (K + N), 2 * (M * K + R * K + N * R + M * N))
     dense = roofline(2 * M * K * N, 2 * (M * K + K * N + M * N)) + NODE
     pair = (
@@ -137,7 +137,7 @@ def test_a_product_of_few_tiles_takes_up_to_twice_its_share(dev, gpu) -> None:
 
     def share(tiles: float) -> float:
         M, K, N = 1024, 4096, int(16 * tiles)
-        gemm = dev.select.dense_us(dev.select.Problem(M, K, N, 1, dtype="float32"), gpu) - gpu.node_us
+        gemm = dev.select.dense_us(dev.select.LinearProblem(M, K, N, 1, dtype="float32"), gpu) - gpu.node_us
         return gemm / (2 * M * K * N / gpu.flops_float32 * 1e6)
 
     shares = [share(gpu.sms * fill) for fill in (0.25, 0.5, 0.75, 1, 1.5, 8)]
@@ -145,17 +145,17 @@ def test_a_product_of_few_tiles_takes_up_to_twice_its_share(dev, gpu) -> None:
 
 
 def test_a_decoding_layer_of_768_is_no_faster_than_dense(dev, gpu) -> None:
-    problem = dev.select.Problem(1, 768, 768, 96, bias=True)
+    problem = dev.select.LinearProblem(1, 768, 768, 96, bias=True)
     assert dev.select.dense_us(problem, gpu) <= dev.select.select(problem, gpu).microseconds
 
 
 @pytest.mark.parametrize(("K", "N", "R"), LAYERS)
 def test_costs_agree_with_the_cost_formulas_of_the_library(dev, gpu, K, N, R) -> None:
-    shape, no_tokens = Shape(N, K), dev.select.Problem(0, K, N, R)
+    shape, no_tokens = Shape(N, K), dev.select.LinearProblem(0, K, N, R)
     weights_us = 2 / gpu.bandwidth * 1e6  # of one in bf16
     assert dev.select.floor_us(no_tokens, gpu) == pytest.approx(shape.params(R) * weights_us)
     M, rank = 1 << 20, 512  # in fp32 compute-bound on every card
-    problem = dev.select.Problem(M, K, N, rank, dtype="float32")
+    problem = dev.select.LinearProblem(M, K, N, rank, dtype="float32")
     assert dev.select.floor_us(problem, gpu) == pytest.approx(M * shape.flops(rank) / gpu.flops_float32 * 1e6)
     dense = M * max(shape.flops(None) / gpu.flops_float32, 4 * (K + N) / gpu.bandwidth) * 1e6
     assert dev.select.dense_us(problem, gpu) == pytest.approx(dense + gpu.node_us, rel=1e-3)
@@ -232,7 +232,7 @@ def test_any_gpu_gets_a_decision(dev, arch) -> None:
 
 def test_dtypes_have_torch_names_and_short_ones(dev) -> None:
     def spelled(name: str) -> str:
-        return dev.select.Problem(1, 1, 1, 1, dtype=name).dtype
+        return dev.select.LinearProblem(1, 1, 1, 1, dtype=name).dtype
 
     assert [spelled(n) for n in ("bf16", "half", "fp16", "fp32", "float", "fp64")] == [
         "bfloat16",
@@ -254,7 +254,7 @@ def test_dtypes_have_torch_names_and_short_ones(dev) -> None:
 )
 def test_unknown_names_are_refused_with_the_known_ones(dev, wrong, message) -> None:
     with pytest.raises(ValueError, match=message):
-        dev.select.Problem(1, 1, 1, 1, **wrong)
+        dev.select.LinearProblem(1, 1, 1, 1, **wrong)
 
 
 # ---- what `shrank explain` prints
@@ -292,5 +292,5 @@ def test_explain_says_what_select_decides(dev, gpu) -> None:
 def test_explain_escapes_the_name_of_a_gpu(dev) -> None:
     name = 'a "quoted\\" GPU\n'
     card = dev.select.Device.from_attributes(name, 9, 0, 1, 1, 1, 64, 1, 1)
-    told = json.loads(dev.select.explain(dev.select.Problem(1, 1, 1, 1), card))
+    told = json.loads(dev.select.explain(dev.select.LinearProblem(1, 1, 1, 1), card))
     assert told["device"]["name"] == name.replace("\n", " ")

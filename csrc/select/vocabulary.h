@@ -1,4 +1,4 @@
-// One low-rank product as numbers: y = activation(x down^T up^T + bias) + residual.
+// Element types and activations, and their names.
 #pragma once
 
 #include <array>
@@ -74,24 +74,5 @@ inline Dtype parse_dtype(std::string_view text) {
   }
   throw std::invalid_argument(unknown_name("dtype", text, wanted));
 }
-
-struct Problem {
-  int64_t M, K, N, R;  // x (M, K), down (R, K), up (N, R), y (M, N)
-  Dtype dtype = Dtype::bfloat16;
-  Activation activation = Activation::none;
-  bool bias = false;
-  bool residual = false;
-  bool training = false;  // h and the pre-activation are kept for the backward pass
-  bool aligned = true;    // every tensor is contiguous and begins at a multiple of 16 bytes
-
-  constexpr bool operator==(const Problem& other) const {
-    return M == other.M && K == other.K && N == other.N && R == other.R && dtype == other.dtype &&
-           activation == other.activation && bias == other.bias && residual == other.residual &&
-           training == other.training && aligned == other.aligned;
-  }
-};
-
-// Without an activation nothing before y is needed by the backward pass.
-constexpr bool keeps_preactivation(const Problem& p) { return p.training && p.activation != Activation::none; }
 
 }  // namespace shrank

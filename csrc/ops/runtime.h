@@ -8,7 +8,7 @@
 namespace shrank {
 
 // `index` is the device's; `select` is told of it.
-struct Backend {
+struct Runtime {
   const Device& (*device)(int index);
   void (*epilogue)(const EpilogueParams& params, const EpilogueTile& tile, int index);
   void (*linear)(const LowRankLinearParams& params, const LinearGrid& grid, const Device& device, int index);

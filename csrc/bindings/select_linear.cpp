@@ -1,0 +1,129 @@
+// select for linear layers, and what convolutions share with them: devices, tiles of the epilogue, names.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <set>
+#include <string>
+#include <vector>
+
+#include "../select/epilogue_tile.h"
+#include "../select/explain.h"
+#include "../select/linear_cost.h"
+#include "../select/linear_select.h"
+#include "select.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace shrank {
+namespace {
+
+LinearProblem problem(int64_t M, int64_t K, int64_t N, int64_t R, const std::string& dtype,
+                      const std::string& activation, bool bias, bool residual, bool training, bool aligned) {
+  return {M, K, N, R, parse_dtype(dtype), parse_activation(activation), bias, residual, training, aligned};
+}
+
+Device from_attributes_of(const std::string& name, int major, int minor, int sms, int clock_khz, int memory_clock_khz,
+                          int bus_bits, int l2_bytes, int smem_per_block) {
+  static std::set<std::string> names;  // a Device does not own its name
+  return from_attributes(*names.insert(name).first, major, minor, sms, clock_khz, memory_clock_khz, bus_bits, l2_bytes,
+                         smem_per_block);
+}
+
+}  // namespace
+
+void bind_select_linear(py::module_ m) {
+  py::class_<LinearProblem>(m, "LinearProblem")
+      .def(py::init(&problem), "M"_a, "K"_a, "N"_a, "R"_a, "dtype"_a = "bfloat16", "activation"_a = "none",
+           "bias"_a = false, "residual"_a = false, "training"_a = false, "aligned"_a = true)
+      .def_readonly("M", &LinearProblem::M)
+      .def_readonly("K", &LinearProblem::K)
+      .def_readonly("N", &LinearProblem::N)
+      .def_readonly("R", &LinearProblem::R)
+      .def_readonly("bias", &LinearProblem::bias)
+      .def_readonly("residual", &LinearProblem::residual)
+      .def_readonly("training", &LinearProblem::training)
+      .def_readonly("aligned", &LinearProblem::aligned)
+      .def_property_readonly("dtype", [](const LinearProblem& p) { return name_of(p.dtype); })
+      .def_property_readonly("activation", [](const LinearProblem& p) {
+    return name_of(p.activation);
+  }).def_property_readonly("keeps_preactivation", &keeps_preactivation);
+
+  py::class_<Device>(m, "Device")
+      .def_static("from_attributes", &from_attributes_of, "name"_a, "major"_a, "minor"_a, "sms"_a, "clock_khz"_a,
+                  "memory_clock_khz"_a, "bus_bits"_a, "l2_bytes"_a, "smem_per_block"_a)
+      .def_readonly("name", &Device::name)
+      .def_readonly("reported_name", &Device::reported_name)
+      .def_readonly("arch", &Device::arch)
+      .def_readonly("sms", &Device::sms)
+      .def_readonly("bandwidth", &Device::bandwidth)
+      .def_readonly("flops_half", &Device::flops_half)
+      .def_readonly("flops_float32", &Device::flops_float32)
+      .def_readonly("flops_float64", &Device::flops_float64)
+      .def_readonly("l2_bytes", &Device::l2_bytes)
+      .def_readonly("smem_per_block", &Device::smem_per_block)
+      .def_readonly("launch_us", &Device::launch_us)
+      .def_readonly("node_us", &Device::node_us)
+      .def_readonly("source", &Device::source)
+      .def("__repr__", [](const Device& d) { return "Device(" + std::string(d.name) + ")"; });
+
+  py::class_<Candidate<LinearKernel>>(m, "LinearCandidate")
+      .def_property_readonly("kernel", [](const Candidate<LinearKernel>& c) { return name_of(c.kernel); })
+      .def_readonly("why_not", &Candidate<LinearKernel>::why_not)
+      .def_readonly("microseconds", &Candidate<LinearKernel>::microseconds);
+
+  py::class_<LinearChoice>(m, "LinearChoice")
+      .def_property_readonly("kernel", [](const LinearChoice& c) { return name_of(c.kernel); })
+      .def_readonly("microseconds", &LinearChoice::microseconds)
+      .def_readonly("reason", &LinearChoice::reason)
+      .def_readonly("grid", &LinearChoice::grid);
+
+  py::class_<EpilogueTile>(m, "EpilogueTile")
+      .def_readonly("vector", &EpilogueTile::vector)
+      .def_readonly("threads_n", &EpilogueTile::threads_n)
+      .def_readonly("threads_m", &EpilogueTile::threads_m)
+      .def_readonly("blocks_n", &EpilogueTile::blocks_n)
+      .def_readonly("blocks_m", &EpilogueTile::blocks_m);
+
+  py::class_<LinearTile>(m, "LinearTile")
+      .def(py::init([](int block_m, int max_rank) { return LinearTile{block_m, max_rank}; }), "block_m"_a, "max_rank"_a)
+      .def_readonly("block_m", &LinearTile::block_m)
+      .def_readonly("max_rank", &LinearTile::max_rank)
+      .def_property_readonly("holds_h", &LinearTile::holds_h)
+      .def_property_readonly("threads", &LinearTile::threads)
+      .def_property_readonly("down_stages", &LinearTile::down_stages)
+      .def_property_readonly("up_stages", &LinearTile::up_stages)
+      .def_property_readonly("shared_bytes", &LinearTile::shared_bytes)
+      .def("__repr__", [](const LinearTile& tile) {
+    return "LinearTile(" + std::to_string(tile.block_m) + ", " + std::to_string(tile.max_rank) + ")";
+  });
+
+  py::class_<LinearGrid>(m, "LinearGrid")
+      .def(py::init(
+               [](LinearTile tile, int64_t blocks_m, int blocks_n) { return LinearGrid{tile, blocks_m, blocks_n}; }),
+           "tile"_a, "blocks_m"_a, "blocks_n"_a)
+      .def_readonly("tile", &LinearGrid::tile)
+      .def_readonly("blocks_m", &LinearGrid::blocks_m)
+      .def_readonly("blocks_n", &LinearGrid::blocks_n);
+
+  m.attr("LINEAR_TILES") = std::vector<LinearTile>(kLinearTiles.begin(), kLinearTiles.end());
+  m.def("linear_why_not", &linear_why_not, "problem"_a, "device"_a, "fused"_a);
+  m.def("linear_grid", [](const LinearProblem& p, const Device& d, bool fused) {
+    if (const char* why_not = linear_why_not(p, d, fused)) throw std::invalid_argument(why_not);
+    return linear_grid(p, d, fused).grid;
+  }, "problem"_a, "device"_a, "fused"_a);
+  m.attr("ACTIVATIONS") = kActivationNames;
+  m.attr("DTYPES") = kDtypeNames;
+  m.def("devices", [] { return std::vector<Device>(kDevices.begin(), kDevices.end()); });
+  m.def("device", &device_named, "name"_a);
+  m.def("candidates", [](const LinearProblem& p, const Device& d) { return candidates(p, d); }, "problem"_a,
+        "device"_a);
+  m.def("select", [](const LinearProblem& p, const Device& d) { return shrank::select(p, d); }, "problem"_a,
+        "device"_a);
+  m.def("floor_us", &floor_us, "problem"_a, "device"_a);
+  m.def("dense_us", &dense_us, "problem"_a, "device"_a);
+  m.def("epilogue_tile", &epilogue_tile, "problem"_a, "device"_a);
+  m.def("explain", [](const LinearProblem& p, const Device& d) { return explain(p, d); }, "problem"_a, "device"_a);
+}
+
+}  // namespace shrank
