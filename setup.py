@@ -25,6 +25,7 @@ WANTED = os.environ.get("SHRANK_BUILD", "auto")
 LINK_TORCH = ["-Wl,--push-state,--no-as-needed,-ltorch,--pop-state"]
 # Objects stay here, for editable installations too: the next build compiles what changed, and CMake can link them.
 OBJECTS = "build/extension"
+NEEDS_8_0 = "the kernels need compute capability 8.0 (cp.async, bfloat16)"
 
 
 class NotBuildable(Exception):
@@ -58,12 +59,26 @@ def nvcc_says(home: Path, option: str) -> str:
 
 
 def architectures(home: Path, wanted: str) -> str:
-    """Those of `wanted` that this nvcc knows; all that the user asked for, so that nvcc names an unknown one."""
-    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return asked
+    """Those of `wanted` that this nvcc knows; or those that the user asked for, so that nvcc names an unknown one.
+
+    Images of containers set TORCH_CUDA_ARCH_LIST for every package: what the kernels cannot run on is left out.
+    """
+    if asked := re.findall("[^; ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")):
+        too_old = [arch for arch in asked if is_too_old(arch)]
+        if too_old == asked:
+            raise NotBuildable(f"TORCH_CUDA_ARCH_LIST is {' '.join(asked)}: {NEEDS_8_0}")
+        if too_old:
+            print(f"shrank: without {', '.join(too_old)} of TORCH_CUDA_ARCH_LIST: {NEEDS_8_0}", file=sys.stderr)
+        return " ".join(arch for arch in asked if arch not in too_old)
     known = re.findall(r"sm_(\d+)", nvcc_says(home, "--list-gpu-code"))
     kept = [arch for arch in wanted.split() if re.sub(r"\D", "", arch) in known]
     return " ".join([*kept[:-1], kept[-1].removesuffix("+PTX") + "+PTX"])
+
+
+def is_too_old(arch: str) -> bool:
+    """Of an entry of TORCH_CUDA_ARCH_LIST: a number, or a name as torch knows them ("Volta+Tegra")."""
+    number = re.match(r"(\d+)\.\d", arch)
+    return int(number[1]) < 8 if number else arch.split("+")[0] in ("Kepler", "Maxwell", "Pascal", "Volta", "Turing")
 
 
 def remove_old_kernels(sources: list[str]) -> None:

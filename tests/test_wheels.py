@@ -118,3 +118,42 @@ def test_insisting_without_a_compiler_fails(tmp_path: Path) -> None:
     assert ran.returncode and "nvcc is not on PATH" in ran.stderr
     ran = setup(SHRANK_BUILD="auto", **empty)
     assert not ran.returncode and "pure Python" in ran.stderr and "nvcc is not on PATH" in ran.stderr
+
+
+@pytest.fixture
+def compiler(tmp_path: Path) -> dict[str, str]:
+    """A CUDA_HOME whose nvcc answers what setup.py asks, and compiles nothing."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'sm_80 sm_90 release 13.0'\n")
+    nvcc.chmod(0o755)
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime_api.h").touch()
+    return {"CUDA_HOME": str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept", "left_out"),
+    [
+        ("7.0;7.5;8.0;9.0+PTX", "8.0 9.0+PTX", "7.0, 7.5"),
+        ("5.2 8.6 ", "8.6", "5.2"),
+        ("Volta Ampere", "Ampere", "Volta"),
+        ("7.5+PTX 12.0", "12.0", "7.5+PTX"),
+        ("Volta+Tegra;Hopper", "Hopper", "Volta+Tegra"),
+        ("9.0a", "9.0a", ""),
+    ],
+)
+def test_an_inherited_list_of_architectures_loses_those_that_are_too_old(compiler, asked, kept, left_out) -> None:
+    """Images of containers set TORCH_CUDA_ARCH_LIST; below 8.0 ptxas fails."""
+    ran = setup(SHRANK_BUILD="1", TORCH_CUDA_ARCH_LIST=asked, **compiler)
+    assert f"with CUDA kernels, {ran.stdout.strip()} for {kept}\n" in ran.stderr
+    assert ("of TORCH_CUDA_ARCH_LIST" in ran.stderr) == bool(left_out)
+    assert (
+        f"without {left_out} of TORCH_CUDA_ARCH_LIST: the kernels need compute capability 8.0" in ran.stderr
+        or not left_out
+    )
+
+
+def test_a_list_of_architectures_that_are_all_too_old_is_refused(compiler) -> None:
+    ran = setup(SHRANK_BUILD="1", TORCH_CUDA_ARCH_LIST="6.1;7.5", **compiler)
+    assert ran.returncode and "TORCH_CUDA_ARCH_LIST is 6.1 7.5: the kernels need compute capability 8.0" in ran.stderr

@@ -37,6 +37,21 @@ Rates rates(int arch) {
   return {1024, 128, 4};
 }
 
+// What a MIG slice has of the card's memory bandwidth; 1 if it is no slice. The digit before the g of its name counts
+// the slices of compute; of the 8 of memory, those have 1, 2, 4, 4 and 8 at least (NVIDIA MIG user guide, profiles).
+double memory_share(std::string_view name) {
+  constexpr std::string_view mark = " MIG ";
+  const std::size_t at = name.find(mark);
+  if (at == std::string_view::npos || at + mark.size() >= name.size()) return 1;
+  switch (name[at + mark.size()]) {
+    case '1': return 1 / 8.0;
+    case '2': return 2 / 8.0;
+    case '3':
+    case '4': return 4 / 8.0;
+  }
+  return 1;
+}
+
 }  // namespace
 
 const Device* find_device(std::string_view name) {
@@ -63,7 +78,10 @@ Device from_attributes(std::string_view name, int major, int minor, int sms, int
   // GeForce cards accumulate in fp32 at half the rate of their professional siblings (Ada whitepaper, appendix A).
   const double half = name.find("GeForce") == std::string_view::npos ? 1.0 : 0.5;
   const double clocks = kFlopsShare * sms * clock_khz * 1e3;
-  const double bandwidth = kBandwidthShare * 2 * memory_clock_khz * 1e3 * bus_bits / 8;
+  const double share = memory_share(name);
+  const double reported = kBandwidthShare * 2 * memory_clock_khz * 1e3 * bus_bits / 8;
+  const double bandwidth = reported > 0 ? reported * share : kIntegratedBandwidth;
+  const char* const source = reported > 0 ? share < 1 ? kSlice : kFromClocks : kIntegrated;
   return {name,
           name,
           arch,
@@ -76,7 +94,7 @@ Device from_attributes(std::string_view name, int major, int minor, int sms, int
           smem_per_block,
           kLaunchUs,
           kNodeUs,
-          kFromClocks};
+          source};
 }
 
 }  // namespace shrank

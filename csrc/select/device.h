@@ -29,6 +29,12 @@ inline constexpr double kBandwidthShare = 4.3 / 4.8;
 inline constexpr double kFlopsShare = 790.0 / 989.4;
 inline constexpr const char* kFromDatasheet = "datasheet x what an H200 reaches of its own; not measured";
 inline constexpr const char* kFromClocks = "clocks and widths x what an H200 reaches of its own; not measured";
+inline constexpr const char* kIntegrated = "clocks x what an H200 reaches of its own, bandwidth assumed; not measured";
+inline constexpr const char* kSlice = "a share of the whole card's clocks and widths, as MIG deals them; not measured";
+
+// Integrated GPUs share the system's memory, and the runtime reports no memory clock (0). Datasheets: Jetson AGX Orin
+// 204.8 GB/s, Jetson Thor and GB10 273 GB/s. The least of them.
+inline constexpr double kIntegratedBandwidth = kBandwidthShare * 204.8e9;
 
 // Reported for an H100 (Hazy Research, on their Llama megakernel); assumed for all.
 inline constexpr double kLaunchUs = 2.1;
@@ -73,7 +79,8 @@ const Device* find_device(std::string_view name);
 const Device& device_named(std::string_view name);
 
 // From what the runtime reports (cudaDevAttrClockRate, MemoryClockRate, GlobalMemoryBusWidth, L2CacheSize,
-// MaxSharedMemoryPerBlockOptin). A known name wins; any other must outlive the Device.
+// MaxSharedMemoryPerBlockOptin). A known name wins; any other must outlive the Device. Of a MIG slice ("NVIDIA A100 MIG
+// 1g.10gb") the runtime reports the slice's SMs and the whole card's memory bus.
 Device from_attributes(std::string_view name, int major, int minor, int sms, int clock_khz, int memory_clock_khz,
                        int bus_bits, int l2_bytes, int smem_per_block);
 

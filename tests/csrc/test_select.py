@@ -223,6 +223,23 @@ def test_a_known_name_wins_over_attributes(dev) -> None:
     assert (known.bandwidth, known.sms) == (4.3e12, 132)
 
 
+@pytest.mark.parametrize(("profile", "share"), [("1g.10gb", 8), ("2g.20gb", 4), ("3g.40gb", 2), ("7g.80gb", 1)])
+def test_a_mig_slice_has_its_share_of_the_memory(dev, profile, share) -> None:
+    def bandwidth(name: str) -> float:
+        return dev.select.Device.from_attributes(name, 8, 0, 14, *REPORTED["A100"], 5 << 20, 163 << 10).bandwidth
+
+    whole, slice_ = bandwidth("NVIDIA A100-SXM4-80GB X"), bandwidth(f"NVIDIA A100-SXM4-80GB MIG {profile}")
+    assert slice_ == pytest.approx(whole / share)
+
+
+def test_a_gpu_without_a_memory_clock_gets_a_finite_cost(dev) -> None:
+    """An integrated one: the runtime reports 0, and whatever is divided by that bandwidth would be infinite."""
+    card = dev.select.Device.from_attributes("NVIDIA Thor", 11, 0, 20, 1575000, 0, 256, 32 << 20, 227 << 10)
+    assert 1e11 < card.bandwidth < 3e11 and "assumed" in card.source
+    for problem in problems(dev):
+        assert 0 < dev.select.floor_us(problem, card) <= dev.select.select(problem, card).microseconds < 1e9
+
+
 @pytest.mark.parametrize("arch", [(7, 5), (8, 6), (8, 7), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)])
 def test_any_gpu_gets_a_decision(dev, arch) -> None:
     card = dev.select.Device.from_attributes("Some GPU", *arch, 40, 1500000, 5000000, 256, 1 << 22, 1 << 16)
