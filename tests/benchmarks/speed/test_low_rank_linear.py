@@ -67,6 +67,13 @@ def test_a_case_gives_a_row_per_provider(short) -> None:
     assert rows[0]["flops"] == 2 * 3 * 48 * 64 and rows[1]["flops"] == 2 * 3 * 8 * (48 + 64)
 
 
+@pytest.mark.parametrize(("wanted", "cold"), [(4, True), (5, False)])
+def test_a_row_says_whether_its_tensors_outgrow_the_cache(short, monkeypatch, wanted: int, cold: bool) -> None:
+    monkeypatch.setattr(low_rank_linear, "copies_beyond_cache", lambda size, device: wanted)
+    monkeypatch.setattr(low_rank_linear, "MOST_SETS", 4)
+    assert {row["cold"] for row in measure(CASES[0], "cpu", ROOF, rounds=1)} == {cold}
+
+
 def test_who_is_wrong_is_not_timed(short, monkeypatch) -> None:
     def wrong(inputs, activation):
         wrong.calls += 1
