@@ -121,7 +121,7 @@ def carry_out(step: Step, out: Path, dry: bool, log) -> dict[str, object]:
                 stderr=subprocess.STDOUT,
                 text=True,
                 timeout=step.limit,
-                # In miniature, threads that wait for one another cost more than the work, many times more on a busy machine.
+                # In miniature, threads cost more by waiting for one another than they save.
                 env={**os.environ, "OMP_NUM_THREADS": "1"} if dry else None,
                 check=False,
             )

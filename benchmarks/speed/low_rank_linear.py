@@ -22,7 +22,7 @@ from tests.common.tolerances import assert_close
 
 SEQUENCE_SECONDS = 2e-3  # a sequence of calls lasts longer than this, so that its start does not count
 ROUNDS = {"cpu": 7, "cuda": 15}
-MOST_SETS = 2000  # of tensors: where these do not outgrow the cache, as a case in miniature, a row says that it is not cold
+MOST_SETS = 2000  # of tensors; where these do not outgrow the cache, a row says that it is not cold
 MODEL_GPU = "H200"  # whose choice is shown where there is no GPU
 BASELINE = "torch"
 
