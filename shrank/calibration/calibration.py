@@ -17,10 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..linalg import FactorizationError, Metric, Moments, metric
-from ..model.adapters import target
 from ..model.hooks import frozen, hooked, in_eval_mode
-from ..model.refusals import why_not
-from ..model.surgery import Site, walk
+from ..model.survey import Site, Survey
 from ..util import tensor_file
 from ..util.files import write_text
 from ..util.fingerprint import Unhashable, fingerprint
@@ -32,7 +30,8 @@ from .losses import LossLike, Sensitivity, as_sensitivity
 from .metric_source import LayerStatistics
 from .moment_files import FORMAT, write_moments
 from .observer import Accumulator
-from .sharing import Survey, plan_passes, survey
+from .request import Calibrate
+from .sharing import LayerCalls, observe_calls, plan_passes
 from .streams import Masking, warn_of_masks_that_fit_nothing
 
 
@@ -162,18 +161,23 @@ def calibrate(
     """
     if isinstance(data, Calibration):
         return data
-    batches, weight = bound(as_batches(data), model), as_sensitivity(loss)
-    key = _key(model, batches, weight, seed) if cache else None
+    request = Calibrate(data, loss, cache, max_memory, spill, seed)
+    return calibrated(Survey(model), request, layers)
+
+
+def calibrated(survey: Survey, request: Calibrate, layers: Iterable[str] | None) -> Calibration:
+    """As `calibrate`, of a model that was looked at before."""
+    model = survey.model
+    batches, loss = bound(as_batches(request.data), model), as_sensitivity(request.loss)
+    key = _key(model, batches, loss, request.seed) if request.cache else None
     temporary = None if key else tempfile.TemporaryDirectory(prefix="shrank-")
-    folder = Path(cache) / key if key else Path(temporary.name)
-    if max_memory is None:
-        max_memory = max(2 * sum(p.numel() for p in model.parameters()), 64 << 20)
+    folder = Path(request.cache) / key if key else Path(temporary.name)
     wanted = None if layers is None else set(layers)
-    with frozen(model), torch.set_grad_enabled(weight is not None):
-        found = _found(model, batches, weight, wanted, folder, max_memory, spill, seed)
+    with frozen(model), torch.set_grad_enabled(loss is not None):
+        found = _found(survey, batches, loss, wanted, folder, request)
     if temporary:
         weakref.finalize(found, temporary.cleanup)
-    if weight and len(found) and not found.reached:
+    if loss and len(found) and not found.reached:
         raise ValueError(
             "the loss depends on no layer: does the model run without gradients, as generate does? "
             "loss='none' calibrates without"
@@ -182,27 +186,25 @@ def calibrate(
 
 
 def _found(
-    model: nn.Module,
+    survey: Survey,
     batches: list[Batch],
     loss: Sensitivity | None,
     wanted: set[str] | None,
     folder: Path,
-    max_memory: int,
-    spill: bool,
-    seed: int,
+    request: Calibrate,
 ) -> Calibration:
     """What the layers see, in files of the folder; those that are there already are not made again."""
-    possible = [site for site in walk(model) if target(site.module) is not None]
-    sites = [
-        site
-        for site in possible
-        if (wanted is None or site.fqn in wanted) and not (site.why_not or why_not(site.module))
-    ]
+    model = survey.model
+    possible = [site for site in survey.sites() if site.adapter is not None]
+    sites = [site for site in possible if (wanted is None or site.fqn in wanted) and not site.why_not()]
     masking = Masking(model, {site.fqn: site.module for site in possible})
-    seen = _survey(folder, model, sites, batches, masking, [site for site in possible if site not in sites])
-    if seen.unseen:
-        warnings.warn(f"layers that no batch reaches stay as they are: {', '.join(seen.unseen)}", stacklevel=4)
-    passes = plan_passes(sites, seen, loss is not None, max_memory)
+    calls = _calls(folder, model, sites, batches, masking, [site for site in possible if site not in sites])
+    if calls.unseen:
+        warnings.warn(f"layers that no batch reaches stay as they are: {', '.join(calls.unseen)}", stacklevel=5)
+    max_memory = request.max_memory
+    if max_memory is None:
+        max_memory = max(2 * sum(p.numel() for p in model.parameters()), 64 << 20)
+    passes = plan_passes(sites, calls, loss is not None, max_memory)
     files = [
         folder / f"{_digest([[site.fqn for site in group.sites] for group in groups])}.safetensors" for groups in passes
     ]
@@ -210,19 +212,19 @@ def _found(
         if not file.exists():
             masking.prepare(batches)
             accumulator = Accumulator(groups, loss is not None, masking)
-            _run(model, accumulator, batches, loss, seed, spill, f"calibrating, pass {number} of {len(passes)}")
+            _run(model, accumulator, batches, loss, request, f"calibrating, pass {number} of {len(passes)}")
             write_moments(file, accumulator)
-    return Calibration(folder, files, seen.unseen)
+    return Calibration(folder, files, calls.unseen)
 
 
-def _survey(
+def _calls(
     folder: Path, model: nn.Module, sites: list[Site], batches: list[Batch], masking: Masking, others: list[Site]
-) -> Survey:
+) -> LayerCalls:
     """What the layers are called with, from the folder if it is there."""
     file = folder / f"{_digest([site.fqn for site in sites])}.json"
     if file.exists():
-        return Survey(**json.loads(file.read_text()))
-    seen = survey(model, sites, batches, masking, others)
+        return LayerCalls(**json.loads(file.read_text()))
+    seen = observe_calls(model, sites, batches, masking, others)
     warn_of_masks_that_fit_nothing(batches)
     write_text(file, json.dumps(asdict(seen)))
     return seen
@@ -233,21 +235,20 @@ def _run(
     accumulator: Accumulator,
     batches: list[Batch],
     loss: Sensitivity | None,
-    seed: int,
-    spill: bool,
+    request: Calibrate,
     progress: str,
 ) -> None:
     """One pass over the data."""
     with in_eval_mode(model), hooked(accumulator.hooks()):
         for number, batch in enumerate(track(batches, progress)):
-            accumulator.begin(number, batch)
-            with saved_on_disk(model) if spill and loss else nullcontext():
+            accumulator.masking.begin(batch)
+            with saved_on_disk(model) if request.spill and loss else nullcontext():
                 output = batch.call(model)
                 if loss:
-                    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+                    generator = torch.Generator().manual_seed(request.seed * 1_000_003 + number)
                     accumulator.samples += loss.backward(output, batch, generator)
             del output  # the next forward pass needs the room
-            accumulator.check()
+            accumulator.check(number)
 
 
 def _key(model: nn.Module, batches: list[Batch], loss: Sensitivity | None, seed: int) -> str | None:
@@ -260,7 +261,7 @@ def _key(model: nn.Module, batches: list[Batch], loss: Sensitivity | None, seed:
         ]
         return fingerprint({"format": FORMAT, "seed": seed, "precision": precision} | parts)[:32]
     except Unhashable as unhashable:
-        warnings.warn(f"calibrating without the cache: {unhashable}", stacklevel=4)
+        warnings.warn(f"calibrating without the cache: {unhashable}", stacklevel=5)
         return None
 
 

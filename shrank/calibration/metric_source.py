@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..linalg import Metric
-from ..model.surgery import Site
+from ..model.survey import Site
 
 
 class MetricSource(Protocol):

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..linalg import Moments
-from ..model.adapters import target
 from ..model.hooks import Hook, input_of
-from ..model.surgery import Site
-from .batches import Batch
+from ..model.survey import Site
 from .sharing import ROWS_IN_FLOAT32, Group, Inputs
 from .streams import Masking, MaskOfCall
 
@@ -60,8 +58,7 @@ class Observed:
 
     def __init__(self, site: Site, leader: Observed | None, of_inputs: bool, gradients: bool) -> None:
         self.site, self.leader, self.of_inputs = site, leader or self, of_inputs
-        self.target = target(site.module)
-        self.shape = self.target.shape()
+        self.target, self.shape = site.adapter, site.shape
         # Behind more outputs than inputs the gradients are needed only as the inputs feel them.
         self.gradient_of_inputs = of_inputs and self.shape.out_features > self.shape.in_features
         self.data, self.sums = self.moment(of_inputs) if leader is None else None, None
@@ -145,7 +142,7 @@ class Accumulator:
     def __init__(self, groups: list[Group], gradients: bool, masking: Masking) -> None:
         self.samples = 0
         self._layers: list[Observed] = []
-        self._masking = masking
+        self.masking = masking
         for group in groups:
             leader = None
             for site in group.sites:
@@ -160,27 +157,23 @@ class Accumulator:
 
     def hooks(self) -> Iterator[tuple[nn.Module, Hook]]:
         """What to call after the forwards of the layers."""
-        yield from self._masking.hooks()
+        yield from self.masking.hooks()
         yield from ((layer.site.module, partial(self._hook, layer)) for layer in self._layers)
 
-    def begin(self, number: int, batch: Batch) -> None:
-        self._number = number
-        self._masking.begin(batch)
-
     def _hook(self, layer: Observed, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        mask = self._masking.call(layer.site.fqn)
+        mask = self.masking.call(layer.site.fqn)
         layer.observe(input_of(args, kwargs), output, mask)
         return layer.watch_gradient(output, mask)
 
-    def check(self) -> None:
-        """ValueError that names the batch and its first layer with an input, output or gradient that is not finite."""
+    def check(self, number: int) -> None:
+        """ValueError that names this batch and its first layer with an input, output or gradient that is not finite."""
         for what in ("data", "gradient"):
             sums = [(x, m) for x in self._layers if (m := getattr(x, what)) is not None and m.rows]
             if bool(torch.stack([m.is_finite().cpu() for _, m in sums]).all()) if sums else True:
                 continue
             layer = next(x for x, m in sums if not m.is_finite())
             raise ValueError(
-                f"batch {self._number}: {layer.site.fqn} has NaN or infinity in its "
+                f"batch {number}: {layer.site.fqn} has NaN or infinity in its "
                 f"{'gradients' if what == 'gradient' else 'inputs' if layer.of_inputs else 'outputs'}"
             )
 

@@ -6,10 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
-
 from ..util.names import checks_keywords
-from .calibration import Calibration, calibrate
 from .losses import LossLike
 
 
@@ -33,16 +30,3 @@ class Calibrate:
     max_memory: int | None = None
     spill: bool = False
     seed: int = 0
-
-    def of(self, model: nn.Module, layers: Iterable[str]) -> Calibration:
-        """What these layers of the model see."""
-        return calibrate(
-            model,
-            self.data,
-            loss=self.loss,
-            layers=layers,
-            cache=self.cache,
-            max_memory=self.max_memory,
-            spill=self.spill,
-            seed=self.seed,
-        )

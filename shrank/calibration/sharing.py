@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..model.adapters import target
 from ..model.hooks import hooked, in_eval_mode, input_of
-from ..model.surgery import Site
+from ..model.survey import Site
 from ..util.progress import track
 from .batches import Batch
 from .streams import Masking
@@ -48,8 +48,8 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What all the data looks like from the layers: `shared`, those that every call gave the same inputs together, in
+class LayerCalls:
+    """How all the data calls the layers: `shared`, those that every call gave the same inputs together, in
     the order of execution; `calls`, how many each had in every batch; `rows`, how many the layer that saw most saw in
     all; `unseen`, those that saw none."""
 
@@ -59,12 +59,12 @@ class Survey:
     unseen: list[str]
 
 
-def plan_passes(sites: list[Site], survey: Survey, gradients: bool, max_memory: int) -> list[list[Group]]:
+def plan_passes(sites: list[Site], calls: LayerCalls, gradients: bool, max_memory: int) -> list[list[Group]]:
     """The layers in groups that share their inputs, in the order of execution, split so that the moments of each part
     fit into `max_memory` bytes (of a single group, whatever it needs)."""
     by_name = {site.fqn: site for site in sites}
-    groups = [group for names in survey.shared for group in _sided([by_name[name] for name in names])]
-    spilled = 1 if survey.rows < ROWS_IN_FLOAT32 else 3  # a float64 sum beside the float32 one
+    groups = [group for names in calls.shared for group in _sided([by_name[name] for name in names])]
+    spilled = 1 if calls.rows < ROWS_IN_FLOAT32 else 3  # a float64 sum beside the float32 one
     passes: list[list[Group]] = []
     free = 0
     for group in groups:
@@ -77,9 +77,9 @@ def plan_passes(sites: list[Site], survey: Survey, gradients: bool, max_memory: 
     return passes
 
 
-def survey(
+def observe_calls(
     model: nn.Module, sites: list[Site], batches: list[Batch], masking: Masking, others: Iterable[Site] = ()
-) -> Survey:
+) -> LayerCalls:
     """Run all the batches, which are bound to the model, and look at what its layers are called with.
 
     others: layers that are not asked about, whose shapes masks may have as well.
@@ -109,19 +109,19 @@ def survey(
             masking.begin(batch)
             batch.call(model)
     shared: dict[object, list[str]] = {}
-    vectors = {site.fqn for site in sites if target(site.module).takes_vectors}
+    vectors = {site.fqn for site in sites if site.adapter.takes_vectors}
     for name, numbers in seen.items():
         if rows[name]:
             shared.setdefault(tuple(numbers) if name in vectors else name, []).append(name)
     unseen = [name for name, n in rows.items() if not n]
-    return Survey(list(shared.values()), calls, max(rows.values(), default=0), unseen)
+    return LayerCalls(list(shared.values()), calls, max(rows.values(), default=0), unseen)
 
 
 def _sided(sites: list[Site]) -> list[Group]:
     """The layers with one input as a group that observes it, or each alone if their outputs are fewer numbers."""
-    if not target(sites[0].module).takes_vectors:
+    if not sites[0].adapter.takes_vectors:
         return [Group((site,), False) for site in sites]
-    shapes = [target(site.module).shape() for site in sites]
+    shapes = [site.shape for site in sites]
     if shapes[0].in_features ** 2 <= sum(shape.out_features**2 for shape in shapes):
         return [Group(tuple(sites), True)]
     return [Group((site,), False) for site in sites]
@@ -129,7 +129,7 @@ def _sided(sites: list[Site]) -> list[Group]:
 
 def _entries(group: Group, gradients: bool) -> Iterator[int]:
     """Numbers in the moments of a group."""
-    shapes = [target(site.module).shape() for site in group.sites]
+    shapes = [site.shape for site in group.sites]
     if group.of_inputs:
         yield shapes[0].in_features ** 2
     for shape in shapes:

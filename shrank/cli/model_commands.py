@@ -16,10 +16,10 @@ from ..compression.apply import describe, merge
 from ..compression.auto_fact import auto_fact
 from ..data.file_batches import batches_from_file
 from ..data.model_inputs import require_next_token
-from ..healing.heal import HEALING_ATTRIBUTE
 from ..healing.heal import heal as heal_model
 from ..healing.options import LEARNING_RATE
 from ..measuring.layer_errors import measure_errors
+from ..model.notes import HEALING, noted
 from ..planning.make_plan import eligible, make_plan
 from ..planning.plan import RankPlan
 from ..planning.tables import table
@@ -198,7 +198,7 @@ def heal_command(
             model, dense, batches, steps=steps, learning_rate=learning_rate, loss=loss, checkpoint=checkpoint
         )
         save_model(model, student, out)
-    done = getattr(model, HEALING_ATTRIBUTE)
+    done = noted(model, HEALING)
     show(
         {"before": done.before, "after": done.after, "best_step": done.best_step, "curve": done.curve},
         None,
@@ -253,5 +253,5 @@ def _batches(path: Path, model: nn.Module, source: str, loss: str, max_length: i
 
 
 def _told(model: nn.Module) -> str:
-    done = getattr(model, HEALING_ATTRIBUTE)
+    done = noted(model, HEALING)
     return f"healed: loss on held-out texts {done.before:.4f} -> {done.after:.4f}, best at step {done.best_step}"

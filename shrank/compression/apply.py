@@ -16,13 +16,11 @@ from ..linalg import FactorizationError, factorize, factorize_weighted, pivoted
 from ..model import surgery
 from ..model.adapters import LOW_RANK, target, with_groups
 from ..model.dense import dense_twin, require_plain
-from ..model.refusals import why_not
-from ..model.surgery import Site, walk
+from ..model.survey import Site, Survey, count
 from ..planning.plan import LayerPlan, RankPlan
 from ..util.parallel import in_parallel, workers_for
 from ..util.progress import track
 
-PLAN_ATTRIBUTE = "shrank_plan"
 _log = logging.getLogger("shrank")
 
 
@@ -45,17 +43,26 @@ def apply(model: nn.Module, plan: RankPlan, calibration: MetricSource | None = N
     Raises:
         ValueError: The plan does not fit the model, which is then as it was.
     """
+    survey = Survey(model)
+    return surgery.finish(survey, carry_out(survey, plan, calibration))
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def carry_out(survey: Survey, plan: RankPlan, calibration: MetricSource | None = None) -> RankPlan:
+    """Replace the planned layers; the plan with the errors found. `surgery.finish` must follow; ValueError as `apply`
+    raises it."""
     done = {layer.fqn: layer for layer in plan}
-    jobs = resolve(model, plan)
+    jobs = resolve(survey, plan)
     for site, layer, twin in track(_twins(jobs, calibration), "factorising", total=len(jobs)):
         done[layer.fqn] = layer
         if twin is None:
-            warnings.warn(f"{layer.fqn} stays dense: {layer.reason}", stacklevel=2)
+            warnings.warn(f"{layer.fqn} stays dense: {layer.reason}", stacklevel=3)
         else:
-            model = surgery.replace(model, site, twin)
+            surgery.replace(survey, site, twin)
     done = replace(plan, layers=tuple(done.values()))
     _log.info("%s", done.summary)
-    return surgery.finish(model, **{PLAN_ATTRIBUTE: done})
+    return done
 
 
 def attach_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
@@ -64,15 +71,16 @@ def attach_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
     Layers that are low-rank already, as planned, stay. Raises ValueError, before anything is changed, if the plan does
     not fit the model.
     """
-    for site, twin in _empty_twins(model, plan):
-        model = surgery.replace(model, site, twin.to_empty(device=site.module.weight.device))
-    return surgery.finish(model, **{PLAN_ATTRIBUTE: plan})
+    survey = Survey(model)
+    for site, twin in _empty_twins(survey, plan):
+        surgery.replace(survey, site, twin.to_empty(device=site.module.weight.device))
+    return surgery.finish(survey, plan)
 
 
 def expected_state(model: nn.Module, plan: RankPlan) -> dict[str, Tensor]:
     """What `model.state_dict()` would hold after `attach_empty`, the factors on the meta device; raises ValueError as
     that does."""
-    twins = {id(site.module): twin for site, twin in _empty_twins(model, plan)}
+    twins = {id(site.module): twin for site, twin in _empty_twins(Survey(model), plan)}
     paths = {path: twins[id(m)] for path, m in model.named_modules(remove_duplicate=False) if id(m) in twins}
     expected = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] not in paths}
     for path, twin in paths.items():
@@ -90,9 +98,8 @@ def describe(model: nn.Module) -> RankPlan:
     Returns:
         A plan of its low-rank layers alone.
     """
-    sites = walk(model, inside_low_rank=True)
-    plan = RankPlan(tuple(_describe_layer(site) for site in sites if isinstance(site.module, LOW_RANK)))
-    return replace(plan, other_params=surgery.count(model.parameters()) - plan.params_after)
+    plan = RankPlan(tuple(_describe_layer(site) for site in Survey(model).low_rank()))
+    return replace(plan, other_params=count(model.parameters()) - plan.params_after)
 
 
 @torch.inference_mode(False)
@@ -110,11 +117,12 @@ def merge(model: nn.Module) -> nn.Module:
         ValueError: Another tool made something of a stage that its weight does not tell: LoRA, quantization, pruning,
             sharding, hooks. The model is then as it was.
     """
-    sites = [site for site in walk(model, inside_low_rank=True) if isinstance(site.module, LOW_RANK)]
+    survey = Survey(model)
+    sites = survey.low_rank()
     require_plain(sites, "merged")
     for site in reversed(sites):  # innermost first: a stage of a low-rank layer may be low-rank itself
-        model = surgery.replace(model, site, dense_twin(site.module))
-    return surgery.finish(model, **{PLAN_ATTRIBUTE: None})
+        surgery.replace(survey, site, dense_twin(site.module))
+    return surgery.finish(survey, None)
 
 
 def _twins(
@@ -132,7 +140,7 @@ def _twins(
 @torch.no_grad()
 def _twin(calibration: MetricSource | None, job: tuple[Site, LayerPlan]) -> tuple[Site, LayerPlan, nn.Module | None]:
     (site, layer), bias = job, job[0].module.bias
-    adapter = target(site.module)
+    adapter = site.adapter
     matrices, rank = adapter.matrices(layer.shape), layer.rank // layer.shape.down_groups
     try:
         metric = metric_of(calibration, site, matrices)
@@ -156,20 +164,20 @@ def _describe_layer(site: Site) -> LayerPlan:
     return LayerPlan(site.fqn, layer.kind, shape.dense_params, shape, layer.rank)
 
 
-def _empty_twins(model: nn.Module, plan: RankPlan) -> list[tuple[Site, nn.Module]]:
+def _empty_twins(survey: Survey, plan: RankPlan) -> list[tuple[Site, nn.Module]]:
     """The sites of the planned layers and a twin on the meta device for each, whose stages may be low-rank in turn."""
     twins = []
-    for site, layer in resolve(model, plan.outermost, loading=True):
-        twin = target(site.module, vouched=True).twin(layer.rank, layer.shape)
+    for site, layer in resolve(survey, plan.outermost, loading=True):
+        twin = Survey(target(site.module, vouched=True).twin(layer.rank, layer.shape))
         for inner_site, inner_twin in _empty_twins(twin, plan.inside(layer.fqn)):
             surgery.replace(twin, inner_site, inner_twin)
-        twins.append((site, twin))
+        twins.append((site, twin.model))
     return twins
 
 
-def resolve(model: nn.Module, plan: RankPlan, loading: bool = False) -> list[tuple[Site, LayerPlan]]:
+def resolve(survey: Survey, plan: RankPlan, loading: bool = False) -> list[tuple[Site, LayerPlan]]:
     """The sites of the planned layers; ValueError lists everything about the plan that does not fit the model."""
-    sites = {site.fqn: site for site in walk(model, inside_low_rank=True)}
+    sites = {site.fqn: site for site in survey.sites(inside_low_rank=True)}
     jobs, problems = [], []
     for layer in plan.low_rank:
         site = sites.get(layer.fqn)
@@ -195,7 +203,7 @@ def indented(problems: list[str]) -> str:
 def _misfit(site: Site, layer: LayerPlan, loading: bool) -> str:
     """What keeps this layer from being replaced as planned; '' if nothing does."""
     found = target(site.module, vouched=loading)
-    if (found is None or not loading) and (reasons := [*site.why_not, *why_not(site.module)]):
+    if (found is None or not loading) and (reasons := site.why_not()):
         return "; ".join(reasons)
     if found.kind != layer.kind:
         return f"it is a {found.kind} here and a {layer.kind} in the plan"

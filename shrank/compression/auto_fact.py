@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..calibration.batches import as_batches
-from ..calibration.calibration import Calibration
+from ..calibration.calibration import Calibration, calibrated
 from ..calibration.request import Calibrate
 from ..linalg import BudgetTooSmall
+from ..model.surgery import finish
+from ..model.survey import Survey
 from ..planning.budget import Budget, SmallestGoodEnough
-from ..planning.make_plan import eligible_with, plan_with
+from ..planning.make_plan import eligible_in, plan_of
 from ..planning.options import PlanOptions, members, options_of
 from ..planning.plan import RankPlan
 from ..planning.rank import Rank
 from ..util.progress import track
-from .anchored import SHARE, apply_anchored
-from .apply import apply
+from .anchored import SHARE, carry_out_anchored
+from .apply import carry_out
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -89,18 +91,18 @@ def auto_fact(
         copied = copy.deepcopy(module)
         fitting = replace(fitting, submodules=_counterparts(module, fitting.submodules, copied))
         module = copied
-    data = _data(calibrate, anchored)
+    data, survey = _data(calibrate, anchored), Survey(module)
     if isinstance(rank, RankPlan):
-        plan, data = rank, data.seen_by(module, [layer.fqn for layer in rank.low_rank])
+        plan, data = rank, data.seen_by(survey, [layer.fqn for layer in rank.low_rank])
     else:
         # Errors come with the factors; computing the spectra first would decompose every layer twice.
         fitting = replace(fitting, errors=bool(options.get("errors", False)))
-        data = data.seen_by(module, [] if data.how is None else eligible_with(module, fitting))
+        data = data.seen_by(survey, [] if data.how is None else eligible_in(survey, fitting))
         search = isinstance(rank, Budget) and isinstance(rank.goal, SmallestGoodEnough)
-        plan = (_smallest_good_enough if search else _plan)(module, rank, data, fitting)
+        plan = (_smallest_good_enough if search else _plan)(survey, rank, data, fitting)
     if not plan.low_rank:
         warnings.warn(f"no layer was replaced: {plan.why_dense()}", stacklevel=2)
-    return data.carry_out(module, plan)
+    return data.applied(survey, plan)
 
 
 @dataclass(frozen=True)
@@ -111,14 +113,17 @@ class _Data:
     calibration: Calibration | None
     anchored: float
 
-    def seen_by(self, module: nn.Module, layers: list[str]) -> _Data:
+    def seen_by(self, survey: Survey, layers: list[str]) -> _Data:
         """With the calibration of these layers, if there is data."""
-        return self if self.how is None else replace(self, calibration=self.how.of(module, layers))
+        return self if self.how is None else replace(self, calibration=calibrated(survey, self.how, layers))
 
-    def carry_out(self, module: nn.Module, plan: RankPlan) -> nn.Module:
+    def applied(self, survey: Survey, plan: RankPlan) -> nn.Module:
+        """The model after the plan was carried out on it."""
         if self.anchored:
-            return apply_anchored(module, plan, self.how.data, self.calibration, self.anchored)
-        return apply(module, plan, self.calibration)
+            done = carry_out_anchored(survey, plan, self.how.data, self.calibration, self.anchored)
+        else:
+            done = carry_out(survey, plan, self.calibration)
+        return finish(survey, done)
 
 
 def _data(given: Iterable[object] | Calibrate | Calibration | None, anchored: float | bool) -> _Data:
@@ -131,24 +136,24 @@ def _data(given: Iterable[object] | Calibrate | Calibration | None, anchored: fl
     return _Data(replace(how, data=as_batches(how.data)), None, share)
 
 
-def _plan(module: nn.Module, rank: Rank | Budget, data: _Data, options: PlanOptions) -> RankPlan:
-    return plan_with(module, rank, data.calibration, options)
+def _plan(survey: Survey, rank: Rank | Budget, data: _Data, options: PlanOptions) -> RankPlan:
+    return plan_of(survey, rank, data.calibration, options)
 
 
-def _smallest_good_enough(module: nn.Module, budget: Budget, data: _Data, options: PlanOptions) -> RankPlan:
+def _smallest_good_enough(survey: Survey, budget: Budget, data: _Data, options: PlanOptions) -> RankPlan:
     """The plan of the smallest share of weights whose model loses at most `tolerated_drop`, found by bisection."""
-    wanted = budget.eval_fn(module) - budget.tolerated_drop
+    wanted = budget.eval_fn(survey.model) - budget.tolerated_drop
     low, high, best, plan = 0.0, 1.0, None, None
     nothing = True
     for _ in track(range(_TRIALS), "bisecting"):
         keep = (low + high) / 2
         try:
-            plan = _plan(module, replace(budget, eval_fn=None, keep_params=keep), data, options)
+            plan = _plan(survey, replace(budget, eval_fn=None, keep_params=keep), data, options)
         except BudgetTooSmall:
             low = keep
             continue
         nothing = nothing and not plan.low_rank
-        if plan.low_rank and budget.eval_fn(data.carry_out(copy.deepcopy(module), plan)) >= wanted:
+        if plan.low_rank and budget.eval_fn(data.applied(Survey(copy.deepcopy(survey.model)), plan)) >= wanted:
             high, best = keep, plan
         else:
             low = keep

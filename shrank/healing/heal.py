@@ -13,13 +13,12 @@ from torch import nn
 from ..calibration.batches import Batch, as_batches, bound
 from ..calibration.losses import LossLike, as_training_loss
 from ..calibration.streams import warn_of_masks_that_fit_nothing
+from ..model.notes import HEALING, note
 from ..model.storage import with_pivots, with_plain_factors
 from ..util.names import checks_keywords
 from .options import LEARNING_RATE, HealOptions, RunOptions
 from .run import Run
 from .schedule import split
-
-HEALING_ATTRIBUTE = "shrank_healing"
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def heal(
         warn_of_masks_that_fit_nothing((*batches, *held))
     finally:
         student = with_pivots(student, pivots)
-    vars(student)[HEALING_ATTRIBUTE] = Healing(run.step, run.best_step, tuple(run.curve))
+    note(student, HEALING, Healing(run.step, run.best_step, tuple(run.curve)))
     return student
 
 

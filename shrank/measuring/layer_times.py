@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..linalg import Factors, PivotedFactors, Shape
-from ..model.adapters import Target, target, with_groups
-from ..model.refusals import why_not
-from ..model.surgery import Site, walk
+from ..model.adapters import Target, with_groups
+from ..model.survey import Site, Survey
 from ..planning.latency import LatencyTable
 from ..util.progress import track
 from .timing import time_in_turns
@@ -27,17 +26,17 @@ def measure_layers(model: nn.Module, call: Callable[[], object], rounds: int = 7
 
     Dense and low-rank versions run in turns; layers that are alike are timed once. Raises ValueError if no layer runs.
     """
-    sites = {site.fqn: site for site in walk(model) if not (site.why_not or why_not(site.module))}
+    sites = {site.fqn: site for site in Survey(model).sites() if not site.why_not()}
     inputs = _inputs(sites, call)
     if not inputs:
         raise ValueError("the call reaches no layer that could be replaced")
     known: dict[tuple, dict] = {}
     layers = {}
     for fqn, x in track(inputs.items(), "timing layers", total=len(inputs)):
-        module = sites[fqn].module
+        site, module = sites[fqn], sites[fqn].module
         key = (repr(module), tuple(x.shape), x.stride(), x.dtype, str(x.device))
         if key not in known:
-            known[key] = _times(target(module), x, rounds)
+            known[key] = _times(site.adapter, x, rounds)
         layers[fqn] = known[key]
     device = next(iter(inputs.values())).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

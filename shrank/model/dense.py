@@ -10,7 +10,7 @@ from ..layers.low_rank import LowRankLayer
 from ..layers.plain import why_not_quiet
 from ..layers.two_stage import merged_bias
 from .adapters import adapter_of
-from .surgery import Site
+from .survey import Site
 
 
 def require_plain(sites: Iterable[Site], what: str) -> None:

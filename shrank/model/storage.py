@@ -11,9 +11,9 @@ from torch import nn
 from ..layers.two_stage import merged_bias
 from ..linalg import Factors, PivotedFactors, pivoted, unpivoted
 from . import surgery
-from .adapters import LOW_RANK, target
+from .adapters import target
 from .dense import dense_twin, require_plain
-from .surgery import Site, walk
+from .survey import Site, Survey
 
 Stored = Factors | PivotedFactors
 
@@ -32,7 +32,8 @@ def with_pivots(model: nn.Module, names: list[str]) -> nn.Module:
 def _stored_otherwise(
     model: nn.Module, wanted: Callable[[Site], bool], convert: Callable[[Stored], Stored]
 ) -> tuple[nn.Module, list[str]]:
-    sites = [site for site in walk(model) if isinstance(site.module, LOW_RANK) and wanted(site)]
+    survey = Survey(model)
+    sites = [site for site in survey.low_rank() if not site.inside and wanted(site)]
     require_plain(sites, "stored otherwise")
     for site in sites:
         layer = site.module
@@ -40,5 +41,5 @@ def _stored_otherwise(
         pivots = isinstance(factors, PivotedFactors)
         twin = target(dense_twin(layer), vouched=True).twin(layer.rank, replace(layer.shape, pivoted=pivots))
         twin.take(factors, merged_bias(layer.stages))
-        model = surgery.replace(model, site, twin)
-    return model, [site.fqn for site in sites]
+        surgery.replace(survey, site, twin)
+    return survey.model, [site.fqn for site in sites]

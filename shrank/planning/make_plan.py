@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from numbers import Real
 from typing import TYPE_CHECKING
 
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 
 from ..calibration.metric_source import LayerStatistics, metric_of
 from ..linalg import FactorizationError, Shape, energy_curve, spectrum, squared_errors
-from ..model.adapters import LOW_RANK, is_lazy, target
-from ..model.surgery import Site, count, is_unit, walk
+from ..model.adapters import LOW_RANK, is_lazy
+from ..model.survey import Site, Survey, count, is_unit
 from ..util.parallel import in_parallel, workers_for
 from ..util.progress import track
 from .budget import Budget, SmallestGoodEnough
 from .costs import PricedLayer
-from .options import PlanOptions, StaysDense, at_or_below, check_eligible, fit, options_of
+from .options import Eligibility, PlanOptions, StaysDense, fit, options_of
 from .plan import LayerPlan, RankPlan
 from .rank import Fraction, Layer, Rank, RankRule, as_rule
 from .spending import Candidate, Paid, TradeOff, spend
@@ -57,43 +56,41 @@ def make_plan(
         TypeError: An option does not exist, or `rank` is none of the above.
         ValueError: A rule or an option is out of its range, or the budget is less than the least possible.
     """
-    return plan_with(model, rank, calibration, options_of("make_plan", options, _PARAMETERS))
+    return plan_of(Survey(model), rank, calibration, options_of("make_plan", options, _PARAMETERS))
 
 
-def plan_with(
-    model: nn.Module, rank: Rank | Budget, calibration: LayerStatistics | None, options: PlanOptions
-) -> RankPlan:
-    """As `make_plan`."""
+def plan_of(survey: Survey, rank: Rank | Budget, calibration: LayerStatistics | None, options: PlanOptions) -> RankPlan:
+    """As `make_plan`, of a model that was looked at before."""
+    rule = _rule(rank, calibration)
+    counted: set[int] = set()
+    eligibility = Eligibility(options, survey.model)
+    layers = [_Layer(site, _draft(site, counted), eligibility, calibration) for site in _sites(survey, options)]
+    trade_off = TradeOff()
+    if isinstance(rule, Budget):
+        planned, trade_off = _by_budget(layers, rule, options, calibration)
+    else:
+        planned = [_by_rule(layer, rule, options) for layer in track(layers, "planning")]
+        if options.errors:
+            planned = _with_errors(planned, layers)
+    other = count(survey.model.parameters()) - sum(layer.size for layer in planned)
+    return RankPlan(tuple(planned), other, trade_off.curve, trade_off.spent)
+
+
+def _rule(rank: Rank | Budget, calibration: LayerStatistics | None) -> RankRule | Budget:
     rule = rank if isinstance(rank, Budget) else as_rule(rank)
     if isinstance(rule, Budget) and isinstance(rule.goal, SmallestGoodEnough):
         raise ValueError(
             "a Budget(eval_fn=) is spent by trying compressed models, which a plan alone does not make: "
             "call auto_fact(model, budget, deepcopy=True) and take its shrank_plan"
         )
-    if calibration is not None and isinstance(rank, Real):
-        rule = Budget(keep_params=rule.keep) if isinstance(rule, Fraction) else rule
-    sites = sites_of(model, options)
-    counted: set[int] = set()
-    spectra = {site.fqn: cache(partial(_spectrum, site, calibration)) for site in sites}
-    drafts = [_draft(site, counted) for site in sites]
-    allowed = None if options.submodules is None else at_or_below(options.submodules, model)
-    trade_off = TradeOff()
-    if isinstance(rule, Budget):
-        layers, trade_off = _planned_by_budget(sites, drafts, rule, options, allowed, calibration, spectra)
-    else:
-        layers = [
-            _plan_layer(site, draft, rule, options, allowed, spectra[site.fqn])
-            for site, draft in zip(track(sites, "planning"), drafts, strict=True)
-        ]
-        if options.errors:
-            layers = _with_errors(layers, {site.fqn: site for site in sites}, spectra, calibration)
-    other = count(model.parameters()) - sum(layer.size for layer in layers)
-    return RankPlan(tuple(layers), other, trade_off.curve, trade_off.spent)
+    if calibration is not None and isinstance(rank, Real) and isinstance(rule, Fraction):
+        return Budget(keep_params=rule.keep)
+    return rule
 
 
-def sites_of(model: nn.Module, options: PlanOptions) -> list[Site]:
+def _sites(survey: Survey, options: PlanOptions) -> list[Site]:
     """The layers that a plan is about."""
-    sites = walk(model, inside_low_rank=options.fact_led_unit)
+    sites = survey.sites(inside_low_rank=options.fact_led_unit)
     return [site for site in sites if not (options.fact_led_unit and isinstance(site.module, LOW_RANK))]
 
 
@@ -110,129 +107,118 @@ def eligible(model: nn.Module, **options: Unpack[PlanKeywords]) -> list[str]:
     Raises:
         TypeError: An option does not exist.
     """
-    return eligible_with(model, options_of("eligible", options, ("model",)))
+    return eligible_in(Survey(model), options_of("eligible", options, ("model",)))
 
 
-def eligible_with(model: nn.Module, options: PlanOptions) -> list[str]:
-    """As `eligible`."""
-    allowed, names = None if options.submodules is None else at_or_below(options.submodules, model), []
-    for site in sites_of(model, options):
-        try:
-            check_eligible(site, options, allowed)
-        except StaysDense:
-            continue
-        names.append(site.fqn)
-    return names
+def eligible_in(survey: Survey, options: PlanOptions) -> list[str]:
+    """As `eligible`, of a model that was looked at before."""
+    eligibility = Eligibility(options, survey.model)
+    return [site.fqn for site in _sites(survey, options) if not eligibility.why_not(site)]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer to plan; `draft`: what is to be said of it whatever becomes of it."""
+
+    site: Site
+    draft: LayerPlan
+    eligibility: Eligibility
+    calibration: LayerStatistics | None
+
+    @cached_property
+    def why_dense(self) -> str:
+        """Why nothing about it is to be decided; "" if something is."""
+        return self.eligibility.why_not(self.site)
+
+    @cached_property
+    def spectrum(self) -> Tensor:
+        """Singular values of the weight, or in the norm of the calibration."""
+        return self.spectrum_of(self.site.shape)
+
+    def spectrum_of(self, shape: Shape) -> Tensor:
+        """Of a twin with other groups than the weight."""
+        matrices = self.site.adapter.matrices(shape)
+        metric = metric_of(self.calibration, self.site, matrices)
+        return spectrum(matrices) if metric is None else squared_errors(matrices, metric).sqrt()
+
+    @property
+    def saw_nothing(self) -> bool:
+        return self.calibration is not None and self.site.fqn not in self.calibration
+
+    @property
+    def priced(self) -> PricedLayer:
+        """As budgets price it; one that saw nothing in the calibration never runs."""
+        known = self.calibration
+        tokens = None if known is None else 0 if self.saw_nothing else known.tokens(self.site.fqn)
+        return PricedLayer(self.site.fqn, tokens, self.site.adapter.takes_vectors)
+
+    def stays_dense(self, reason: object) -> LayerPlan:
+        return replace(self.draft, reason=str(reason))
 
 
 def _draft(site: Site, counted: set[int]) -> LayerPlan:
-    """What is to be said of a layer whatever becomes of it."""
-    adapter = target(site.module)
-    shape = adapter.shape() if adapter and not is_lazy(site.module.weight) else None
-    kind = adapter.kind if adapter else type(site.module).__name__
-    return LayerPlan(site.fqn, kind, _size(site, counted), shape)
+    kind = site.adapter.kind if site.adapter else type(site.module).__name__
+    return LayerPlan(site.fqn, kind, _size(site, counted), site.shape)
 
 
-def _plan_layer(
-    site: Site,
-    draft: LayerPlan,
-    rule: RankRule,
-    options: PlanOptions,
-    allowed: set[int] | None,
-    spectrum_of: Callable[[], Tensor],
-) -> LayerPlan:
+def _by_rule(layer: _Layer, rule: RankRule, options: PlanOptions) -> LayerPlan:
+    if layer.why_dense:
+        return layer.stays_dense(layer.why_dense)
     try:
-        check_eligible(site, options, allowed)
-        shape = replace(draft.shape, pivoted=options.pivot is True and draft.shape.groups == 1)
-        rank, shape = fit(rule(Layer(site.fqn, site.module, shape, spectrum_of)), target(site.module), options)
+        shape = replace(layer.draft.shape, pivoted=options.pivot is True and layer.draft.shape.groups == 1)
+        asked = Layer(layer.site.fqn, layer.site.module, shape, lambda: layer.spectrum)
+        rank, shape = fit(rule(asked), layer.site.adapter, options)
     except (StaysDense, FactorizationError) as reason:
-        return replace(draft, reason=str(reason))
-    return replace(draft, rank=rank, shape=shape, reason=f"break-even rank {shape.break_even_rank}")
+        return layer.stays_dense(reason)
+    return replace(layer.draft, rank=rank, shape=shape, reason=f"break-even rank {shape.break_even_rank}")
 
 
-def _planned_by_budget(
-    sites: list[Site],
-    drafts: list[LayerPlan],
-    budget: Budget,
-    options: PlanOptions,
-    allowed: set[int] | None,
-    calibration: LayerStatistics | None,
-    spectra: dict[str, Callable[[], Tensor]],
+def _by_budget(
+    layers: list[_Layer], budget: Budget, options: PlanOptions, calibration: LayerStatistics | None
 ) -> tuple[list[LayerPlan], TradeOff]:
     """Overridden layers by their rules, all other eligible ones by the budget."""
-    layers: dict[str, LayerPlan] = {draft.fqn: draft for draft in drafts}
-    undecided: list[tuple[Site, LayerPlan]] = []
-    fixed: list[Paid] = []
-    for site, draft in zip(sites, drafts, strict=True):
-        try:
-            check_eligible(site, options, allowed)
-        except StaysDense as reason:
-            layers[site.fqn] = replace(draft, reason=str(reason))
-            continue
-        if (rule := budget.rule_for(site.fqn)) is not None:
-            layers[site.fqn] = _plan_layer(site, draft, rule, options, allowed, spectra[site.fqn])
-            fixed.append(Paid(layers[site.fqn], _priced(site, calibration)))
-        elif calibration is not None and site.fqn not in calibration:
-            layers[site.fqn] = replace(draft, reason="it saw no data in the calibration")
-        else:
-            undecided.append((site, draft))
-    workers = workers_for(site.module.weight for site, _ in undecided)
+    rules = {layer.site.fqn: budget.rule_for(layer.site.fqn) for layer in layers if not layer.why_dense}
+    ruled = [layer for layer in layers if rules.get(layer.site.fqn) is not None]
+    fixed = [Paid(_by_rule(layer, rules[layer.site.fqn], options), layer.priced) for layer in ruled]
+    undecided = [layer for layer in layers if not (layer.why_dense or layer.saw_nothing) and layer not in ruled]
 
-    def candidate(undecided: tuple[Site, LayerPlan]) -> Candidate | LayerPlan:
-        site, draft = undecided
+    def candidate(layer: _Layer) -> Candidate | LayerPlan:
         try:
-            return Candidate(site, draft, _priced(site, calibration), spectra[site.fqn]().square())
+            return Candidate(layer.site, layer.draft, layer.priced, layer.spectrum.square())
         except FactorizationError as reason:
-            return replace(draft, reason=str(reason))
+            return layer.stays_dense(reason)
 
+    workers = workers_for(layer.site.module.weight for layer in undecided)
     results = list(track(in_parallel(candidate, undecided, workers), "spectra", total=len(undecided)))
-    layers |= {x.fqn: x for x in results if isinstance(x, LayerPlan)}
-    planned, trade_off = spend(
-        budget,
-        [x for x in results if isinstance(x, Candidate)],
-        fixed,
-        options,
-        weighted=calibration is not None and calibration.has_gradients,
-    )
-    return list((layers | {layer.fqn: layer for layer in planned}).values()), trade_off
+    candidates = [x for x in results if isinstance(x, Candidate)]
+    weighted = calibration is not None and calibration.has_gradients
+    planned, trade_off = spend(budget, candidates, fixed, options, weighted)
+    without_spectrum = [x for x in results if isinstance(x, LayerPlan)]
+    decided = {x.fqn: x for x in (*(paid.layer for paid in fixed), *without_spectrum, *planned)}
+    return [
+        decided.get(layer.site.fqn) or layer.stays_dense(layer.why_dense or "it saw no data in the calibration")
+        for layer in layers
+    ], trade_off
 
 
-def _priced(site: Site, calibration: LayerStatistics | None) -> PricedLayer:
-    """The layer as budgets price it; one that saw nothing in the calibration never runs."""
-    tokens = None if calibration is None else calibration.tokens(site.fqn) if site.fqn in calibration else 0
-    return PricedLayer(site.fqn, tokens, target(site.module).takes_vectors)
+def _with_errors(planned: list[LayerPlan], layers: list[_Layer]) -> list[LayerPlan]:
+    """With the error to expect at their ranks, or dense where their weights have no spectrum."""
 
-
-def _with_errors(
-    layers: list[LayerPlan],
-    sites: dict[str, Site],
-    spectra: dict[str, Callable[[], Tensor]],
-    calibration: LayerStatistics | None,
-) -> list[LayerPlan]:
-    """The layers with the error to expect at their ranks, or dense where their weights have no spectrum."""
-
-    def with_error(layer: LayerPlan) -> LayerPlan:
-        if layer.rank is None:
-            return layer
-        shape = layer.shape
+    def with_error(both: tuple[LayerPlan, _Layer]) -> LayerPlan:
+        plan, layer = both
+        if plan.rank is None:
+            return plan
+        shape = plan.shape
         try:
-            own_groups = shape.down_groups == shape.groups
-            singular = spectra[layer.fqn]() if own_groups else _spectrum(sites[layer.fqn], calibration, shape)
+            singular = layer.spectrum if shape.down_groups == shape.groups else layer.spectrum_of(shape)
         except FactorizationError as reason:
-            return replace(layer, rank=None, reason=str(reason))
-        kept = energy_curve(singular)[layer.rank // shape.down_groups].item()
-        return replace(layer, error=math.sqrt(max(0.0, 1.0 - kept)))
+            return replace(plan, rank=None, reason=str(reason))
+        kept = energy_curve(singular)[plan.rank // shape.down_groups].item()
+        return replace(plan, error=math.sqrt(max(0.0, 1.0 - kept)))
 
-    workers = workers_for(sites[layer.fqn].module.weight for layer in layers if layer.rank is not None)
-    return list(track(in_parallel(with_error, layers, workers), "errors", total=len(layers)))
-
-
-def _spectrum(site: Site, calibration: LayerStatistics | None, shape: Shape | None = None) -> Tensor:
-    """Singular values of the weight, or in the norm of the calibration."""
-    adapter = target(site.module)
-    matrices = adapter.matrices(shape or adapter.shape())
-    metric = metric_of(calibration, site, matrices)
-    return spectrum(matrices) if metric is None else squared_errors(matrices, metric).sqrt()
+    both = list(zip(planned, layers, strict=True))
+    workers = workers_for(layer.site.module.weight for plan, layer in both if plan.rank is not None)
+    return list(track(in_parallel(with_error, both, workers), "errors", total=len(both)))
 
 
 def _size(site: Site, counted: set[int]) -> int:

@@ -11,9 +11,8 @@ from typing import Literal
 from torch import nn
 
 from ..linalg import Shape
-from ..model.adapters import Target, target, with_groups
-from ..model.refusals import why_not
-from ..model.surgery import Site
+from ..model.adapters import Target, with_groups
+from ..model.survey import Site
 from ..util.names import checks_keywords, unknown_keyword
 
 Selector = str | Iterable[str] | Callable[[nn.Module, str], bool]
@@ -100,20 +99,32 @@ class StaysDense(Exception):
     """Ends the planning of one layer; its text is the reason."""
 
 
-def check_eligible(site: Site, options: PlanOptions, allowed: set[int] | None) -> None:
-    """Raise StaysDense with the reasons for which this layer cannot or may not change."""
-    if reasons := [*site.why_not, *why_not(site.module)]:
-        raise StaysDense("; ".join(reasons))
-    if allowed is not None and id(site.module) not in allowed:
-        raise StaysDense("not in submodules")
-    if options.include is not None and not _matches(options.include, site):
-        raise StaysDense("not included")
-    if options.exclude is not None and _matches(options.exclude, site):
-        raise StaysDense("excluded")
-    shape = target(site.module).shape()
-    smaller = min(shape.out_features, shape.in_features) // shape.groups
-    if smaller < options.min_features and not options.allow_growth:
-        raise StaysDense(f"too small: its smaller side is {smaller}, below min_features={options.min_features}")
+class Eligibility:
+    """Which layers of a model the options let change.
+
+    Raises ValueError if one of `submodules` is no part of the model.
+    """
+
+    def __init__(self, options: PlanOptions, model: nn.Module) -> None:
+        self._options = options
+        self._allowed = None if options.submodules is None else _at_or_below(options.submodules, model)
+
+    def why_not(self, site: Site) -> str:
+        """The reasons for which this layer cannot or may not change; "" if it may."""
+        options = self._options
+        if reasons := site.why_not():
+            return "; ".join(reasons)
+        if self._allowed is not None and id(site.module) not in self._allowed:
+            return "not in submodules"
+        if options.include is not None and not _matches(options.include, site):
+            return "not included"
+        if options.exclude is not None and _matches(options.exclude, site):
+            return "excluded"
+        shape = site.shape
+        smaller = min(shape.out_features, shape.in_features) // shape.groups
+        if smaller < options.min_features and not options.allow_growth:
+            return f"too small: its smaller side is {smaller}, below min_features={options.min_features}"
+        return ""
 
 
 def fit(rank: int | None, adapter: Target, options: PlanOptions) -> tuple[int, Shape]:
@@ -186,7 +197,7 @@ def _matches(selector: Selector, site: Site) -> bool:
     return any(fnmatchcase(site.fqn, pattern) for pattern in patterns)
 
 
-def at_or_below(submodules: Iterable[nn.Module], model: nn.Module) -> set[int]:
+def _at_or_below(submodules: Iterable[nn.Module], model: nn.Module) -> set[int]:
     """ids of all modules in these submodules; ValueError if one is no part of the model."""
     return {id(m) for submodule in members(submodules, model) for m in submodule.modules()}
 

@@ -11,8 +11,7 @@ from functools import cached_property
 from torch import Tensor
 
 from ..linalg import Allocation, Options, Shape, allocate, frontier
-from ..model.adapters import target
-from ..model.surgery import Site
+from ..model.survey import Site
 from .budget import Budget, MaxError
 from .costs import Cost, PricedLayer
 from .options import PlanOptions, StaysDense, can_pivot, grouped, is_faster
@@ -106,7 +105,7 @@ def spend(
 
 def _choices(candidate: Candidate, options: PlanOptions) -> dict[int | None, _Choice]:
     """Every rank that the layer could have, by rank, and None, dense, where it may be or can be nothing else."""
-    adapter, shape = target(candidate.site.module), candidate.draft.shape
+    adapter, shape = candidate.site.adapter, candidate.draft.shape
     dense = {None: _Choice(None, shape)}
     choices: dict[int | None, _Choice] = dict(dense) if options.allow_dense else {}
     multiple = math.lcm(options.round_to or (8 if shape.max_rank >= 128 else 1), shape.groups)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import shrank
 from shrank import Budget, Calibrate, RankPlan, auto_fact, calibrate, make_plan
 from shrank.calibration.batches import as_batches
-from shrank.calibration.sharing import survey
+from shrank.calibration.sharing import observe_calls
 from shrank.calibration.streams import Masking
-from shrank.compression.anchored import _stages, apply_anchored
-from shrank.model.surgery import walk
+from shrank.compression.anchored import _stages, apply_anchored, carry_out_anchored
+from shrank.model.survey import Survey
 from tests.common.models import (
     HF_MODELS,
     WIDTH,
@@ -84,9 +84,9 @@ def test_full_rank_is_exact() -> None:
 
 def test_layers_are_taken_block_by_block_in_the_order_of_execution() -> None:
     def stages(model: nn.Module, call: object) -> list[list[str]]:
-        sites = {s.fqn: s for s in walk(model) if isinstance(s.module, nn.Linear)}
+        sites = {s.fqn: s for s in Survey(model).sites() if isinstance(s.module, nn.Linear)}
         masking = Masking(model, {name: site.module for name, site in sites.items()})
-        shared = survey(model, list(sites.values()), as_batches([call]), masking).shared
+        shared = observe_calls(model, list(sites.values()), as_batches([call]), masking).shared
         found = _stages(model, [[sites[name] for name in names] for names in shared])
         return [sorted(site.fqn for sharing in stage for site in sharing) for stage in found]
 
@@ -237,10 +237,10 @@ def test_what_cannot_be_is_refused_before_anything_is_changed() -> None:
 def test_a_search_for_what_is_good_enough_is_anchored_too(monkeypatch) -> None:
     model, x, shares = mlp(2), draw(ROWS, WIDTH), []
 
-    def noted(model, plan, batches, calibration, share):
+    def noted(survey, plan, batches, calibration, share):
         shares.append(share)
-        return apply_anchored(model, plan, batches, calibration, share)
+        return carry_out_anchored(survey, plan, batches, calibration, share)
 
-    monkeypatch.setattr(importlib.import_module("shrank.compression.auto_fact"), "apply_anchored", noted)
+    monkeypatch.setattr(importlib.import_module("shrank.compression.auto_fact"), "carry_out_anchored", noted)
     auto_fact(model, Budget(eval_fn=lambda m: 0.0), calibrate=[x], anchored=0.5)
     assert len(shares) > 2 and set(shares) == {0.5}
