@@ -59,7 +59,8 @@ def auto_fact(
             min(rank, groups) groups.
         submodules: Modules at or below which layers may change; None for all of the model.
         deepcopy: Leave `module` untouched and change a copy.
-        fact_led_unit: Open layers that are low-rank already, and factorise their stages again.
+        fact_led_unit: Open layers that are low-rank already, and factorise their stages again. Deprecated: `merge` and
+            a smaller rank give less error at the same size.
         calibrate: Data, as `shrank.batches` makes it or takes it without further arguments; Calibrate(data, ...), which
             says how; or a Calibration. The twins then keep what the layers do to that data.
         anchored: Compress block by block. Each block is fitted at the inputs that the compressed blocks before it give,

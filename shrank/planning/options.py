@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -28,7 +29,8 @@ class PlanOptions:
         skip_high_groups: Leave a grouped convolution dense if its groups exceed the rank; False gives it
             min(rank, groups) groups.
         submodules: Modules at or below which layers may change.
-        fact_led_unit: Open low-rank layers and factorise their stages again.
+        fact_led_unit: Open low-rank layers and factorise their stages again. Deprecated: `merge` and a smaller rank give
+            less error at the same size.
         include: Layers that may change: glob patterns of dotted names, or (module, fqn) -> bool.
         exclude: Layers that may not, likewise.
         round_to: Ranks become multiples of it. By default of 8 where a budget chooses among at least 128 ranks, which
@@ -92,6 +94,13 @@ def options_of(function: str, given: Mapping[str, object], others: Iterable[str]
     for name in given:
         if name not in known:
             raise unknown_keyword(function, name, known, _ELSEWHERE if "calibrate" in known else None)
+    if given.get("fact_led_unit"):
+        warnings.warn(
+            "fact_led_unit is deprecated: it factorises factors, which loses more than one factorisation of the same "
+            "size does. Instead, shrank.merge the model and factorise it once, with a smaller rank",
+            DeprecationWarning,
+            stacklevel=3,
+        )
     return PlanOptions(**given)
 
 

@@ -102,7 +102,9 @@ def test_the_plan_that_was_carried_out_stays_with_the_model(caplog) -> None:
 def test_low_rank_layers_are_left_alone_unless_opened() -> None:
     net = auto_fact(model(), 30)
     assert [x.reason for x in shrank.make_plan(net, 8)] == ["already low-rank"] * 2
-    opened = auto_fact(net, 8, fact_led_unit=True)
+    with pytest.warns(DeprecationWarning, match="merge the model and factorise it once") as told:
+        opened = auto_fact(net, 8, fact_led_unit=True)
+    assert told[0].filename == __file__
     assert type(opened[0].led_unit[0]) is LED
     assert opened(torch.randn(3, 64)).shape == (3, 64)
 
