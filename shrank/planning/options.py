@@ -29,8 +29,8 @@ class PlanOptions:
         skip_high_groups: Leave a grouped convolution dense if its groups exceed the rank; False gives it
             min(rank, groups) groups.
         submodules: Modules at or below which layers may change.
-        fact_led_unit: Open low-rank layers and factorise their stages again. Deprecated: `merge` and a smaller rank give
-            less error at the same size.
+        fact_led_unit: Open low-rank layers and factorise their stages again. Deprecated: `merge` and a smaller rank
+            give less error at the same size.
         include: Layers that may change: glob patterns of dotted names, or (module, fqn) -> bool.
         exclude: Layers that may not, likewise.
         round_to: Ranks become multiples of it. By default of 8 where a budget chooses among at least 128 ranks, which
