@@ -8,6 +8,7 @@
 
 #include "../select/epilogue_tile.h"
 #include "../select/explain.h"
+#include "../select/kernel_cost.h"
 #include "../select/linear_cost.h"
 #include "../select/linear_select.h"
 #include "select.h"
@@ -123,6 +124,16 @@ void bind_select_linear(py::module_ m) {
   m.def("floor_us", &floor_us, "problem"_a, "device"_a);
   m.def("dense_us", &dense_us, "problem"_a, "device"_a);
   m.def("epilogue_tile", &epilogue_tile, "problem"_a, "device"_a);
+  py::class_<Phase>(m, "Phase")
+      .def(py::init([](double slots, double products, double l1_bytes, double l2_bytes, double dram_bytes,
+                       double wait_us) { return Phase{slots, products, l1_bytes, l2_bytes, dram_bytes, wait_us}; }),
+           "slots"_a = 0, "products"_a = 0, "l1_bytes"_a = 0, "l2_bytes"_a = 0, "dram_bytes"_a = 0, "wait_us"_a = 0);
+  m.def("kernel_us",
+        [](int64_t blocks, int threads, int shared_bytes, double dram_bytes, const Phase& first, const Phase& second,
+           const Device& d) { return kernel_us({blocks, threads, shared_bytes, dram_bytes}, {first, second}, d); },
+        "blocks"_a, "threads"_a, "shared_bytes"_a, "dram_bytes"_a, "first"_a, "second"_a, "device"_a);
+  m.def("resident_blocks", &resident_blocks, "threads"_a, "shared_bytes"_a, "device"_a);
+  m.def("clock_hz", &clock_hz, "device"_a);
   m.def("explain", [](const LinearProblem& p, const Device& d) { return explain(p, d); }, "problem"_a, "device"_a);
 }
 

@@ -6,6 +6,8 @@
 #include "conv_cost.h"
 #include "cost.h"
 #include "integers.h"
+#include "kernel_slots.h"
+#include "tile_cost.h"
 
 namespace shrank {
 namespace {
@@ -14,10 +16,6 @@ constexpr int kMaxRank = 256;  // that one block holds of the sums of h; of a de
 constexpr int kMaxDepthwiseRank = 1536;
 constexpr int kMaxBlocksN = 64;
 constexpr int64_t kTooLarge = int64_t{1} << 30;  // places in x are 32-bit numbers, and padding lies below zero
-
-// Instructions of a thread: for a copy of 8 channels its place, three comparisons and its addresses; for a number that
-// is read by itself as many, and its place in the filter. Counted in csrc/kernels/gather.cuh.
-constexpr double kCopyInstructions = 20, kNumberInstructions = 24;
 
 // L1 and shared memory are one; a block may not have all of it (CUDA C++ Programming Guide: 192, 128, 256 KiB of an
 // sm_80, sm_89, sm_90).
@@ -37,8 +35,9 @@ bool suits(const ConvTile& tile, const ConvProblem& p, const Device& d) {
          tile.shared_bytes() <= d.smem_per_block;
 }
 
-// Blocks that share an SM, by their shared memory; more than two have too many registers.
-int resident(const ConvTile& tile, const Device& d) { return 2 * tile.shared_bytes() <= d.smem_per_block ? 2 : 1; }
+int resident(const ConvTile& tile, const Device& d) {
+  return resident_blocks(tile.tile.threads(), tile.shared_bytes(), d);
+}
 
 // How many pixels of x a block must bring for its windows, if L1 keeps what `channels` of them are. From the first
 // origin to the last and a window beyond, if L1 holds that; else again for each line of the window, if it holds a line;
@@ -55,68 +54,58 @@ double pixels_read(const ConvProblem& p, const ConvTile& tile, double channels, 
   return taps;
 }
 
-// What a block does: multiply-adds of the tensor cores, instructions of a thread, numbers that pass L1 and L2, steps of
-// the first pipeline. Bytes of L1 in a clock: an SM has 128, and copies to shared memory write what they read.
-struct Work { double products, instructions, from_l1, from_l2, steps, l1_rate; };
-
-Work depthwise_work(const ConvTile& tile, const ConvProblem& p, const Device& d) {
-  const double block_m = tile.tile.block_m, rank = real(p.R / p.up_groups), taps = real(p.taps());
-  const double channels = std::min(rank, double{LinearTile::kPanel});
-  return {0,
-          block_m * rank * taps * kDepthwiseInstructions,
-          block_m * rank * taps,
-          pixels_read(p, tile, channels, d) * rank + rank * taps,
-          0,
-          2 * kL2OfOneSm};
+Phase depthwise(const ConvTile& tile, const ConvProblem& p, const Device& d) {
+  const double rank = real(p.R / p.up_groups), taps = real(p.taps()), width = bytes(p.dtype);
+  const double channels = std::min(rank, double{LinearTile::kPanel}), multiply_adds = tile.tile.block_m * rank * taps;
+  Phase phase;
+  phase.slots = multiply_adds / 32 * kDepthwiseSlots;
+  phase.l1_bytes = multiply_adds * width;
+  phase.l2_bytes = (pixels_read(p, tile, channels, d) * rank + rank * taps) * width;
+  return phase;
 }
 
-Work gather_work(const ConvTile& tile, const ConvProblem& p, const Device& d) {
+// Windows by filters, in steps of 64 numbers: the first tap waits for DRAM, the others for what L2 or L1 has by then.
+Phase gather(const ConvTile& tile, const ConvProblem& p, const Device& d) {
   const LinearTile& t = tile.tile;
   const int64_t run = run_channels(p), segments = p.segments(), runs = p.C / p.groups / run;
-  const double steps = real(segments * runs * ceil_div(p.taps() * run, LinearTile::kPanel));
-  const double k = steps * LinearTile::kPanel;
+  const double steps = real(segments * runs * ceil_div(p.taps() * run, LinearTile::kPanel)), width = bytes(p.dtype);
   // Columns beyond a segment are skipped, but the warps that have them only wait.
-  const int64_t busy = std::min<int64_t>(t.max_rank / t.warps_n(), ceil_div(p.R / p.up_groups / segments, 16) * 16);
-  const double instructions = tile.gather == Gather::chunks ? t.block_m * k / 8 * kCopyInstructions
-                                                            : (t.block_m + t.max_rank) * k * kNumberInstructions;
-  const double from_x = pixels_read(p, tile, real(run), d) * real(segments * runs * run);
-  return {t.block_m * k * real(busy * t.warps_n()),       instructions, t.block_m * k,
-          from_x + real(p.R / p.up_groups) * real(p.K()), steps,        kL2OfOneSm};
+  const auto busy = static_cast<int>(
+      std::min<int64_t>(t.max_rank / t.warps_n(), ceil_div(p.R / p.up_groups / segments, 16) * 16));
+  Phase phase = products_of(t, busy * t.warps_n());
+  phase.slots += tile.gather == Gather::chunks ? window_slots(t) : number_slots(t);
+  // Copies to shared memory pass L1 once as what is read and once as what is written.
+  phase.l1_bytes = 2 * width * t.block_m * LinearTile::kPanel;
+  phase = phase * steps;
+  phase.l2_bytes = width * (pixels_read(p, tile, real(run), d) * real(segments * runs * run) +
+                            real(p.R / p.up_groups) * real(p.K()));
+  const double first = std::ceil(steps / real(p.taps()));
+  phase.wait_us = (first * kDramLatencyUs + (steps - first) * kL2LatencyUs) / (t.down_stages() - 1);
+  return phase;
 }
 
 double microseconds(const ConvGrid& grid, const ConvProblem& p, const Device& d) {
   const LinearTile& tile = grid.tile.tile;
-  const bool depthwise = grid.tile.gather == Gather::depthwise;
-  const double M = real(p.pixels()), N = real(p.N), R = real(p.R), rank = real(p.R / p.up_groups), sms = d.sms;
-  const int64_t blocks = grid.blocks_m * grid.blocks_n * p.up_groups;
-  const double rounds = real(ceil_div(blocks, d.sms));
+  const bool is_depthwise = grid.tile.gather == Gather::depthwise;
+  const double M = real(p.pixels()), N = real(p.N), rank = real(p.R / p.up_groups), width = bytes(p.dtype);
   const double tiles = real(ceil_div(ceil_div(p.N / p.up_groups, LinearTile::kBlockN), grid.blocks_n));
-  const double columns = tiles * LinearTile::kBlockN, real_columns = std::min(columns, real(p.N / p.up_groups));
-  const Work work = depthwise ? depthwise_work(grid.tile, p, d) : gather_work(grid.tile, p, d);
-
-  const double up_rank = depthwise ? real(ceil_div(p.R / p.up_groups, 16) * 16) : tile.max_rank;
-  const double products = work.products + tile.block_m * up_rank * columns;
-  const double arithmetic = rounds * 2 * products / (d.flops_half * mma_share(d.arch) / sms);
-  const double issue = rounds * work.instructions / (instruction_rate(d) / sms);
-  // A depthwise stage and the tensor cores take turns, unless another block fills the gaps.
-  const bool turns = depthwise && resident(grid.tile, d) == 1;
-  const double compute = turns ? arithmetic + issue : std::max(arithmetic, issue);
-
+  const double rank_panels = is_depthwise ? real(ceil_div(p.R / p.up_groups, LinearTile::kPanel)) : tile.h_panels();
   const double x = real(p.batch * p.C) * real(volume(p.in));
-  const double ends = 1.0 + (p.residual ? 1 : 0) + (keeps_preactivation(pointwise(p)) ? 1 : 0);
-  const double moved = x + R * real(p.K()) + N * rank + (p.bias ? N : 0) + M * N * ends + (p.training ? M * R : 0);
-  const double of_block = x / real(grid.blocks_m) + tile.block_m * real_columns * ends;
-  const double dram = std::max(moved / d.bandwidth, rounds * of_block / (kDrawOfOneSm * d.bandwidth / sms));
-  const double from_l2 = work.from_l2 + real_columns * (rank + (p.residual ? tile.block_m : 0));
-  const double l2 = std::max(real(blocks) * from_l2 / (sms * kL2PerSm), rounds * from_l2 / kL2OfOneSm);
-  const double streams = std::max({dram, l2, rounds * work.from_l1 / work.l1_rate}) * bytes(p.dtype);
+  const double written = 1.0 + keeps_preactivation(pointwise(p));
 
-  // The first tap waits for DRAM, the others for what L2 or L1 has by then.
-  const double first = std::ceil(work.steps / real(p.taps()));
-  const double walk = (first * kDramLatencyUs + (work.steps - first) * kL2LatencyUs) / (tile.down_stages() - 1) +
-                      tiles * real(ceil_div(p.R / p.up_groups, LinearTile::kPanel)) * kL2LatencyUs /
-                          (tile.up_stages() - 1);
-  return std::max(std::max(compute, streams) * 1e6, walk) + d.node_us;
+  Phase down = is_depthwise ? depthwise(grid.tile, p, d) : gather(grid.tile, p, d);
+  down.dram_bytes = width * x / real(grid.blocks_m);
+
+  Phase up = up_step(tile) * (tiles * rank_panels);
+  up.l2_bytes = width * std::min(tiles * LinearTile::kBlockN, real(p.N / p.up_groups)) * rank;
+  up.wait_us = tiles * rank_panels * kL2LatencyUs / (tile.up_stages() - 1);
+
+  const Phase end = end_of(tile, pointwise(p)) * tiles;
+  const double read = x + real(p.R) * real(p.K()) + N * rank + bias_numbers(pointwise(p)) + (p.residual ? M * N : 0);
+  const double moved = read + M * N * written + (p.training ? M * real(p.R) : 0);
+  const Launch launch{grid.blocks_m * grid.blocks_n * p.up_groups, tile.threads(), grid.tile.shared_bytes(),
+                      moved * width};
+  return kernel_us(launch, {{0, 0, 0, 0, 0, kDramLatencyUs}, down, up, end}, d);
 }
 
 }  // namespace

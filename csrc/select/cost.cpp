@@ -49,12 +49,6 @@ double torch_tail_us(const LinearProblem& p, const Device& d) {
 
 double epilogue_us(const LinearProblem& p, const Device& d) { return pass_us(p, d, p.residual ? 3 : 2); }
 
-double mma_share(int arch) {
-  if (arch >= 100 && arch < 120) return 0.2;
-  if (arch >= 90 && arch < 100) return 0.6;
-  return 0.85;
-}
-
 double bias_numbers(const LinearProblem& p) { return p.bias ? real(p.N) : 0.0; }
 
 bool has_tail(const LinearProblem& p) { return p.activation != Activation::none || p.residual; }

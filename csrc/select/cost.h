@@ -29,10 +29,6 @@ bool has_tail(const LinearProblem& p);
 inline constexpr double kDramLatencyUs = 0.4;
 inline constexpr double kL2LatencyUs = 0.2;
 
-// What mma.sync reaches of cuBLAS's rate. From sm_90 on, cuBLAS uses wgmma or tcgen05, which mma.sync cannot follow: 60
-// to 65 % is commonly seen on Hopper, far less on sm_100. Assumed, not measured.
-double mma_share(int arch);
-
 // Reads from L2, in bytes/s: what 132 SMs draw at the 790 TFLOP/s measured on an H200, if cuBLAS computes 128x256 tiles
 // in clusters of two there (6.2 TB/s), and what a single SM can draw: 64 bytes a clock, at 1.7 GHz. Assumed for all.
 inline constexpr double kL2PerSm = 6.2e12 / 132, kL2OfOneSm = 64 * 1.7e9;

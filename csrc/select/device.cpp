@@ -54,6 +54,8 @@ double memory_share(std::string_view name) {
 
 }  // namespace
 
+double clock_hz(const Device& d) { return d.flops_float32 / (d.sms * static_cast<double>(rates(d.arch).float32)); }
+
 const Device* find_device(std::string_view name) {
   const std::string wanted = normalized(name);
   for (const Device& device : kDevices)

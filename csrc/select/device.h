@@ -71,6 +71,9 @@ inline constexpr std::array<Device, 6> kDevices{{
      kFlopsShare * 40e12, 126 * kMiB, kSmem90, kLaunchUs, kNodeUs, kFromDatasheet},
 }};
 
+// Of an SM, at work: what its fp32 rate says (CUDA C++ Programming Guide, throughput of arithmetic instructions).
+double clock_hz(const Device& d);
+
 // By either name; case, spaces, dashes and a leading NVIDIA do not count: "h200", "rtx4090". nullptr if it is not in
 // the table, as slower namesakes (H100 PCIe, RTX 4090 D, a MIG slice) are not.
 const Device* find_device(std::string_view name);

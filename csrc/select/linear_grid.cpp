@@ -4,6 +4,8 @@
 
 #include "cost.h"
 #include "integers.h"
+#include "kernel_cost.h"
+#include "tile_cost.h"
 
 namespace shrank {
 namespace {
@@ -27,34 +29,27 @@ bool suits(const LinearTile& tile, const LinearProblem& p, const Device& d, bool
 
 double microseconds(const LinearGrid& grid, const LinearProblem& p, const Device& d, bool fused) {
   const LinearTile& tile = grid.tile;
-  const auto M = real(p.M), K = real(p.K), N = real(p.N), R = real(p.R);
-  const double blocks = real(grid.blocks_m) * grid.blocks_n, sms = d.sms;
-  const double rank = tile.holds_h() ? tile.max_rank : real(ceil_div(p.R, 16) * 16);
-  const double columns = real(ceil_div(ceil_div(p.N, LinearTile::kBlockN), grid.blocks_n)) *
-                         LinearTile::kBlockN;  // of a block that has most
-
-  // The SM with most blocks ends last.
-  const double rounds = real(ceil_div(static_cast<int64_t>(blocks), d.sms));
-  const double flops = 2.0 * tile.block_m * rank * ((fused ? K : 0) + columns);
-  const double arithmetic = rounds * flops / (d.flops_half * mma_share(d.arch) / sms);
-
-  const double read = (fused ? M * K + R * K : M * R) + N * R + bias_numbers(p) + (p.residual ? M * N : 0);
-  const double written = M * N + (keeps_preactivation(p) ? M * N : 0) + (fused && p.training ? M * R : 0);
-  const double tails = 1.0 + (p.residual ? 1 : 0) + (keeps_preactivation(p) ? 1 : 0);
-  const double of_block = tile.block_m * ((fused ? K : R) + columns * tails);
-  const double dram = std::max((read + written) / d.bandwidth, rounds * of_block / (kDrawOfOneSm * d.bandwidth / sms)) *
-                      bytes(p.dtype);
-
-  const double tiles = columns / LinearTile::kBlockN;
-  const double for_h = fused ? (tile.block_m + R) * K : tile.block_m * R * (tile.holds_h() ? 1 : tiles);
-  const double from_l2 = bytes(p.dtype) * (for_h + columns * (R + (p.residual ? tile.block_m : 0)));  // of a block
-  const double l2 = std::max(blocks * from_l2 / (sms * kL2PerSm), rounds * from_l2 / kL2OfOneSm);
-
+  const double M = real(p.M), K = real(p.K), N = real(p.N), R = real(p.R), width = bytes(p.dtype);
+  const double tiles = real(ceil_div(ceil_div(p.N, LinearTile::kBlockN), grid.blocks_n));  // of a block that has most
   const double down_steps = fused ? real(ceil_div(p.K, LinearTile::kPanel)) : 0;
-  const double up_steps = tiles * real(ceil_div(p.R, LinearTile::kPanel));
-  const double walk = down_steps * kDramLatencyUs / (tile.down_stages() - 1) +
-                      up_steps * kL2LatencyUs / (tile.up_stages() - 1);
-  return std::max(std::max({arithmetic, dram, l2}) * 1e6, walk) + d.node_us;
+  const double rank_panels = tile.holds_h() ? tile.h_panels() : real(ceil_div(p.R, LinearTile::kPanel));
+  const double written = 1.0 + keeps_preactivation(p);
+
+  Phase down = down_step(tile) * down_steps;
+  if (!fused && tile.holds_h()) down = load_step(tile) * rank_panels;
+  down.l2_bytes = width * (fused ? (tile.block_m + R) * K : tile.holds_h() ? tile.block_m * R : 0);
+  down.dram_bytes = width * tile.block_m * (fused ? K : R);
+  down.wait_us = down_steps * kDramLatencyUs / (tile.down_stages() - 1);
+
+  Phase up = up_step(tile) * (tiles * rank_panels);
+  up.l2_bytes = width * tiles * (LinearTile::kBlockN * R + (tile.holds_h() ? 0 : tile.block_m * R));
+  up.wait_us = tiles * rank_panels * kL2LatencyUs / (tile.up_stages() - 1);
+
+  const Phase end = end_of(tile, p) * tiles;
+  const double read = (fused ? M * K + R * K : M * R) + N * R + bias_numbers(p) + (p.residual ? M * N : 0);
+  const double moved = read + M * N * written + (fused && p.training ? M * R : 0);
+  const Launch launch{grid.blocks_m * grid.blocks_n, tile.threads(), tile.shared_bytes(), moved * width};
+  return kernel_us(launch, {{0, 0, 0, 0, 0, kDramLatencyUs}, down, up, end}, d);
 }
 
 }  // namespace

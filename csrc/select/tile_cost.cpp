@@ -1,0 +1,63 @@
+#include "tile_cost.h"
+
+#include "kernel_slots.h"
+
+namespace shrank {
+namespace {
+
+int warps(const LinearTile& tile) { return tile.threads() / 32; }
+
+// Of a thread, for `rows` rows of a panel.
+double copies(const LinearTile& tile, int rows) { return rows * double{LinearTile::kPanelRow / 16} / tile.threads(); }
+
+// Sums of `columns` columns, to which a panel of `rows` rows comes.
+Phase step(const LinearTile& tile, int columns, int rows) {
+  Phase phase = products_of(tile, columns);
+  phase.slots += warps(tile) * (kPanelStep.own + kPanelStep.per_copy * copies(tile, rows));
+  return phase;
+}
+
+}  // namespace
+
+Phase products_of(const LinearTile& tile, int columns) {
+  const int fragments_m = tile.block_m / LinearTile::kWarpsM / 16, fragments_n = columns / tile.warps_n() / 8;
+  Phase phase;
+  phase.slots = warps(tile) * product_slots(fragments_m, fragments_n);
+  phase.products = double{LinearTile::kPanel} * tile.block_m * columns;
+  return phase;
+}
+
+Phase down_step(const LinearTile& tile) { return step(tile, tile.max_rank, tile.block_m + tile.max_rank); }
+
+double window_slots(const LinearTile& tile) {
+  return warps(tile) * (kWindowStep.own + kWindowStep.per_copy * copies(tile, tile.block_m) +
+                        kPanelStep.per_copy * copies(tile, tile.max_rank));
+}
+
+double number_slots(const LinearTile& tile) {
+  return warps(tile) * (kWindowStep.own + kNumberSlots * 8 * copies(tile, tile.block_m + tile.max_rank));
+}
+
+Phase load_step(const LinearTile& tile) {
+  Phase phase;
+  phase.slots = warps(tile) * kPanelStep.per_copy * copies(tile, tile.block_m);
+  return phase;
+}
+
+Phase up_step(const LinearTile& tile) {
+  return step(tile, LinearTile::kBlockN, LinearTile::kBlockN + (tile.holds_h() ? 0 : tile.block_m));
+}
+
+Phase end_of(const LinearTile& tile, const LinearProblem& p) {
+  const double eights = tile.block_m * double{LinearTile::kBlockN} / 8 / tile.threads();
+  const double numbers = tile.block_m * double{LinearTile::kBlockN} * bytes(p.dtype);
+  Phase phase;
+  phase.slots = warps(tile) * eights *
+                (kStoreSlots + p.bias * kBiasSlots + activation_slots(p.activation) + p.residual * kResidualSlots +
+                 keeps_preactivation(p) * kPreactivationSlots);
+  phase.dram_bytes = numbers * (1 + keeps_preactivation(p) + p.residual);
+  phase.l2_bytes = p.residual ? numbers : 0;
+  return phase;
+}
+
+}  // namespace shrank

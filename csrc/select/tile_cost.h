@@ -1,0 +1,30 @@
+// What the steps of the matrix kernels ask of an SM: linear layers and convolutions are made of the same.
+#pragma once
+
+#include "kernel_cost.h"
+#include "linear_problem.h"
+#include "linear_tile.h"
+
+namespace shrank {
+
+// Two panels in shared memory, multiplied into sums of `columns` columns.
+Phase products_of(const LinearTile& tile, int columns);
+
+// A panel of x and one of down, of 64 numbers each, into the sums of h.
+Phase down_step(const LinearTile& tile);
+
+// What a step of a convolution issues beside its products, all warps together: windows of x by chunks of 8 channels, or
+// x and filters number by number.
+double window_slots(const LinearTile& tile);
+double number_slots(const LinearTile& tile);
+
+// A panel of an h that is there already, into shared memory.
+Phase load_step(const LinearTile& tile);
+
+// A panel of h and one of up into the sums of a tile of y.
+Phase up_step(const LinearTile& tile);
+
+// A tile of y from its sums: bias, activation, residual, and what training keeps.
+Phase end_of(const LinearTile& tile, const LinearProblem& p);
+
+}  // namespace shrank
