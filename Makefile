@@ -33,6 +33,7 @@ wheels:  # make wheels CUDA="13.0 13.3" TORCH="2.13.0 2.14.1": built with these,
 
 mutants: build/cmake/.ready  # breaks the kernels in one place at a time: the emulated tests must notice
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.csrc.mutants
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.csrc.host_mutants
 
 docs: $(VENV)/.ready  # into build/docs; a link or a name that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -81,12 +81,22 @@ def is_too_old(arch: str) -> bool:
     return int(number[1]) < 8 if number else arch.split("+")[0] in ("Kepler", "Maxwell", "Pascal", "Volta", "Turing")
 
 
+def included(source: Path) -> set[Path]:
+    """Our own files of which a source is made, itself among them."""
+    found, left = set(), [source]
+    while left:
+        path = left.pop().resolve()
+        if path not in found:
+            found.add(path)
+            left += [path.parent / name for name in re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)]
+    return found
+
+
 def remove_old_kernels(sources: list[str]) -> None:
-    """Those older than a header: beside a torch without CUDA, ninja does not know what nvcc's objects include."""
-    headers = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh")]
-    newest = max(path.stat().st_mtime for path in headers)
-    for made in (ROOT / OBJECTS / f"{source.removesuffix('.cu')}.o" for source in sources if source.endswith(".cu")):
-        if made.exists() and made.stat().st_mtime < newest:
+    """Those older than what they include: beside a torch without CUDA, ninja does not know that of nvcc's objects."""
+    for source in (source for source in sources if source.endswith(".cu")):
+        made = ROOT / OBJECTS / f"{source.removesuffix('.cu')}.o"
+        if made.exists() and made.stat().st_mtime < max(path.stat().st_mtime for path in included(ROOT / source)):
             made.unlink()
 
 

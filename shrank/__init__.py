@@ -1,5 +1,7 @@
 """shrank: low-rank twins for the linear and convolution layers of any PyTorch model."""
 
+import os
+
 from .calibration.batches import Batch, batches
 from .calibration.calibration import Calibration, calibrate
 from .calibration.metric_source import LayerStatistics, MetricSource
@@ -14,6 +16,7 @@ from .layers.led import LED
 from .linalg import Metric
 from .measuring.language_model import Evaluation, evaluate
 from .measuring.layer_errors import measure_errors
+from .measuring.tuning import tune, tune_this_process
 from .model import peft_hook as peft_hook
 from .model.subclasses import treat_as_base
 from .ops.availability import why_not
@@ -31,6 +34,9 @@ from .saving import safetensors_hook as safetensors_hook
 from .saving import transformers_hook as transformers_hook
 from .saving.checkpoint import load, save
 from .version import __version__
+
+if os.environ.get("SHRANK_TUNE") == "1":
+    tune_this_process()
 
 __all__ = [
     "CED",
@@ -74,5 +80,6 @@ __all__ = [
     "report",
     "save",
     "treat_as_base",
+    "tune",
     "why_not",
 ]

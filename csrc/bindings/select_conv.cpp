@@ -91,7 +91,8 @@ void bind_select_conv(py::module_ m) {
       .def_readonly("expand_grid", &ConvChoice::expand_grid);
 
   m.def("explain", [](const ConvProblem& p, const Device& d) { return explain(p, d); }, "problem"_a, "device"_a);
-  m.def("conv_why_not", &conv_why_not, "problem"_a, "device"_a);
+  m.def("conv_why_not", [](const ConvProblem& p, const Device& d) { return conv_why_not(p, d); }, "problem"_a,
+        "device"_a);
   m.def("conv_grid", [](const ConvProblem& p, const Device& d) {
     if (const char* why_not = conv_why_not(p, d)) throw std::invalid_argument(why_not);
     return conv_grid(p, d).grid;

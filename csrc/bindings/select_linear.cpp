@@ -20,8 +20,9 @@ namespace shrank {
 namespace {
 
 LinearProblem problem(int64_t M, int64_t K, int64_t N, int64_t R, const std::string& dtype,
-                      const std::string& activation, bool bias, bool residual, bool training, bool aligned) {
-  return {M, K, N, R, parse_dtype(dtype), parse_activation(activation), bias, residual, training, aligned};
+                      const std::string& activation, bool bias, bool residual, bool training, bool aligned,
+                      bool captured) {
+  return {M, K, N, R, parse_dtype(dtype), parse_activation(activation), bias, residual, training, aligned, captured};
 }
 
 Device from_attributes_of(const std::string& name, int major, int minor, int sms, int clock_khz, int memory_clock_khz,
@@ -36,7 +37,7 @@ Device from_attributes_of(const std::string& name, int major, int minor, int sms
 void bind_select_linear(py::module_ m) {
   py::class_<LinearProblem>(m, "LinearProblem")
       .def(py::init(&problem), "M"_a, "K"_a, "N"_a, "R"_a, "dtype"_a = "bfloat16", "activation"_a = "none",
-           "bias"_a = false, "residual"_a = false, "training"_a = false, "aligned"_a = true)
+           "bias"_a = false, "residual"_a = false, "training"_a = false, "aligned"_a = true, "captured"_a = false)
       .def_readonly("M", &LinearProblem::M)
       .def_readonly("K", &LinearProblem::K)
       .def_readonly("N", &LinearProblem::N)
@@ -45,6 +46,7 @@ void bind_select_linear(py::module_ m) {
       .def_readonly("residual", &LinearProblem::residual)
       .def_readonly("training", &LinearProblem::training)
       .def_readonly("aligned", &LinearProblem::aligned)
+      .def_readonly("captured", &LinearProblem::captured)
       .def_property_readonly("dtype", [](const LinearProblem& p) { return name_of(p.dtype); })
       .def_property_readonly("activation", [](const LinearProblem& p) {
     return name_of(p.activation);
@@ -108,7 +110,9 @@ void bind_select_linear(py::module_ m) {
       .def_readonly("blocks_n", &LinearGrid::blocks_n);
 
   m.attr("LINEAR_TILES") = std::vector<LinearTile>(kLinearTiles.begin(), kLinearTiles.end());
-  m.def("linear_why_not", &linear_why_not, "problem"_a, "device"_a, "fused"_a);
+  m.def("linear_why_not", [](const LinearProblem& p, const Device& d, bool fused) {
+    return linear_why_not(p, d, fused);
+  }, "problem"_a, "device"_a, "fused"_a);
   m.def("linear_grid", [](const LinearProblem& p, const Device& d, bool fused) {
     if (const char* why_not = linear_why_not(p, d, fused)) throw std::invalid_argument(why_not);
     return linear_grid(p, d, fused).grid;
@@ -121,6 +125,7 @@ void bind_select_linear(py::module_ m) {
         "device"_a);
   m.def("select", [](const LinearProblem& p, const Device& d) { return shrank::select(p, d); }, "problem"_a,
         "device"_a);
+  m.def("modelled", [](const LinearProblem& p, const Device& d) { return modelled(p, d); }, "problem"_a, "device"_a);
   m.def("floor_us", &floor_us, "problem"_a, "device"_a);
   m.def("dense_us", &dense_us, "problem"_a, "device"_a);
   m.def("epilogue_tile", &epilogue_tile, "problem"_a, "device"_a);

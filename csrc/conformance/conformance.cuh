@@ -18,7 +18,7 @@ template <typename Visit> void for_each_case(const Visit& visit) {
   visit("round_to_pair<float16>", RoundToPair<arch::float16>{});
   visit("exp2_approximate", Exp2Approximate{});
   visit("reciprocal_approximate", ReciprocalApproximate{});
-  visit("tanh_approximate", TanhApproximate{});
+  visit("multiply_wide", MultiplyWide{});
   visit("load_store<uint32_t, 4>", LoadStore<uint32_t, 4>{});
   visit("load_store<bfloat16, 8>", LoadStore<arch::bfloat16, 8>{});
   visit("load_store<float, 2>", LoadStore<float, 2>{});

@@ -51,8 +51,7 @@ const std::vector<uint32_t>& special(Inputs kind) {
     case Inputs::halves: return kHalves;
     case Inputs::floats: return kFloats;
     case Inputs::exponents:
-    case Inputs::divisors:
-    case Inputs::tangents: return kExact;
+    case Inputs::divisors: return kExact;
     default: return none;
   }
 }
@@ -83,7 +82,6 @@ uint32_t draw(Inputs kind, Random& random, int i) {
     case Inputs::floats: return float_to_round(random, i);
     case Inputs::exponents: return bits_of(random.between(-125.0f, 127.0f));  // no subnormal result: it becomes 0
     case Inputs::divisors: return sized(random, 2, 252);
-    case Inputs::tangents: return i % 2 ? sized(random, 90, 127) : bits_of(random.between(-10.0f, 10.0f));
     case Inputs::bfloat16: return factor_pair(random, 7, 127);
     case Inputs::float16: return factor_pair(random, 10, 15);
     default: return random.word();

@@ -7,7 +7,7 @@
 namespace shrank::conformance {
 
 // bfloat16 and float16: pairs of numbers between 1/64 and 2 in size, for products.
-enum class Inputs { bits, halves, floats, exponents, divisors, tangents, bfloat16, float16 };
+enum class Inputs { bits, halves, floats, exponents, divisors, bfloat16, float16 };
 
 std::vector<uint32_t> inputs_of(Inputs kind, int words);
 

@@ -43,10 +43,15 @@ struct ReciprocalApproximate : Case<Inputs::divisors, kThreads, kNumbers, kNumbe
   }
 };
 
-struct TanhApproximate : Case<Inputs::tangents, kThreads, kNumbers, kNumbers> {
+// Of neighbours: both halves of the product.
+struct MultiplyWide : Case<Inputs::bits, kThreads, kNumbers, kNumbers> {
   SHRANK_DEVICE static void run(const Params& params) {
-    for (int i = arch::thread_index(); i < kNumbers; i += kThreads)
-      output<float>(params)[i] = arch::tanh_approximate(input<float>(params)[i]);
+    const int* numbers = input<int>(params);
+    for (int i = arch::thread_index() * 2; i < kNumbers; i += kThreads * 2) {
+      const int64_t product = arch::multiply_wide(numbers[i], numbers[i + 1]);
+      words_out(params)[i] = static_cast<uint32_t>(product);
+      words_out(params)[i + 1] = static_cast<uint32_t>(product >> 32);
+    }
   }
 };
 

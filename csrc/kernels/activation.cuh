@@ -9,28 +9,47 @@
 
 namespace shrank {
 
-// As exact as T needs. The GPU computes its own tanh to 2^-11 of the value in one instruction: an eighth of bfloat16's
-// last place, but half of float16's.
-template <typename T> SHRANK_DEVICE arch::compute_t<T> tanh_for(arch::compute_t<T> x) {
-  if constexpr (std::is_same_v<T, arch::bfloat16>) return arch::tanh_approximate(x);
-  else if constexpr (std::is_same_v<T, arch::float16>) {
-    constexpr float two_over_log_2 = 2.88539008177792681f;
-    return 1 - 2 * arch::reciprocal_approximate(1 + arch::exp2_approximate(two_over_log_2 * x));
-  } else return std::tanh(x);
+// z where it is above 0, else 0; NaN stays NaN, as in PyTorch, which fmax would drop.
+template <typename C> SHRANK_DEVICE C positive_part(C z) { return z < 0 ? C(0) : z; }
+
+// z / (1 + 2^x).
+SHRANK_DEVICE float over_one_plus_exp2(float z, float x) {
+  return z * arch::reciprocal_approximate(1 + arch::exp2_approximate(x));
 }
 
+// gelu(z) = max(z, 0) - u P(u) with u = |z| and P(u) = erfc(u / sqrt 2) / 2, the normal distribution's tail. log2 of P is
+// smooth: a polynomial of degree 5, fitted to the least largest error of u P(u) in [0, 10], beyond which that is less
+// than 1e-22. The result is within 0.35 units of the last place of float16, and 0.18 of bfloat16, before it is rounded;
+// tests/csrc/test_activation.py tries every number of both.
+SHRANK_DEVICE float gelu_of_16_bits(float z) {
+  const float u = fminf(fabsf(z), 10.0f);
+  float log2_tail = -0.000320507126f;
+  log2_tail = fmaf(log2_tail, u, 0.00582724856f);
+  log2_tail = fmaf(log2_tail, u, -0.0482371189f);
+  log2_tail = fmaf(log2_tail, u, -0.464121103f);
+  log2_tail = fmaf(log2_tail, u, -1.14917576f);
+  log2_tail = fmaf(log2_tail, u, -1.00012076f);
+  return fmaf(-u, arch::exp2_approximate(log2_tail), positive_part(z));
+}
+
+// As exact as T needs: a number of 16 bits has 11 of them at most that count.
 template <typename T, Activation kind> SHRANK_DEVICE arch::compute_t<T> activate(arch::compute_t<T> z) {
   using C = arch::compute_t<T>;
-  constexpr C half = C(0.5);
-  if constexpr (kind == Activation::relu) return z < 0 ? C(0) : z;  // not fmax: NaN stays NaN, as in PyTorch
-  if constexpr (kind == Activation::gelu) return half * z * (1 + std::erf(z * C(0.70710678118654752440)));
-  if constexpr (kind == Activation::gelu_tanh) {
-    constexpr C root_two_over_pi = C(0.79788456080286535588), cubic = C(0.044715);
-    return half * z * (1 + tanh_for<T>(root_two_over_pi * (z + cubic * z * z * z)));
+  constexpr bool is_16_bits = sizeof(T) == 2;
+  constexpr C half = C(0.5), log2_e = C(1.44269504088896340736);
+  constexpr C root_two_over_pi = C(0.79788456080286535588), cubic = C(0.044715);
+  if constexpr (kind == Activation::relu) return positive_part(z);
+  if constexpr (kind == Activation::gelu) {
+    if constexpr (is_16_bits) return gelu_of_16_bits(z);
+    else return half * z * (1 + std::erf(z * C(0.70710678118654752440)));
+  }
+  if constexpr (kind == Activation::gelu_tanh) {  // half (1 + tanh t) = 1 / (1 + e^(-2 t))
+    if constexpr (is_16_bits) return over_one_plus_exp2(z, z * (-2 * log2_e * root_two_over_pi) * (1 + cubic * z * z));
+    else return half * z * (1 + std::tanh(root_two_over_pi * (z + cubic * z * z * z)));
   }
   if constexpr (kind == Activation::silu) {
-    if constexpr (sizeof(T) > 2) return z / (1 + std::exp(-z));
-    return half * z * (1 + tanh_for<T>(half * z));  // 1 / (1 + e^-z), by its tanh
+    if constexpr (is_16_bits) return over_one_plus_exp2(z, -log2_e * z);
+    else return z / (1 + std::exp(-z));
   }
   return z;
 }

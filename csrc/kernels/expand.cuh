@@ -24,6 +24,9 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
 
   static constexpr int kFragmentsM = BLOCK_M / LinearTile::kWarpsM / 16;
   using UpSums = Sums<kFragmentsM, BLOCK_N / kWarpsN / 8>;
+  // All rows of up. A convolution's largest tiles have no registers for the loads that the compiler brings forward where
+  // it knows that (nvcc 13.0: they spill): as conditions that always hold, they are not moved.
+  using Rows = std::conditional_t<GROUPS, SomeRows, AllRows>;
   using UpPipeline = Pipeline<kTile.up_stages(), kTile.up_stage_bytes()>;
   static_assert(kStagingBytes == 16 * UpSums::kColumns * 4);
 
@@ -95,11 +98,16 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
       for (int panel = 0; panel < rank_panels; panel++) {
         const SharedAddress slot = panels.advance(step++, load);
         multiply_panels<T>(sums, kHoldsH ? h_panels + panel * kPanelBytes : slot, warp_row * UpSums::kRows,
-                           slot + kUpOffset, warp_column * UpSums::kColumns,
-                           min_of(ceil_div((kHoldsH ? MAX_RANK : params.R) - panel * kPanel, 16), kPanel / 16));
+                           slot + kUpOffset, warp_column * UpSums::kColumns, steps_of(panel), Rows{});
       }
       finish(sums, column);
     }
+  }
+
+  // Steps of 16 columns in a panel of h: fewer in the last one, where the rank is no multiple of a panel's width.
+  SHRANK_DEVICE int steps_of(int panel) const {
+    if constexpr (kHoldsH && MAX_RANK % kPanel == 0) return kPanel / 16;
+    else return min_of(ceil_div((kHoldsH ? MAX_RANK : params.R) - panel * kPanel, 16), kPanel / 16);
   }
 
   // Training needs h: from the panels, 16 bytes at a time.
@@ -126,24 +134,25 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
   }
 
   SHRANK_DEVICE void finish(const UpSums& sums, int first_column) const {
-    for_each_chunk(staging, sums, [&](int tile_row, int tile_column, float (&z)[kChunk]) {
-      const int64_t m = row + warp_row * UpSums::kRows + tile_row;
-      const int n = first_column + tile_column;
-      if (m >= params.M || n >= params.N) return;
-      const int64_t offset = at(m, n);
-      if (params.bias) add(z, static_cast<const T*>(params.bias) + of_all(n));
-      if (params.z) round_to(static_cast<T*>(params.z) + offset, z);
-      with_activation(params.activation, [&](auto kind) {
+    const int n = first_column + chunk_column<UpSums::kColumns / 8>();
+    Chunk bias{};  // as it is in memory: widened, it would take twice the registers
+    if (params.bias && n < params.N) bias = arch::load<T, kChunk>(static_cast<const T*>(params.bias) + of_all(n));
+    with_activation(params.activation, [&](auto kind) {
+      for_each_chunk(staging, sums, [&](int tile_row, float (&z)[kChunk]) {
+        const int64_t m = row + warp_row * UpSums::kRows + tile_row;
+        if (m >= params.M || n >= params.N) return;
+        const int64_t offset = at(m, n);
+        if (params.bias) add(z, bias);
+        if (params.z) round_to(static_cast<T*>(params.z) + offset, z);
 #pragma unroll
         for (int i = 0; i < kChunk; i++) z[i] = activate<T, decltype(kind)::value>(z[i]);
+        if (params.residual) add(z, arch::load<T, kChunk>(static_cast<const T*>(params.residual) + offset));
+        round_to(static_cast<T*>(params.y) + offset, z);
       });
-      if (params.residual) add(z, static_cast<const T*>(params.residual) + offset);
-      round_to(static_cast<T*>(params.y) + offset, z);
     });
   }
 
-  SHRANK_DEVICE static void add(float (&values)[kChunk], const T* from) {
-    const Chunk chunk = arch::load<T, kChunk>(from);
+  SHRANK_DEVICE static void add(float (&values)[kChunk], const Chunk& chunk) {
 #pragma unroll
     for (int i = 0; i < kChunk; i++) values[i] += arch::widen(chunk.item[i]);
   }

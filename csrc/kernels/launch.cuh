@@ -17,6 +17,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, 1) entry(const __grid_consta
 
 inline void check_launch(cudaError_t error, const char* kernel) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // reported here: else the next one who asks the runtime would take it for his own
   throw std::runtime_error(std::string("shrank: the ") + kernel +
                            " kernel was not launched: " + cudaGetErrorString(error));
 }

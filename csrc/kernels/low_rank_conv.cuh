@@ -27,7 +27,7 @@ template <typename T, Gather HOW, int BLOCK_M, int MAX_RANK> struct LowRankConv 
     arch::sync_threads();  // all are done with the panels of x and down: those of up take their place
     block.expand([&] {
       round_into_panels<T>(block.h_panels, Block::kPanelBytes, h, block.warp_row * DownSums::kRows,
-                           block.warp_column * DownSums::kColumns);
+                           block.warp_column * DownSums::kColumns, MAX_RANK);  // those from R on took no part
       if (params.h && block.share == 0) block.save_h();
     });
   }
@@ -58,7 +58,7 @@ template <typename T, Gather HOW, int BLOCK_M, int MAX_RANK> struct LowRankConv 
       for (int i = 0; i < steps * runs; i++) {
         const SharedAddress slot = panels.advance(step++, load);
         multiply_panels<T>(h, slot, block.warp_row * DownSums::kRows, slot + Block::kPanelBytes,
-                           block.warp_column * DownSums::kColumns, kPanel / 16, begin, begin + columns);
+                           block.warp_column * DownSums::kColumns, kPanel / 16, SomeRows{begin, begin + columns});
       }
     }
   }

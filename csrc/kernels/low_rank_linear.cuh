@@ -29,7 +29,7 @@ template <typename T, int BLOCK_M, int MAX_RANK> struct LowRankLinear {
     block.expand([&] {
       if (!params.x) return;
       round_into_panels<T>(block.h_panels, Block::kPanelBytes, h, block.warp_row * DownSums::kRows,
-                           block.warp_column * DownSums::kColumns);
+                           block.warp_column * DownSums::kColumns, params.R);
       if (params.h && block.share == 0) block.save_h();
     });
   }

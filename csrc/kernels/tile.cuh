@@ -31,23 +31,24 @@ template <typename T> struct Matrix {
 // A panel is some rows of 64 columns. The chunks of a row are permuted by the row number, so that the same chunk of 8
 // neighbouring rows, which is what load_matrices reads at a time, lies in 8 different groups of banks.
 SHRANK_DEVICE SharedAddress chunk_at(SharedAddress panel, int row, int chunk) {
-  return panel + row * kPanelRow + ((chunk ^ (row % kPanelChunks)) * 16);
+  return panel + row * kPanelRow + ((chunk ^ (row & (kPanelChunks - 1))) * 16);  // & and not %: rows are not negative
 }
 
-// Starts to copy rows [row, row + Rows) and columns [column, column + 64) into a panel; what lies outside is zero.
+// Starts to copy rows [row, row + Rows) and columns [column, column + 64) into a panel. Columns beyond the matrix are
+// zero. Rows beyond it repeat its last, so that a copy is an address and an instruction: what is multiplied with them is
+// not used, or set to zero after.
 template <int Rows, int Threads, typename T>
 SHRANK_DEVICE void load_panel(SharedAddress panel, const Matrix<T>& from, int64_t row, int column) {
   constexpr int kRowsAtOnce = Threads / kPanelChunks;
   static_assert(Rows % kRowsAtOnce == 0);
   const int first = arch::thread_index() / kPanelChunks, chunk = arch::thread_index() % kPanelChunks;
-  const bool in_columns = column + chunk * kChunk < from.columns;
-  const T* source = from.data + (row + first) * from.columns + column + chunk * kChunk;
-#pragma unroll 4
-  for (int i = 0; i < Rows; i += kRowsAtOnce) {
-    const bool inside = in_columns && row + first + i < from.rows;
-    arch::copy_async(chunk_at(panel, first + i, chunk), inside ? source : from.data, inside ? 16 : 0);
-    source += static_cast<int64_t>(kRowsAtOnce) * from.columns;
-  }
+  const int last = static_cast<int>(from.rows - row < Rows ? from.rows - row : Rows) - 1;
+  const bool inside = column + chunk * kChunk < from.columns;
+  const T* const source = from.data + row * from.columns + (inside ? column + chunk * kChunk : 0);
+#pragma unroll
+  for (int i = 0; i < Rows; i += kRowsAtOnce)
+    arch::copy_async(chunk_at(panel, first + i, chunk),
+                     source + arch::multiply_wide(min_of(first + i, last), from.columns), inside ? 16 : 0);
 }
 
 // Slots of shared memory that panels pass through: `load(i, slot)` starts the copies of step i.
@@ -85,15 +86,23 @@ template <int FragmentsM, int FragmentsN> struct Sums {
   float item[FragmentsM][FragmentsN][4] = {};
 };
 
-// sums += a b^T over 16 `steps` columns of two panels; the warp's rows of a begin at a_row, those of b at b_row. Of b,
-// only rows [begin, end) of the panel take part, by eights: what is zero times infinity must not reach their sums.
-template <typename T, int FragmentsM, int FragmentsN>
+// Which rows of b a product takes, by eights.
+struct AllRows {
+  SHRANK_DEVICE static constexpr bool take_part(int) { return true; }
+};
+struct SomeRows {
+  int begin = 0, end = INT_MAX;
+  SHRANK_DEVICE bool take_part(int first) const { return begin <= first && first < end; }
+};
+
+// sums += a b^T over 16 `steps` columns of two panels; the warp's rows of a begin at a_row, those of b at b_row. The sums
+// of rows of b that do not take part stay as they are: zero times infinity must not reach those of other groups.
+template <typename T, int FragmentsM, int FragmentsN, typename Rows = AllRows>
 SHRANK_DEVICE void multiply_panels(Sums<FragmentsM, FragmentsN>& sums, SharedAddress a_panel, int a_row,
-                                   SharedAddress b_panel, int b_row, int steps = kPanel / 16, int begin = 0,
-                                   int end = INT_MAX) {
+                                   SharedAddress b_panel, int b_row, int steps = kPanel / 16, const Rows& rows = {}) {
   const int lane = arch::lane_index();
-  const int a_lane_row = lane % 16, a_lane_chunk = lane / 16;                         // matrices: rows, then columns
-  const int b_lane_row = lane % 8 + lane / 16 * 8, b_lane_chunk = lane / 8 % 2;       // matrices: columns, then rows
+  const int a_lane_row = lane % 16, a_lane_chunk = lane / 16;  // matrices: rows, then columns
+  const int b_lane_row = lane % 8 + lane / 16 * 8, b_lane_chunk = lane / 8 % 2;  // matrices: columns, then rows
 #pragma unroll
   for (int step = 0; step < kPanel / 16; step++) {
     if (step >= steps) break;
@@ -103,23 +112,24 @@ SHRANK_DEVICE void multiply_panels(Sums<FragmentsM, FragmentsN>& sums, SharedAdd
       arch::load_matrices(a[m], chunk_at(a_panel, a_row + m * 16 + a_lane_row, step * 2 + a_lane_chunk));
 #pragma unroll
     for (int n = 0; n < FragmentsN; n += 2) {
-      const auto takes_part = [&](int fragment) { return begin <= b_row + fragment * 8 && b_row + fragment * 8 < end; };
-      if (!takes_part(n) && !takes_part(n + 1)) continue;
+      const bool first = rows.take_part(b_row + n * 8), second = rows.take_part(b_row + (n + 1) * 8);
+      if (!first && !second) continue;
       uint32_t b[4];
       arch::load_matrices(b, chunk_at(b_panel, b_row + n * 8 + b_lane_row, step * 2 + b_lane_chunk));
 #pragma unroll
       for (int m = 0; m < FragmentsM; m++) {
-        if (takes_part(n)) arch::multiply_add<T>(sums.item[m][n], a[m], b[0], b[1]);
-        if (takes_part(n + 1)) arch::multiply_add<T>(sums.item[m][n + 1], a[m], b[2], b[3]);
+        if (first) arch::multiply_add<T>(sums.item[m][n], a[m], b[0], b[1]);
+        if (second) arch::multiply_add<T>(sums.item[m][n + 1], a[m], b[2], b[3]);
       }
     }
   }
 }
 
-// The sums, rounded, into panels that lie `panel_bytes` apart, from `row` and `column` on.
+// The sums, rounded, into panels that lie `panel_bytes` apart, from `row` and `column` on. Columns from `columns` on are
+// zero: their sums are products with zeros, and NaN where a row holds infinity.
 template <typename T, int FragmentsM, int FragmentsN>
 SHRANK_DEVICE void round_into_panels(SharedAddress panels, int panel_bytes, const Sums<FragmentsM, FragmentsN>& sums,
-                                     int row, int column) {
+                                     int row, int column, int columns) {
   const int lane = arch::lane_index();
 #pragma unroll
   for (int m = 0; m < FragmentsM; m++) {
@@ -129,8 +139,9 @@ SHRANK_DEVICE void round_into_panels(SharedAddress panels, int panel_bytes, cons
       const SharedAddress panel = panels + first / kPanel * panel_bytes;
       const int chunk = first % kPanel / kChunk, within = lane % 4 * 4;
       const float (&sum)[4] = sums.item[m][n];
-      arch::store_shared(chunk_at(panel, at, chunk) + within, arch::round_to_pair<T>(sum[0], sum[1]));
-      arch::store_shared(chunk_at(panel, at + 8, chunk) + within, arch::round_to_pair<T>(sum[2], sum[3]));
+      const uint32_t upper = arch::round_to_pair<T>(sum[0], sum[1]), lower = arch::round_to_pair<T>(sum[2], sum[3]);
+      arch::store_shared(chunk_at(panel, at, chunk) + within, first < columns ? upper : 0);
+      arch::store_shared(chunk_at(panel, at + 8, chunk) + within, first < columns ? lower : 0);
     }
   }
 }
@@ -150,7 +161,9 @@ SHRANK_DEVICE void load_eight(float (&values)[kChunk], SharedAddress at, int hal
 // access of 16 bytes when they are rounded. 16 rows of the warp at a time pass through its part of shared memory, in
 // fp32; a row's pieces of 8 columns are permuted by the row, and halves of pieces are read in an order of the lane's,
 // so that no access has a bank conflict.
-// visit(row, column, values) gets the first of the 8 columns, counted from the warp's first row and column.
+// visit(row, values) gets the row, counted from the warp's first; the columns are those of chunk_column().
+template <int FragmentsN> SHRANK_DEVICE int chunk_column() { return arch::lane_index() % FragmentsN * kChunk; }
+
 template <int FragmentsM, int FragmentsN, typename Visit>
 SHRANK_DEVICE void for_each_chunk(SharedAddress staging, const Sums<FragmentsM, FragmentsN>& sums, const Visit& visit) {
   constexpr int kColumns = 8 * FragmentsN, kRowsAtOnce = arch::kWarpSize / FragmentsN;
@@ -173,7 +186,7 @@ SHRANK_DEVICE void for_each_chunk(SharedAddress staging, const Sums<FragmentsM, 
     for (int row = lane / FragmentsN; row < 16; row += kRowsAtOnce) {
       float values[kChunk];
       load_eight(values, piece_at(row, piece), half);
-      visit(m * 16 + row, piece * kChunk, values);
+      visit(m * 16 + row, values);
     }
   }
 }

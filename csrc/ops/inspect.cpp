@@ -1,5 +1,6 @@
 // What this build is, and what it would choose: ops without tensors that answer in JSON.
 #include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <charconv>
@@ -8,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "../kernels/image.h"
 #include "../select/explain.h"
 #include "cuda_device.h"
 
@@ -24,6 +26,11 @@ std::string build_info() {
   const uint64_t torch = TORCH_ABI_VERSION;
   return R"({"cuda": ")" + version(CUDART_VERSION) + R"(", "archs": ")" SHRANK_CUDA_ARCHS R"(", "torch": ")" +
          std::to_string(torch >> 56) + "." + std::to_string(torch >> 48 & 255) + "\"}";
+}
+
+std::string why_no_image_on(int64_t index) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(index));
+  return why_no_image();
 }
 
 // "cuda:1" is a GPU that is here; any other name, such as "H200", one that need not be.
@@ -79,6 +86,7 @@ std::string explain_conv(int64_t batch, int64_t C, int64_t N, int64_t R, const S
 
 STABLE_TORCH_LIBRARY_FRAGMENT(shrank, library) {
   library.def("build_info() -> str");
+  library.def("why_no_image(int device) -> str");
   library.def(
       "explain(int M, int K, int N, int R, str dtype, str activation, bool bias, bool residual, bool training, "
       "str gpu) -> str");
@@ -90,6 +98,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(shrank, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(shrank, CompositeExplicitAutograd, library) {
   library.impl("build_info", TORCH_BOX(&shrank::build_info));
+  library.impl("why_no_image", TORCH_BOX(&shrank::why_no_image_on));
   library.impl("explain", TORCH_BOX(&shrank::explain_for));
   library.impl("explain_conv", TORCH_BOX(&shrank::explain_conv));
 }

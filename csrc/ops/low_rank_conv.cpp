@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "../select/conv_select.h"
+#include "../select/explain.h"
 #include "../select/linear_select.h"
 
 namespace shrank {
@@ -236,14 +237,24 @@ Stages with_epilogue(const LowRankConv& args, const ConvProblem& problem, bool c
   return {y, h, keep_z ? std::optional(z) : std::nullopt};
 }
 
-Stages run(const LowRankConv& args, bool training, const Runtime& runtime) {
+ConvProblem problem_of(const LowRankConv& args, bool training, const Runtime& runtime) {
   ConvProblem problem = checked_problem(args, training);
-  const bool channels_last = wants_channels_last(args.x, args.down);
-  problem.channels_last = channels_last && aligned(args.x.const_data_ptr()) && is_plain(args.up) &&
-                          is_plain(args.bias) && aligned(args.down.const_data_ptr()) &&
+  problem.channels_last = wants_channels_last(args.x, args.down) && aligned(args.x.const_data_ptr()) &&
+                          is_plain(args.up) && is_plain(args.bias) && aligned(args.down.const_data_ptr()) &&
                           (!args.residual ||
                            (has_channels_last(*args.residual) && aligned(args.residual->const_data_ptr())));
-  const ConvChoice& choice = recall(problem, runtime.device(args.x.get_device_index()));
+  problem.captured = runtime.capturing(args.x.get_device_index());
+  return problem;
+}
+
+ConvChoice recalled(const ConvProblem& p, const Device& d) { return recall(p, d); }
+
+// `choose` gets the problem and the device.
+template <typename Choose>
+Stages run(const LowRankConv& args, bool training, const Runtime& runtime, const Choose& choose) {
+  const ConvProblem problem = problem_of(args, training, runtime);
+  const bool channels_last = wants_channels_last(args.x, args.down);
+  const ConvChoice choice = choose(problem, runtime.device(args.x.get_device_index()));
   switch (choice.kernel) {
     case ConvKernel::fused: return with_fused(args, problem, choice.grid, runtime);
     case ConvKernel::conv_expand: return with_expand(args, problem, choice.expand_grid, runtime);
@@ -258,12 +269,33 @@ Stages run(const LowRankConv& args, bool training, const Runtime& runtime) {
 
 }  // namespace
 
-Tensor low_rank_conv(const LowRankConv& args, const Runtime& runtime) { return run(args, false, runtime).y; }
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> all_of(const Stages& stages) {
+  const auto present = [&](const std::optional<Tensor>& tensor) {
+    return tensor ? *tensor : torch::stable::new_empty(stages.y, {0});
+  };
+  return {stages.y, present(stages.h), present(stages.z)};
+}
+
+}  // namespace
+
+Tensor low_rank_conv(const LowRankConv& args, const Runtime& runtime) { return run(args, false, runtime, recalled).y; }
 
 std::tuple<Tensor, Tensor, Tensor> low_rank_conv_train(const LowRankConv& args, const Runtime& runtime) {
-  Stages stages = run(args, true, runtime);
-  if (!stages.z) stages.z = torch::stable::new_empty(stages.y, {0});
-  return {stages.y, *stages.h, *stages.z};
+  return all_of(run(args, true, runtime, recalled));
+}
+
+std::tuple<Tensor, Tensor, Tensor> low_rank_conv_as(const LowRankConv& args, const Named& named,
+                                                    const Runtime& runtime) {
+  return all_of(run(args, named.training, runtime, [&](const ConvProblem& p, const Device& d) {
+    return chosen_for(kOp, [&] { return choice_named(p, d, named.kernel, named.grid); });
+  }));
+}
+
+std::string low_rank_conv_choices(const LowRankConv& args, int64_t most, const Runtime& runtime) {
+  const Device& device = runtime.device(args.x.get_device_index());
+  return list_choices(problem_of(args, false, runtime), device, static_cast<std::size_t>(most));
 }
 
 }  // namespace shrank

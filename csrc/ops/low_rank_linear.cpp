@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "../select/explain.h"
 #include "../select/linear_select.h"
 
 namespace shrank {
@@ -106,11 +107,21 @@ Stages with_epilogue(const LowRankLinear& args, LinearProblem& problem, const Te
   return {y, h, keep_z ? std::optional(z) : std::nullopt};
 }
 
-Stages run(const LowRankLinear& args, bool training, const Runtime& runtime) {
+LinearProblem problem_of(const LowRankLinear& args, bool training, const Runtime& runtime) {
   LinearProblem problem = checked_problem(args, training);
   problem.aligned = is_plain(args.x) && is_plain(args.down) && is_plain(args.up) && is_plain(args.bias) &&
                     is_plain(args.residual);
-  const LinearChoice choice = recall(problem, runtime.device(args.x.get_device_index()));
+  problem.captured = runtime.capturing(args.x.get_device_index());
+  return problem;
+}
+
+LinearChoice recalled(const LinearProblem& p, const Device& d) { return recall(p, d); }
+
+// `choose` gets the problem and the device.
+template <typename Choose>
+Stages run(const LowRankLinear& args, bool training, const Runtime& runtime, const Choose& choose) {
+  LinearProblem problem = problem_of(args, training, runtime);
+  const LinearChoice choice = choose(problem, runtime.device(args.x.get_device_index()));
   if (choice.kernel == LinearKernel::fused) return with_kernel(args, problem, std::nullopt, choice.grid, runtime);
   const Tensor h = linear(args.x, args.down, std::nullopt);
   switch (choice.kernel) {
@@ -127,12 +138,35 @@ Stages run(const LowRankLinear& args, bool training, const Runtime& runtime) {
 
 }  // namespace
 
-Tensor low_rank_linear(const LowRankLinear& args, const Runtime& runtime) { return run(args, false, runtime).y; }
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> all_of(const Stages& stages) {
+  const auto present = [&](const std::optional<Tensor>& tensor) {
+    return tensor ? as_contiguous(*tensor) : torch::stable::new_empty(stages.y, {0});
+  };
+  return {as_contiguous(stages.y), present(stages.h), present(stages.z)};
+}
+
+}  // namespace
+
+Tensor low_rank_linear(const LowRankLinear& args, const Runtime& runtime) {
+  return run(args, false, runtime, recalled).y;
+}
 
 std::tuple<Tensor, Tensor, Tensor> low_rank_linear_train(const LowRankLinear& args, const Runtime& runtime) {
-  Stages stages = run(args, true, runtime);
-  if (!stages.z) stages.z = torch::stable::new_empty(stages.y, {0});
-  return {as_contiguous(stages.y), as_contiguous(*stages.h), *stages.z};
+  return all_of(run(args, true, runtime, recalled));
+}
+
+std::tuple<Tensor, Tensor, Tensor> low_rank_linear_as(const LowRankLinear& args, const Named& named,
+                                                      const Runtime& runtime) {
+  return all_of(run(args, named.training, runtime, [&](const LinearProblem& p, const Device& d) {
+    return chosen_for(kOp, [&] { return choice_named(p, d, named.kernel, named.grid); });
+  }));
+}
+
+std::string low_rank_linear_choices(const LowRankLinear& args, int64_t most, const Runtime& runtime) {
+  const Device& device = runtime.device(args.x.get_device_index());
+  return list_choices(problem_of(args, false, runtime), device, static_cast<std::size_t>(most));
 }
 
 }  // namespace shrank

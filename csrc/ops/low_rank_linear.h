@@ -22,10 +22,20 @@ struct LowRankLinear {
 Tensor low_rank_linear(const LowRankLinear& args, const Runtime& runtime);
 std::tuple<Tensor, Tensor, Tensor> low_rank_linear_train(const LowRankLinear& args, const Runtime& runtime);
 
-// Registers both for one dispatch key: `runtime` is a constexpr Runtime.
+// By the kernel that is named, on the tile that is named, or an error that says why not. Without training, h and z say
+// nothing.
+std::tuple<Tensor, Tensor, Tensor> low_rank_linear_as(const LowRankLinear& args, const Named& named,
+                                                      const Runtime& runtime);
+
+// Everything that may compute this, as JSON (select/explain.h).
+std::string low_rank_linear_choices(const LowRankLinear& args, int64_t most, const Runtime& runtime);
+
+// Registers all for one dispatch key: `runtime` is a constexpr Runtime.
 #define SHRANK_IMPL_LOW_RANK_LINEAR(library, runtime)                                                                  \
   library.impl("low_rank_linear", TORCH_BOX((&::shrank::boxed::low_rank_linear<&runtime>)));                           \
-  library.impl("low_rank_linear_train", TORCH_BOX((&::shrank::boxed::low_rank_linear_train<&runtime>)))
+  library.impl("low_rank_linear_train", TORCH_BOX((&::shrank::boxed::low_rank_linear_train<&runtime>)));               \
+  library.impl("low_rank_linear_as", TORCH_BOX((&::shrank::boxed::low_rank_linear_as<&runtime>)));                     \
+  library.impl("low_rank_linear_choices", TORCH_BOX((&::shrank::boxed::low_rank_linear_choices<&runtime>)))
 
 namespace boxed {
 
@@ -40,6 +50,21 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_linear_train(const Tensor& x, const 
                                                          const std::optional<Tensor>& bias, std::string_view activation,
                                                          const std::optional<Tensor>& residual) {
   return shrank::low_rank_linear_train({x, down, up, bias, activation, residual}, *runtime);
+}
+
+template <const Runtime* runtime>
+std::tuple<Tensor, Tensor, Tensor> low_rank_linear_as(const Tensor& x, const Tensor& down, const Tensor& up,
+                                                      const std::optional<Tensor>& bias, std::string_view activation,
+                                                      const std::optional<Tensor>& residual, bool training,
+                                                      std::string_view kernel, const std::vector<int64_t>& grid) {
+  return shrank::low_rank_linear_as({x, down, up, bias, activation, residual}, {training, kernel, grid}, *runtime);
+}
+
+template <const Runtime* runtime>
+std::string low_rank_linear_choices(const Tensor& x, const Tensor& down, const Tensor& up,
+                                    const std::optional<Tensor>& bias, std::string_view activation,
+                                    const std::optional<Tensor>& residual, int64_t most) {
+  return shrank::low_rank_linear_choices({x, down, up, bias, activation, residual}, most, *runtime);
 }
 
 }  // namespace boxed

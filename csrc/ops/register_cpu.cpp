@@ -20,6 +20,8 @@ const Device& device(int) {
   return cpu;
 }
 
+bool capturing(int) { return false; }
+
 void epilogue(const EpilogueParams& params, const EpilogueTile& tile, int) { run_epilogue_on_host(params, tile); }
 
 void linear(const LowRankLinearParams&, const LinearGrid&, const Device&, int) {
@@ -30,7 +32,7 @@ void conv(const LowRankConvParams&, const ConvGrid&, const Device&, int) {
   throw std::logic_error("shrank::low_rank_conv: select chose a GPU's kernel on a CPU");
 }
 
-constexpr Runtime cpu{device, epilogue, linear, conv};
+constexpr Runtime cpu{device, capturing, epilogue, linear, conv};
 
 }  // namespace
 }  // namespace shrank

@@ -20,6 +20,12 @@ template <typename Launch> void on_device(int index, const Launch& launch) {
   launch(stream);
 }
 
+bool capturing(int index) {
+  bool captured = false;
+  on_device(index, [&](void* stream) { captured = is_capturing(stream); });
+  return captured;
+}
+
 void epilogue(const EpilogueParams& params, const EpilogueTile& tile, int index) {
   on_device(index, [&](void* stream) { launch_epilogue(params, tile, stream); });
 }
@@ -33,7 +39,7 @@ void conv(const LowRankConvParams& params, const ConvGrid& grid, const Device& d
   on_device(index, [&](void* stream) { launch_low_rank_conv(params, grid, device.arch >= 90, stream); });
 }
 
-constexpr Runtime cuda{cuda_device, epilogue, linear, conv};
+constexpr Runtime cuda{cuda_device, capturing, epilogue, linear, conv};
 
 }  // namespace
 }  // namespace shrank

@@ -17,6 +17,8 @@ const Device& device(int) {
   return emulated;
 }
 
+bool capturing(int) { return false; }
+
 void epilogue(const EpilogueParams& params, const EpilogueTile& tile, int) { run_epilogue_on_host(params, tile); }
 
 void linear(const LowRankLinearParams& params, const LinearGrid& grid, const Device&, int) {
@@ -29,7 +31,7 @@ void conv(const LowRankConvParams& params, const ConvGrid& grid, const Device&, 
   if (!result.problems.empty()) throw std::runtime_error("shrank::low_rank_conv: " + result.problems.front());
 }
 
-constexpr Runtime emulated{device, epilogue, linear, conv};
+constexpr Runtime emulated{device, capturing, epilogue, linear, conv};
 
 }  // namespace
 }  // namespace shrank

@@ -10,6 +10,7 @@ namespace shrank {
 // `index` is the device's; `select` is told of it.
 struct Runtime {
   const Device& (*device)(int index);
+  bool (*capturing)(int index);  // whether the current stream records a graph
   void (*epilogue)(const EpilogueParams& params, const EpilogueTile& tile, int index);
   void (*linear)(const LowRankLinearParams& params, const LinearGrid& grid, const Device& device, int index);
   void (*conv)(const LowRankConvParams& params, const ConvGrid& grid, const Device& device, int index);

@@ -1,7 +1,6 @@
 #include "tensors.h"
 
 #include <sstream>
-#include <stdexcept>
 
 namespace shrank {
 namespace {
@@ -61,11 +60,7 @@ void check_like(const char* op, const char* name, const Tensor& tensor, const Te
 }
 
 Activation activation_of(const char* op, std::string_view name) {
-  try {
-    return parse_activation(name);
-  } catch (const std::invalid_argument& error) {
-    STD_TORCH_CHECK(false, op, ": ", error.what());
-  }
+  return chosen_for(op, [&] { return parse_activation(name); });
 }
 
 }  // namespace shrank

@@ -8,6 +8,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -18,9 +19,25 @@ namespace shrank {
 
 using torch::stable::Tensor;
 
+// What shall run, instead of what select would choose.
+struct Named {
+  bool training;
+  std::string_view kernel;
+  const std::vector<int64_t>& grid;  // block_m, max_rank and blocks_n, or nothing
+};
+
 // "[2, 3]"
 std::string shape(const Tensor& tensor);
 std::string shape(const std::vector<int64_t>& sizes);
+
+// What `choose` gives; if it refuses (std::invalid_argument), an error that names the op.
+template <typename Choose> auto chosen_for(const char* op, const Choose& choose) {
+  try {
+    return choose();
+  } catch (const std::invalid_argument& error) {
+    STD_TORCH_CHECK(false, op, ": ", error.what());
+  }
+}
 
 // The element type, if it is one of ours; else an error that names the op.
 Dtype dtype_of(const char* op, const Tensor& x);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cheapest.h"
 #include "conv_cost.h"
 #include "cost.h"
 #include "integers.h"
@@ -23,11 +24,6 @@ constexpr double kBeyondShared = 29 * 1024;
 
 bool whole_groups(const ConvProblem& p) {
   return p.groups > p.up_groups ? p.groups % p.up_groups == 0 : p.up_groups % p.groups == 0;
-}
-
-Gather gather_of(const ConvProblem& p) {
-  if (p.is_depthwise()) return Gather::depthwise;
-  return p.C / p.groups % 8 == 0 ? Gather::chunks : Gather::numbers;
 }
 
 bool suits(const ConvTile& tile, const ConvProblem& p, const Device& d) {
@@ -96,6 +92,8 @@ double microseconds(const ConvGrid& grid, const ConvProblem& p, const Device& d)
   Phase down = is_depthwise ? depthwise(grid.tile, p, d) : gather(grid.tile, p, d);
   down.dram_bytes = width * x / real(grid.blocks_m);
 
+  const Phase rounding = is_depthwise ? Phase{} : rounding_of_h(tile);
+
   Phase up = up_step(tile) * (tiles * rank_panels);
   up.l2_bytes = width * std::min(tiles * LinearTile::kBlockN, real(p.N / p.up_groups)) * rank;
   up.wait_us = tiles * rank_panels * kL2LatencyUs / (tile.up_stages() - 1);
@@ -105,7 +103,7 @@ double microseconds(const ConvGrid& grid, const ConvProblem& p, const Device& d)
   const double moved = read + M * N * written + (p.training ? M * real(p.R) : 0);
   const Launch launch{grid.blocks_m * grid.blocks_n * p.up_groups, tile.threads(), grid.tile.shared_bytes(),
                       moved * width};
-  return kernel_us(launch, {{0, 0, 0, 0, 0, kDramLatencyUs}, down, up, end}, d);
+  return kernel_us(launch, {{0, 0, 0, 0, 0, kDramLatencyUs}, down, rounding, up, end}, d);
 }
 
 }  // namespace
@@ -134,23 +132,59 @@ const char* conv_why_not(const ConvProblem& p, const Device& d) {
   return "the tiles for this rank need more shared memory than a block has here";
 }
 
-PlannedConv conv_grid(const ConvProblem& p, const Device& d) {
+Gather gather_of(const ConvProblem& p) {
+  if (p.is_depthwise()) return Gather::depthwise;
+  return p.C / p.groups % 8 == 0 ? Gather::chunks : Gather::numbers;
+}
+
+const char* conv_why_not(const ConvProblem& p, const Device& d, const ConvTile& tile, int64_t shares) {
+  if (const char* why_not = conv_why_not(p, d)) return why_not;
+  if (std::find(kConvTiles.begin(), kConvTiles.end(), tile) == kConvTiles.end())
+    return "no kernel is compiled for this tile";
+  if (tile.gather != gather_of(p)) return "the tile reads x in another way than the problem needs";
+  if (tile.tile.max_rank < p.R / p.up_groups) return "the rank of a group is above the tile's";
+  if (tile.shared_bytes() > d.smem_per_block) return "the tile needs more shared memory than a block has here";
+  if (shares < 1 || shares > kMaxBlocksN) return "the shares of the columns must be 1 to 64";
+  return nullptr;
+}
+
+ConvGrid conv_grid_of(const ConvProblem& p, const ConvTile& tile, int shares) {
+  return {tile, ceil_div(p.pixels(), tile.tile.block_m), shares};
+}
+
+namespace {
+
+// As in linear_grid.cpp.
+template <typename Visit> void for_each_grid(const ConvProblem& p, const Device& d, const Visit& visit) {
   ConvProblem training = p, inference = p;
   training.training = true;
   inference.training = false;
-  PlannedConv best{};
-  double least = 0;
   const int64_t tiles_n = ceil_div(p.N / p.up_groups, LinearTile::kBlockN);
   for (const ConvTile& tile : kConvTiles) {
     if (!suits(tile, p, d)) continue;
     for (int blocks_n = 1; blocks_n <= std::min<int64_t>(kMaxBlocksN, tiles_n); blocks_n *= 2) {
-      const ConvGrid grid{tile, ceil_div(p.pixels(), tile.tile.block_m), blocks_n};
-      const double cost = microseconds(grid, training, d) + microseconds(grid, inference, d);
-      if (best.grid.blocks_n == 0 || cost < least) best = {grid, 0}, least = cost;
+      const ConvGrid grid = conv_grid_of(p, tile, blocks_n);
+      const double costs[] = {microseconds(grid, inference, d), microseconds(grid, training, d)};
+      visit(PlannedConv{grid, costs[p.training]}, costs[0] + costs[1]);
     }
   }
-  best.microseconds = microseconds(best.grid, p, d);
+}
+
+}  // namespace
+
+PlannedConv conv_grid(const ConvProblem& p, const Device& d) {
+  PlannedConv best{};
+  double least = 0;
+  for_each_grid(p, d, [&](const PlannedConv& planned, double both) {
+    if (best.grid.blocks_n == 0 || both < least) best = planned, least = both;
+  });
   return best;
+}
+
+std::vector<PlannedConv> conv_grids(const ConvProblem& p, const Device& d, std::size_t most) {
+  std::vector<std::pair<double, PlannedConv>> all;
+  for_each_grid(p, d, [&](const PlannedConv& planned, double both) { all.emplace_back(both, planned); });
+  return cheapest(std::move(all), most);
 }
 
 }  // namespace shrank

@@ -22,6 +22,7 @@ struct ConvProblem {
   bool residual = false;
   bool training = false;  // h and the pre-activation are kept for the backward pass
   bool channels_last = true;  // every tensor with its channels innermost, without gaps, from a multiple of 16 bytes on
+  bool captured = false;  // into a CUDA graph
 
   constexpr Size3 out() const {
     Size3 size{};
@@ -41,13 +42,15 @@ struct ConvProblem {
     return batch == o.batch && C == o.C && N == o.N && R == o.R && in == o.in && kernel == o.kernel &&
            stride == o.stride && begin == o.begin && end == o.end && dilation == o.dilation && groups == o.groups &&
            up_groups == o.up_groups && dtype == o.dtype && activation == o.activation && bias == o.bias &&
-           residual == o.residual && training == o.training && channels_last == o.channels_last;
+           residual == o.residual && training == o.training && channels_last == o.channels_last &&
+           captured == o.captured;
   }
 };
 
 // The second stage alone, or what comes after it: pixels are tokens.
 constexpr LinearProblem pointwise(const ConvProblem& p) {
-  return {p.pixels(), p.R, p.N, p.R, p.dtype, p.activation, p.bias, p.residual, p.training, p.channels_last};
+  return {p.pixels(),      p.R,       p.N, p.R, p.dtype, p.activation, p.bias, p.residual, p.training,
+          p.channels_last, p.captured};
 }
 
 }  // namespace shrank

@@ -65,8 +65,8 @@ constexpr std::array<Way<ConvKernel, ConvProblem>, kConvKernelCount> kWays{{
     {ConvKernel::fused, "fused", fused::why_not, fused::microseconds, fused::kReason},
     {ConvKernel::conv_expand, "conv_expand", conv_expand::why_not, conv_expand::microseconds, conv_expand::kReason},
     {ConvKernel::two_convs_epilogue, "two_convs_epilogue", two_convs_epilogue::why_not,
-     two_convs_epilogue::microseconds, two_convs_epilogue::kReason},
-    {ConvKernel::two_convs, "two_convs", two_convs::why_not, two_convs::microseconds, two_convs::kReason},
+     two_convs_epilogue::microseconds, two_convs_epilogue::kReason, false},
+    {ConvKernel::two_convs, "two_convs", two_convs::why_not, two_convs::microseconds, two_convs::kReason, false},
 }};
 
 }  // namespace
@@ -77,12 +77,60 @@ std::array<Candidate<ConvKernel>, kConvKernelCount> candidates(const ConvProblem
   return candidates_of(kWays, p, d);
 }
 
-ConvChoice select(const ConvProblem& p, const Device& d) {
+ConvChoice modelled(const ConvProblem& p, const Device& d) {
   const auto [way, predicted] = choose(kWays, p, d);
   ConvChoice choice{way.kernel, predicted, way.reason, {}, {}};
   if (choice.kernel == ConvKernel::fused) choice.grid = conv_grid(p, d).grid;
   if (choice.kernel == ConvKernel::conv_expand) choice.expand_grid = linear_grid(pointwise(p), d, false).grid;
   return choice;
+}
+
+std::vector<ConvChoice> choices(const ConvProblem& p, const Device& d, std::size_t most) {
+  std::vector<ConvChoice> all;
+  for (const auto& way : kWays) {
+    if (way.why_not(p, d)) continue;
+    if (way.kernel == ConvKernel::fused) {
+      for (const PlannedConv& planned : conv_grids(p, d, most))
+        all.push_back({way.kernel, planned.microseconds, way.reason, planned.grid, {}});
+    } else if (way.kernel == ConvKernel::conv_expand) {
+      for (const PlannedGrid& planned : linear_grids(pointwise(p), d, false, most))
+        all.push_back({way.kernel, first_conv_us(p, d) + planned.microseconds, way.reason, {}, planned.grid});
+    } else {
+      all.push_back({way.kernel, way.microseconds(p, d), way.reason, {}, {}});
+    }
+  }
+  return all;
+}
+
+ConvChoice choice_named(const ConvProblem& p, const Device& d, std::string_view kernel,
+                        const std::vector<int64_t>& grid) {
+  const auto& way = way_named(kWays, kernel, p, d);
+  ConvChoice choice{way.kernel, way.microseconds(p, d), "asked for", {}, {}};
+  const auto refuse = [&](const char* why_not) {
+    if (why_not) throw std::invalid_argument(std::string(kernel) + ": " + why_not);
+  };
+  if (way.kernel == ConvKernel::fused) {
+    choice.grid = conv_grid(p, d).grid;
+    if (grid.empty()) return choice;
+    const NamedGrid named(grid);
+    const ConvTile tile{gather_of(p), named.tile};
+    refuse(conv_why_not(p, d, tile, named.shares));
+    choice.grid = conv_grid_of(p, tile, static_cast<int>(named.shares));
+  } else if (way.kernel == ConvKernel::conv_expand) {
+    const LinearProblem rows = pointwise(p);
+    choice.expand_grid = linear_grid(rows, d, false).grid;
+    if (grid.empty()) return choice;
+    const NamedGrid named(grid);
+    refuse(linear_why_not(rows, d, false, named.tile, named.shares));
+    choice.expand_grid = linear_grid_of(rows, named.tile, static_cast<int>(named.shares));
+  } else if (!grid.empty()) refuse("it has no grid");
+  return choice;
+}
+
+ConvChoice select(const ConvProblem& p, const Device& d) {
+  return choose_measured<ConvChoice>(p, d, [&](const std::string& kernel, const std::vector<int64_t>& grid) {
+    return choice_named(p, d, kernel, grid);
+  }, [&] { return modelled(p, d); });
 }
 
 const ConvChoice& recall(const ConvProblem& p, const Device& d) {

@@ -30,6 +30,15 @@ std::array<Candidate<ConvKernel>, kConvKernelCount> candidates(const ConvProblem
 
 ConvChoice select(const ConvProblem& p, const Device& d);
 
+// By the model alone, whatever was measured.
+ConvChoice modelled(const ConvProblem& p, const Device& d);
+
+// Everything that may run, each matrix kernel on its `most` cheapest grids by the model; PyTorch's own calls last.
+std::vector<ConvChoice> choices(const ConvProblem& p, const Device& d, std::size_t most);
+
+ConvChoice choice_named(const ConvProblem& p, const Device& d, std::string_view kernel,
+                        const std::vector<int64_t>& grid);
+
 const ConvChoice& recall(const ConvProblem& p, const Device& d);
 
 }  // namespace shrank

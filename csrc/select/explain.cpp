@@ -7,44 +7,12 @@
 #include "json.h"
 #include "linear_cost.h"
 #include "linear_select.h"
+#include "problem_json.h"
 
 namespace shrank {
 namespace {
 
 using shrank::json;
-
-// What a linear layer and a convolution have in common.
-template <typename P> Object& add_end(Object& object, const P& p) {
-  return object.add("dtype", json(name_of(p.dtype)))
-      .add("activation", json(name_of(p.activation)))
-      .add("bias", json(p.bias))
-      .add("residual", json(p.residual))
-      .add("training", json(p.training));
-}
-
-std::string json(const LinearProblem& p) {
-  Object object;
-  object.add("M", json(p.M)).add("K", json(p.K)).add("N", json(p.N)).add("R", json(p.R));
-  return add_end(object, p).add("aligned", json(p.aligned)).text();
-}
-
-std::string json(const ConvProblem& p) {
-  Object object;
-  object.add("batch", json(p.batch))
-      .add("C", json(p.C))
-      .add("N", json(p.N))
-      .add("R", json(p.R))
-      .add("input", json_list(p.in))
-      .add("output", json_list(p.out()))
-      .add("kernel", json_list(p.kernel))
-      .add("stride", json_list(p.stride))
-      .add("begin", json_list(p.begin))
-      .add("end", json_list(p.end))
-      .add("dilation", json_list(p.dilation))
-      .add("groups", json(p.groups))
-      .add("up_groups", json(p.up_groups));
-  return add_end(object, p).add("channels_last", json(p.channels_last)).text();
-}
 
 std::string json(const Device& d) {
   return Object()
@@ -99,12 +67,25 @@ template <typename Choice> std::string json_choice(const Choice& c) {
       .text();
 }
 
+template <typename P> std::string list_any(const P& p, const Device& d, std::size_t most) {
+  std::string listed;
+  for (const auto& each : choices(p, d, most)) listed.append(listed.empty() ? "" : ", ").append(json_choice(each));
+  return "[" + listed + "]";
+}
+
 template <typename Kernel> std::string json(const Candidate<Kernel>& c) {
   Object shown;
   shown.add("kernel", json(name_of(c.kernel))).add("legal", json(c.why_not == nullptr));
   if (c.why_not) shown.add("why_not", json(c.why_not));
   else shown.add("microseconds", json(c.microseconds));
   return shown.text();
+}
+
+// Whence the decision.
+template <typename P, typename Choice> std::string status_of(const P& p, const Device& d, const Choice& choice) {
+  const auto evidence = measured::find(measured::key_of(p, d));
+  if (!evidence || std::string_view(choice.reason) != kMeasured) return "predicted by the model; not measured";
+  return "measured: PyTorch's own calls take " + json(evidence->library_us) + " us; " + evidence->source;
 }
 
 template <typename P> std::string explain_any(const P& p, const Device& d) {
@@ -118,14 +99,14 @@ template <typename P> std::string explain_any(const P& p, const Device& d) {
   std::string listed;
   for (const auto& each : all) listed.append(listed.empty() ? "" : ", ").append(json(each));
   return Object()
-      .add("problem", json(p))
+      .add("problem", problem_json(p))
       .add("device", json(d))
       .add("decision", json_choice(choice))
       .add("runner_up", all[1].why_not ? "null" : json(all[1]))
       .add("candidates", "[" + listed + "]")
       .add("floor_us", json(floor_us(p, d)))
       .add("dense_us", json(dense_us(p, d)))
-      .add("status", json("model; not measured"))
+      .add("status", json(status_of(p, d, choice)))
       .text();
 }
 
@@ -133,5 +114,8 @@ template <typename P> std::string explain_any(const P& p, const Device& d) {
 
 std::string explain(const LinearProblem& p, const Device& d) { return explain_any(p, d); }
 std::string explain(const ConvProblem& p, const Device& d) { return explain_any(p, d); }
+
+std::string list_choices(const LinearProblem& p, const Device& d, std::size_t most) { return list_any(p, d, most); }
+std::string list_choices(const ConvProblem& p, const Device& d, std::size_t most) { return list_any(p, d, most); }
 
 }  // namespace shrank

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cheapest.h"
 #include "cost.h"
 #include "integers.h"
 #include "kernel_cost.h"
@@ -37,6 +38,7 @@ double microseconds(const LinearGrid& grid, const LinearProblem& p, const Device
 
   Phase down = down_step(tile) * down_steps;
   if (!fused && tile.holds_h()) down = load_step(tile) * rank_panels;
+  const Phase rounding = fused ? rounding_of_h(tile) : Phase{};
   down.l2_bytes = width * (fused ? (tile.block_m + R) * K : tile.holds_h() ? tile.block_m * R : 0);
   down.dram_bytes = width * tile.block_m * (fused ? K : R);
   down.wait_us = down_steps * kDramLatencyUs / (tile.down_stages() - 1);
@@ -49,7 +51,7 @@ double microseconds(const LinearGrid& grid, const LinearProblem& p, const Device
   const double read = (fused ? M * K + R * K : M * R) + N * R + bias_numbers(p) + (p.residual ? M * N : 0);
   const double moved = read + M * N * written + (fused && p.training ? M * R : 0);
   const Launch launch{grid.blocks_m * grid.blocks_n, tile.threads(), tile.shared_bytes(), moved * width};
-  return kernel_us(launch, {{0, 0, 0, 0, 0, kDramLatencyUs}, down, up, end}, d);
+  return kernel_us(launch, {{0, 0, 0, 0, 0, kDramLatencyUs}, down, rounding, up, end}, d);
 }
 
 }  // namespace
@@ -68,23 +70,56 @@ const char* linear_why_not(const LinearProblem& p, const Device& d, bool fused) 
   return "the tiles for this R need more shared memory than a block has here";
 }
 
-PlannedGrid linear_grid(const LinearProblem& p, const Device& d, bool fused) {
+const char* linear_why_not(const LinearProblem& p, const Device& d, bool fused, const LinearTile& tile,
+                           int64_t shares) {
+  if (const char* why_not = linear_why_not(p, d, fused)) return why_not;
+  if (std::find(kLinearTiles.begin(), kLinearTiles.end(), tile) == kLinearTiles.end())
+    return "no kernel is compiled for this tile";
+  if (!tile.holds_h() && fused) return "a tile that streams h cannot compute it";
+  if (tile.holds_h() && tile.max_rank < p.R) return "R is above the tile's rank";
+  if (!fits(tile, d)) return "the tile needs more shared memory than a block has here";
+  if (shares < 1 || shares > kMaxBlocksN) return "the shares of the columns must be 1 to 64";
+  return nullptr;
+}
+
+LinearGrid linear_grid_of(const LinearProblem& p, const LinearTile& tile, int shares) {
+  return {tile, ceil_div(p.M, tile.block_m), shares};
+}
+
+namespace {
+
+// Calls visit with every grid, what it costs for this problem, and for training and inference together.
+template <typename Visit>
+void for_each_grid(const LinearProblem& p, const Device& d, bool fused, const Visit& visit) {
   LinearProblem training = p, inference = p;
   training.training = true;
   inference.training = false;
-  PlannedGrid best{};
-  double least = 0;
+  const int64_t tiles_n = ceil_div(p.N, LinearTile::kBlockN);
   for (const LinearTile& tile : kLinearTiles) {
     if (!suits(tile, p, d, fused)) continue;
-    const int64_t tiles_n = ceil_div(p.N, LinearTile::kBlockN);
     for (int blocks_n = 1; blocks_n <= std::min<int64_t>(kMaxBlocksN, tiles_n); blocks_n *= 2) {
-      const LinearGrid grid{tile, ceil_div(p.M, tile.block_m), blocks_n};
-      const double cost = microseconds(grid, training, d, fused) + microseconds(grid, inference, d, fused);
-      if (best.grid.blocks_n == 0 || cost < least) best = {grid, 0}, least = cost;
+      const LinearGrid grid = linear_grid_of(p, tile, blocks_n);
+      const double costs[] = {microseconds(grid, inference, d, fused), microseconds(grid, training, d, fused)};
+      visit(PlannedGrid{grid, costs[p.training]}, costs[0] + costs[1]);
     }
   }
-  best.microseconds = microseconds(best.grid, p, d, fused);
+}
+
+}  // namespace
+
+PlannedGrid linear_grid(const LinearProblem& p, const Device& d, bool fused) {
+  PlannedGrid best{};
+  double least = 0;
+  for_each_grid(p, d, fused, [&](const PlannedGrid& planned, double both) {
+    if (best.grid.blocks_n == 0 || both < least) best = planned, least = both;
+  });
   return best;
+}
+
+std::vector<PlannedGrid> linear_grids(const LinearProblem& p, const Device& d, bool fused, std::size_t most) {
+  std::vector<std::pair<double, PlannedGrid>> all;
+  for_each_grid(p, d, fused, [&](const PlannedGrid& planned, double both) { all.emplace_back(both, planned); });
+  return cheapest(std::move(all), most);
 }
 
 }  // namespace shrank

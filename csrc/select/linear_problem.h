@@ -15,11 +15,12 @@ struct LinearProblem {
   bool residual = false;
   bool training = false;  // h and the pre-activation are kept for the backward pass
   bool aligned = true;    // every tensor is contiguous and begins at a multiple of 16 bytes
+  bool captured = false;  // into a CUDA graph, where a launch costs the host nothing
 
   constexpr bool operator==(const LinearProblem& other) const {
     return M == other.M && K == other.K && N == other.N && R == other.R && dtype == other.dtype &&
            activation == other.activation && bias == other.bias && residual == other.residual &&
-           training == other.training && aligned == other.aligned;
+           training == other.training && aligned == other.aligned && captured == other.captured;
   }
 };
 

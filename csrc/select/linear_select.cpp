@@ -60,8 +60,8 @@ constexpr std::array<Way<LinearKernel, LinearProblem>, kLinearKernelCount> kWays
     {LinearKernel::fused, "fused", fused::why_not, fused::microseconds, fused::kReason},
     {LinearKernel::gemm_expand, "gemm_expand", gemm_expand::why_not, gemm_expand::microseconds, gemm_expand::kReason},
     {LinearKernel::two_gemms_epilogue, "two_gemms_epilogue", two_gemms_epilogue::why_not,
-     two_gemms_epilogue::microseconds, two_gemms_epilogue::kReason},
-    {LinearKernel::two_gemms, "two_gemms", two_gemms::why_not, two_gemms::microseconds, two_gemms::kReason},
+     two_gemms_epilogue::microseconds, two_gemms_epilogue::kReason, false},
+    {LinearKernel::two_gemms, "two_gemms", two_gemms::why_not, two_gemms::microseconds, two_gemms::kReason, false},
 }};
 
 }  // namespace
@@ -72,12 +72,52 @@ std::array<Candidate<LinearKernel>, kLinearKernelCount> candidates(const LinearP
   return candidates_of(kWays, p, d);
 }
 
-LinearChoice select(const LinearProblem& p, const Device& d) {
+LinearChoice modelled(const LinearProblem& p, const Device& d) {
   const auto [way, predicted] = choose(kWays, p, d);
   LinearChoice choice{way.kernel, predicted, way.reason, {}};
   if (choice.kernel == LinearKernel::fused || choice.kernel == LinearKernel::gemm_expand)
     choice.grid = linear_grid(p, d, choice.kernel == LinearKernel::fused).grid;
   return choice;
+}
+
+std::vector<LinearChoice> choices(const LinearProblem& p, const Device& d, std::size_t most) {
+  std::vector<LinearChoice> all;
+  for (const auto& way : kWays) {
+    if (way.why_not(p, d)) continue;
+    if (!way.ours) {
+      all.push_back({way.kernel, way.microseconds(p, d), way.reason, {}});
+      continue;
+    }
+    const bool fused = way.kernel == LinearKernel::fused;
+    const double before = fused ? 0 : way.microseconds(p, d) - linear_grid(p, d, false).microseconds;
+    for (const PlannedGrid& planned : linear_grids(p, d, fused, most))
+      all.push_back({way.kernel, before + planned.microseconds, way.reason, planned.grid});
+  }
+  return all;
+}
+
+LinearChoice choice_named(const LinearProblem& p, const Device& d, std::string_view kernel,
+                          const std::vector<int64_t>& grid) {
+  const auto& way = way_named(kWays, kernel, p, d);
+  LinearChoice choice{way.kernel, way.microseconds(p, d), "asked for", {}};
+  const bool fused = way.kernel == LinearKernel::fused;
+  if (!fused && way.kernel != LinearKernel::gemm_expand) {
+    if (!grid.empty()) throw std::invalid_argument(std::string(kernel) + " has no grid");
+    return choice;
+  }
+  choice.grid = linear_grid(p, d, fused).grid;
+  if (grid.empty()) return choice;
+  const NamedGrid named(grid);
+  if (const char* why_not = linear_why_not(p, d, fused, named.tile, named.shares))
+    throw std::invalid_argument(std::string(kernel) + ": " + why_not);
+  choice.grid = linear_grid_of(p, named.tile, static_cast<int>(named.shares));
+  return choice;
+}
+
+LinearChoice select(const LinearProblem& p, const Device& d) {
+  return choose_measured<LinearChoice>(p, d, [&](const std::string& kernel, const std::vector<int64_t>& grid) {
+    return choice_named(p, d, kernel, grid);
+  }, [&] { return modelled(p, d); });
 }
 
 const LinearChoice& recall(const LinearProblem& p, const Device& d) {

@@ -32,9 +32,19 @@ struct LinearChoice {
 
 std::array<Candidate<LinearKernel>, kLinearKernelCount> candidates(const LinearProblem& p, const Device& d);
 
-// The cheapest candidate for training and inference together, so that a layer gives the same bits either way; of those
-// that are slower than two GEMMs in neither.
+// What was measured to be the fastest; where nothing was, what choose.h takes by the model.
 LinearChoice select(const LinearProblem& p, const Device& d);
+
+// By the model alone, whatever was measured.
+LinearChoice modelled(const LinearProblem& p, const Device& d);
+
+// Everything that may run, each matrix kernel on its `most` cheapest grids by the model; PyTorch's own calls last.
+std::vector<LinearChoice> choices(const LinearProblem& p, const Device& d, std::size_t most);
+
+// What a caller names instead: a kernel, and where it has a grid its block_m, max_rank and blocks_n, or none of them for
+// the cheapest. std::invalid_argument says why it cannot run.
+LinearChoice choice_named(const LinearProblem& p, const Device& d, std::string_view kernel,
+                          const std::vector<int64_t>& grid);
 
 // The same, remembered by the thread: a model asks of the same few problems again and again. Allocates nothing; a
 // Device is known by its address.

@@ -44,6 +44,12 @@ Phase load_step(const LinearTile& tile) {
   return phase;
 }
 
+Phase rounding_of_h(const LinearTile& tile) {
+  Phase phase;
+  phase.slots = tile.block_m / 16.0 * tile.max_rank / 8 * kRoundSlots;
+  return phase;
+}
+
 Phase up_step(const LinearTile& tile) {
   return step(tile, LinearTile::kBlockN, LinearTile::kBlockN + (tile.holds_h() ? 0 : tile.block_m));
 }

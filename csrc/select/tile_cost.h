@@ -21,6 +21,9 @@ double number_slots(const LinearTile& tile);
 // A panel of an h that is there already, into shared memory.
 Phase load_step(const LinearTile& tile);
 
+// The sums of h, rounded into panels in shared memory.
+Phase rounding_of_h(const LinearTile& tile);
+
 // A panel of h and one of up into the sums of a tile of y.
 Phase up_step(const LinearTile& tile);
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from ..ops.availability import why_not
 from ..ops.native import build_info
 from ..version import __version__
-from . import eval_command, model_commands
+from . import eval_command, gpu_commands, model_commands
 from .options import Json, Padding, PerDimension, Source, errors, one_of, show
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Low-rank twins for the linear and convolution layers of PyTorch models.",
 )
-for name, command in (model_commands.COMMANDS | {"eval": eval_command.eval_command}).items():
+for name, command in (model_commands.COMMANDS | {"eval": eval_command.eval_command} | gpu_commands.COMMANDS).items():
     app.command(name)(command)
 
 

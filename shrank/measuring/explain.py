@@ -155,6 +155,7 @@ def _problem(
         "bias": bias,
         "residual": residual,
         "training": training,
+        "captured": False,
     }
     if isinstance(shape, Conv):
         return {**asdict(shape), "output": shape.output(), **end, "channels_last": True}

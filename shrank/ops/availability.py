@@ -53,8 +53,8 @@ def why_not_these(
             continue
         if not tensor.is_cuda:
             reasons.append(f"{name} is on {tensor.device}, not on a CUDA device")
-        elif too_old := _too_old(tensor.get_device()):
-            reasons.append(f"{name} is on {too_old}")
+        elif unfit := _too_old(tensor.get_device()) or _no_image(tensor.get_device()):
+            reasons.append(f"{name} is on {unfit}")
         if tensor.dtype not in DTYPES:
             reasons.append(f"{name} is {tensor.dtype}, not one of {', '.join(map(str, DTYPES))}")
         kind = type(tensor)
@@ -112,3 +112,22 @@ def _find_too_old(device: int) -> str:
         return ""
     found, wanted = (".".join(map(str, c)) for c in (capability, OLDEST_CAPABILITY))
     return f"{torch.cuda.get_device_name(device)} of compute capability {found}, older than {wanted}"
+
+
+@constant
+def _no_image(device: int) -> str:
+    return _find_no_image(device)
+
+
+@cache
+def _find_no_image(device: int) -> str:
+    """Why the extension has no code for a CUDA device, as where it was built for others; empty if it has."""
+    if native.problems() or not torch.cuda.is_available():
+        return ""
+    if not (reason := torch.ops.shrank.why_no_image(device)):
+        return ""
+    found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return (
+        f"{torch.cuda.get_device_name(device)} of compute capability {found}, for which the native extension has no "
+        f"code ({reason}): it was built for {native.build_info()['archs']}"
+    )

@@ -10,9 +10,10 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from . import availability, native, reference
-from .conv import check_low_rank_conv, window_of
-from .linear import check_low_rank_linear
+from . import availability, native, reference, self_check
+from .conv import CONV, check_low_rank_conv, window_of
+from .linear import LINEAR, check_low_rank_linear
+from .registration import Op
 
 
 class Backend(Enum):
@@ -109,7 +110,7 @@ def low_rank_linear(
             and the native kernels cannot run, with every reason.
         ValueError: The backend is unknown.
     """
-    if _runs_native(backend, x, down, up, bias, residual):
+    if _runs_native(LINEAR, backend, x, down, up, bias, residual):
         return torch.ops.shrank.low_rank_linear(x, down, up, bias, activation, residual)
     if _are_tensors(x, down, up, bias, residual):
         check_low_rank_linear(x, down, up, bias, activation, residual, _autocast_casts(x))
@@ -174,7 +175,7 @@ def low_rank_conv(
         )
         return y[0]
     window = window_of(down, stride, padding, dilation, groups, up_groups)
-    if _runs_native(backend, x, down, up, bias, residual):
+    if _runs_native(CONV, backend, x, down, up, bias, residual):
         return torch.ops.shrank.low_rank_conv(x, down, up, bias, *window, activation, residual)
     if _are_tensors(x, down, up, bias, residual):
         check_low_rank_conv(x, down, up, bias, window, activation, residual, _autocast_casts(x))
@@ -191,7 +192,7 @@ def _autocast_casts(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def _runs_native(backend: Backend | str | None, *tensors: Tensor | None) -> bool:
+def _runs_native(op: Op, backend: Backend | str | None, *tensors: Tensor | None) -> bool:
     """Whether the op runs, and not PyTorch; RuntimeError with every reason if it was insisted on and cannot."""
     chosen = current_backend() if backend is None else _parse(backend, "backend")
     if chosen is Backend.TORCH:
@@ -199,7 +200,7 @@ def _runs_native(backend: Backend | str | None, *tensors: Tensor | None) -> bool
     of_tensors = availability.why_not_these(*tensors)
     if of_tensors and chosen is Backend.AUTO:
         return False  # tensors of a CPU are no reason to ask for CUDA devices, which would initialise the driver
-    reasons = [*availability.why_not_here(), *of_tensors]
+    reasons = [*availability.why_not_here(), *of_tensors] or self_check.why_not_op(op.name, tensors[0])
     if reasons and chosen is Backend.NATIVE:
         raise RuntimeError("backend is native, but the native kernels cannot run:\n- " + "\n- ".join(reasons))
     return not reasons

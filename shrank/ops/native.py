@@ -22,8 +22,8 @@ HOW_TO_INSTALL = (
 @cache
 def problems() -> tuple[str, ...]:
     """Why the extension is not loaded; empty if it is. The first call loads it."""
-    if hasattr(torch.ops.shrank, "build_info"):
-        return ()  # this Python is embedded in a program that linked the C++ library
+    if hasattr(torch.ops.shrank, "low_rank_linear_as"):
+        return ()  # this Python is embedded in a program that linked the C++ library, which has the same ops
     if not LIBRARY.exists():
         return ("this installation of shrank has no native extension: there was no nvcc, or SHRANK_BUILD was 0",)
     if TorchVersion(torch.__version__) < OLDEST_TORCH:
@@ -39,7 +39,9 @@ def problems() -> tuple[str, ...]:
 def build_info() -> dict[str, str | None]:
     """Of the loaded extension: `cuda` runtime and `archs` inside, the `torch` it was compiled against, and the newest
     CUDA that the `driver` of this machine runs (None without one). Empty if it is not loaded."""
-    return {} if problems() else {**json.loads(torch.ops.shrank.build_info()), "driver": driver()}
+    if problems() or not hasattr(torch.ops.shrank, "build_info"):
+        return {}
+    return {**json.loads(torch.ops.shrank.build_info()), "driver": driver()}
 
 
 def driver() -> str | None:

@@ -6,7 +6,7 @@ pass needs. Both run the PyTorch that the op's file gives on every device; the n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -52,6 +52,27 @@ class Op:
     @cached_property
     def train_overload(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         return getattr(torch.ops.shrank, f"{self.name}_train").default
+
+    def run_named(self, given: tuple, kernel: str, grid: Sequence[int] = (), training: bool = False) -> Forward:
+        """The op by the kernel of this name, whatever select would choose, on a stated tile.
+
+        Args:
+            given: The op's own arguments.
+            kernel: As `shrank explain` calls it: fused, gemm_expand, two_gemms_epilogue, two_gemms; of a convolution
+                fused, conv_expand, two_convs_epilogue, two_convs.
+            grid: Of a matrix kernel: block_m, max_rank and blocks_n; empty for the cheapest by the model.
+            training: Whether h and z are wanted; otherwise they say nothing.
+
+        Returns:
+            y, h and z.
+
+        Raises:
+            RuntimeError: No native code is loaded, or it has no such kernel for these arguments; the text says why.
+        """
+        name = f"{self.name}_as"
+        if not hasattr(torch.ops.shrank, name):
+            raise RuntimeError(f"shrank::{name} is an op of the native extension, which is not loaded")
+        return Forward(*getattr(torch.ops.shrank, name)(*self.complete(given), training, kernel, list(grid)))
 
     @cached_property
     def defaults(self) -> tuple:

@@ -24,6 +24,28 @@ def dev_module() -> ModuleType:
     return load_module(found[0])
 
 
+NEEDED_GAIN = 1.25  # csrc/select/choose.h: of a kernel of ours, unmeasured
+
+
+def expected_choice(costs: list[dict[str, float]], library: tuple[str, ...]) -> str:
+    """What select must take: the cheapest of PyTorch's own ways, of which the last always runs, unless one of ours
+    gains enough by it.
+
+    costs: of every way that may run, in training and in inference.
+    """
+
+    def cheapest(names: set[str], limit: str) -> str | None:
+        never_slower = [name for name in names if all(cost[name] <= cost[limit] for cost in costs)]
+        return min(never_slower, key=total, default=None)
+
+    def total(name: str) -> float:
+        return sum(cost[name] for cost in costs)
+
+    own = cheapest(set(library) & costs[0].keys(), library[-1])
+    ours = cheapest(costs[0].keys() - set(library), own)
+    return ours if ours and total(ours) * NEEDED_GAIN <= total(own) else own
+
+
 def load_module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("shrank_dev", path)
     module = importlib.util.module_from_spec(spec)

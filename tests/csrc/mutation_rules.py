@@ -18,7 +18,7 @@ RULES = {  # name: (what, instead)
     "no right side of an and": (r" && [\w+ *:.]+ (?:<|>=) [\w+ *:.]+(?=[;)])", ""),
     "< becomes <=": (r" < ", " <= "),
     ">= becomes >": (r" >= ", " > "),
-    "no swizzle of panels": (r"\(chunk \^ \(row % kPanelChunks\)\)", "chunk"),
+    "no swizzle of panels": (r"\(chunk \^ \(row & \(kPanelChunks - 1\)\)\)", "chunk"),
     "no swizzle of sums": (r"\(piece \^ \(row % 4\)\)", "piece"),
     "halves in one order": (r"half = lane / 4 % 2", "half = 0"),
     "another row of the fragment": (r"lane % 16,", "lane % 8,"),

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
@@ -48,6 +49,19 @@ def dump(*arguments: str) -> str:
     return subprocess.run(
         command, text=True, capture_output=True, check=True, env={"PATH": f"{tool('nvdisasm').parent}:/usr/bin:/bin"}
     ).stdout
+
+
+@cache
+def disassembled(arch: str) -> str:
+    """The code of the extension for an architecture, with its labels."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [tool("cuobjdump"), "-xelf", f"{arch}.", native.LIBRARY]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        found = [
+            subprocess.run([tool("nvdisasm"), "-c", cubin], text=True, capture_output=True, check=True).stdout
+            for cubin in sorted(Path(folder).glob("*.cubin"))
+        ]
+    return "\n".join(found)
 
 
 def name_in(line: str) -> Name | None:

@@ -9,20 +9,32 @@ from pathlib import Path
 
 import pytest
 
+from shrank.ops import native
+
 from .conftest import BUILD
 
 
 @pytest.mark.parametrize(
-    "library",
+    ("library", "tests"),
     [
-        pytest.param(BUILD / "libshrank.so", id="for_the_cpu"),
-        pytest.param(BUILD / "libshrank_emulated.so", id="as_on_a_gpu_with_its_kernels_emulated"),
+        pytest.param(BUILD / "libshrank.so", ["tests/ops"], id="for_the_cpu"),
+        pytest.param(
+            BUILD / "libshrank_emulated.so",
+            ["tests/ops", "tests/csrc/emulated/named_ops.py"],
+            id="as_on_a_gpu_with_its_kernels_emulated",
+        ),
+        pytest.param(
+            BUILD / "libshrank_rehearsal.so",
+            ["tests/ops", "tests/csrc/rehearsed/host_code.py"],
+            id="by_the_extensions_host_code",
+            marks=pytest.mark.skipif(not native.LIBRARY.exists(), reason="no nvcc on this machine, so no extension"),
+        ),
     ],
 )
-def test_cpp_passes_the_tests_of_the_ops(library: Path) -> None:
+def test_cpp_passes_the_tests_of_the_ops(library: Path, tests: list[str]) -> None:
     assert library.exists(), "cmake -S . -B build/cmake && cmake --build build/cmake"
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/ops", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", *tests, "-p", "no:cacheprovider"],
         text=True,
         capture_output=True,
         check=False,

@@ -1,0 +1,19 @@
+// The ops that run what a caller names, and that list what he may name: for tests, the self-check and the tuner. Python knows them only where this was
+// loaded, so that their schemas stand here alone.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_FRAGMENT(shrank, library) {
+  library.def(
+      "low_rank_linear_as(Tensor x, Tensor down, Tensor up, Tensor? bias, str activation, Tensor? residual, "
+      "bool training, str kernel, int[] grid) -> (Tensor y, Tensor h, Tensor z)");
+  library.def(
+      "low_rank_conv_as(Tensor x, Tensor down, Tensor up, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
+      "int groups, int up_groups, str activation, Tensor? residual, bool training, str kernel, int[] grid) -> "
+      "(Tensor y, Tensor h, Tensor z)");
+  library.def(
+      "low_rank_linear_choices(Tensor x, Tensor down, Tensor up, Tensor? bias, str activation, Tensor? residual, "
+      "int most) -> str");
+  library.def(
+      "low_rank_conv_choices(Tensor x, Tensor down, Tensor up, Tensor? bias, int[] stride, int[] padding, "
+      "int[] dilation, int groups, int up_groups, str activation, Tensor? residual, int most) -> str");
+}

@@ -1,0 +1,143 @@
+"""What a caller names: every tile that is compiled, on the C++ code of the ops with the kernels emulated.
+
+tests/csrc/test_ops.py runs this in the process that loads that library.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import shrank
+from shrank.measuring import tuning
+from shrank.measuring.timing import Timing
+from shrank.ops import self_check, tuned
+from shrank.ops.conv import CONV
+from shrank.ops.linear import LINEAR
+from tests.common.conv_cases import ConvCase
+from tests.common.linear_cases import LinearCase
+from tests.common.tolerances import assert_close
+from tests.csrc.conftest import dev_module
+from tests.measuring.test_tuning import PROBLEMS
+
+DEV = dev_module()
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def held_to_pytorch(op, given: tuple, kernel: str, grid: tuple) -> None:
+    wide = tuple(each.double() if isinstance(each, torch.Tensor) else each for each in given)
+    exact, plain = op.forward(*op.packed(wide)), op.forward(*op.packed(given))
+    for training in (False, True):
+        found = op.run_named(given, kernel, grid, training)
+        assert_close(found.y, exact.y, plain.y)
+        if training:
+            assert_close(found.h, exact.h, plain.h)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tile", DEV.select.LINEAR_TILES, ids=repr)
+def test_every_tile_of_linear_layers(tile, dtype: torch.dtype) -> None:
+    rank = tile.max_rank - 8 if tile.holds_h else 40
+    given = LinearCase((37,), 72, 264, rank, True, "silu", True).tensors(dtype, "cpu")
+    for kernel in ("fused", "gemm_expand") if tile.holds_h else ("gemm_expand",):
+        held_to_pytorch(LINEAR, given, kernel, (tile.block_m, tile.max_rank, 2))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tile", DEV.select.CONV_TILES, ids=repr)
+def test_every_tile_of_convolutions(tile, dtype: torch.dtype) -> None:
+    rank = tile.max_rank - 8
+    channels, groups = {"chunks": (8, 1), "numbers": (3, 1), "depthwise": (rank, rank)}[tile.gather]
+    case = ConvCase((6, 5), (3, 2), channels, 40, rank, padding=(1, 0), groups=groups, activation="relu", last=True)
+    held_to_pytorch(CONV, case.tensors(dtype, "cpu"), "fused", (tile.block_m, tile.max_rank, 1))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "grid", "message"),
+    [
+        ("warp", (), "kernel is 'warp', wanted one of fused, gemm_expand, two_gemms_epilogue, two_gemms"),
+        ("fused", (64,), "grid has 1 numbers, wanted block_m, max_rank and blocks_n"),
+        ("fused", (64, 32, 1), "fused: no kernel is compiled for this tile"),
+        ("fused", (32, 64, 1), "fused: R is above the tile's rank"),
+        ("fused", (64, 0, 1), "fused: a tile that streams h cannot compute it"),
+        ("fused", (64, 96, 0), "fused: the shares of the columns must be 1 to 64"),
+        ("fused", (64, 96, 65), "fused: the shares of the columns must be 1 to 64"),
+        ("two_gemms_epilogue", (64, 96, 1), "two_gemms_epilogue has no grid"),
+        ("two_gemms", (), "two GEMMs alone apply no activation"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_words(kernel: str, grid: tuple, message: str) -> None:
+    given = LinearCase((5,), 64, 64, 80, True, "gelu").tensors(torch.bfloat16, "cpu")
+    with pytest.raises(RuntimeError, match=message):
+        LINEAR.run_named(given, kernel, grid)
+
+
+def test_a_problem_that_no_kernel_takes_is_refused_in_words() -> None:
+    with pytest.raises(RuntimeError, match="fused: the tensor core kernels take bfloat16 and float16"):
+        LINEAR.run_named(LinearCase((5,), 64, 64, 8).tensors(torch.float32, "cpu"), "fused")
+    with pytest.raises(RuntimeError, match="fused: a tensor is not channels last"):
+        CONV.run_named(ConvCase((6, 5), (3, 3), 16, 16, 8).tensors(torch.bfloat16, "cpu"), "fused")
+
+
+def test_a_rank_below_the_tiles_leaves_infinity_infinite() -> None:
+    """Columns of h that there are not are zero, and not zero times infinity."""
+    x, down, up, *ends = LinearCase((33,), 64, 64, 40, False).tensors(torch.bfloat16, "cpu")
+    x[3, 5], down[:, 5], up[:] = torch.inf, 1.0, up.abs()
+    found = LINEAR.run_named((x, down, up, *ends), "fused", (64, 64, 1)).y
+    assert bool((found[3] == torch.inf).all()) and bool(found[4:].isfinite().all())
+
+
+def test_the_emulated_card_passes_its_check(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("SHRANK_CACHE", str(tmp_path))
+    found = self_check.check_and_keep("cpu")
+    assert not [name for name, reason in found.items() if reason] and self_check.kept("cpu") == found
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_way_that_is_listed_computes_the_same(name: str) -> None:
+    problem = PROBLEMS[name]
+    given = problem.arguments("cpu")
+    ways = tuning.ways(problem.op, given)
+    assert len({way.kernel for way in ways}) == 3 and len({way.grid for way in ways}) >= 3
+    for way in ways:
+        held_to_pytorch(problem.op, given, way.kernel, way.grid)
+
+
+def test_what_a_model_asks_is_measured_and_then_runs(monkeypatch, tmp_path) -> None:
+    """From the call to the choice: noted, timed by a scripted clock, kept, told, chosen."""
+    monkeypatch.setenv("SHRANK_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuned, "_loaded", set())
+    given = LinearCase((100,), 64, 72, 40, True, "relu").tensors(torch.bfloat16, "cpu")
+
+    def clock(candidates, device, rounds, graphs, held):
+        return {name: Timing(0.5 if name.startswith("gemm_expand") else 1.0, 0.0) for name in candidates}
+
+    with shrank.tune("cpu", clock=clock) as done:
+        plain = LINEAR.overload(*given)
+        LINEAR.overload(*given)
+    (measured,) = done
+    assert measured.kernel == "gemm_expand" and measured.key.startswith(
+        "linear M128 K64 N72 R40 bfloat16 relu bias on "
+    )
+    calls = []
+    with shrank.tune("cpu", clock=clock) as again:
+        calls.append(LINEAR.overload(*given))
+    assert again == [] and len(tuned.load("cpu")) == 1
+    assert_close(calls[0], plain)
+    told = json.loads(torch.ops.shrank.low_rank_linear_choices(*given, 1))
+    assert [each["kernel"] for each in told][-1] == "two_gemms"
+    torch.ops.shrank.forget_measured()
+
+
+def test_evidence_for_tiles_that_are_gone_is_not_followed() -> None:
+    given = LinearCase((100,), 64, 80, 40, True, "relu").tensors(torch.bfloat16, "cpu")
+    torch.ops.shrank.note_problems(True)
+    plain = LINEAR.overload(*given)
+    (key,) = json.loads(torch.ops.shrank.noted_problems())
+    torch.ops.shrank.note_problems(False)
+    for kernel, grid in (("fused", [48, 64, 1]), ("warp", []), ("fused", [1])):
+        torch.ops.shrank.remember_measured(key, kernel, grid, 1.0, 2.0, "another build")
+        assert torch.equal(LINEAR.overload(*given), plain)
+    torch.ops.shrank.forget_measured()

@@ -1,0 +1,195 @@
+"""The kernels are checked on a card before they are used there: what is noticed, kept, told, and believed.
+
+In the process that loads the C++ library with its kernels emulated, the emulator is the card.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+
+import pytest
+import torch
+
+import shrank
+from shrank.ops import availability, machine, registration, self_check
+from shrank.ops.conv import CONV
+from shrank.ops.linear import LINEAR
+from shrank.ops.reference import Forward
+from shrank.ops.self_check import PROBES, check, check_and_keep, file_of, kept, why_not
+
+HALVES = (torch.bfloat16, torch.float16)
+NAMES = [probe.name(dtype) for probe in PROBES for dtype in probe.dtypes]
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch, tmp_path) -> None:
+    """Nothing is known, in this process or on disk."""
+    monkeypatch.setenv("SHRANK_CACHE", str(tmp_path))
+    monkeypatch.setattr(self_check, "_known", {})
+    monkeypatch.setattr(self_check, "_told", set())
+
+
+@pytest.fixture
+def named(monkeypatch):
+    """Every kernel computes as PyTorch does; a change by name may be made of its answer."""
+    changes = {}
+
+    def run(op, given, kernel, grid=(), training=False):
+        found = op.forward(*op.packed(given))
+        return changes.get((op.name, kernel), lambda all_: all_)(found)
+
+    monkeypatch.setattr(registration.Op, "run_named", run)
+    return changes
+
+
+def test_right_kernels_pass(named) -> None:
+    found = dict(check("cpu"))
+    assert list(found) == NAMES and not any(found.values())
+
+
+def test_every_family_and_every_end_is_looked_at() -> None:
+    kernels = {(probe.op.name, probe.kernel, bool(probe.grid)) for probe in PROBES}
+    assert {"fused", "gemm_expand", "two_gemms_epilogue"} == {k for op, k, _ in kernels if op == LINEAR.name}
+    assert {"fused", "conv_expand", "two_convs_epilogue"} == {k for op, k, _ in kernels if op == CONV.name}
+    assert (LINEAR.name, "gemm_expand", True) in kernels, "h is streamed only where that is asked for"
+    for probe in PROBES:
+        _, down, _, bias, *_, activation, residual = probe.arguments(torch.float32, "cpu")
+        assert bias is not None and activation == "gelu" and residual is not None
+        assert down.size(0) % 64, "the rank is smaller than any tile's"
+        assert torch.isfinite(probe._forward(probe.arguments(torch.float32, "cpu")).y).all()
+
+
+@pytest.mark.parametrize("what", Forward._fields)
+@pytest.mark.parametrize("change", [lambda t: t * 1.05, lambda t: t.clone().fill_(float("nan")), lambda t: t[:1]])
+def test_a_wrong_answer_is_named(named, what: str, change) -> None:
+    named[LINEAR.name, "gemm_expand"] = lambda found: found._replace(**{what: change(getattr(found, what))})
+    wrong = {name: reason for name, reason in check("cpu") if reason}
+    assert {" ".join(name.split()[:2]) for name in wrong} == {f"{LINEAR.name} expand"}
+    assert all(reason.startswith(f"{what} has ") for reason in wrong.values())
+
+
+def test_one_wrong_number_of_a_tail_is_noticed(named) -> None:
+    def change(found: Forward) -> Forward:
+        y = found.y.clone()
+        y[-1, -1] += 1
+        return found._replace(y=y)
+
+    named[LINEAR.name, "fused"] = change
+    assert len([name for name, reason in check("cpu") if reason]) == len(HALVES)
+
+
+def test_a_kernel_that_does_not_run_is_named(named) -> None:
+    def refuse(found: Forward) -> Forward:
+        raise RuntimeError("no image")
+
+    named[CONV.name, "conv_expand"] = refuse
+    assert {reason for _, reason in check("cpu")} == {"", "it does not run: no image"}
+
+
+def test_what_was_found_is_kept_and_believed_only_where_it_holds(named, monkeypatch) -> None:
+    assert kept("cpu") is None
+    assert check_and_keep("cpu") == kept("cpu")
+    for other in ({"driver": "99"}, {"torch": "1.0"}, {"extension": "another"}):
+        with monkeypatch.context() as patch:
+            about = {**machine.facts("cpu"), **other}
+            patch.setattr(machine, "facts", lambda device, about=about: about)
+            assert kept("cpu") is None
+
+
+def test_no_damaged_file_is_believed(named) -> None:
+    check_and_keep("cpu")
+    good, chance = file_of("cpu").read_bytes(), random.Random(0)
+    whole = json.loads(good)
+    changed = [
+        {**whole, "facts": {}},
+        {**whole, "facts": {**whole["facts"], NAMES[0]: None}},
+        {**whole, "facts": {**whole["facts"], "another": ""}},
+        {**whole, "about": {}},
+        [],
+        None,
+    ]
+    texts = [json.dumps(each).encode() for each in changed]
+    texts += [good[: chance.randrange(len(good) - 1)] for _ in range(100)]
+    for _ in range(100):
+        at = chance.randrange(len(good))
+        texts.append(good[:at] + bytes([good[at] ^ 1 << chance.randrange(8)]) + good[at + 1 :])
+    for text in texts:
+        file_of("cpu").write_bytes(text)
+        assert kept("cpu") is None or json.loads(text) == whole, text
+
+
+def test_a_reason_keeps_one_dtype_of_one_op_from_its_kernels(named, monkeypatch) -> None:
+    named[LINEAR.name, "fused"] = lambda found: (
+        found._replace(y=found.y + 1) if found.y.dtype == torch.float16 else found
+    )
+    check_and_keep("cpu")
+    with pytest.warns(UserWarning, match="fused float16.*Please report it") as told:
+        reasons = why_not(LINEAR.name, "cpu", torch.float16)
+        again = why_not(LINEAR.name, "cpu", torch.float16)
+    assert (
+        len(told) == 1
+        and reasons == again
+        and reasons[0].startswith("found wrong on cpu: low_rank_linear fused float16: y has ")
+    )
+    with warnings.catch_warnings(action="error"):
+        assert why_not(LINEAR.name, "cpu", torch.bfloat16) == why_not(CONV.name, "cpu", torch.float16) == ()
+    monkeypatch.setenv("SHRANK_SELF_CHECK", "0")
+    assert why_not(LINEAR.name, "cpu", torch.float16) == ()
+
+
+def test_a_found_fault_means_pytorch_and_an_error_where_kernels_are_insisted_on(named, monkeypatch) -> None:
+    named[LINEAR.name, "fused"] = lambda found: found._replace(y=found.y + 1)
+    check_and_keep("cpu")
+    monkeypatch.setattr(availability, "why_not_here", tuple)
+    monkeypatch.setattr(availability, "why_not_these", lambda *_: [])
+    monkeypatch.setattr(torch.ops.shrank, "low_rank_linear", None, raising=False)
+    x, down, up = (torch.randn(8, 8, dtype=torch.bfloat16) for _ in range(3))
+    with pytest.warns(UserWarning, match="PyTorch computes instead"):
+        assert torch.equal(shrank.low_rank_linear(x, down, up), torch.nn.functional.linear(x @ down.T, up))
+    with pytest.raises(
+        RuntimeError, match=r"backend is native.*\n- found wrong on cpu: low_rank_linear fused bfloat16: y"
+    ):
+        shrank.low_rank_linear(x, down, up, backend="native")
+
+
+def test_the_first_check_happens_in_a_process_of_its_own_whose_end_is_an_answer(monkeypatch) -> None:
+    asked = []
+
+    def dies(command, **_):
+        asked.append(command)
+        return self_check.subprocess.CompletedProcess(command, -11, "", "one\nillegal memory access\n")
+
+    monkeypatch.setattr(self_check.subprocess, "run", dies)
+    with pytest.warns(UserWarning, match="its check ended with code -11: illegal memory access"):
+        reasons = why_not(LINEAR.name, "cpu", torch.bfloat16)
+    assert len(reasons) == 1 and asked[0][1:] == ["-m", "shrank.ops.self_check", "cpu"]
+    assert kept("cpu") is not None and len(asked) == 1
+    assert why_not(CONV.name, "cpu", torch.bfloat16) and len(asked) == 1
+
+
+def test_without_native_code_that_process_says_so() -> None:
+    results = self_check._checked_apart("cpu")
+    if hasattr(torch.ops.shrank, "low_rank_linear_as") and availability.native.LIBRARY.exists():
+        assert results.keys() == set(NAMES)  # the extension has no kernels for a CPU
+    assert all("does not run" in reason for reason in results.values())
+
+
+def test_a_graph_that_is_being_recorded_is_not_disturbed(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(machine, "facts", lambda device: {"device": device})
+    monkeypatch.setattr(self_check, "_checked_apart", None)
+    assert why_not(LINEAR.name, "cuda:0", torch.bfloat16) == (
+        "the kernels were not checked on this card yet, and a CUDA graph is being recorded",
+    )
+    assert not self_check._known
+
+
+def test_it_is_a_constant_of_compiled_code(named, monkeypatch) -> None:
+    check_and_keep("cpu")
+    monkeypatch.setattr(availability, "why_not_here", tuple)
+    monkeypatch.setattr(availability, "why_not_these", lambda *_: [])
+    x, down, up = (torch.randn(8, 8) for _ in range(3))
+    whole = torch.compile(lambda x: shrank.low_rank_linear(x, down, up), fullgraph=True, backend="eager")
+    assert torch.equal(whole(x), torch.nn.functional.linear(x @ down.T, up))
