@@ -4,9 +4,10 @@
     benchmarks/run_gpu.sh --dry-run OUT    # the same code paths in miniature, on a CPU
 
 Each step is a process with a time limit of its own, and none depends on another. OUT gets results.json (the status,
-seconds and data of every step), log.txt (all that the steps printed) and conformance.json, which belongs into
-benchmarks/results/conformance-<gpu>.json: the emulator's tests hold it to that. The conformance program is built
-beforehand, where nvcc is, and travels in build/cmake.
+seconds and data of every step), log.txt (all that the steps printed), and conformance.json, which belongs into
+benchmarks/results/conformance-<gpu>.json: the emulator's tests hold it to that. tuned.json belongs into
+shrank/ops/tables, named for the card. The conformance program is built beforehand, where nvcc is, and travels in
+build/cmake.
 """
 
 from __future__ import annotations
@@ -47,18 +48,14 @@ def module(name: str, *arguments: str) -> tuple[str, ...]:
 
 
 def sanitized(tool: str) -> tuple[str, ...]:
-    return (
-        SANITIZER,
-        "--tool",
-        tool,
-        "--error-exitcode",
-        "9",
-        *module("benchmarks.speed.sanitize_cases", "--device", "cuda"),
-    )
+    """Four calls: a kernel takes a hundred times its time there, and torch its half minute to load."""
+    cases = module("benchmarks.speed.sanitize_cases", "--device", "cuda", "--few")
+    return (SANITIZER, "--tool", tool, "--error-exitcode", "9", *cases)
 
 
 MEASURED = ("--device", "cuda", "--out", DATA)
 REHEARSED = ("--cases", "tiny", "--dtype", "float32", "--budget", "10", "--out", DATA)
+STAND_IN = ("--device", "cpu", "--library", str(BUILD / "libshrank_rehearsal.so"), "--out", DATA)  # csrc/rehearsal
 STEPS = (
     Step(
         "conformance",
@@ -69,35 +66,42 @@ STEPS = (
     ),
     Step("environment", module("benchmarks.provenance", *MEASURED), 30, module("benchmarks.provenance", "--out", DATA)),
     Step(
+        "tiles",
+        module("benchmarks.speed.forced_tiles", "--device", "cuda:0", "--out", DATA),
+        60,
+        module("benchmarks.speed.forced_tiles", *STAND_IN),
+    ),
+    Step(
         "tests",
         module("pytest", "-m", "gpu", "tests/ops", "-p", "no:cacheprovider"),
-        130,
+        100,
         module("pytest", "-m", "gpu", "tests/ops", "-p", "no:cacheprovider", "--collect-only", "-q"),
     ),
     Step("memcheck", sanitized("memcheck"), 60),
     Step("racecheck", sanitized("racecheck"), 60),
     Step(
-        "sanitized cases",
-        module("benchmarks.speed.sanitize_cases", "--device", "cuda"),
-        30,
-        module("benchmarks.speed.sanitize_cases", "--device", "cpu"),
+        "tuning",
+        module("benchmarks.speed.tune_shapes", "--device", "cuda:0", "--budget", "60", "--out", DATA),
+        85,
+        module("benchmarks.speed.tune_shapes", "--tiny", *STAND_IN),
+        file="tuned.json",
     ),
     Step(
         "grid",
-        module("benchmarks.speed.bench_low_rank_linear", *MEASURED, "--budget", "80"),
-        100,
+        module("benchmarks.speed.bench_low_rank_linear", *MEASURED, "--budget", "35"),
+        50,
         module("benchmarks.speed.bench_low_rank_linear", *REHEARSED),
     ),
     Step(
         "convolutions",
-        module("benchmarks.speed.bench_low_rank_conv", *MEASURED, "--budget", "35"),
-        50,
+        module("benchmarks.speed.bench_low_rank_conv", *MEASURED, "--budget", "15"),
+        30,
         module("benchmarks.speed.bench_low_rank_conv", *REHEARSED),
     ),
     Step(
         "stacks",
         module("benchmarks.speed.stacks", *MEASURED),
-        55,
+        40,
         module("benchmarks.speed.stacks", "--tiny", "--out", DATA),
     ),
 )
@@ -122,7 +126,7 @@ def carry_out(step: Step, out: Path, dry: bool, log) -> dict[str, object]:
                 text=True,
                 timeout=step.limit,
                 # In miniature, threads cost more by waiting for one another than they save.
-                env={**os.environ, "OMP_NUM_THREADS": "1"} if dry else None,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "SHRANK_CACHE": folder} if dry else None,
                 check=False,
             )
             output, code = done.stdout, done.returncode

@@ -1,0 +1,53 @@
+"""Every kernel family and every tile that this device can run, once, beside PyTorch in fp64: what is wrong.
+
+python -m benchmarks.speed.forced_tiles --device cuda --out FILE [--library build/cmake/libshrank_rehearsal.so]
+
+`--library`: native code for the CPU, loaded in the extension's place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--library", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    if given.library:
+        torch.ops.load_library(str(given.library))
+    from shrank.ops import self_check
+
+    checked = dict(self_check.check(given.device))
+    tiles = {name: wrong for dtype in (torch.bfloat16, torch.float16) for name, wrong in _tiles(dtype, given.device)}
+    given.out.write_text(json.dumps({"families": checked, "tiles": tiles}, indent=1))
+    wrong = {name: reason for name, reason in (checked | tiles).items() if reason}
+    for name, reason in wrong.items():
+        print(f"{name}: {reason}")
+    print(f"{len(checked) + len(tiles) - len(wrong)} of {len(checked) + len(tiles)} right on {given.device}")
+    return int(bool(wrong))
+
+
+def _tiles(dtype: torch.dtype, device: str):
+    from shrank.measuring.tuning import failure, ways
+    from tests.common.conv_cases import ConvCase
+    from tests.common.linear_cases import LinearCase
+    from tests.common.ops import OPS
+
+    linear, conv = (tested.definition for tested in OPS)
+    for rank in (56, 88, 120, 184, 248):  # each below a tile's
+        conv_case = ConvCase((9, 7), (3, 3), 16, 136, rank, padding=(1, 1), activation="gelu", residual=True, last=True)
+        for op, case in ((linear, LinearCase((133,), 200, 264, rank, True, "gelu", True)), (conv, conv_case)):
+            arguments = case.tensors(dtype, device)
+            for way in ways(op, arguments, 1000):
+                yield f"{op.name} rank {rank} {str(dtype).removeprefix('torch.')} {way}", failure(op, arguments, way)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
