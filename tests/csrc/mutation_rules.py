@@ -51,7 +51,11 @@ RULES = {  # name: (what, instead)
     "every block saves h": (r" && block\.share == 0", ""),
     "h is saved before it is there": (r"^    arch::sync_threads\(\);\n(?=    const int chunks)", ""),
     "sums are replaced": (r"values\[i\] \+=", "values[i] ="),
-    "another part of a group": (r"fragment \* 8 < end", "fragment * 8 + 8 < end"),
+    "another part of a group": (r"first < end;", "first + 8 < end;"),
+    "rows beyond the matrix": (r"min_of\(first \+ i, last\)", "first + i"),
+    "one row beyond the matrix": (r": Rows\) - 1;", ": Rows);"),
+    "columns beyond the matrix": (r"inside \? 16 : 0\)", "16)"),
+    "another row of the matrix": (r"source \+ arch::multiply_wide", "source + 0 * arch::multiply_wide"),
     "groups are forgotten": (r"= y / params\.blocks_n", "= 0"),
     "shares are forgotten": (r"= y % params\.blocks_n", "= y"),
     "columns of the first group": (r"return group \* params\.N \+ n", "return n"),
@@ -102,5 +106,9 @@ EQUIVALENT = {  # (rule, a piece of the line): why nothing changes
     ("< becomes <=", "for (int at = arch::lane_index(); at < UpSums::kRows"): "a hint, which reads nothing",
     ("< becomes <=", "in_filter(tap.at[0] < w.kernel[0])"): "x of one tap more, which meets zeros of down",
     ("filters never end", "in_filter(tap.at[0] < w.kernel[0])"): "x of taps beyond the last, which meet zeros of down",
+    (
+        "< becomes <=",
+        "first < columns ?",
+    ): "finite sums meet zeros of up; infinite ones: tests/csrc/emulated/named_ops.py",
     ("high and low numbers swapped", "low | high << 16"): "x and down swap alike, and the order of a sum is free",
 }

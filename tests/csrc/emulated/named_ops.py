@@ -34,6 +34,7 @@ def held_to_pytorch(op, given: tuple, kernel: str, grid: tuple) -> None:
         assert_close(found.y, exact.y, plain.y)
         if training:
             assert_close(found.h, exact.h, plain.h)
+            assert_close(found.z, exact.z, plain.z)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -52,6 +53,12 @@ def test_every_tile_of_convolutions(tile, dtype: torch.dtype) -> None:
     channels, groups = {"chunks": (8, 1), "numbers": (3, 1), "depthwise": (rank, rank)}[tile.gather]
     case = ConvCase((6, 5), (3, 2), channels, 40, rank, padding=(1, 0), groups=groups, activation="relu", last=True)
     held_to_pytorch(CONV, case.tensors(dtype, "cpu"), "fused", (tile.block_m, tile.max_rank, 1))
+
+
+@pytest.mark.parametrize("shares", [1, 2])
+def test_groups_of_both_stages(shares: int) -> None:
+    case = ConvCase((6, 5), (3, 2), 16, 272, 32, groups=2, up_groups=2, activation="silu", residual=True, last=True)
+    held_to_pytorch(CONV, case.tensors(torch.bfloat16, "cpu"), "fused", (64, 32, shares))
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,8 @@ def run(kernel: str = "fused", grid: tuple = TILE):
 def test_every_tile_of_linear_layers_is_launched(machine, tile, dtype) -> None:
     named_ops.test_every_tile_of_linear_layers(tile, dtype)
     name = f"LowRankLinear<shrank::arch::{str(dtype).removeprefix('torch.')}, {tile.block_m}, {tile.max_rank}>"
-    assert all(name in launch and f"shared {tile.shared_bytes}" in launch for launch in machine.launches)
+    asked = f"grid {-(-37 // tile.block_m)}x2 block {tile.threads}x1 shared {tile.shared_bytes} "
+    assert all(name in launch and asked in launch for launch in machine.launches)
     assert len(machine.launches) == (4 if tile.holds_h else 2)
 
 
@@ -65,6 +66,12 @@ def test_every_tile_of_convolutions_is_launched(machine, tile, dtype) -> None:
     named_ops.test_every_tile_of_convolutions(tile, dtype)
     kind = "LowRankDepthwise" if tile.gather == "depthwise" else "LowRankConv"
     assert len(machine.launches) == 2 and all(kind in launch for launch in machine.launches)
+
+
+@pytest.mark.parametrize("shares", [1, 2])
+def test_groups_of_the_second_stage_are_blocks(machine, shares: int) -> None:
+    named_ops.test_groups_of_both_stages(shares)
+    assert all(f" grid 1x{2 * shares} " in launch for launch in machine.launches)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
