@@ -10,8 +10,11 @@ from dataclasses import asdict, astuple, dataclass
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from ..ops import native
+from ..ops.conv import check_low_rank_conv
+from ..ops.reference import Window, output_sizes
 from . import explain_plain
 
 Sizes = tuple[int, int, int]
@@ -43,12 +46,26 @@ class Conv:
     groups: int = 1
     up_groups: int = 1
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """x, down and up, without numbers."""
+        x = torch.empty(self.batch, self.C, *self.input, device="meta")
+        down = torch.empty(self.R, self.C // max(self.groups, 1), *self.kernel, device="meta")
+        return x, down, torch.empty(self.N, self.R // max(self.up_groups, 1), 1, 1, 1, device="meta")
+
+    def window(self) -> Window:
+        pads = [pad for pair in zip(self.begin, self.end, strict=True) for pad in pair]
+        return Window(list(self.stride), pads, list(self.dilation), self.groups, self.up_groups)
+
     def output(self) -> Sizes:
-        padded = (size + begin + end for size, begin, end in zip(self.input, self.begin, self.end, strict=True))
-        return tuple(
-            (size - dilation * (kernel - 1) - 1) // stride + 1
-            for size, dilation, kernel, stride in zip(padded, self.dilation, self.kernel, self.stride, strict=True)
-        )
+        x, down, _ = self.tensors()
+        return tuple(output_sizes(x, down, self.window()))
+
+    def check(self) -> None:
+        """ValueError, in the words of the op, if it would refuse these sizes and groups."""
+        try:
+            check_low_rank_conv(*self.tensors(), None, self.window(), "none", None)
+        except RuntimeError as refused:
+            raise ValueError(f"--conv: {refused}") from None
 
 
 def parse_conv(
@@ -85,7 +102,7 @@ def parse_conv(
         groups,
         up_groups,
     )
-    _check(conv)
+    conv.check()
     return conv
 
 
@@ -101,20 +118,6 @@ def _numbers(name: str, text: str, count: int | None, least: int) -> list[int]:
 
 def _three(sizes: list[int], fill: int) -> Sizes:
     return (*(fill,) * (3 - len(sizes)), *sizes)
-
-
-def _check(conv: Conv) -> None:
-    for name, groups, counts in (
-        ("--groups", conv.groups, {"C": conv.C, "R": conv.R}),
-        ("--up-groups", conv.up_groups, {"R": conv.R, "N": conv.N}),
-    ):
-        for what, count in counts.items():
-            if groups < 1 or count % groups:
-                raise ValueError(f"{name} is {groups}, wanted a divisor of {what} {count}")
-    for i in range(3):
-        padded, reach = conv.input[i] + conv.begin[i] + conv.end[i], conv.dilation[i] * (conv.kernel[i] - 1) + 1
-        if padded < reach:
-            raise ValueError(f"--conv: the kernel reaches over {reach} numbers of a padded input of {padded}")
 
 
 def explain(

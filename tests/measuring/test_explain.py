@@ -6,6 +6,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from shrank.cli.app import app
@@ -60,6 +61,7 @@ def asked(monkeypatch) -> list[tuple]:
         explain,
         "torch",
         SimpleNamespace(
+            empty=torch.empty,
             ops=SimpleNamespace(shrank=SimpleNamespace(explain=op)),
             cuda=SimpleNamespace(is_available=lambda: True, current_device=lambda: 1),
         ),
@@ -415,9 +417,9 @@ def test_the_table_of_a_convolution_shows_its_window(asked_of_convolutions) -> N
         (["--conv", "2,8,9,3,16,4", "--stride", "1x1"], "--stride"),
         (["--conv", "2,8,9,3,16,4", "--stride", "0"], "--stride"),
         (["--conv", "2,8,9,3,16,4", "--padding", "1:2:3"], "--padding"),
-        (["--conv", "2,8,9,30,16,4"], "reaches over 30"),
-        (["--conv", "2,8,9,3,16,4", "--groups", "3"], "divisor of C 8"),
-        (["--conv", "2,8,9,3,16,4", "--up-groups", "0"], "divisor of R 4"),
+        (["--conv", "2,8,9,30,16,4"], "wanted at least 30 numbers in padded dimension 2"),
+        (["--conv", "2,8,9,3,16,4", "--groups", "3"], "groups is 3, wanted a divisor of the 8 channels"),
+        (["--conv", "2,8,9,3,16,4", "--up-groups", "0"], "groups are 1 and 0, wanted at least 1"),
         ([], "--shape"),
         (["--conv", "2,8,9,3,16,4", "--shape", "1,2,3,4"], "--shape"),
     ],
