@@ -1,7 +1,7 @@
 """Whether the native kernels compute right on this very card: each family once, before any is first used there.
 
 What is found is kept on disk. A kernel that is broken for a card may end the process, so the first check of a build
-happens in a process of its own: python -m shrank.ops.self_check cuda:0
+happens in a process of its own.
 """
 
 from __future__ import annotations
@@ -143,12 +143,16 @@ def kept(device: str) -> Results | None:
 
 def _checked_apart(device: str) -> Results:
     """Check in a process of its own; if that ends without an answer, nothing is right."""
-    command = [sys.executable, "-m", __name__, device]
+    command = [sys.executable, "-c", f"import sys, {__name__} as check; check.check_and_keep(sys.argv[1])", device]
+    path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]  # this very shrank
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     names = [probe.name(dtype) for probe in PROBES for dtype in probe.dtypes]
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, env=env)
     except subprocess.TimeoutExpired:
         reason = f"its check took longer than {SECONDS} s"
+    except OSError as error:  # as where Python is a part of another program
+        reason = f"its check could not be started: {error}"
     else:
         if (results := kept(device)) is not None:
             return results
@@ -209,7 +213,3 @@ def why_not(op: str, device: str, dtype: torch.dtype) -> tuple[str, ...]:
 
 def _is_of(name: str, op: str, dtype: torch.dtype) -> bool:
     return name.split()[0] == op and name.split()[-1] == str(dtype).removeprefix("torch.")
-
-
-if __name__ == "__main__":
-    check_and_keep(sys.argv[1])
