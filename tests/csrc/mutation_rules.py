@@ -54,7 +54,7 @@ RULES = {  # name: (what, instead)
     "another part of a group": (r"first < end;", "first + 8 < end;"),
     "rows beyond the matrix": (r"min_of\(first \+ i, last\)", "first + i"),
     "one row beyond the matrix": (r": Rows\) - 1;", ": Rows);"),
-    "columns beyond the matrix": (r"inside \? 16 : 0\)", "16)"),
+    "columns beyond the matrix": (r"from\.columns\), inside \? 16 : 0\)", "from.columns), 16)"),
     "another row of the matrix": (r"source \+ arch::multiply_wide", "source + 0 * arch::multiply_wide"),
     "groups are forgotten": (r"= y / params\.blocks_n", "= 0"),
     "shares are forgotten": (r"= y % params\.blocks_n", "= y"),
