@@ -106,6 +106,7 @@ EQUIVALENT = {  # (rule, a piece of the line): why nothing changes
     ("< becomes <=", "for (int at = arch::lane_index(); at < UpSums::kRows"): "a hint, which reads nothing",
     ("< becomes <=", "in_filter(tap.at[0] < w.kernel[0])"): "x of one tap more, which meets zeros of down",
     ("filters never end", "in_filter(tap.at[0] < w.kernel[0])"): "x of taps beyond the last, which meet zeros of down",
+    ("< becomes <=", "from.rows - row < Rows ?"): "of two equal numbers either is the smaller",
     (
         "< becomes <=",
         "first < columns ?",
