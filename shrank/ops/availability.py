@@ -122,7 +122,7 @@ def _no_image(device: int) -> str:
 @cache
 def _find_no_image(device: int) -> str:
     """Why the extension has no code for a CUDA device, as where it was built for others; empty if it has."""
-    if native.problems() or not torch.cuda.is_available():
+    if not hasattr(torch.ops.shrank, "why_no_image") or not torch.cuda.is_available():
         return ""
     if not (reason := torch.ops.shrank.why_no_image(device)):
         return ""
