@@ -209,3 +209,18 @@ def test_it_is_a_constant_of_compiled_code(named, monkeypatch) -> None:
     x, down, up = (torch.randn(8, 8) for _ in range(3))
     whole = torch.compile(lambda x: shrank.low_rank_linear(x, down, up), fullgraph=True, backend="eager")
     assert torch.equal(whole(x), torch.nn.functional.linear(x @ down.T, up))
+
+
+@pytest.mark.parametrize("answer", ["", "no kernel image is available for execution on the device"])
+def test_a_card_for_which_there_is_no_code_is_a_reason(monkeypatch, answer: str) -> None:
+    """As of compute capability 11.0, where the extension was built for others alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Thor")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (11, 0))
+    monkeypatch.setattr(torch.ops.shrank, "why_no_image", lambda device: answer, raising=False)
+    monkeypatch.setattr(availability.native, "build_info", lambda: {"archs": "8.0, 9.0a"})
+    found = availability._find_no_image.__wrapped__(0)
+    assert bool(found) == bool(answer)
+    if answer:
+        assert found.startswith("NVIDIA Thor of compute capability 11.0, for which the native extension has no code")
+        assert answer in found and found.endswith("it was built for 8.0, 9.0a")
