@@ -69,7 +69,7 @@ STEPS = (
         "tiles",
         module("benchmarks.speed.forced_tiles", "--device", "cuda:0", "--out", DATA),
         60,
-        module("benchmarks.speed.forced_tiles", *STAND_IN),
+        module("benchmarks.speed.forced_tiles", "--few", *STAND_IN),
     ),
     Step(
         "tests",
