@@ -6,6 +6,7 @@ happens in a process of its own.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -72,6 +73,8 @@ class Probe:
             found = self.op.run_named(given, self.kernel, self.grid, training=True)
             if device.startswith("cuda"):
                 torch.cuda.synchronize(device)
+        except torch.OutOfMemoryError:  # no fault of the kernel
+            raise
         except RuntimeError as error:
             return f"it does not run: {error}"
         exact = self._forward(tuple(each.double() if isinstance(each, Tensor) else each for each in given))
@@ -131,36 +134,96 @@ def check_and_keep(device: str) -> Results:
 
 
 def _keep(device: str, results: Results) -> None:
-    write_facts(file_of(device), machine.facts(device), results)
+    """A folder that cannot be written costs every process a check, and no more than that."""
+    try:
+        write_facts(file_of(device), machine.facts(device), results)
+    except OSError as error:
+        warnings.warn(
+            f"the check of shrank's kernels on {device} cannot be kept ({error}): every process checks again. "
+            "SHRANK_CACHE names another folder",
+            stacklevel=2,
+        )
 
 
 def kept(device: str) -> Results | None:
     """What was found before; None where nothing was, or not by these kernels on this machine."""
     results = read_facts(file_of(device), machine.facts(device))
-    names = {probe.name(dtype) for probe in PROBES for dtype in probe.dtypes}
-    return results if results is not None and results.keys() == names else None
+    if not isinstance(results, dict) or results.keys() != set(names()):
+        return None
+    return results if all(isinstance(reason, str) for reason in results.values()) else None
+
+
+def names() -> list[str]:
+    """Of all probes in all their dtypes, in the order in which they run."""
+    return [probe.name(dtype) for probe in PROBES for dtype in probe.dtypes]
+
+
+class NotMade(RuntimeError):
+    """A check that says nothing about the kernels: they were not reached. Another process may be luckier."""
+
+
+def answer(device: str) -> None:
+    """Check a device, and print each result when it is known: a line of JSON. The first line says that it begins.
+
+    Whatever goes wrong before that line is no fault of the kernels.
+    """
+    torch.zeros(1, device=device).item()
+    print(json.dumps(_BEGINS), flush=True)
+    try:
+        for result in check(device):
+            print(json.dumps(result), flush=True)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{_SHORT_OF_MEMORY}: {error}")
+
+
+_BEGINS = "begins"
+_SHORT_OF_MEMORY = "short of memory"
 
 
 def _checked_apart(device: str) -> Results:
-    """Check in a process of its own; if that ends without an answer, nothing is right."""
-    command = [sys.executable, "-c", f"import sys, {__name__} as check; check.check_and_keep(sys.argv[1])", device]
+    """Check in a process of its own. The kernel that ends it is wrong, and those that it kept from running are too.
+
+    Raises NotMade where no kernel was reached, or memory was short.
+    """
+    command = [sys.executable, "-c", f"import sys, {__name__} as check; check.answer(sys.argv[1])", device]
     path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]  # this very shrank
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    names = [probe.name(dtype) for probe in PROBES for dtype in probe.dtypes]
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, env=env)
-    except subprocess.TimeoutExpired:
-        reason = f"its check took longer than {SECONDS} s"
+        ran = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False, env=env)
+    except subprocess.TimeoutExpired as late:
+        said, end = late.stdout or b"", f"took longer than {SECONDS} s"
     except OSError as error:  # as where Python is a part of another program
-        reason = f"its check could not be started: {error}"
+        raise NotMade(f"its check could not be started: {error}") from error
     else:
-        if (results := kept(device)) is not None:
-            return results
-        last = (ran.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        reason = f"its check ended with code {ran.returncode}: {last}"
-    results = dict.fromkeys(names, reason)
-    _keep(device, results)
-    return results
+        said = ran.stdout
+        last = (ran.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+        end = f"ended with code {ran.returncode}: {last}"
+        if last.startswith(_SHORT_OF_MEMORY):
+            raise NotMade(f"its check was {last}")
+    begun, results = _heard(said.decode(errors="replace"))
+    if not begun:
+        raise NotMade(f"its check {end}")
+    ended_by = next((name for name in names() if name not in results), None)
+    reasons = {ended_by: f"its check {end}"}
+    return {
+        name: results[name] if name in results else reasons.get(name, f"not reached: the check of {ended_by} {end}")
+        for name in names()
+    }
+
+
+def _heard(said: str) -> tuple[bool, Results]:
+    """Whether a check began, and its results, among all that a process printed."""
+    begun, results, known = False, {}, set(names())
+    for line in said.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:  # of a library, or a line cut short
+            continue
+        if value == _BEGINS:
+            begun = True
+        elif begun and isinstance(value, list) and len(value) == 2 and value[0] in known:
+            results[value[0]] = value[1]
+    return begun, results
 
 
 def why_not_op(op: str, x: Tensor) -> tuple[str, ...]:
@@ -171,16 +234,18 @@ def why_not_op(op: str, x: Tensor) -> tuple[str, ...]:
 def check_again(device: str) -> Results:
     """Check a CUDA device in a process of its own, whatever was found before.
 
-    Raises RuntimeError where the native kernels cannot run at all, with every reason.
+    Raises RuntimeError where the native kernels cannot run at all, with every reason, and NotMade, which is one.
     """
     if reasons := availability.why_not_here():
         raise RuntimeError("the native kernels cannot run here:\n- " + "\n- ".join(reasons))
-    file_of(device).unlink(missing_ok=True)
-    _known[device] = _checked_apart(device)
-    return _known[device]
+    results = _known[device] = _checked_apart(device)
+    _not_made.pop(device, None)
+    _keep(device, results)
+    return results
 
 
 _known: dict[str, Results] = {}
+_not_made: dict[str, str] = {}  # in this process: why
 _told: set[tuple[str, str, torch.dtype]] = set()
 
 
@@ -190,11 +255,22 @@ def why_not(op: str, device: str, dtype: torch.dtype) -> tuple[str, ...]:
     if os.environ.get("SHRANK_SELF_CHECK", "1") == "0":
         tuned.use(device)
         return ()
+    if device in _not_made:
+        return (_not_made[device],)
     if device not in _known:
         if (results := kept(device)) is None:
             if device.startswith("cuda") and torch.cuda.is_current_stream_capturing():
                 return ("the kernels were not checked on this card yet, and a CUDA graph is being recorded",)
-            results = _checked_apart(device)
+            try:
+                results = _checked_apart(device)
+            except NotMade as error:
+                _not_made[device] = f"not checked on {device}: {error}"
+                warnings.warn(
+                    f"PyTorch computes instead of shrank's kernels, {_not_made[device]}. `shrank check` tries again",
+                    stacklevel=2,
+                )
+                return (_not_made[device],)
+            _keep(device, results)
         _known[device] = results
         tuned.use(device)
     of_op = {name: reason for name, reason in _known[device].items() if reason and _is_of(name, op, dtype)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import warnings
 
 import pytest
@@ -28,6 +29,7 @@ def fresh(monkeypatch, tmp_path) -> None:
     """Nothing is known, in this process or on disk."""
     monkeypatch.setenv("SHRANK_CACHE", str(tmp_path))
     monkeypatch.setattr(self_check, "_known", {})
+    monkeypatch.setattr(self_check, "_not_made", {})
     monkeypatch.setattr(self_check, "_told", set())
 
 
@@ -154,35 +156,114 @@ def test_a_found_fault_means_pytorch_and_an_error_where_kernels_are_insisted_on(
         shrank.low_rank_linear(x, down, up, backend="native")
 
 
+def ends(code: int, said: list[object], error: str):
+    """A process that prints these values and then ends; `asked` has its command lines."""
+
+    def run(command, **_):
+        run.asked.append(command)
+        out = "".join(f"{json.dumps(value)}\n" for value in said)
+        return subprocess.CompletedProcess(command, code, out.encode(), error.encode())
+
+    run.asked = []
+    return run
+
+
 def test_the_first_check_happens_in_a_process_of_its_own_whose_end_is_an_answer(monkeypatch) -> None:
-    asked = []
-
-    def dies(command, **_):
-        asked.append(command)
-        return self_check.subprocess.CompletedProcess(command, -11, "", "one\nillegal memory access\n")
-
-    monkeypatch.setattr(self_check.subprocess, "run", dies)
+    """Of the kernel that ended it, and of those that it kept from running; the others have their own."""
+    before = [[name, ""] for name in NAMES[:2]]
+    dies = ends(-11, ["a library greets", self_check._BEGINS, *before], "one\nillegal memory access\n")
+    monkeypatch.setattr(subprocess, "run", dies)
     with pytest.warns(UserWarning, match="its check ended with code -11: illegal memory access"):
         reasons = why_not(LINEAR.name, "cpu", torch.bfloat16)
-    assert len(reasons) == 1 and asked[0][-1] == "cpu" and "shrank.ops.self_check" in asked[0][2]
-    assert kept("cpu") is not None and len(asked) == 1
-    assert why_not(CONV.name, "cpu", torch.bfloat16) and len(asked) == 1
+    assert reasons and dies.asked[0][-1] == "cpu" and "shrank.ops.self_check" in dies.asked[0][2]
+    found = kept("cpu")
+    assert [found[name] for name in NAMES[:3]] == ["", "", "its check ended with code -11: illegal memory access"]
+    assert all(
+        found[name].startswith(f"not reached: the check of {NAMES[2]} ended with code -11") for name in NAMES[3:]
+    )
+    with pytest.warns(UserWarning, match="not reached"):
+        assert why_not(CONV.name, "cpu", torch.bfloat16) and len(dies.asked) == 1
 
 
-@pytest.mark.parametrize(
-    ("fault", "said"),
-    [
-        (FileNotFoundError(2, "No such file"), "its check could not be started: .*No such file"),
-        (self_check.subprocess.TimeoutExpired("python", 1), "its check took longer than 300 s"),
-    ],
-)
-def test_a_check_that_gives_no_answer_is_a_reason(monkeypatch, fault: Exception, said: str) -> None:
-    def fails(command, **_):
-        raise fault
+def test_a_kernel_that_hangs_is_wrong(monkeypatch) -> None:
+    def hangs(command, **_):
+        raise subprocess.TimeoutExpired(command, 1, output=f"{json.dumps(self_check._BEGINS)}\n".encode())
 
-    monkeypatch.setattr(self_check.subprocess, "run", fails)
-    with pytest.warns(UserWarning, match=said):
-        assert why_not(LINEAR.name, "cpu", torch.float32)
+    monkeypatch.setattr(subprocess, "run", hangs)
+    with pytest.warns(UserWarning, match="its check took longer than 300 s"):
+        assert why_not(LINEAR.name, "cpu", torch.bfloat16)
+    assert kept("cpu")[NAMES[0]] == "its check took longer than 300 s"
+
+
+def fails(error: Exception):
+    def run(command, **_):
+        raise error
+
+    return run
+
+
+NO_FAULT_OF_THE_KERNELS = {
+    "no interpreter": (fails(FileNotFoundError(2, "No such file")), "could not be started: .*No such file"),
+    "never reached the card": (fails(subprocess.TimeoutExpired("python", 1)), "took longer than 300 s"),
+    "card in use": (ends(1, [], "CUDA-capable device(s) is/are busy"), r"ended with code 1: CUDA-capable device\(s\)"),
+    "memory": (ends(1, [self_check._BEGINS], f"{self_check._SHORT_OF_MEMORY}: 8 KiB"), "was short of memory: 8 KiB"),
+    "results before it begins": (ends(1, [[NAMES[0], "wrong"]], "boom"), "ended with code 1: boom"),
+}
+
+
+@pytest.mark.parametrize("name", NO_FAULT_OF_THE_KERNELS)
+def test_a_check_that_was_not_made_says_nothing_to_other_processes(named, monkeypatch, name: str) -> None:
+    run, said = NO_FAULT_OF_THE_KERNELS[name]
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", run)
+        with pytest.warns(UserWarning, match=f"not checked on cpu: its check {said}") as told:
+            reasons = why_not(LINEAR.name, "cpu", torch.bfloat16)
+            assert reasons == why_not(CONV.name, "cpu", torch.float16) and len(told) == 1
+        with pytest.raises(self_check.NotMade, match=said):
+            self_check._checked_apart("cpu")
+    assert kept("cpu") is None and not self_check._known
+    monkeypatch.setattr(self_check, "_not_made", {})  # another process
+    check_and_keep("cpu")
+    assert why_not(LINEAR.name, "cpu", torch.bfloat16) == ()
+
+
+def test_a_check_made_again_replaces_one_that_was_not_made(named, monkeypatch) -> None:
+    monkeypatch.setattr(availability, "why_not_here", tuple)
+    monkeypatch.setattr(subprocess, "run", fails(FileNotFoundError(2, "No such file")))
+    with pytest.warns(UserWarning, match="tries again"):
+        assert why_not(LINEAR.name, "cpu", torch.bfloat16)
+    results = [[name, ""] for name in NAMES]
+    monkeypatch.setattr(subprocess, "run", ends(0, [self_check._BEGINS, *results], ""))
+    assert not any(self_check.check_again("cpu").values())
+    assert why_not(LINEAR.name, "cpu", torch.bfloat16) == ()
+
+
+def test_a_folder_that_cannot_be_written_stops_no_model(monkeypatch, tmp_path) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.touch()
+    monkeypatch.setenv("SHRANK_CACHE", str(in_the_way / "below"))
+    monkeypatch.setattr(subprocess, "run", ends(0, [self_check._BEGINS, *([name, ""] for name in NAMES)], ""))
+    with pytest.warns(UserWarning, match="cannot be kept .*SHRANK_CACHE names another folder") as told:
+        assert why_not(LINEAR.name, "cpu", torch.bfloat16) == why_not(CONV.name, "cpu", torch.float16) == ()
+    assert len(told) == 1
+
+
+def test_short_of_memory_is_no_fault_of_a_kernel(named, monkeypatch, capsys) -> None:
+    def short(found: Forward) -> Forward:
+        raise torch.OutOfMemoryError("tried to allocate 8 KiB")
+
+    named[LINEAR.name, "gemm_expand"] = short
+    with pytest.raises(SystemExit, match="short of memory: tried to allocate"):
+        self_check.answer("cpu")
+    begun, results = self_check._heard(capsys.readouterr().out)
+    assert begun and list(results) == NAMES[:2]
+
+
+def test_a_process_of_its_own_answers_for_every_probe(named, capsys) -> None:
+    named[LINEAR.name, "fused"] = lambda found: found._replace(y=found.y + 1)
+    self_check.answer("cpu")
+    begun, results = self_check._heard("a line\n" + capsys.readouterr().out + '["low_rank')
+    assert begun and list(results) == NAMES and [name for name in NAMES if results[name]] == NAMES[: len(HALVES)]
 
 
 def test_without_native_code_that_process_says_so() -> None:
