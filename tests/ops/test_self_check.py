@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import shrank
-from shrank.ops import availability, machine, registration, self_check
+from shrank.ops import availability, check_apart, machine, registration, self_check
 from shrank.ops.conv import CONV
 from shrank.ops.linear import LINEAR
+from shrank.ops.probes import PROBES, Truth, check
 from shrank.ops.reference import Forward
-from shrank.ops.self_check import PROBES, check, check_and_keep, file_of, kept, why_not
+from shrank.ops.self_check import check_and_keep, file_of, kept, why_not
 
 HALVES = (torch.bfloat16, torch.float16)
 NAMES = [probe.name(dtype) for probe in PROBES for dtype in probe.dtypes]
@@ -60,7 +61,7 @@ def test_every_family_and_every_end_is_looked_at() -> None:
         _, down, _, bias, *_, activation, residual = probe.arguments(torch.float32, "cpu")
         assert bias is not None and activation == "gelu" and residual is not None
         assert down.size(0) % 64, "the rank is smaller than any tile's"
-        assert torch.isfinite(probe._forward(probe.arguments(torch.float32, "cpu")).y).all()
+        assert torch.isfinite(Truth(probe.op, probe.arguments(torch.float32, "cpu")).plain.y).all()
 
 
 @pytest.mark.parametrize("what", Forward._fields)
@@ -171,11 +172,11 @@ def ends(code: int, said: list[object], error: str):
 def test_the_first_check_happens_in_a_process_of_its_own_whose_end_is_an_answer(monkeypatch) -> None:
     """Of the kernel that ended it, and of those that it kept from running; the others have their own."""
     before = [[name, ""] for name in NAMES[:2]]
-    dies = ends(-11, ["a library greets", self_check._BEGINS, *before], "one\nillegal memory access\n")
+    dies = ends(-11, ["a library greets", check_apart.BEGINS, *before], "one\nillegal memory access\n")
     monkeypatch.setattr(subprocess, "run", dies)
     with pytest.warns(UserWarning, match="its check ended with code -11: illegal memory access"):
         reasons = why_not(LINEAR.name, "cpu", torch.bfloat16)
-    assert reasons and dies.asked[0][-1] == "cpu" and "shrank.ops.self_check" in dies.asked[0][2]
+    assert reasons and dies.asked[0][-1] == "cpu" and "shrank.ops.check_apart" in dies.asked[0][2]
     found = kept("cpu")
     assert [found[name] for name in NAMES[:3]] == ["", "", "its check ended with code -11: illegal memory access"]
     assert all(
@@ -187,7 +188,7 @@ def test_the_first_check_happens_in_a_process_of_its_own_whose_end_is_an_answer(
 
 def test_a_kernel_that_hangs_is_wrong(monkeypatch) -> None:
     def hangs(command, **_):
-        raise subprocess.TimeoutExpired(command, 1, output=f"{json.dumps(self_check._BEGINS)}\n".encode())
+        raise subprocess.TimeoutExpired(command, 1, output=f"{json.dumps(check_apart.BEGINS)}\n".encode())
 
     monkeypatch.setattr(subprocess, "run", hangs)
     with pytest.warns(UserWarning, match="its check took longer than 300 s"):
@@ -206,7 +207,7 @@ NO_FAULT_OF_THE_KERNELS = {
     "no interpreter": (fails(FileNotFoundError(2, "No such file")), "could not be started: .*No such file"),
     "never reached the card": (fails(subprocess.TimeoutExpired("python", 1)), "took longer than 300 s"),
     "card in use": (ends(1, [], "CUDA-capable device(s) is/are busy"), r"ended with code 1: CUDA-capable device\(s\)"),
-    "memory": (ends(1, [self_check._BEGINS], f"{self_check._SHORT_OF_MEMORY}: 8 KiB"), "was short of memory: 8 KiB"),
+    "memory": (ends(1, [check_apart.BEGINS], f"{check_apart.SHORT_OF_MEMORY}: 8 KiB"), "was short of memory: 8 KiB"),
     "results before it begins": (ends(1, [[NAMES[0], "wrong"]], "boom"), "ended with code 1: boom"),
 }
 
@@ -219,8 +220,8 @@ def test_a_check_that_was_not_made_says_nothing_to_other_processes(named, monkey
         with pytest.warns(UserWarning, match=f"not checked on cpu: its check {said}") as told:
             reasons = why_not(LINEAR.name, "cpu", torch.bfloat16)
             assert reasons == why_not(CONV.name, "cpu", torch.float16) and len(told) == 1
-        with pytest.raises(self_check.NotMade, match=said):
-            self_check._checked_apart("cpu")
+        with pytest.raises(check_apart.NotMade, match=said):
+            check_apart.checked_apart("cpu")
     assert kept("cpu") is None and not self_check._known
     monkeypatch.setattr(self_check, "_not_made", {})  # another process
     check_and_keep("cpu")
@@ -233,7 +234,7 @@ def test_a_check_made_again_replaces_one_that_was_not_made(named, monkeypatch) -
     with pytest.warns(UserWarning, match="tries again"):
         assert why_not(LINEAR.name, "cpu", torch.bfloat16)
     results = [[name, ""] for name in NAMES]
-    monkeypatch.setattr(subprocess, "run", ends(0, [self_check._BEGINS, *results], ""))
+    monkeypatch.setattr(subprocess, "run", ends(0, [check_apart.BEGINS, *results], ""))
     assert not any(self_check.check_again("cpu").values())
     assert why_not(LINEAR.name, "cpu", torch.bfloat16) == ()
 
@@ -242,7 +243,7 @@ def test_a_folder_that_cannot_be_written_stops_no_model(monkeypatch, tmp_path) -
     in_the_way = tmp_path / "file"
     in_the_way.touch()
     monkeypatch.setenv("SHRANK_CACHE", str(in_the_way / "below"))
-    monkeypatch.setattr(subprocess, "run", ends(0, [self_check._BEGINS, *([name, ""] for name in NAMES)], ""))
+    monkeypatch.setattr(subprocess, "run", ends(0, [check_apart.BEGINS, *([name, ""] for name in NAMES)], ""))
     with pytest.warns(UserWarning, match="cannot be kept .*SHRANK_CACHE names another folder") as told:
         assert why_not(LINEAR.name, "cpu", torch.bfloat16) == why_not(CONV.name, "cpu", torch.float16) == ()
     assert len(told) == 1
@@ -254,20 +255,20 @@ def test_short_of_memory_is_no_fault_of_a_kernel(named, monkeypatch, capsys) -> 
 
     named[LINEAR.name, "gemm_expand"] = short
     with pytest.raises(SystemExit, match="short of memory: tried to allocate"):
-        self_check.answer("cpu")
-    begun, results = self_check._heard(capsys.readouterr().out)
+        check_apart.answer("cpu")
+    begun, results = check_apart.heard(capsys.readouterr().out)
     assert begun and list(results) == NAMES[:2]
 
 
 def test_a_process_of_its_own_answers_for_every_probe(named, capsys) -> None:
     named[LINEAR.name, "fused"] = lambda found: found._replace(y=found.y + 1)
-    self_check.answer("cpu")
-    begun, results = self_check._heard("a line\n" + capsys.readouterr().out + '["low_rank')
+    check_apart.answer("cpu")
+    begun, results = check_apart.heard("a line\n" + capsys.readouterr().out + '["low_rank')
     assert begun and list(results) == NAMES and [name for name in NAMES if results[name]] == NAMES[: len(HALVES)]
 
 
 def test_without_native_code_that_process_says_so() -> None:
-    results = self_check._checked_apart("cpu")
+    results = check_apart.checked_apart("cpu")
     if hasattr(torch.ops.shrank, "low_rank_linear_as") and availability.native.LIBRARY.exists():
         assert results.keys() == set(NAMES)  # the extension has no kernels for a CPU
     assert all("does not run" in reason for reason in results.values())
@@ -276,7 +277,7 @@ def test_without_native_code_that_process_says_so() -> None:
 def test_a_graph_that_is_being_recorded_is_not_disturbed(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(machine, "facts", lambda device: {"device": device})
-    monkeypatch.setattr(self_check, "_checked_apart", None)
+    monkeypatch.setattr(check_apart, "checked_apart", None)
     assert why_not(LINEAR.name, "cuda:0", torch.bfloat16) == (
         "the kernels were not checked on this card yet, and a CUDA graph is being recorded",
     )
