@@ -7,61 +7,54 @@ import datetime
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from ..ops import machine, tuned
+from ..ops.apart import NotMade
 from ..ops.probes import Truth
-from ..ops.registration import Op
 from ..ops.tuned import Measured
 from ..util.progress import track
 from .timing import Timing, copies_beyond_cache, time_in_turns
+from .tuning_apart import faults
 from .tuning_problem import Problem
+from .ways import Way, failure, ways
 
 # A kernel of ours is taken where it is faster by more than this, and by more than what its times spread over.
 NEEDED_GAIN = 1.05
-GRIDS = 3  # of every matrix kernel, the cheapest by the model
+NOTHING: Mapping[tuple[str, str], str] = MappingProxyType({})
 _ROUNDS = 15
-_SEQUENCE_SECONDS = 2e-3  # a sequence of calls lasts about this long, so that its start does not count
 _MOST_CALLS = 512
 Call = Callable[[], object]
 # As time_in_turns: (sequences of calls by name, device, rounds, whether into graphs, results held) -> times.
 Clock = Callable[[dict[str, Sequence[Call]], str, int, bool, int], dict[str, Timing]]
 
 
-@dataclass(frozen=True)
-class Way:
-    """A kernel by its name, and of a matrix kernel block_m, max_rank and blocks_n."""
-
-    kernel: str
-    grid: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return " ".join([self.kernel, "x".join(map(str, self.grid))]).strip()
-
-    @property
-    def is_library(self) -> bool:
-        return self.kernel.startswith("two_")
-
-
-def measure(problem: Problem, device: str, clock: Clock = time_in_turns) -> Measured:
+def measure(
+    problem: Problem, device: str, clock: Clock = time_in_turns, ended: Mapping[tuple[str, str], str] = NOTHING
+) -> Measured:
     """Check every way to compute a problem, and time those that are right, in turns, on tensors that no cache holds.
 
     Args:
         problem: What is asked for.
         device: Such as "cuda:0".
         clock: What times sequences of calls.
+        ended: The ways that must not run here, by key and name, and why.
 
     Returns:
         The fastest; PyTorch's own calls unless one of ours is faster by NEEDED_GAIN.
     """
     given = problem.arguments(device)
     all_ways, truth = ways(problem.op, given), Truth(problem.op, given)
-    failures = {way: reason for way in all_ways if (reason := failure(problem.op, given, way, truth))}
+    failures = {
+        way: reason
+        for way in all_ways
+        if (reason := ended.get((problem.key, str(way))) or failure(problem.op, given, way, truth))
+    }
     del truth  # in fp64: larger than all that is timed
     right = [way for way in all_ways if way not in failures]
     library = [way for way in right if way.is_library]
@@ -97,30 +90,6 @@ def measure(problem: Problem, device: str, clock: Clock = time_in_turns) -> Meas
         source,
         shown | {str(way): reason for way, reason in failures.items()},
     )
-
-
-def ways(op: Op, given: tuple, grids: int = GRIDS) -> list[Way]:
-    """Every way to compute this: of each matrix kernel so many grids, the cheapest by the model."""
-    listed = json.loads(getattr(torch.ops.shrank, f"{op.name}_choices")(*given, grids))
-    activation, residual = given[-2:]
-    ends = activation != "none" or residual is not None
-    found = [
-        Way(each["kernel"], tuple(each["grid"][n] for n in ("block_m", "max_rank", "blocks_n")) if each["grid"] else ())
-        for each in listed
-    ]
-    # Two calls alone apply no end: the epilogue's pass is then the least that PyTorch's way takes.
-    return [way for way in found if not (ends and way.kernel in ("two_gemms", "two_convs"))]
-
-
-def failure(op: Op, given: tuple, way: Way, truth: Truth) -> str:
-    """What is wrong with a way in training, and with its y in inference, by the rule of the tests; "" if nothing is."""
-    try:
-        training, inference = (op.run_named(given, way.kernel, way.grid, each) for each in (True, False))
-    except torch.OutOfMemoryError:  # says nothing about the way
-        raise
-    except RuntimeError as error:
-        return str(error)
-    return truth.what_is_wrong(training) or truth.what_is_wrong(training._replace(y=inference.y))
 
 
 def _copied(given: tuple) -> tuple:
@@ -217,15 +186,28 @@ def _measure_new(asked: dict[str, dict], device: str, clock: Clock, done: list[M
     """Measure what is not known yet, keep it, and add it to `done`."""
     known = {each.key for each in tuned.load(device)}
     problems = [Problem(key, numbers) for key, numbers in asked.items() if key not in known]
-    for problem in track([each for each in problems if each.is_tunable], "tuning"):
+    problems = [problem for problem in problems if problem.is_tunable]
+    ended = _faults(problems, device) if problems and device.startswith("cuda") else NOTHING
+    for problem in track(problems, "tuning"):
         try:
-            measured = measure(problem, device, clock)
+            measured = measure(problem, device, clock, ended)
         except torch.OutOfMemoryError as error:
             warnings.warn(f"{problem.key} is not measured on {device}: {error}", stacklevel=2)
             continue
         tuned.keep(device, measured)
         measured.tell()
         done.append(measured)
+
+
+def _faults(problems: Sequence[Problem], device: str) -> Mapping[tuple[str, str], str]:
+    try:
+        return faults(problems, device)
+    except NotMade as error:
+        warnings.warn(
+            f"no other process reaches {device} ({error}): kernels are tried in this one, which a broken one may end",
+            stacklevel=2,
+        )
+        return NOTHING
 
 
 @torch.no_grad()

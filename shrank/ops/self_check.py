@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..util.cache import read_facts, write_facts
 from . import availability, check_apart, machine, tuned
+from .apart import NotMade
 from .availability import constant
-from .check_apart import NotMade
 from .probes import Results, check, names
 
 

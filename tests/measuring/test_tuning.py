@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from shrank.measuring import tuning
 from shrank.measuring.timing import Timing
 from shrank.measuring.tuning import Problem, measure
 from shrank.ops import machine, registration, tuned
+from shrank.ops.apart import NotMade
 from shrank.ops.conv import CONV
 from shrank.ops.linear import LINEAR
 from shrank.ops.tuned import Measured
@@ -208,6 +210,36 @@ def test_a_way_that_does_not_run_is_left_out(native) -> None:
     native.broken["fused", (64, 64, 1)] = refuse
     found = measure(PROBLEMS["linear"], "cpu", scripted({"fused 64x64x1": 0.01}))
     assert found.kernel == LIBRARY[LINEAR.name] and found.times["fused 64x64x1"] == "out of resources"
+
+
+def test_a_way_that_ended_another_process_does_not_run_in_this_one(native) -> None:
+    native.broken["fused", (64, 64, 1)] = lambda y: pytest.fail("it ran")
+    ended = {("a linear key", "fused 64x64x1"): "its check ended with code -11", ("a conv key", "fused 32x64x2"): "no"}
+    found = measure(PROBLEMS["linear"], "cpu", scripted({"fused 64x64x1": 0.01, "fused 32x64x2": 0.5}), ended)
+    assert found.grid == (32, 64, 2) and found.times["fused 64x64x1"] == "its check ended with code -11"
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_on_a_card_all_is_tried_in_another_process_first(native, monkeypatch, reached: bool) -> None:
+    given, ended = [], {("a linear key", "fused 64x64x1"): "it ended"}
+
+    def faults(problems, device):
+        if not reached:
+            raise NotMade("the card is busy")
+        return ended
+
+    monkeypatch.setattr(tuning, "faults", faults)
+    monkeypatch.setattr(machine, "facts", lambda device: {"device": "a GPU", "torch": "any"})
+    monkeypatch.setattr(
+        tuning, "measure", lambda *each: given.append(each) or Measured("k", "two_gemms", (), 1, 1, "s")
+    )
+    with (
+        pytest.warns(UserWarning, match="no other process reaches cuda:0 .the card is busy")
+        if not reached
+        else nullcontext()
+    ):
+        tuning._measure_new({"a linear key": LINEAR_PROBLEM}, "cuda:0", None, [])
+    assert [each[3] for each in given] == [ended if reached else {}]
 
 
 def test_where_pytorch_itself_is_wrong_nothing_is_chosen(native) -> None:

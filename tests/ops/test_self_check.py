@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import shrank
-from shrank.ops import availability, check_apart, machine, registration, self_check
+from shrank.ops import apart, availability, check_apart, machine, registration, self_check
 from shrank.ops.conv import CONV
 from shrank.ops.linear import LINEAR
 from shrank.ops.probes import PROBES, Truth, check
@@ -172,7 +172,7 @@ def ends(code: int, said: list[object], error: str):
 def test_the_first_check_happens_in_a_process_of_its_own_whose_end_is_an_answer(monkeypatch) -> None:
     """Of the kernel that ended it, and of those that it kept from running; the others have their own."""
     before = [[name, ""] for name in NAMES[:2]]
-    dies = ends(-11, ["a library greets", check_apart.BEGINS, *before], "one\nillegal memory access\n")
+    dies = ends(-11, ["a library greets", apart.BEGINS, *before], "one\nillegal memory access\n")
     monkeypatch.setattr(subprocess, "run", dies)
     with pytest.warns(UserWarning, match="its check ended with code -11: illegal memory access"):
         reasons = why_not(LINEAR.name, "cpu", torch.bfloat16)
@@ -186,9 +186,25 @@ def test_the_first_check_happens_in_a_process_of_its_own_whose_end_is_an_answer(
         assert why_not(CONV.name, "cpu", torch.bfloat16) and len(dies.asked) == 1
 
 
+FAULT = "torch.AcceleratorError: CUDA error: misaligned address"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Traceback:\n" + FAULT + "\nCompile with DSA.\n", FAULT),
+        ("greets\nFatal Python error: Segmentation fault", "Fatal Python error: Segmentation fault"),
+        ("", "it said nothing"),
+    ],
+)
+def test_of_all_that_a_process_wrote_its_error_is_told(monkeypatch, text: str, reason: str) -> None:
+    monkeypatch.setattr(subprocess, "run", ends(1, [apart.BEGINS], text))
+    assert check_apart.checked_apart("cpu")[NAMES[0]] == f"its check ended with code 1: {reason}"
+
+
 def test_a_kernel_that_hangs_is_wrong(monkeypatch) -> None:
     def hangs(command, **_):
-        raise subprocess.TimeoutExpired(command, 1, output=f"{json.dumps(check_apart.BEGINS)}\n".encode())
+        raise subprocess.TimeoutExpired(command, 1, output=f"{json.dumps(apart.BEGINS)}\n".encode())
 
     monkeypatch.setattr(subprocess, "run", hangs)
     with pytest.warns(UserWarning, match="its check took longer than 300 s"):
@@ -207,7 +223,7 @@ NO_FAULT_OF_THE_KERNELS = {
     "no interpreter": (fails(FileNotFoundError(2, "No such file")), "could not be started: .*No such file"),
     "never reached the card": (fails(subprocess.TimeoutExpired("python", 1)), "took longer than 300 s"),
     "card in use": (ends(1, [], "CUDA-capable device(s) is/are busy"), r"ended with code 1: CUDA-capable device\(s\)"),
-    "memory": (ends(1, [check_apart.BEGINS], f"{check_apart.SHORT_OF_MEMORY}: 8 KiB"), "was short of memory: 8 KiB"),
+    "memory": (ends(1, [apart.BEGINS], f"{apart.SHORT_OF_MEMORY}: 8 KiB"), "was short of memory: 8 KiB"),
     "results before it begins": (ends(1, [[NAMES[0], "wrong"]], "boom"), "ended with code 1: boom"),
 }
 
@@ -220,7 +236,7 @@ def test_a_check_that_was_not_made_says_nothing_to_other_processes(named, monkey
         with pytest.warns(UserWarning, match=f"not checked on cpu: its check {said}") as told:
             reasons = why_not(LINEAR.name, "cpu", torch.bfloat16)
             assert reasons == why_not(CONV.name, "cpu", torch.float16) and len(told) == 1
-        with pytest.raises(check_apart.NotMade, match=said):
+        with pytest.raises(apart.NotMade, match=said):
             check_apart.checked_apart("cpu")
     assert kept("cpu") is None and not self_check._known
     monkeypatch.setattr(self_check, "_not_made", {})  # another process
@@ -234,7 +250,7 @@ def test_a_check_made_again_replaces_one_that_was_not_made(named, monkeypatch) -
     with pytest.warns(UserWarning, match="tries again"):
         assert why_not(LINEAR.name, "cpu", torch.bfloat16)
     results = [[name, ""] for name in NAMES]
-    monkeypatch.setattr(subprocess, "run", ends(0, [check_apart.BEGINS, *results], ""))
+    monkeypatch.setattr(subprocess, "run", ends(0, [apart.BEGINS, *results], ""))
     assert not any(self_check.check_again("cpu").values())
     assert why_not(LINEAR.name, "cpu", torch.bfloat16) == ()
 
@@ -243,7 +259,7 @@ def test_a_folder_that_cannot_be_written_stops_no_model(monkeypatch, tmp_path) -
     in_the_way = tmp_path / "file"
     in_the_way.touch()
     monkeypatch.setenv("SHRANK_CACHE", str(in_the_way / "below"))
-    monkeypatch.setattr(subprocess, "run", ends(0, [check_apart.BEGINS, *([name, ""] for name in NAMES)], ""))
+    monkeypatch.setattr(subprocess, "run", ends(0, [apart.BEGINS, *([name, ""] for name in NAMES)], ""))
     with pytest.warns(UserWarning, match="cannot be kept .*SHRANK_CACHE names another folder") as told:
         assert why_not(LINEAR.name, "cpu", torch.bfloat16) == why_not(CONV.name, "cpu", torch.float16) == ()
     assert len(told) == 1
@@ -256,15 +272,14 @@ def test_short_of_memory_is_no_fault_of_a_kernel(named, monkeypatch, capsys) -> 
     named[LINEAR.name, "gemm_expand"] = short
     with pytest.raises(SystemExit, match="short of memory: tried to allocate"):
         check_apart.answer("cpu")
-    begun, results = check_apart.heard(capsys.readouterr().out)
-    assert begun and list(results) == NAMES[:2]
+    assert list(check_apart.results_of(apart.heard(capsys.readouterr().out))) == NAMES[:2]
 
 
 def test_a_process_of_its_own_answers_for_every_probe(named, capsys) -> None:
     named[LINEAR.name, "fused"] = lambda found: found._replace(y=found.y + 1)
     check_apart.answer("cpu")
-    begun, results = check_apart.heard("a line\n" + capsys.readouterr().out + '["low_rank')
-    assert begun and list(results) == NAMES and [name for name in NAMES if results[name]] == NAMES[: len(HALVES)]
+    results = check_apart.results_of(apart.heard("a line\n" + capsys.readouterr().out + '["low_rank'))
+    assert list(results) == NAMES and [name for name in NAMES if results[name]] == NAMES[: len(HALVES)]
 
 
 def test_without_native_code_that_process_says_so() -> None:
