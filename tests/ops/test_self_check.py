@@ -31,6 +31,7 @@ def fresh(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("SHRANK_CACHE", str(tmp_path))
     monkeypatch.setattr(self_check, "_known", {})
     monkeypatch.setattr(self_check, "_not_made", {})
+    monkeypatch.setattr(self_check, "_right", set())
     monkeypatch.setattr(self_check, "_told", set())
 
 
@@ -253,6 +254,16 @@ def test_a_check_made_again_replaces_one_that_was_not_made(named, monkeypatch) -
     monkeypatch.setattr(subprocess, "run", ends(0, [apart.BEGINS, *results], ""))
     assert not any(self_check.check_again("cpu").values())
     assert why_not(LINEAR.name, "cpu", torch.bfloat16) == ()
+
+
+def test_a_check_made_again_replaces_one_that_found_all_right(named, monkeypatch) -> None:
+    check_and_keep("cpu")
+    assert why_not(LINEAR.name, "cpu", torch.bfloat16) == () == why_not(LINEAR.name, "cpu", torch.bfloat16)
+    monkeypatch.setattr(availability, "why_not_here", tuple)
+    monkeypatch.setattr(subprocess, "run", ends(0, [apart.BEGINS, *([name, "y has NaN"] for name in NAMES)], ""))
+    self_check.check_again("cpu")
+    with pytest.warns(UserWarning, match="y has NaN"):
+        assert why_not(LINEAR.name, "cpu", torch.bfloat16)
 
 
 def test_a_folder_that_cannot_be_written_stops_no_model(monkeypatch, tmp_path) -> None:
