@@ -38,7 +38,8 @@ def main() -> int:
 
 
 def _tiles(dtype: torch.dtype, device: str, ranks: tuple[int, ...]):
-    from shrank.measuring.tuning import failure, ways
+    from shrank.measuring.ways import failure, ways
+    from shrank.ops.probes import Truth
     from tests.common.conv_cases import ConvCase
     from tests.common.linear_cases import LinearCase
     from tests.common.ops import OPS
@@ -48,8 +49,10 @@ def _tiles(dtype: torch.dtype, device: str, ranks: tuple[int, ...]):
         conv_case = ConvCase((9, 7), (3, 3), 16, 136, rank, padding=(1, 1), activation="gelu", residual=True, last=True)
         for op, case in ((linear, LinearCase((133,), 200, 264, rank, True, "gelu", True)), (conv, conv_case)):
             arguments = case.tensors(dtype, device)
+            truth = Truth(op, arguments)
             for way in ways(op, arguments, 1000):
-                yield f"{op.name} rank {rank} {str(dtype).removeprefix('torch.')} {way}", failure(op, arguments, way)
+                name = f"{op.name} rank {rank} {str(dtype).removeprefix('torch.')} {way}"
+                yield name, failure(op, arguments, way, truth)
 
 
 if __name__ == "__main__":

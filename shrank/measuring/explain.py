@@ -189,17 +189,19 @@ def table(facts: dict) -> Table:
         held = f"h of rank up to {grid['max_rank']} held" if grid["max_rank"] else "h streamed"
         tokens = f"pixels, read by {grid['gather']}" if "gather" in grid else "tokens"
         shown.add_row("blocks", f"{grid['blocks_m']} x {grid['blocks_n']}, of {grid['block_m']} {tokens}, {held}")
+    word = "measured" if facts["status"].startswith("measured") else "predicted"
     if predicted is not None:
-        shown.add_row("predicted", _us(predicted))
-        shown.add_row("floor", f"{_us(facts['floor_us'])}; predicted is {predicted / facts['floor_us']:.2f}x that")
+        shown.add_row(word, _us(predicted))
+        shown.add_row("floor", f"{_us(facts['floor_us'])}; {word} is {predicted / facts['floor_us']:.2f}x that")
     shown.add_row(
-        "runner-up", f"{runner_up['kernel']}, {_beside(runner_up['microseconds'], predicted)}" if runner_up else "none"
+        "runner-up",
+        f"{runner_up['kernel']}, {_beside(runner_up['microseconds'], predicted, word)}" if runner_up else "none",
     )
     for candidate in facts["candidates"]:
         if not candidate["legal"]:
             shown.add_row("not possible", f"{candidate['kernel']}: {candidate['why_not']}")
     if predicted is not None:
-        shown.add_row("dense layer", _beside(facts["dense_us"], predicted))
+        shown.add_row("dense layer", _beside(facts["dense_us"], predicted, word))
     shown.add_row("figures", facts["status"])
     if predicted is not None:
         shown.add_row("", f"{facts['device']['name']}: {facts['device']['source']}")
@@ -222,5 +224,6 @@ def _us(microseconds: float) -> str:
     return f"{microseconds:.3g} us" if microseconds < 100 else f"{microseconds:,.0f} us"
 
 
-def _beside(microseconds: float, predicted: float) -> str:
-    return f"{_us(microseconds)}: {microseconds / predicted:.2f}x the predicted time"
+def _beside(microseconds: float, chosen: float, word: str) -> str:
+    """A predicted time beside that of the choice, which is predicted or measured."""
+    return f"{_us(microseconds)}: {microseconds / chosen:.2f}x the {word} time"

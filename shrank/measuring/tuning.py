@@ -5,118 +5,57 @@ from __future__ import annotations
 import atexit
 import datetime
 import json
-import math
+import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from ..ops import machine, tuned
-from ..ops.conv import CONV
-from ..ops.linear import LINEAR
-from ..ops.registration import Op
+from ..ops.apart import NotMade
+from ..ops.probes import Truth
 from ..ops.tuned import Measured
-from ..util.closeness import distance
 from ..util.progress import track
 from .timing import Timing, copies_beyond_cache, time_in_turns
+from .tuning_apart import faults
+from .tuning_problem import Problem
+from .ways import Way, failure, ways
 
 # A kernel of ours is taken where it is faster by more than this, and by more than what its times spread over.
 NEEDED_GAIN = 1.05
-GRIDS = 3  # of every matrix kernel, the cheapest by the model
+NOTHING: Mapping[tuple[str, str], str] = MappingProxyType({})
 _ROUNDS = 15
-_SEQUENCE_SECONDS = 2e-3  # a sequence of calls lasts about this long, so that its start does not count
 _MOST_CALLS = 512
 Call = Callable[[], object]
 # As time_in_turns: (sequences of calls by name, device, rounds, whether into graphs, results held) -> times.
 Clock = Callable[[dict[str, Sequence[Call]], str, int, bool, int], dict[str, Timing]]
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What a model asked for: the numbers that the native code notes (csrc/select/problem_json.cpp), by its key."""
-
-    key: str
-    numbers: dict
-
-    @property
-    def op(self) -> Op:
-        return LINEAR if "M" in self.numbers else CONV
-
-    @property
-    def is_tunable(self) -> bool:
-        """Whether there is anything to choose: where rows are not aligned, only PyTorch's own calls run."""
-        return self.numbers.get("aligned", True) and self.numbers.get("channels_last", True)
-
-    def arguments(self, device: str) -> tuple:
-        """The op's arguments: random, with outputs of about unit variance."""
-        n = self.numbers
-        dtype = getattr(torch, n["dtype"])
-
-        def draw(*shape: int, fan_in: int = 1) -> Tensor:
-            return (torch.randn(shape, device=device) / max(fan_in, 1) ** 0.5).to(dtype)
-
-        if self.op is LINEAR:
-            M, K, N, R = (n[name] for name in "MKNR")
-            tensors, y = (draw(M, K), draw(R, K, fan_in=K), draw(N, R, fan_in=R)), (M, N)
-            window: tuple = ()
-        else:
-            tensors, y, window = self._convolution(draw)
-        residual = draw(*y) if n["residual"] else None
-        if residual is not None and len(y) > 2:
-            residual = _channels_last(residual)
-        bias = draw(n["N"]) if n["bias"] else None
-        return (*tensors, bias, *window, n["activation"], residual)
-
-    def _convolution(self, draw: Callable[..., Tensor]) -> tuple:
-        n = self.numbers
-        # Noted in three dimensions: those before the first that is more than a point were not there.
-        first = next((i for i in range(2) if n["input"][i] != 1 or n["kernel"][i] != 1), 2)
-        size, kernel, out = (n[name][first:] for name in ("input", "kernel", "output"))
-        C, N, R, groups, up_groups = (n[name] for name in ("C", "N", "R", "groups", "up_groups"))
-        x = _channels_last(draw(n["batch"], C, *size))
-        down = _channels_last(draw(R, C // groups, *kernel, fan_in=math.prod(kernel) * C // groups))
-        up = draw(N, R // up_groups, *(1 for _ in size), fan_in=R // up_groups)
-        pads = [pad for pair in zip(n["begin"][first:], n["end"][first:], strict=True) for pad in pair]
-        window = (n["stride"][first:], pads, n["dilation"][first:], groups, up_groups)
-        return (x, down, up), (n["batch"], N, *out), window
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-@dataclass(frozen=True)
-class Way:
-    """A kernel by its name, and of a matrix kernel block_m, max_rank and blocks_n."""
-
-    kernel: str
-    grid: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return " ".join([self.kernel, "x".join(map(str, self.grid))]).strip()
-
-    @property
-    def is_library(self) -> bool:
-        return self.kernel.startswith("two_")
-
-
-def measure(problem: Problem, device: str, clock: Clock = time_in_turns) -> Measured:
+def measure(
+    problem: Problem, device: str, clock: Clock = time_in_turns, ended: Mapping[tuple[str, str], str] = NOTHING
+) -> Measured:
     """Check every way to compute a problem, and time those that are right, in turns, on tensors that no cache holds.
 
     Args:
         problem: What is asked for.
         device: Such as "cuda:0".
         clock: What times sequences of calls.
+        ended: The ways that must not run here, by key and name, and why.
 
     Returns:
         The fastest; PyTorch's own calls unless one of ours is faster by NEEDED_GAIN.
     """
     given = problem.arguments(device)
-    all_ways = ways(problem.op, given)
-    failures = {way: reason for way in all_ways if (reason := failure(problem.op, given, way))}
+    all_ways, truth = ways(problem.op, given), Truth(problem.op, given)
+    failures = {
+        way: reason
+        for way in all_ways
+        if (reason := ended.get((problem.key, str(way))) or failure(problem.op, given, way, truth))
+    }
+    del truth  # in fp64: larger than all that is timed
     right = [way for way in all_ways if way not in failures]
     library = [way for way in right if way.is_library]
     if not library:
@@ -153,29 +92,6 @@ def measure(problem: Problem, device: str, clock: Clock = time_in_turns) -> Meas
     )
 
 
-def ways(op: Op, given: tuple, grids: int = GRIDS) -> list[Way]:
-    """Every way to compute this: of each matrix kernel so many grids, the cheapest by the model."""
-    listed = json.loads(getattr(torch.ops.shrank, f"{op.name}_choices")(*given, grids))
-    activation, residual = given[-2:]
-    ends = activation != "none" or residual is not None
-    found = [
-        Way(each["kernel"], tuple(each["grid"][n] for n in ("block_m", "max_rank", "blocks_n")) if each["grid"] else ())
-        for each in listed
-    ]
-    # Two calls alone apply no end: the epilogue's pass is then the least that PyTorch's way takes.
-    return [way for way in found if not (ends and way.kernel in ("two_gemms", "two_convs"))]
-
-
-def failure(op: Op, given: tuple, way: Way) -> str:
-    """What is wrong with a way, by the rule of the tests; "" if nothing is."""
-    try:
-        found = op.run_named(given, way.kernel, way.grid)
-    except RuntimeError as error:
-        return str(error)
-    wide = tuple(each.double() if isinstance(each, Tensor) else each for each in given)
-    return distance(found.y, op.forward(*op.packed(wide)).y, op.forward(*op.packed(given)).y)
-
-
 def _copied(given: tuple) -> tuple:
     return tuple(each.clone() if isinstance(each, Tensor) else each for each in given)
 
@@ -184,9 +100,10 @@ def _copied(given: tuple) -> tuple:
 def tune(device: str | None = None, clock: Clock = time_in_turns) -> Iterator[list[Measured]]:
     """Run a model in this block; at its end, what it asked of the native kernels is measured, and kept for next time.
 
-    A problem that was measured before is not measured again. Of several processes of one torch.distributed group the
-    first measures, and the others read what it found, so that all choose alike. Under deterministic algorithms nothing
-    is measured: what is known is used.
+    A problem that was measured before is not measured again. One for which memory is short is left out, with a warning.
+    Of several processes of one torch.distributed group the first measures, and sends what it knows to the others, on
+    whatever machine, so that all choose alike. Under deterministic algorithms nothing is measured: what is known is
+    used.
 
     Args:
         device: The CUDA device that the model is on; by default the current one.
@@ -196,7 +113,8 @@ def tune(device: str | None = None, clock: Clock = time_in_turns) -> Iterator[li
         A list that is filled at the end of the block with what was measured in it.
 
     Raises:
-        RuntimeError: There is no CUDA device, or the native extension is not loaded.
+        RuntimeError: There is no CUDA device, or the native extension is not loaded; or the first process of the group
+            could not measure, in the others.
 
     Example:
         with shrank.tune():
@@ -216,11 +134,23 @@ def tune(device: str | None = None, clock: Clock = time_in_turns) -> Iterator[li
         asked = json.loads(torch.ops.shrank.noted_problems())
     finally:
         torch.ops.shrank.note_problems(False)
-    _measure_new(asked, device, clock, done)
+    if _may_measure():
+        _measure_together(asked, device, clock, done)
+
+
+def _may_measure() -> bool:
+    if torch.are_deterministic_algorithms_enabled():
+        warnings.warn("deterministic algorithms are on: nothing is measured, what is known is used", stacklevel=4)
+        return False
+    return True
 
 
 def tune_this_process() -> None:
-    """What SHRANK_TUNE=1 asks for: everything that this process asks of the native kernels is measured when it ends."""
+    """What SHRANK_TUNE=1 asks for: everything that this process asks of the native kernels is measured when it ends.
+
+    Processes end at times of their own, so none waits for another: of those that torchrun started on a machine the
+    first measures, for the next run of all.
+    """
     if hasattr(torch.ops.shrank, "note_problems"):
         torch.ops.shrank.note_problems(True)
         atexit.register(_measure_at_exit)
@@ -229,26 +159,55 @@ def tune_this_process() -> None:
 def _measure_at_exit() -> None:
     asked = json.loads(torch.ops.shrank.noted_problems())
     torch.ops.shrank.note_problems(False)
-    if asked and torch.cuda.is_initialized():
+    if asked and torch.cuda.is_initialized() and os.environ.get("LOCAL_RANK", "0") == "0" and _may_measure():
         _measure_new(asked, f"cuda:{torch.cuda.current_device()}", time_in_turns, [])
+
+
+def _measure_together(asked: dict[str, dict], device: str, clock: Clock, done: list[Measured]) -> None:
+    """As `_measure_new`, by the first process of a group for all; they hear from it even if it fails."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        _measure_new(asked, device, clock, done)
+        return
+    is_first = torch.distributed.get_rank() == 0
+    known: list[list[Measured] | None] = [None]
+    try:
+        if is_first:
+            _measure_new(asked, device, clock, done)
+            known = [tuned.load(device)]
+    finally:
+        torch.distributed.broadcast_object_list(known, src=0)
+    if known[0] is None:
+        raise RuntimeError("the first process of the group could not measure; its own error says why")
+    if not is_first:
+        tuned.adopt(device, known[0])
 
 
 def _measure_new(asked: dict[str, dict], device: str, clock: Clock, done: list[Measured]) -> None:
     """Measure what is not known yet, keep it, and add it to `done`."""
-    if torch.are_deterministic_algorithms_enabled():
-        warnings.warn("deterministic algorithms are on: nothing is measured, what is known is used", stacklevel=4)
-        return
-    if _rank() == 0:
-        known = {each.key for each in tuned.load(device)}
-        problems = [Problem(key, numbers) for key, numbers in asked.items() if key not in known]
-        for problem in track([each for each in problems if each.is_tunable], "tuning"):
-            measured = measure(problem, device, clock)
-            tuned.keep(device, measured)
-            measured.tell()
-            done.append(measured)
-    if _is_distributed():
-        torch.distributed.barrier()
-        tuned.reload(device)
+    known = {each.key for each in tuned.load(device)}
+    problems = [Problem(key, numbers) for key, numbers in asked.items() if key not in known]
+    problems = [problem for problem in problems if problem.is_tunable]
+    ended = _faults(problems, device) if problems and device.startswith("cuda") else NOTHING
+    for problem in track(problems, "tuning"):
+        try:
+            measured = measure(problem, device, clock, ended)
+        except torch.OutOfMemoryError as error:
+            warnings.warn(f"{problem.key} is not measured on {device}: {error}", stacklevel=2)
+            continue
+        tuned.keep(device, measured)
+        measured.tell()
+        done.append(measured)
+
+
+def _faults(problems: Sequence[Problem], device: str) -> Mapping[tuple[str, str], str]:
+    try:
+        return faults(problems, device)
+    except NotMade as error:
+        warnings.warn(
+            f"no other process reaches {device} ({error}): kernels are tried in this one, which a broken one may end",
+            stacklevel=2,
+        )
+        return NOTHING
 
 
 @torch.no_grad()
@@ -261,11 +220,3 @@ def run_in_graph(run: Callable[[], object]) -> None:
     torch.cuda.synchronize()
     with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
         run()
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _is_distributed() else 0

@@ -7,6 +7,8 @@ with shrank lie in `tables` beside this file, one for each card: their tiles are
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -57,17 +59,32 @@ def load(device: str) -> list[Measured]:
     """All that holds for a device: the table of the card that comes with shrank, then what was measured here."""
     about = machine.facts(device)
     paths = sorted((machine.folder(device) / "tuned").glob("*.json"))
-    here = [read_facts(path, about) for path in paths]
-    return [*shipped(str(about["device"])), *(_measured(each) for each in here if each is not None)]
+    here = (_measured(read_facts(path, about)) for path in paths)
+    return [*shipped(str(about["device"])), *(each for each in here if each)]
 
 
 def shipped(device_name: str) -> list[Measured]:
     """The table that comes with shrank for a card; empty where the card was not measured."""
     path = SHIPPED / f"{device_name.replace(' ', '_')}.json"
-    return [_measured(each) for each in json.loads(path.read_text())["measured"]] if path.exists() else []
+    listed = json.loads(path.read_text())["measured"] if path.exists() else []
+    return [each for each in map(_measured, listed) if each]
 
 
-def _measured(facts: dict) -> Measured:
+def _measured(facts: object) -> Measured | None:
+    """None for what is no measurement, as of another version of shrank with the same kernels."""
+    if not isinstance(facts, dict) or facts.keys() | {"times"} != Measured.__dataclass_fields__.keys():
+        return None
+    words, times = (facts[name] for name in ("key", "kernel", "source")), facts.get("times", {})
+    numbers = microseconds, library_us = facts["microseconds"], facts["library_us"]
+    if not (
+        all(isinstance(word, str) for word in words)
+        and isinstance(facts["grid"], list)
+        and all(type(number) is int and number >= 0 for number in facts["grid"])
+        and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+        and 0 < microseconds <= library_us  # never slower than PyTorch's own calls
+        and isinstance(times, dict)
+    ):
+        return None
     return Measured(**{**facts, "grid": tuple(facts["grid"])})
 
 
@@ -82,7 +99,11 @@ def use(device: str) -> None:
             measured.tell()
 
 
-def reload(device: str) -> None:
-    """As `use`, again: another process has measured since."""
-    _loaded.discard(device)
-    use(device)
+def adopt(device: str, others: Iterable[Measured]) -> None:
+    """Take what another process knows in place of what this one knew, and keep what is new on this machine."""
+    here = load(device)
+    torch.ops.shrank.forget_measured()
+    for measured in others:
+        if measured not in here:
+            keep(device, measured)
+        measured.tell()

@@ -28,7 +28,7 @@ def read_facts(path: Path, about: Mapping[str, object]) -> dict[str, object] | N
     """What `write_facts` wrote; None where there is no such file, it is damaged, or something else held then."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):  # UnicodeDecodeError is one
+    except (OSError, ValueError, RecursionError):  # UnicodeDecodeError is a ValueError; brackets may nest
         return None
     if not isinstance(found, dict) or found.keys() != {"about", "facts", "digest"}:
         return None

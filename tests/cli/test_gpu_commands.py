@@ -44,9 +44,10 @@ def test_a_check_again_forgets_what_was_found_before(monkeypatch, tmp_path) -> N
     monkeypatch.setenv("SHRANK_CACHE", str(tmp_path))
     monkeypatch.setattr(availability, "why_not_here", tuple)
     self_check._keep("cpu", dict.fromkeys(RIGHT, "wrong"))
-    monkeypatch.setattr(self_check, "_checked_apart", lambda device: RIGHT)
-    assert self_check.check_again("cpu") == RIGHT and not self_check.file_of("cpu").exists()
-    self_check._known.clear()
+    monkeypatch.setattr(self_check.check_apart, "checked_apart", lambda device: RIGHT)
+    monkeypatch.setattr(self_check, "names", lambda: list(RIGHT))
+    monkeypatch.setattr(self_check, "_known", {})
+    assert self_check.check_again("cpu") == RIGHT == self_check.kept("cpu")
 
 
 def test_tune_shows_what_it_measured(monkeypatch, model_folder) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -18,9 +20,11 @@ from shrank.measuring import tuning
 from shrank.measuring.timing import Timing
 from shrank.measuring.tuning import Problem, measure
 from shrank.ops import machine, registration, tuned
+from shrank.ops.apart import NotMade
 from shrank.ops.conv import CONV
 from shrank.ops.linear import LINEAR
 from shrank.ops.tuned import Measured
+from shrank.util.cache import name_of, write_facts
 
 LINEAR_PROBLEM = {
     "M": 37,
@@ -75,6 +79,7 @@ class Native:
 
     def __init__(self) -> None:
         self.broken: dict[tuple[str, tuple], object] = {}
+        self.breaks = {"y": (True, False)}  # which outputs, in training or inference
         self.told: dict[str, tuple] = {}
         self.asked: dict[str, dict] = {}
         self.noting = False
@@ -88,10 +93,15 @@ class Native:
     def run(self, op, given, kernel, grid=(), training=False):
         change = self.broken.get((kernel, tuple(grid)), lambda y: y)
         found = op.forward(*op.packed(given))
-        return found._replace(y=change(found.y))
+        return found._replace(
+            **{name: change(getattr(found, name)) for name, when in self.breaks.items() if training in when}
+        )
 
     def remember_measured(self, key, kernel, grid, microseconds, library_us, source) -> None:
         self.told[key] = (kernel, tuple(grid), microseconds, library_us, source)
+
+    def forget_measured(self) -> None:
+        self.told.clear()
 
     def note_problems(self, on: bool) -> None:
         self.noting = on
@@ -106,7 +116,7 @@ def native(monkeypatch, tmp_path) -> Native:
     monkeypatch.setenv("SHRANK_CACHE", str(tmp_path))
     monkeypatch.setattr(tuned, "_loaded", set())
     monkeypatch.setattr(registration.Op, "run_named", lambda op, *given: Native.run(made, op, *given))
-    for name in ("remember_measured", "note_problems", "noted_problems"):
+    for name in ("remember_measured", "forget_measured", "note_problems", "noted_problems"):
         monkeypatch.setattr(torch.ops.shrank, name, getattr(made, name), raising=False)
     for op in (LINEAR, CONV):
         monkeypatch.setattr(torch.ops.shrank, f"{op.name}_choices", lambda *_, op=op: made.choices(op), raising=False)
@@ -160,6 +170,39 @@ def test_a_way_that_is_wrong_is_not_timed_however_fast(native, change) -> None:
     assert isinstance(found.times["fused 64x64x1"], str)
 
 
+def one_number_off(t):
+    t = t.clone()
+    t.view(-1)[-1] += 1
+    return t
+
+
+@pytest.mark.parametrize("change", [one_number_off, lambda t: t * 1.05])
+@pytest.mark.parametrize("what", ["h", "z", "y in training", "y in inference"])
+def test_what_training_keeps_and_single_numbers_are_looked_at_too(native, what: str, change) -> None:
+    native.broken["fused", (64, 64, 1)] = change
+    native.breaks = {what[0]: (True, False) if " " not in what else (what.endswith("training"),)}
+    found = measure(PROBLEMS["linear"], "cpu", scripted({"fused 64x64x1": 0.01}))
+    assert found.kernel == LIBRARY[LINEAR.name] and found.times["fused 64x64x1"].startswith(f"{what[0]} has ")
+
+
+def test_a_problem_for_which_memory_is_short_is_left_out_alone(native, monkeypatch) -> None:
+    native.asked = {problem.key: problem.numbers for problem in PROBLEMS.values()}
+    run = registration.Op.run_named
+
+    def short(op, *given):
+        if op is LINEAR:
+            raise torch.OutOfMemoryError("tried to allocate 8 GiB")
+        return run(op, *given)
+
+    monkeypatch.setattr(registration.Op, "run_named", short)
+    with (
+        pytest.warns(UserWarning, match="a linear key is not measured on cpu: tried to allocate 8 GiB"),
+        shrank.tune("cpu", clock=scripted({})) as done,
+    ):
+        pass
+    assert [each.key for each in done] == ["a conv key"] == [each.key for each in tuned.load("cpu")]
+
+
 def test_a_way_that_does_not_run_is_left_out(native) -> None:
     def refuse(y):
         raise RuntimeError("out of resources")
@@ -167,6 +210,36 @@ def test_a_way_that_does_not_run_is_left_out(native) -> None:
     native.broken["fused", (64, 64, 1)] = refuse
     found = measure(PROBLEMS["linear"], "cpu", scripted({"fused 64x64x1": 0.01}))
     assert found.kernel == LIBRARY[LINEAR.name] and found.times["fused 64x64x1"] == "out of resources"
+
+
+def test_a_way_that_ended_another_process_does_not_run_in_this_one(native) -> None:
+    native.broken["fused", (64, 64, 1)] = lambda y: pytest.fail("it ran")
+    ended = {("a linear key", "fused 64x64x1"): "its check ended with code -11", ("a conv key", "fused 32x64x2"): "no"}
+    found = measure(PROBLEMS["linear"], "cpu", scripted({"fused 64x64x1": 0.01, "fused 32x64x2": 0.5}), ended)
+    assert found.grid == (32, 64, 2) and found.times["fused 64x64x1"] == "its check ended with code -11"
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_on_a_card_all_is_tried_in_another_process_first(native, monkeypatch, reached: bool) -> None:
+    given, ended = [], {("a linear key", "fused 64x64x1"): "it ended"}
+
+    def faults(problems, device):
+        if not reached:
+            raise NotMade("the card is busy")
+        return ended
+
+    monkeypatch.setattr(tuning, "faults", faults)
+    monkeypatch.setattr(machine, "facts", lambda device: {"device": "a GPU", "torch": "any"})
+    monkeypatch.setattr(
+        tuning, "measure", lambda *each: given.append(each) or Measured("k", "two_gemms", (), 1, 1, "s")
+    )
+    with (
+        pytest.warns(UserWarning, match="no other process reaches cuda:0 .the card is busy")
+        if not reached
+        else nullcontext()
+    ):
+        tuning._measure_new({"a linear key": LINEAR_PROBLEM}, "cuda:0", None, [])
+    assert [each[3] for each in given] == [ended if reached else {}]
 
 
 def test_where_pytorch_itself_is_wrong_nothing_is_chosen(native) -> None:
@@ -231,6 +304,38 @@ def test_no_damaged_file_is_believed(native, entry) -> None:
         assert tuned.load("cpu") == [] or json.loads(text) == whole, text
 
 
+def test_whole_files_that_are_no_measurement_are_not_believed(entry) -> None:
+    """As another version of shrank with the same kernels may have written them."""
+    path, about, facts = (
+        machine.folder("cpu") / "tuned" / "x.json",
+        machine.facts("cpu"),
+        json.loads(json.dumps(vars(entry))),
+    )
+    write_facts(path, about, facts)
+    assert tuned.load("cpu") == [entry]
+    wrong = {"key": [None, 1], "kernel": [None, []], "source": [3], "grid": [None, "64", [64.0], [True], [-1]]}
+    wrong["microseconds"] = [None, "1", 0, -1.0, float("nan"), float("inf"), True, 2 * entry.library_us]
+    wrong["library_us"] = [None, float("nan"), entry.microseconds / 2]
+    wrong["times"] = [None, 3]
+    changed = [{**facts, name: value} for name, values in wrong.items() for value in values]
+    changed += [
+        {name: value for name, value in facts.items() if name not in (lost, "times")}
+        for lost in wrong
+        if lost != "times"
+    ]
+    for each in [*changed, {**facts, "more": 1}, {}, [], None, "x", 1]:
+        write_text_of(path, about, each)
+        assert tuned.load("cpu") == [], each
+    path.write_text("[" * 100_000)
+    assert tuned.load("cpu") == []
+
+
+def write_text_of(path, about: dict, facts: object) -> None:
+    """As write_facts, whatever the facts are: with a digest that is right."""
+    content = {"about": about, "facts": facts}
+    path.write_text(json.dumps({**content, "digest": name_of(content)}))
+
+
 def _keep(entry: Measured, times: int) -> None:
     for _ in range(times):
         tuned.keep("cpu", entry)
@@ -275,6 +380,7 @@ def test_a_whole_process_can_be_tuned_at_its_end(native, monkeypatch, initialize
     native.asked = {"a linear key": LINEAR_PROBLEM}
     monkeypatch.setattr(tuning.atexit, "register", at_exit.append)
     monkeypatch.setattr(tuning, "_measure_new", lambda *given: measured.append(given[:2]))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     tuning.tune_this_process()
@@ -291,20 +397,53 @@ def test_an_error_in_the_block_measures_nothing(native) -> None:
     assert not native.noting and tuned.load("cpu") == []
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_of_several_processes_one_measures_and_all_read(native, monkeypatch, rank: int, entry) -> None:
-    native.asked, waited = {entry.key: LINEAR_PROBLEM}, []
+def test_at_the_end_of_processes_the_first_of_a_machine_measures(native, monkeypatch) -> None:
+    measured = []
+    native.asked = {"a linear key": LINEAR_PROBLEM}
+    monkeypatch.setattr(tuning, "_measure_new", lambda *given: measured.append(given))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for rank in "10":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        tuning._measure_at_exit()
+        assert len(measured) == (rank == "0")
 
-    def barrier() -> None:
-        waited.append(rank)
-        tuned.keep("cpu", entry)  # as the first has by then
 
-    monkeypatch.setattr(tuning, "_is_distributed", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank, raising=False)
-    monkeypatch.setattr(torch.distributed, "barrier", barrier, raising=False)
-    with shrank.tune("cpu", clock=scripted({"fused 64x64x1": 0.5})) as done:
-        pass
-    assert len(done) == (rank == 0) and waited == [rank] and native.told[entry.key][0] == "fused"
+def _one_of_two(native: Native, rank: int, folder, fails: bool, said) -> None:
+    """A process of a group, on a machine of its own: with another cache, and another choice in it."""
+    os.environ["SHRANK_CACHE"] = str(folder / str(rank))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    if rank:
+        tuned.keep("cpu", Measured("another key", "two_gemms", (), 1.0, 1.0, "another day"))
+    if fails:
+        native.broken["two_gemms_epilogue", ()] = lambda y: y + 1
+    native.asked = {"a linear key": LINEAR_PROBLEM} if rank == 0 else {}
+    error, done = "", []
+    try:
+        with shrank.tune("cpu", clock=scripted({"fused 64x64x1": 0.5})) as done:
+            pass
+    except RuntimeError as raised:
+        error = str(raised)
+    said.put((rank, error, len(done), sorted(native.told), sorted(each.key for each in tuned.load("cpu"))))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_of_several_processes_one_measures_and_all_choose_alike(native, tmp_path, fails: bool) -> None:
+    context = multiprocessing.get_context("fork")
+    said = context.Queue()
+    group = [context.Process(target=_one_of_two, args=(native, rank, tmp_path, fails, said)) for rank in range(2)]
+    for process in group:
+        process.start()
+    first, second = sorted(said.get(timeout=60) for _ in group)
+    for process in group:
+        process.join(60)
+    key = "a linear key"
+    if fails:
+        assert first[1].startswith(f"nothing computes {key}") and second[1].startswith("the first process of the group")
+    else:
+        assert first == (0, "", 1, [key], [key])
+        assert second == (1, "", 0, [key], sorted([key, "another key"])), "it chooses by what the first knows"
 
 
 def test_without_a_gpu_and_without_the_extension_it_says_so(monkeypatch) -> None:
@@ -314,7 +453,8 @@ def test_without_a_gpu_and_without_the_extension_it_says_so(monkeypatch) -> None
 
 def test_tables_that_come_with_shrank_are_whole() -> None:
     for path in tuned.SHIPPED.glob("*.json"):
-        assert None not in tuned.shipped(path.stem.replace("_", " ")), path
+        listed = json.loads(path.read_text())["measured"]
+        assert listed and len(tuned.shipped(path.stem.replace("_", " "))) == len(listed), path
 
 
 def test_a_table_of_the_card_comes_before_what_was_measured_here(native, entry, monkeypatch, tmp_path) -> None:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import warnings
 
 import pytest
 import torch
 
 import shrank
-from shrank.ops import availability, machine, registration, self_check
+from shrank.ops import apart, availability, check_apart, machine, registration, self_check
 from shrank.ops.conv import CONV
 from shrank.ops.linear import LINEAR
+from shrank.ops.probes import PROBES, Truth, check
 from shrank.ops.reference import Forward
-from shrank.ops.self_check import PROBES, check, check_and_keep, file_of, kept, why_not
+from shrank.ops.self_check import check_and_keep, file_of, kept, why_not
 
 HALVES = (torch.bfloat16, torch.float16)
 NAMES = [probe.name(dtype) for probe in PROBES for dtype in probe.dtypes]
@@ -28,6 +30,8 @@ def fresh(monkeypatch, tmp_path) -> None:
     """Nothing is known, in this process or on disk."""
     monkeypatch.setenv("SHRANK_CACHE", str(tmp_path))
     monkeypatch.setattr(self_check, "_known", {})
+    monkeypatch.setattr(self_check, "_not_made", {})
+    monkeypatch.setattr(self_check, "_right", set())
     monkeypatch.setattr(self_check, "_told", set())
 
 
@@ -58,7 +62,7 @@ def test_every_family_and_every_end_is_looked_at() -> None:
         _, down, _, bias, *_, activation, residual = probe.arguments(torch.float32, "cpu")
         assert bias is not None and activation == "gelu" and residual is not None
         assert down.size(0) % 64, "the rank is smaller than any tile's"
-        assert torch.isfinite(probe._forward(probe.arguments(torch.float32, "cpu")).y).all()
+        assert torch.isfinite(Truth(probe.op, probe.arguments(torch.float32, "cpu")).plain.y).all()
 
 
 @pytest.mark.parametrize("what", Forward._fields)
@@ -154,39 +158,143 @@ def test_a_found_fault_means_pytorch_and_an_error_where_kernels_are_insisted_on(
         shrank.low_rank_linear(x, down, up, backend="native")
 
 
+def ends(code: int, said: list[object], error: str):
+    """A process that prints these values and then ends; `asked` has its command lines."""
+
+    def run(command, **_):
+        run.asked.append(command)
+        out = "".join(f"{json.dumps(value)}\n" for value in said)
+        return subprocess.CompletedProcess(command, code, out.encode(), error.encode())
+
+    run.asked = []
+    return run
+
+
 def test_the_first_check_happens_in_a_process_of_its_own_whose_end_is_an_answer(monkeypatch) -> None:
-    asked = []
-
-    def dies(command, **_):
-        asked.append(command)
-        return self_check.subprocess.CompletedProcess(command, -11, "", "one\nillegal memory access\n")
-
-    monkeypatch.setattr(self_check.subprocess, "run", dies)
+    """Of the kernel that ended it, and of those that it kept from running; the others have their own."""
+    before = [[name, ""] for name in NAMES[:2]]
+    dies = ends(-11, ["a library greets", apart.BEGINS, *before], "one\nillegal memory access\n")
+    monkeypatch.setattr(subprocess, "run", dies)
     with pytest.warns(UserWarning, match="its check ended with code -11: illegal memory access"):
         reasons = why_not(LINEAR.name, "cpu", torch.bfloat16)
-    assert len(reasons) == 1 and asked[0][-1] == "cpu" and "shrank.ops.self_check" in asked[0][2]
-    assert kept("cpu") is not None and len(asked) == 1
-    assert why_not(CONV.name, "cpu", torch.bfloat16) and len(asked) == 1
+    assert reasons and dies.asked[0][-1] == "cpu" and "shrank.ops.check_apart" in dies.asked[0][2]
+    found = kept("cpu")
+    assert [found[name] for name in NAMES[:3]] == ["", "", "its check ended with code -11: illegal memory access"]
+    assert all(
+        found[name].startswith(f"not reached: the check of {NAMES[2]} ended with code -11") for name in NAMES[3:]
+    )
+    with pytest.warns(UserWarning, match="not reached"):
+        assert why_not(CONV.name, "cpu", torch.bfloat16) and len(dies.asked) == 1
+
+
+FAULT = "torch.AcceleratorError: CUDA error: misaligned address"
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("text", "reason"),
     [
-        (FileNotFoundError(2, "No such file"), "its check could not be started: .*No such file"),
-        (self_check.subprocess.TimeoutExpired("python", 1), "its check took longer than 300 s"),
+        ("Traceback:\n" + FAULT + "\nCompile with DSA.\n", FAULT),
+        ("greets\nFatal Python error: Segmentation fault", "Fatal Python error: Segmentation fault"),
+        ("", "it said nothing"),
     ],
 )
-def test_a_check_that_gives_no_answer_is_a_reason(monkeypatch, fault: Exception, said: str) -> None:
-    def fails(command, **_):
-        raise fault
+def test_of_all_that_a_process_wrote_its_error_is_told(monkeypatch, text: str, reason: str) -> None:
+    monkeypatch.setattr(subprocess, "run", ends(1, [apart.BEGINS], text))
+    assert check_apart.checked_apart("cpu")[NAMES[0]] == f"its check ended with code 1: {reason}"
 
-    monkeypatch.setattr(self_check.subprocess, "run", fails)
-    with pytest.warns(UserWarning, match=said):
-        assert why_not(LINEAR.name, "cpu", torch.float32)
+
+def test_a_kernel_that_hangs_is_wrong(monkeypatch) -> None:
+    def hangs(command, **_):
+        raise subprocess.TimeoutExpired(command, 1, output=f"{json.dumps(apart.BEGINS)}\n".encode())
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    with pytest.warns(UserWarning, match="its check took longer than 300 s"):
+        assert why_not(LINEAR.name, "cpu", torch.bfloat16)
+    assert kept("cpu")[NAMES[0]] == "its check took longer than 300 s"
+
+
+def fails(error: Exception):
+    def run(command, **_):
+        raise error
+
+    return run
+
+
+NO_FAULT_OF_THE_KERNELS = {
+    "no interpreter": (fails(FileNotFoundError(2, "No such file")), "could not be started: .*No such file"),
+    "never reached the card": (fails(subprocess.TimeoutExpired("python", 1)), "took longer than 300 s"),
+    "card in use": (ends(1, [], "CUDA-capable device(s) is/are busy"), r"ended with code 1: CUDA-capable device\(s\)"),
+    "memory": (ends(1, [apart.BEGINS], f"{apart.SHORT_OF_MEMORY}: 8 KiB"), "was short of memory: 8 KiB"),
+    "results before it begins": (ends(1, [[NAMES[0], "wrong"]], "boom"), "ended with code 1: boom"),
+}
+
+
+@pytest.mark.parametrize("name", NO_FAULT_OF_THE_KERNELS)
+def test_a_check_that_was_not_made_says_nothing_to_other_processes(named, monkeypatch, name: str) -> None:
+    run, said = NO_FAULT_OF_THE_KERNELS[name]
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", run)
+        with pytest.warns(UserWarning, match=f"not checked on cpu: its check {said}") as told:
+            reasons = why_not(LINEAR.name, "cpu", torch.bfloat16)
+            assert reasons == why_not(CONV.name, "cpu", torch.float16) and len(told) == 1
+        with pytest.raises(apart.NotMade, match=said):
+            check_apart.checked_apart("cpu")
+    assert kept("cpu") is None and not self_check._known
+    monkeypatch.setattr(self_check, "_not_made", {})  # another process
+    check_and_keep("cpu")
+    assert why_not(LINEAR.name, "cpu", torch.bfloat16) == ()
+
+
+def test_a_check_made_again_replaces_one_that_was_not_made(named, monkeypatch) -> None:
+    monkeypatch.setattr(availability, "why_not_here", tuple)
+    monkeypatch.setattr(subprocess, "run", fails(FileNotFoundError(2, "No such file")))
+    with pytest.warns(UserWarning, match="tries again"):
+        assert why_not(LINEAR.name, "cpu", torch.bfloat16)
+    results = [[name, ""] for name in NAMES]
+    monkeypatch.setattr(subprocess, "run", ends(0, [apart.BEGINS, *results], ""))
+    assert not any(self_check.check_again("cpu").values())
+    assert why_not(LINEAR.name, "cpu", torch.bfloat16) == ()
+
+
+def test_a_check_made_again_replaces_one_that_found_all_right(named, monkeypatch) -> None:
+    check_and_keep("cpu")
+    assert why_not(LINEAR.name, "cpu", torch.bfloat16) == () == why_not(LINEAR.name, "cpu", torch.bfloat16)
+    monkeypatch.setattr(availability, "why_not_here", tuple)
+    monkeypatch.setattr(subprocess, "run", ends(0, [apart.BEGINS, *([name, "y has NaN"] for name in NAMES)], ""))
+    self_check.check_again("cpu")
+    with pytest.warns(UserWarning, match="y has NaN"):
+        assert why_not(LINEAR.name, "cpu", torch.bfloat16)
+
+
+def test_a_folder_that_cannot_be_written_stops_no_model(monkeypatch, tmp_path) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.touch()
+    monkeypatch.setenv("SHRANK_CACHE", str(in_the_way / "below"))
+    monkeypatch.setattr(subprocess, "run", ends(0, [apart.BEGINS, *([name, ""] for name in NAMES)], ""))
+    with pytest.warns(UserWarning, match="cannot be kept .*SHRANK_CACHE names another folder") as told:
+        assert why_not(LINEAR.name, "cpu", torch.bfloat16) == why_not(CONV.name, "cpu", torch.float16) == ()
+    assert len(told) == 1
+
+
+def test_short_of_memory_is_no_fault_of_a_kernel(named, monkeypatch, capsys) -> None:
+    def short(found: Forward) -> Forward:
+        raise torch.OutOfMemoryError("tried to allocate 8 KiB")
+
+    named[LINEAR.name, "gemm_expand"] = short
+    with pytest.raises(SystemExit, match="short of memory: tried to allocate"):
+        check_apart.answer("cpu")
+    assert list(check_apart.results_of(apart.heard(capsys.readouterr().out))) == NAMES[:2]
+
+
+def test_a_process_of_its_own_answers_for_every_probe(named, capsys) -> None:
+    named[LINEAR.name, "fused"] = lambda found: found._replace(y=found.y + 1)
+    check_apart.answer("cpu")
+    results = check_apart.results_of(apart.heard("a line\n" + capsys.readouterr().out + '["low_rank'))
+    assert list(results) == NAMES and [name for name in NAMES if results[name]] == NAMES[: len(HALVES)]
 
 
 def test_without_native_code_that_process_says_so() -> None:
-    results = self_check._checked_apart("cpu")
+    results = check_apart.checked_apart("cpu")
     if hasattr(torch.ops.shrank, "low_rank_linear_as") and availability.native.LIBRARY.exists():
         assert results.keys() == set(NAMES)  # the extension has no kernels for a CPU
     assert all("does not run" in reason for reason in results.values())
@@ -195,7 +303,7 @@ def test_without_native_code_that_process_says_so() -> None:
 def test_a_graph_that_is_being_recorded_is_not_disturbed(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(machine, "facts", lambda device: {"device": device})
-    monkeypatch.setattr(self_check, "_checked_apart", None)
+    monkeypatch.setattr(check_apart, "checked_apart", None)
     assert why_not(LINEAR.name, "cuda:0", torch.bfloat16) == (
         "the kernels were not checked on this card yet, and a CUDA graph is being recorded",
     )
