@@ -29,6 +29,7 @@ BUILD = ROOT / "build" / "cmake"
 PYTHON = sys.executable
 DATA = "DATA"  # stands for the file to which a step writes its JSON
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+NCU = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
 OK, FAILED, TIMEOUT, NOT_HERE = "ok", "failed", "timeout", "not here"
 
 
@@ -40,6 +41,7 @@ class Step:
     command: Sequence[str]
     limit: int
     rehearsal: Sequence[str] = ()
+    needs: str = ""  # a program that it calls
     file: str = ""  # its data become a file of this name in OUT, and not a part of results.json
 
 
@@ -77,12 +79,12 @@ STEPS = (
         100,
         module("pytest", "-m", "gpu", "tests/ops", "-p", "no:cacheprovider", "--collect-only", "-q"),
     ),
-    Step("memcheck", sanitized("memcheck"), 60),
-    Step("racecheck", sanitized("racecheck"), 60),
+    Step("memcheck", sanitized("memcheck"), 50),
+    Step("racecheck", sanitized("racecheck"), 50),
     Step(
         "tuning",
-        module("benchmarks.speed.tune_shapes", "--device", "cuda:0", "--budget", "60", "--out", DATA),
-        85,
+        module("benchmarks.speed.tune_shapes", "--device", "cuda:0", "--budget", "50", "--out", DATA),
+        75,
         module("benchmarks.speed.tune_shapes", "--tiny", *STAND_IN),
         file="tuned.json",
     ),
@@ -104,13 +106,20 @@ STEPS = (
         40,
         module("benchmarks.speed.stacks", "--tiny", "--out", DATA),
     ),
+    Step(
+        "profile",
+        module("benchmarks.speed.profile_kernels", "--out", DATA),
+        30,
+        module("benchmarks.speed.profile_kernels", "--launch", "--tiny", *STAND_IN[:-2]),
+        needs=NCU,
+    ),
 )
 
 
 def carry_out(step: Step, out: Path, dry: bool, log) -> dict[str, object]:
     """Run a step: its status, seconds, exit code, last lines and data."""
     command = step.rehearsal if dry else step.command
-    if not command or not shutil.which(command[0]):
+    if not command or not shutil.which(command[0]) or not (dry or shutil.which(step.needs or PYTHON)):
         return {"status": NOT_HERE, "seconds": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data.json")

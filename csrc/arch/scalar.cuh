@@ -108,6 +108,17 @@ SHRANK_DEVICE float reciprocal_approximate(float x) {
 #endif
 }
 
+// The larger number, +0 above -0; NaN if either is.
+SHRANK_DEVICE float max_or_nan(float a, float b) {
+#ifdef __CUDACC__
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+#else
+  return std::isnan(a) || a > b || (a == b && !std::signbit(a)) ? a : b;
+#endif
+}
+
 // In one instruction: a plain product of sizes becomes one of 64 by 64 bits once the compiler has moved their sign
 // extensions out of a loop (nvcc 13.0: five instructions for each copy).
 SHRANK_DEVICE int64_t multiply_wide(int a, int b) {
@@ -133,6 +144,18 @@ template <typename T, int Count> SHRANK_DEVICE Pack<T, Count> load(const T* addr
 #endif
 }
 
+// 4 bytes if `go`, else zeros; without a branch, so that several are on their way at once.
+SHRANK_DEVICE uint32_t load_word_if(bool go, const void* address) {
+  uint32_t word = 0;
+#ifdef __CUDACC__
+  asm volatile("{\n.reg .pred go;\nsetp.ne.b32 go, %2, 0;\nmov.b32 %0, 0;\n@go ld.global.b32 %0, [%1];\n}" : "=&r"(word)
+               : "l"(__cvta_generic_to_global(address)), "r"(static_cast<int>(go)));
+#else
+  if (go) word = load<uint32_t, 1>(static_cast<const uint32_t*>(address)).item[0];
+#endif
+  return word;
+}
+
 template <typename T, int Count> SHRANK_DEVICE void store(T* address, const Pack<T, Count>& pack) {
 #ifdef SHRANK_EMULATED
   emulator::store_global(address, &pack, sizeof pack);
@@ -141,10 +164,23 @@ template <typename T, int Count> SHRANK_DEVICE void store(T* address, const Pack
 #endif
 }
 
-// The line of 128 bytes that holds the address is on its way to L2. A hint: it reads nothing.
-SHRANK_DEVICE void prefetch([[maybe_unused]] const void* address) {
+// Two numbers of one register, as round_to_pair has them: the lower half first.
+template <typename T> SHRANK_DEVICE Pack<float, 2> widen_pair(uint32_t pair) {
+  return {{widen(T{static_cast<uint16_t>(pair)}), widen(T{static_cast<uint16_t>(pair >> 16)})}};
+}
+
 #ifdef __CUDACC__
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
+template <> SHRANK_DEVICE Pack<float, 2> widen_pair<bfloat16>(uint32_t pair) {
+  return {{__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)}};  // an instruction each
+}
+#endif
+
+// If `go`, the line of 128 bytes that holds the address is on its way to L2. A hint: it reads nothing.
+SHRANK_DEVICE void prefetch_if([[maybe_unused]] bool go, [[maybe_unused]] const void* address) {
+#ifdef __CUDACC__
+  asm volatile("{\n.reg .pred go;\nsetp.ne.b32 go, %1, 0;\n@go prefetch.global.L2 [%0];\n}" ::"l"(
+                   __cvta_generic_to_global(address)),
+               "r"(static_cast<int>(go)));
 #endif
 }
 

@@ -17,11 +17,12 @@ SHRANK_DEVICE SharedAddress dynamic_shared() {
 #endif
 }
 
-SHRANK_DEVICE void store_shared(SharedAddress address, uint32_t value) {
+// OFFSET is part of the instruction: places that are constants apart share a register.
+template <int OFFSET = 0> SHRANK_DEVICE void store_shared(SharedAddress address, uint32_t value) {
 #ifdef __CUDACC__
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+  asm volatile("st.shared.b32 [%0+%2], %1;" ::"r"(address), "r"(value), "n"(OFFSET) : "memory");
 #else
-  emulator::store_shared(address, &value, sizeof value);
+  emulator::store_shared(address + OFFSET, &value, sizeof value);
 #endif
 }
 
@@ -54,14 +55,14 @@ SHRANK_DEVICE Pack<float, 4> load_shared_floats(SharedAddress address) {
   return value;
 }
 
-SHRANK_DEVICE Pack<uint32_t, 4> load_shared_words(SharedAddress address) {
+template <int OFFSET = 0> SHRANK_DEVICE Pack<uint32_t, 4> load_shared_words(SharedAddress address) {
   Pack<uint32_t, 4> value;
 #ifdef __CUDACC__
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(value.item[0]), "=r"(value.item[1]),
-                                                            "=r"(value.item[2]),
-                                                            "=r"(value.item[3]) : "r"(address) : "memory");
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4+%5];"
+               : "=r"(value.item[0]), "=r"(value.item[1]), "=r"(value.item[2]), "=r"(value.item[3])
+               : "r"(address), "n"(OFFSET) : "memory");
 #else
-  emulator::load_shared(&value, address, sizeof value);
+  emulator::load_shared(&value, address + OFFSET, sizeof value);
 #endif
   return value;
 }
@@ -77,13 +78,53 @@ SHRANK_DEVICE void copy_async(SharedAddress to, const void* from, int valid) {
 #endif
 }
 
-// The same for bytes that the SM will ask for again: they may stay in its L1.
+// The same, and nothing at all unless `go`.
+SHRANK_DEVICE void copy_async_if(bool go, SharedAddress to, const void* from, int valid) {
+#ifdef __CUDACC__
+  asm volatile(
+      "{\n.reg .pred go;\nsetp.ne.b32 go, %3, 0;\n@go cp.async.cg.shared.global [%0], [%1], 16, %2;\n}" ::"r"(to),
+      "l"(__cvta_generic_to_global(from)), "r"(valid), "r"(static_cast<int>(go)) : "memory");
+#else
+  if (go) emulator::copy_async(to, from, valid);
+#endif
+}
+
+// The same as copy_async for bytes that the SM will ask for again: they may stay in its L1.
 SHRANK_DEVICE void copy_async_reused(SharedAddress to, const void* from, int valid) {
 #ifdef __CUDACC__
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
                "r"(valid) : "memory");
 #else
   emulator::copy_async(to, from, valid);
+#endif
+}
+
+// Both: unless `go`, nothing at all.
+SHRANK_DEVICE void copy_async_reused_if(bool go, SharedAddress to, const void* from, int valid) {
+#ifdef __CUDACC__
+  asm volatile(
+      "{\n.reg .pred go;\nsetp.ne.b32 go, %3, 0;\n@go cp.async.ca.shared.global [%0], [%1], 16, %2;\n}" ::"r"(to),
+      "l"(__cvta_generic_to_global(from)), "r"(valid), "r"(static_cast<int>(go)) : "memory");
+#else
+  if (go) emulator::copy_async(to, from, valid);
+#endif
+}
+
+SHRANK_DEVICE Pack<uint32_t, 2> load_shared_pair(SharedAddress address) {
+  Pack<uint32_t, 2> value;
+#ifdef __CUDACC__
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.item[0]), "=r"(value.item[1]) : "r"(address) : "memory");
+#else
+  emulator::load_shared(&value, address, sizeof value);
+#endif
+  return value;
+}
+
+SHRANK_DEVICE void store_shared(SharedAddress address, const Pack<uint32_t, 2>& value) {
+#ifdef __CUDACC__
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(value.item[0]), "r"(value.item[1]) : "memory");
+#else
+  emulator::store_shared(address, &value, sizeof value);
 #endif
 }
 

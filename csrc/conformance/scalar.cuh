@@ -29,6 +29,13 @@ template <typename T> struct RoundToPair : Case<Inputs::floats, kThreads, kNumbe
   }
 };
 
+template <typename T> struct WidenPair : Case<Inputs::halves, kThreads, kNumbers / 2, kNumbers> {
+  SHRANK_DEVICE static void run(const Params& params) {
+    for (int i = arch::thread_index(); i < kNumbers / 2; i += kThreads)
+      arch::store(output<float>(params) + i * 2, arch::widen_pair<T>(words_in(params)[i]));
+  }
+};
+
 struct Exp2Approximate : Case<Inputs::exponents, kThreads, kNumbers, kNumbers> {
   SHRANK_DEVICE static void run(const Params& params) {
     for (int i = arch::thread_index(); i < kNumbers; i += kThreads)
@@ -40,6 +47,15 @@ struct ReciprocalApproximate : Case<Inputs::divisors, kThreads, kNumbers, kNumbe
   SHRANK_DEVICE static void run(const Params& params) {
     for (int i = arch::thread_index(); i < kNumbers; i += kThreads)
       output<float>(params)[i] = arch::reciprocal_approximate(input<float>(params)[i]);
+  }
+};
+
+// Of neighbours, in both orders.
+struct MaxOrNan : Case<Inputs::floats, kThreads, kNumbers, kNumbers> {
+  SHRANK_DEVICE static void run(const Params& params) {
+    const float* numbers = input<float>(params);
+    for (int i = arch::thread_index(); i < kNumbers; i += kThreads)
+      output<float>(params)[i] = arch::max_or_nan(numbers[i], numbers[i ^ 1]);
   }
 };
 
@@ -55,12 +71,21 @@ struct MultiplyWide : Case<Inputs::bits, kThreads, kNumbers, kNumbers> {
   }
 };
 
+// Every other word; the rest cannot be read.
+struct LoadWordIf : Case<Inputs::bits, kThreads, kNumbers, kNumbers> {
+  SHRANK_DEVICE static void run(const Params& params) {
+    for (int i = arch::thread_index(); i < kNumbers; i += kThreads)
+      words_out(params)[i] = arch::load_word_if(i % 2 == 0, i % 2 == 0 ? words_in(params) + i : nullptr);
+  }
+};
+
 // Thread t moves pack t to place kWarp - 1 - t.
 template <typename T, int COUNT>
 struct LoadStore : Case<Inputs::bits, kWarp, kWarp * sizeof(T) * COUNT / 4, kWarp * sizeof(T) * COUNT / 4> {
   SHRANK_DEVICE static void run(const Params& params) {
     const int thread = arch::thread_index();
-    arch::prefetch(params.input);  // reads nothing: what can be seen is that it does no harm
+    arch::prefetch_if(true, params.input);  // reads nothing: what can be seen is that it does no harm
+    arch::prefetch_if(false, nullptr);
     const arch::Pack<T, COUNT> pack = arch::load<T, COUNT>(input<T>(params) + thread * COUNT);
     arch::store(output<T>(params) + (kWarp - 1 - thread) * COUNT, pack);
   }

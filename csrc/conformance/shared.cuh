@@ -8,12 +8,14 @@
 namespace shrank::conformance {
 
 // 16 bytes for each thread of a warp.
+inline constexpr int kBehind = 48;  // an offset that is part of the instruction
 inline constexpr int kChunkWords = 4, kWarpWords = kWarp * kChunkWords, kWarpBytes = kWarpWords * 4;
 
 // Word i of the block's input to word i of its shared memory.
 SHRANK_DEVICE void fill_shared(const Params& params, int words) {
   const arch::SharedAddress shared = arch::dynamic_shared();
-  for (int i = arch::lane_index(); i < words; i += kWarp) arch::store_shared(shared + i * 4, words_in(params)[i]);
+  for (int i = arch::lane_index(); i < words; i += kWarp)
+    arch::store_shared<kBehind>(shared + i * 4 - kBehind, words_in(params)[i]);
   arch::sync_warp();
 }
 
@@ -23,7 +25,7 @@ struct LoadSharedWords : Case<Inputs::bits, kWarp, kWarpWords, kWarpWords, kWarp
     fill_shared(params, kWarpWords);
     const int thread = arch::thread_index();
     arch::store(words_out(params) + thread * kChunkWords,
-                arch::load_shared_words(arch::dynamic_shared() + (kWarp - 1 - thread) * 16));
+                arch::load_shared_words<kBehind>(arch::dynamic_shared() + (kWarp - 1 - thread) * 16 - kBehind));
   }
 };
 
@@ -52,8 +54,20 @@ struct StoreSharedWords : Case<Inputs::bits, kWarp, kWarpWords, kWarpWords, kWar
   }
 };
 
+enum class Copy { plain, reused, conditional, reused_conditional };
+
+struct SharedPairs : Case<Inputs::bits, kWarp, kWarp * 2, kWarp * 2, kWarp * 8> {
+  SHRANK_DEVICE static void run(const Params& params) {
+    const int thread = arch::thread_index();
+    const arch::SharedAddress shared = arch::dynamic_shared();
+    arch::store_shared(shared + thread * 8, arch::load<uint32_t, 2>(words_in(params) + thread * 2));
+    arch::sync_warp();
+    arch::store(words_out(params) + thread * 2, arch::load_shared_pair(shared + (kWarp - 1 - thread) * 8));
+  }
+};
+
 // Two groups of a chunk each. In both, odd threads pass 0 valid bytes and an address that cannot be read.
-template <bool REUSED> struct CopyAsync : Case<Inputs::bits, kWarp, 2 * kWarpWords, 2 * kWarpWords, 2 * kWarpBytes> {
+template <Copy HOW> struct CopyAsync : Case<Inputs::bits, kWarp, 2 * kWarpWords, 2 * kWarpWords, 2 * kWarpBytes> {
   SHRANK_DEVICE static void run(const Params& params) {
     const int thread = arch::thread_index();
     const arch::SharedAddress first = arch::dynamic_shared() + thread * 16, second = first + kWarpBytes;
@@ -70,8 +84,16 @@ template <bool REUSED> struct CopyAsync : Case<Inputs::bits, kWarp, 2 * kWarpWor
   }
 
   SHRANK_DEVICE static void copy(arch::SharedAddress to, const void* from, int valid) {
-    if constexpr (REUSED) arch::copy_async_reused(to, from, valid);
-    else arch::copy_async(to, from, valid);
+    if constexpr (HOW == Copy::reused) arch::copy_async_reused(to, from, valid);
+    if constexpr (HOW == Copy::plain) arch::copy_async(to, from, valid);
+    if constexpr (HOW == Copy::conditional) {
+      arch::copy_async_if(true, to, from, valid);
+      arch::copy_async_if(false, to, nullptr, 16);  // neither reads nor writes
+    }
+    if constexpr (HOW == Copy::reused_conditional) {
+      arch::copy_async_reused_if(true, to, from, valid);
+      arch::copy_async_reused_if(false, to, nullptr, 16);
+    }
   }
 };
 

@@ -10,7 +10,8 @@
 namespace shrank {
 
 // z where it is above 0, else 0; NaN stays NaN, as in PyTorch, which fmax would drop.
-template <typename C> SHRANK_DEVICE C positive_part(C z) { return z < 0 ? C(0) : z; }
+SHRANK_DEVICE float positive_part(float z) { return arch::max_or_nan(z, 0); }
+SHRANK_DEVICE double positive_part(double z) { return z < 0 ? 0 : z; }
 
 // z / (1 + 2^x).
 SHRANK_DEVICE float over_one_plus_exp2(float z, float x) {
@@ -37,14 +38,14 @@ template <typename T, Activation kind> SHRANK_DEVICE arch::compute_t<T> activate
   using C = arch::compute_t<T>;
   constexpr bool is_16_bits = sizeof(T) == 2;
   constexpr C half = C(0.5), log2_e = C(1.44269504088896340736);
-  constexpr C root_two_over_pi = C(0.79788456080286535588), cubic = C(0.044715);
+  constexpr C root_two_over_pi = C(0.79788456080286535588), cubic = C(0.044715), scale = -2 * log2_e * root_two_over_pi;
   if constexpr (kind == Activation::relu) return positive_part(z);
   if constexpr (kind == Activation::gelu) {
     if constexpr (is_16_bits) return gelu_of_16_bits(z);
     else return half * z * (1 + std::erf(z * C(0.70710678118654752440)));
   }
   if constexpr (kind == Activation::gelu_tanh) {  // half (1 + tanh t) = 1 / (1 + e^(-2 t))
-    if constexpr (is_16_bits) return over_one_plus_exp2(z, z * (-2 * log2_e * root_two_over_pi) * (1 + cubic * z * z));
+    if constexpr (is_16_bits) return over_one_plus_exp2(z, z * fmaf(z * z, scale * cubic, scale));
     else return half * z * (1 + std::tanh(root_two_over_pi * (z + cubic * z * z * z)));
   }
   if constexpr (kind == Activation::silu) {

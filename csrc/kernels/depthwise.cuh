@@ -7,6 +7,17 @@
 
 namespace shrank {
 
+// 8 neighbouring fp32 numbers in two accesses, of which `half` comes first.
+SHRANK_DEVICE void load_eight(float (&values)[kChunk], SharedAddress at, int half) {
+  const arch::Pack<float, 4> first = arch::load_shared_floats(at + half * 16);
+  const arch::Pack<float, 4> second = arch::load_shared_floats(at + (1 - half) * 16);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    values[i] = half ? second.item[i] : first.item[i];
+    values[i + 4] = half ? first.item[i] : second.item[i];
+  }
+}
+
 template <typename T, int BLOCK_M, int MAX_RANK> struct LowRankDepthwise {
   using Params = LowRankConvParams;
   using Block = shrank::Block<T, BLOCK_M, MAX_RANK, Params, true>;

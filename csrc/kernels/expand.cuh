@@ -11,7 +11,6 @@ namespace shrank {
 // group's columns, whose up (N, R) follow one another; groups and column tiles share the second axis of the grid.
 template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct Block {
   using Params = P;
-  using Chunk = arch::Pack<T, kChunk>;
   static constexpr LinearTile kTile{BLOCK_M, MAX_RANK};
   static constexpr bool kHoldsH = kTile.holds_h();
   static constexpr int kThreads = kTile.threads();
@@ -24,11 +23,10 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
 
   static constexpr int kFragmentsM = BLOCK_M / LinearTile::kWarpsM / 16;
   using UpSums = Sums<kFragmentsM, BLOCK_N / kWarpsN / 8>;
-  // All rows of up. A convolution's largest tiles have no registers for the loads that the compiler brings forward where
-  // it knows that (nvcc 13.0: they spill): as conditions that always hold, they are not moved.
-  using Rows = std::conditional_t<GROUPS, SomeRows, AllRows>;
   using UpPipeline = Pipeline<kTile.up_stages(), kTile.up_stage_bytes()>;
-  static_assert(kStagingBytes == 16 * UpSums::kColumns * 4);
+  using Stage = Staging<T, UpSums::kColumns>;
+  static constexpr int kStagedRows = min_of(UpSums::kRows, kStagingBytes / Stage::kRowBytes);  // at a time
+  static_assert(UpSums::kRows % kStagedRows == 0 && kStagedRows % 16 == 0);
 
   const Params& params;
   const int64_t row;                // the block's first
@@ -65,49 +63,76 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
 
   // The copies join the group of the first panel of up, and have landed when that has.
   SHRANK_DEVICE void load_h() const {
-    const Matrix<T> h{static_cast<const T*>(params.h), params.M, params.R};
+    PanelLoader<T, BLOCK_M, kThreads> h(h_in_memory(), row);
 #pragma unroll
-    for (int panel = 0; panel < kHPanels; panel++)
-      load_panel<BLOCK_M, kThreads>(h_panels + panel * kPanelBytes, h, row, panel * kPanel);
+    for (int panel = 0; panel < kHPanels; panel++) h.load(h_panels + panel * kPanelBytes);
   }
+
+  SHRANK_DEVICE Matrix<T> h_in_memory() const { return {static_cast<const T*>(params.h), params.M, params.R}; }
+  SHRANK_DEVICE Matrix<T> up() const {
+    return {static_cast<const T*>(params.up) + static_cast<int64_t>(of_all(0)) * params.R, params.N, params.R};
+  }
+
+  // Fills slots with the panels of up, and of h where it is streamed: through the rank, tile after tile.
+  struct Walk {
+    using Up = PanelLoader<T, BLOCK_N, kThreads>;
+    using H = PanelLoader<T, BLOCK_M, kThreads>;
+    const Block& block;
+    const int rank_panels;
+    int tile, left;  // left: panels of the tile
+    Up up;
+    H h;
+
+    SHRANK_DEVICE Walk(const Block& block, int tile, int rank_panels)
+        : block(block),
+          rank_panels(rank_panels),
+          tile(tile),
+          left(rank_panels),
+          up(block.up(), tile * int64_t{BLOCK_N}),
+          h(block.h_in_memory(), block.row) {}
+
+    SHRANK_DEVICE void operator()(SharedAddress slot, bool go) {
+      if constexpr (!kHoldsH) h.load(slot, go);
+      up.load(slot + kUpOffset, go);
+      if (--left) return;
+      left = rank_panels;
+      tile++;
+      up = Up(block.up(), tile * int64_t{BLOCK_N});
+      if constexpr (!kHoldsH) h = H(block.h_in_memory(), block.row);
+    }
+  };
 
   // y = h up^T and its end, one tile of columns after the other, one pipeline running through all of them.
   // `prepare_h` runs while the first panels of up are on their way; the first step's barrier shows its work to all.
   // WHOLE_TILE: all panels of h that the tile has are filled, if only with zeros; else those that R needs.
   template <bool WHOLE_TILE = kHoldsH, typename PrepareH> SHRANK_DEVICE void expand(const PrepareH& prepare_h) const {
-    const Matrix<T> h{static_cast<const T*>(params.h), params.M, params.R};
-    const Matrix<T> up{static_cast<const T*>(params.up) + static_cast<int64_t>(of_all(0)) * params.R, params.N,
-                       params.R};
     const int first = first_tile(), last = min_of(first + tiles_of_share(), tiles());
     const int rank_panels = WHOLE_TILE ? kHPanels : ceil_div(params.R, kPanel);
-    const UpPipeline panels{slots, (last - first) * rank_panels};
-    const auto load = [&](int step, SharedAddress slot) {
-      const int column = (first + step / rank_panels) * BLOCK_N, rank = step % rank_panels * kPanel;
-      if constexpr (!kHoldsH) load_panel<BLOCK_M, kThreads>(slot, h, row, rank);
-      load_panel<BLOCK_N, kThreads>(slot + kUpOffset, up, column, rank);
-    };
-    panels.start(load);
+    Walk walk(*this, first, rank_panels);
+    UpPipeline panels(slots, (last - first) * rank_panels, walk);
     prepare_h();
     arch::grid_dependency_launch();
-    int step = 0;
     for (int tile = first; tile < last; tile++) {
       const int column = tile * BLOCK_N + warp_column * UpSums::kColumns;
       if (params.residual) prefetch_residual(column);
+      const Bias bias(*this, column);
       UpSums sums;
-#pragma unroll 4
-      for (int panel = 0; panel < rank_panels; panel++) {
-        const SharedAddress slot = panels.advance(step++, load);
+      const auto multiply = [&](int panel, int steps) {
+        const SharedAddress slot = panels.arrive();
         multiply_panels<T>(sums, kHoldsH ? h_panels + panel * kPanelBytes : slot, warp_row * UpSums::kRows,
-                           slot + kUpOffset, warp_column * UpSums::kColumns, steps_of(panel), Rows{});
+                           slot + kUpOffset, warp_column * UpSums::kColumns, steps, AllRows{},
+                           [&] { panels.refill(slot, walk); });
+      };
+      if constexpr (WHOLE_TILE) {
+#pragma unroll
+        for (int panel = 0; panel < kHPanels; panel++)
+          multiply(panel, min_of((MAX_RANK - panel * kPanel) / 16, kPanel / 16));
+      } else {
+#pragma unroll 1
+        for (int panel = 0; panel < rank_panels; panel++) multiply(panel, kPanel / 16);  // zeros beyond the rank
       }
-      finish(sums, column);
+      finish(sums, bias, column);
     }
-  }
-
-  // Steps of 16 columns in a panel of h: fewer in the last one, where the rank is no multiple of a panel's width.
-  SHRANK_DEVICE int steps_of(int panel) const {
-    if constexpr (kHoldsH && MAX_RANK % kPanel == 0) return kPanel / 16;
-    else return min_of(ceil_div((kHoldsH ? MAX_RANK : params.R) - panel * kPanel, 16), kPanel / 16);
   }
 
   // Training needs h: from the panels, 16 bytes at a time.
@@ -124,44 +149,113 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
     }
   }
 
-  // A row of a warp's tile is at most one line of 128 bytes.
+  // A row of a warp's tile is at most one line of 128 bytes; a lane has every 32nd.
   SHRANK_DEVICE void prefetch_residual(int column) const {
-    for (int at = arch::lane_index(); at < UpSums::kRows; at += arch::kWarpSize) {
-      const int64_t m = row + warp_row * UpSums::kRows + at;
-      const T* line = static_cast<const T*>(params.residual) + this->at(m, column);
-      if (m < params.M && column < params.N) arch::prefetch(line);
-    }
+    const int first = warp_row * UpSums::kRows + arch::lane_index();
+    const T* const line = static_cast<const T*>(params.residual) + at(row + first, column);
+    const int64_t left = column < params.N ? params.M - row - first : 0;
+#pragma unroll
+    for (int below = 0; below < UpSums::kRows; below += arch::kWarpSize)
+      arch::prefetch_if(below < left, line + arch::multiply_wide(params.N * groups(), below));
   }
 
-  SHRANK_DEVICE void finish(const UpSums& sums, int first_column) const {
-    const int n = first_column + chunk_column<UpSums::kColumns / 8>();
-    Chunk bias{};  // as it is in memory: widened, it would take twice the registers
-    if (params.bias && n < params.N) bias = arch::load<T, kChunk>(static_cast<const T*>(params.bias) + of_all(n));
-    with_activation(params.activation, [&](auto kind) {
-      for_each_chunk(staging, sums, [&](int tile_row, float (&z)[kChunk]) {
-        const int64_t m = row + warp_row * UpSums::kRows + tile_row;
-        if (m >= params.M || n >= params.N) return;
-        const int64_t offset = at(m, n);
-        if (params.bias) add(z, bias);
-        if (params.z) round_to(static_cast<T*>(params.z) + offset, z);
+  // Of the lane's columns in the fragments: asked for before the products, used after them.
+  struct Bias {
+    uint32_t pair[UpSums::kColumns / kChunk];
+
+    SHRANK_DEVICE Bias(const Block& block, int column) {
+      const int first = block.of_all(column) + arch::lane_index() % 4 * 2;
+      const int columns = block.params.bias ? block.params.N - column : 0;
+      const char* const from = static_cast<const char*>(block.params.bias) +
+                               arch::multiply_wide(first, static_cast<int>(sizeof(T)));
 #pragma unroll
-        for (int i = 0; i < kChunk; i++) z[i] = activate<T, decltype(kind)::value>(z[i]);
-        if (params.residual) add(z, arch::load<T, kChunk>(static_cast<const T*>(params.residual) + offset));
-        round_to(static_cast<T*>(params.y) + offset, z);
-      });
+      for (int n = 0; n < UpSums::kColumns / kChunk; n++)
+        pair[n] = arch::load_word_if(n * kChunk < columns, from + n * kChunk * sizeof(T));
+    }
+  };
+
+  // The end of a tile, one step after the other on all of the warp's sums: none waits for the memory of another, and
+  // the activation is chosen once.
+  SHRANK_DEVICE void finish(UpSums& sums, const Bias& bias, int column) const {
+    if (params.bias) {
+#pragma unroll
+      for (auto& row : sums.item) {
+#pragma unroll
+        for (int n = 0; n < UpSums::kColumns / kChunk; n++) {
+          Stage::add_pair(row[n][0], row[n][1], bias.pair[n]);
+          Stage::add_pair(row[n][2], row[n][3], bias.pair[n]);
+        }
+      }
+    }
+    if (params.z) write(static_cast<T*>(params.z), sums, column);
+    with_activation(params.activation, [&](auto kind) {
+#pragma unroll
+      for (auto& row : sums.item) {
+#pragma unroll
+        for (auto& fragment : row) {
+#pragma unroll
+          for (float& sum : fragment) sum = activate<T, decltype(kind)::value>(sum);
+        }
+      }
+    });
+    if (params.residual) add_residual(sums, column);
+    write(static_cast<T*>(params.y), sums, column);
+  }
+
+  // The lines of `kStagedRows` rows of the warp's tile: visit gets the line's first row there, as a type, the lane's chunk
+  // of it in `matrix`, (M, N) as y is, and whether that exists.
+  template <typename U, typename Visit>
+  SHRANK_DEVICE void for_each_line(U* matrix, int first_row, int column, const Visit& visit) const {
+    const int n = column + arch::lane_index() % Stage::kRowChunks * kChunk;
+    const int64_t m = row + warp_row * UpSums::kRows + first_row + arch::lane_index() / Stage::kRowChunks;
+    const int64_t left = n < params.N ? params.M - m : 0;
+    const int rows = left < kStagedRows ? static_cast<int>(left) : kStagedRows;
+    U* const start = matrix + at(m, n);
+    for_constants<kStagedRows / Stage::kRowsAtOnce>([&](auto line) {
+      constexpr int kRow = decltype(line)::value * Stage::kRowsAtOnce;
+      visit(std::integral_constant<int, kRow>{}, start + arch::multiply_wide(params.N * groups(), kRow), kRow < rows);
     });
   }
 
-  SHRANK_DEVICE static void add(float (&values)[kChunk], const Chunk& chunk) {
+  SHRANK_DEVICE void write(T* to, const UpSums& sums, int column) const {
+    const Stage stage{staging};
 #pragma unroll
-    for (int i = 0; i < kChunk; i++) values[i] += arch::widen(chunk.item[i]);
+    for (int first = 0; first < UpSums::kRows; first += kStagedRows) {
+      arch::sync_warp();  // what was there has been read
+      for_constants<kStagedRows / 16>([&](auto sixteen) {
+        const auto& row = sums.item[first / 16 + decltype(sixteen)::value];
+#pragma unroll
+        for (int n = 0; n < UpSums::kColumns / kChunk; n += 2)
+          stage.template put<decltype(sixteen)::value * 16>(n, row[n], row[n + 1]);
+      });
+      arch::sync_warp();
+      for_each_line(to, first, column, [&](auto line, T* chunk, bool exists) {
+        constexpr int kRow = decltype(line)::value;
+        const auto words = arch::load_shared_words<Stage::template kBelow<kRow>>(stage.template line_start<kRow>());
+        if (exists) arch::store(reinterpret_cast<uint32_t*>(chunk), words);
+      });
+    }
   }
 
-  SHRANK_DEVICE static void round_to(T* to, const float (&values)[kChunk]) {
-    Chunk chunk;
+  SHRANK_DEVICE void add_residual(UpSums& sums, int column) const {
+    const Stage stage{staging};
 #pragma unroll
-    for (int i = 0; i < kChunk; i++) chunk.item[i] = arch::round_to<T>(values[i]);
-    arch::store(to, chunk);
+    for (int first = 0; first < UpSums::kRows; first += kStagedRows) {
+      arch::sync_warp();  // what was there has been read
+      for_each_line(static_cast<const T*>(params.residual), first, column, [&](auto line, const T* chunk, bool exists) {
+        constexpr int kRow = decltype(line)::value;
+        arch::copy_async(stage.template line_start<kRow>() + Stage::template kBelow<kRow>, chunk, exists ? 16 : 0);
+      });
+      arch::copy_async_commit();
+      arch::copy_async_wait<0>();
+      arch::sync_warp();
+#pragma unroll
+      for (int m = 0; m < kStagedRows; m += 16) {
+        auto& row = sums.item[(first + m) / 16];
+#pragma unroll
+        for (int n = 0; n < UpSums::kColumns / kChunk; n += 2) stage.add_to(m, n, row[n], row[n + 1]);
+      }
+    }
   }
 };
 

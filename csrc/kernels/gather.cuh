@@ -1,4 +1,6 @@
 // How windows of x become rows of a matrix (implicit GEMM): the columns are the filter's taps, of each the channels.
+// Either the taps are listed beforehand, and a copy is three instructions (ListedTaps); or, for any filter and any groups,
+// each place is computed when it is needed (Windows).
 #pragma once
 
 #include "low_rank_conv.h"
@@ -6,27 +8,140 @@
 
 namespace shrank {
 
-// The window of each row of a block, in shared memory: at which pixel of x it begins, counted from the first, and its
-// depth, height and width there. Padding lies outside; a row that y does not have lies outside altogether.
-template <int BLOCK_M, int Threads>
-SHRANK_DEVICE void find_origins(SharedAddress origins, const ConvWindow& w, int64_t row, int64_t rows) {
-  constexpr int kOutside = -(1 << 30);
-  for (int at = arch::thread_index(); at < BLOCK_M; at += Threads) {
-    int pixel = static_cast<int>(row) + at;
-    const bool exists = row + at < rows;
-    int place[3];
+inline constexpr int kOutside = -(1 << 30);
+
+// A window of x: at which pixel it begins, counted from the first, and its depth, height and width there. Padding lies
+// outside; a row that y does not have lies outside altogether.
+struct Origin {
+  int pixel, place[3];
+
+  SHRANK_DEVICE static Origin of_row(const ConvWindow& w, int64_t row, int64_t rows) {
+    Origin origin;
+    int pixel = static_cast<int>(row);
 #pragma unroll
     for (int i = 2; i >= 0; i--) {
-      place[i] = pixel % w.out[i] * w.stride[i] - w.begin[i];
+      origin.place[i] = pixel % w.out[i] * w.stride[i] - w.begin[i];
       pixel /= w.out[i];
     }
-    const int first = ((pixel * w.in[0] + place[0]) * w.in[1] + place[1]) * w.in[2] + place[2];
+    const int (&place)[3] = origin.place;
+    origin.pixel = ((pixel * w.in[0] + place[0]) * w.in[1] + place[1]) * w.in[2] + place[2];
+    if (row >= rows) origin.place[0] = kOutside;
+    return origin;
+  }
+
+  SHRANK_DEVICE bool is_inside(int axis, int step, const ConvWindow& w) const {
+    return static_cast<uint32_t>(place[axis] + step) < static_cast<uint32_t>(w.in[axis]);
+  }
+};
+
+// The windows of a block's rows, in shared memory.
+template <int BLOCK_M, int Threads>
+SHRANK_DEVICE void find_origins(SharedAddress origins, const ConvWindow& w, int64_t row, int64_t rows) {
+  for (int at = arch::thread_index(); at < BLOCK_M; at += Threads) {
+    const Origin origin = Origin::of_row(w, row + at, rows);
     arch::store_shared(
         origins + at * 16,
-        arch::Pack<uint32_t, 4>{{static_cast<uint32_t>(first), static_cast<uint32_t>(exists ? place[0] : kOutside),
-                                 static_cast<uint32_t>(place[1]), static_cast<uint32_t>(place[2])}});
+        arch::Pack<uint32_t, 4>{{static_cast<uint32_t>(origin.pixel), static_cast<uint32_t>(origin.place[0]),
+                                 static_cast<uint32_t>(origin.place[1]), static_cast<uint32_t>(origin.place[2])}});
   }
 }
+
+// A filter's taps, listed in shared memory: how far each lies from a window's origin, in pixels, and a bit for each of its
+// coordinates; and the windows of a block's rows, with the bits of the coordinates at which they are outside of x. The
+// taps behind the last have a bit that is outside of every window.
+template <int BLOCK_M, int Threads> struct ListedTaps {
+  static constexpr uint32_t kNowhere = 1u << kListedCoordinates;
+  SharedAddress windows, list;
+
+  SHRANK_DEVICE void write(const ConvWindow& w, int64_t row, int64_t rows) const {
+    for (int at = arch::thread_index(); at < BLOCK_M; at += Threads) {
+      const Origin origin = Origin::of_row(w, row + at, rows);
+      uint32_t outside = kNowhere, bit = 1;
+#pragma unroll
+      for (int axis = 2; axis >= 0; axis--)
+        for (int tap = 0; tap < w.kernel[axis]; tap++, bit <<= 1)
+          if (!origin.is_inside(axis, tap * w.dilation[axis], w)) outside |= bit;
+      arch::store_shared(windows + at * 8, arch::Pack<uint32_t, 2>{{static_cast<uint32_t>(origin.pixel), outside}});
+    }
+    for (int i = arch::thread_index(); i < w.taps() + kPanelChunks; i += Threads) {
+      const int x = i % w.kernel[2], y = i / w.kernel[2] % w.kernel[1], z = i / w.kernel[2] / w.kernel[1];
+      const int pixels = (z * w.dilation[0] * w.in[1] + y * w.dilation[1]) * w.in[2] + x * w.dilation[2];
+      const uint32_t bits = 1u << x | 1u << (w.kernel[2] + y) | 1u << (w.kernel[2] + w.kernel[1] + z);
+      arch::store_shared(list + i * 8,
+                         arch::Pack<uint32_t, 2>{{static_cast<uint32_t>(pixels), i < w.taps() ? bits : kNowhere}});
+    }
+  }
+};
+
+// The steps of a first stage whose taps are listed: 64 columns at a time, tap after tap, of each `run_channels` channels.
+// A thread has the same chunk of 8 columns in all rows.
+template <typename T, int BLOCK_M, int MAX_RANK, int Threads> class ListedWalk {
+  using Rows = PanelRows<BLOCK_M, Threads>;
+  using Filters = PanelRows<MAX_RANK, Threads>;
+
+ public:
+  SHRANK_DEVICE ListedWalk(const LowRankConvParams& params, const ListedTaps<BLOCK_M, Threads>& taps, int group)
+      : filters_(params.R),
+        stride_(params.channels * static_cast<int>(sizeof(T))),
+        filter_stride_(params.K * static_cast<int>(sizeof(T))),
+        group_channels_(params.group_channels),
+        run_(params.run_channels),
+        steps_(ceil_div(params.window.taps() * params.run_channels, kPanel)),
+        first_tap_(taps.list + Rows::chunk() * kChunk / run_ * 8),
+        end_(taps.list + params.window.taps() * 8),
+        x_(static_cast<const T*>(params.x) + group * params.R / params.down_rank * group_channels_),
+        down_(static_cast<const T*>(params.down) + static_cast<int64_t>(group) * params.R * params.K) {
+    const int first = arch::thread_index() / kPanelChunks;
+#pragma unroll
+    for (int i = 0; i < Rows::kCopies; i++) {
+      const arch::Pack<uint32_t, 2> window = arch::load_shared_pair(taps.windows + (first + i * Rows::kRowsAtOnce) * 8);
+      pixel_[i] = static_cast<int>(window.item[0]);
+      outside_[i] = window.item[1];
+    }
+    restart();
+  }
+
+  // Starts the copies of the next step; unless `go`, none.
+  SHRANK_DEVICE void load(SharedAddress x_panel, SharedAddress down_panel, bool go) {
+    const arch::Pack<uint32_t, 2> tap = arch::load_shared_pair(tap_);
+    const char* const from = reinterpret_cast<const char*>(x_ + channel_) +
+                             arch::multiply_wide(static_cast<int>(tap.item[0]), stride_);
+    const int apart = go ? stride_ : 0;  // no constant of the loop: as in PanelRows
+#pragma unroll
+    for (int i = 0; i < Rows::kCopies; i++)  // neighbouring windows overlap: most of what a tap reads another has read
+      arch::copy_async_reused_if(go, x_panel + filters_.place + i * Rows::kRowsAtOnce * kPanelRow,
+                                 from + arch::multiply_wide(pixel_[i], apart), outside_[i] & tap.item[1] ? 0 : 16);
+    filters_.load(down_panel, reinterpret_cast<const char*>(down_ + of_filter_), filter_stride_, tap_ < end_, go);
+    advance();
+  }
+
+ private:
+  SHRANK_DEVICE void restart() {
+    left_ = steps_;
+    channel_ = Rows::chunk() * kChunk % run_;
+    tap_ = first_tap_;
+    of_filter_ = Rows::chunk() * kChunk / run_ * group_channels_ + channel_;
+  }
+
+  SHRANK_DEVICE void advance() {
+    channel_ += kPanel % run_;
+    tap_ += kPanel / run_ * 8;
+    of_filter_ += kPanel % run_ + kPanel / run_ * group_channels_;
+    if (channel_ >= run_) channel_ -= run_, tap_ += 8, of_filter_ += group_channels_ - run_;
+    if (--left_) return;
+    x_ += run_, down_ += run_;  // the next run of channels
+    restart();
+  }
+
+  const Filters filters_;
+  const int stride_, filter_stride_, group_channels_, run_, steps_;
+  const SharedAddress first_tap_, end_;
+  const T *x_, *down_;
+  int pixel_[Rows::kCopies];
+  uint32_t outside_[Rows::kCopies];
+  int left_, channel_, of_filter_;
+  SharedAddress tap_;
+};
 
 // A place in a filter: a tap, which of them, and a channel.
 struct Tap {
@@ -87,13 +202,13 @@ template <typename T, Gather HOW, int Rows, int Threads> struct Windows {
   // Of the channels of x from this one on.
   SHRANK_DEVICE void load(SharedAddress panel, int channel) const {
     const T* const x = static_cast<const T*>(params.x) + channel;
-    if constexpr (HOW == Gather::chunks) copy_chunks(panel, x);
+    if constexpr (HOW == Gather::analytic) copy_chunks(panel, x);
     else read_numbers(panel, x);
   }
 
   // Of the channels of the filters from this one on: the rows that multiply_panels loads to multiply [begin, rows).
   SHRANK_DEVICE void load_down(SharedAddress panel, const Matrix<T>& down, int begin, int channel) const {
-    if constexpr (HOW == Gather::chunks) copy_down(panel, down, begin, channel);
+    if constexpr (HOW == Gather::analytic) copy_down(panel, down, begin, channel);
     else read_down(panel, down, begin, channel);
   }
 

@@ -37,18 +37,20 @@ template <typename T, int BLOCK_M, int MAX_RANK> struct LowRankLinear {
   // h = x down^T, this warp's part of it.
   SHRANK_DEVICE static void contract(const Block& block, DownSums& h) {
     const Params& params = block.params;
-    const Matrix<T> x{static_cast<const T*>(params.x), params.M, params.K};
-    const Matrix<T> down{static_cast<const T*>(params.down), params.R, params.K};
-    const DownPipeline panels{block.slots, ceil_div(params.K, kPanel)};
-    const auto load = [&](int step, SharedAddress slot) {
-      load_panel<BLOCK_M, kThreads>(slot, x, block.row, step * kPanel);
-      load_panel<MAX_RANK, kThreads>(slot + Block::kPanelBytes, down, 0, step * kPanel);
+    PanelLoader<T, BLOCK_M, kThreads> x({static_cast<const T*>(params.x), params.M, params.K}, block.row);
+    PanelLoader<T, MAX_RANK, kThreads> down({static_cast<const T*>(params.down), params.R, params.K}, 0);
+    const auto load = [&](SharedAddress slot, bool go) {
+      x.load(slot, go);
+      down.load(slot + Block::kPanelBytes, go);
     };
-    panels.start(load);
-    for (int step = 0; step < panels.steps; step++) {
-      const SharedAddress slot = panels.advance(step, load);
+    const int steps = ceil_div(params.K, kPanel);
+    DownPipeline panels(block.slots, steps, load);
+#pragma unroll 1
+    for (int step = 0; step < steps; step++) {
+      const SharedAddress slot = panels.arrive();
       multiply_panels<T>(h, slot, block.warp_row * DownSums::kRows, slot + Block::kPanelBytes,
-                         block.warp_column * DownSums::kColumns);
+                         block.warp_column * DownSums::kColumns, kPanel / 16, AllRows{},
+                         [&] { panels.refill(slot, load); });
     }
   }
 };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <climits>
+#include <type_traits>
 
 #include "../arch/matrix.cuh"
 #include "../arch/position.cuh"
@@ -18,8 +19,8 @@ inline constexpr int kChunk = 8;                            // numbers of 16 byt
 inline constexpr int kPanelChunks = kPanel / kChunk;        // of a row
 static_assert(kPanel * 2 == kPanelRow && kPanelChunks == 8);
 
-SHRANK_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
-SHRANK_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
+SHRANK_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+SHRANK_DEVICE constexpr int min_of(int a, int b) { return a < b ? a : b; }
 
 // Row-major and contiguous; the number of columns is a multiple of kChunk.
 template <typename T> struct Matrix {
@@ -34,48 +35,95 @@ SHRANK_DEVICE SharedAddress chunk_at(SharedAddress panel, int row, int chunk) {
   return panel + row * kPanelRow + ((chunk ^ (row & (kPanelChunks - 1))) * 16);  // & and not %: rows are not negative
 }
 
-// Starts to copy rows [row, row + Rows) and columns [column, column + 64) into a panel. Columns beyond the matrix are
-// zero. Rows beyond it repeat its last, so that a copy is an address and an instruction: what is multiplied with them is
-// not used, or set to zero after.
-template <int Rows, int Threads, typename T>
-SHRANK_DEVICE void load_panel(SharedAddress panel, const Matrix<T>& from, int64_t row, int column) {
-  constexpr int kRowsAtOnce = Threads / kPanelChunks;
-  static_assert(Rows % kRowsAtOnce == 0);
-  const int first = arch::thread_index() / kPanelChunks, chunk = arch::thread_index() % kPanelChunks;
-  const int last = static_cast<int>(from.rows - row < Rows ? from.rows - row : Rows) - 1;
-  const bool inside = column + chunk * kChunk < from.columns;
-  const T* const source = from.data + row * from.columns + (inside ? column + chunk * kChunk : 0);
+// A thread's part of the copies that fill a panel: its chunk of every kRowsAtOnce-th row. Rows that there are not repeat
+// the last one, so that a copy is two instructions, an address and itself: what is multiplied with them is not used, or
+// set to zero after.
+template <int ROWS, int THREADS> struct PanelRows {
+  static constexpr int kRowsAtOnce = THREADS / kPanelChunks, kCopies = ROWS / kRowsAtOnce;
+  static_assert(ROWS % kRowsAtOnce == 0 && kRowsAtOnce % kPanelChunks == 0);
+  int row[kCopies];
+  SharedAddress place;  // of its first chunk in a panel
+
+  SHRANK_DEVICE static int chunk() { return arch::thread_index() % kPanelChunks; }
+
+  SHRANK_DEVICE explicit PanelRows(int64_t rows) {
+    const int first = arch::thread_index() / kPanelChunks, last = (rows < ROWS ? static_cast<int>(rows) : ROWS) - 1;
+    place = chunk_at(0, first, chunk());
 #pragma unroll
-  for (int i = 0; i < Rows; i += kRowsAtOnce)
-    arch::copy_async(chunk_at(panel, first + i, chunk),
-                     source + arch::multiply_wide(min_of(first + i, last), from.columns), inside ? 16 : 0);
-}
-
-// Slots of shared memory that panels pass through: `load(i, slot)` starts the copies of step i.
-template <int Stages, int StageBytes> struct Pipeline {
-  static_assert(Stages >= 2);
-  SharedAddress base;
-  int steps;
-
-  SHRANK_DEVICE SharedAddress slot(int step) const { return base + step % Stages * StageBytes; }
-
-  template <typename Load> SHRANK_DEVICE void start(const Load& load) const {
-#pragma unroll
-    for (int step = 0; step < Stages - 1; step++) {
-      if (step < steps) load(step, slot(step));
-      arch::copy_async_commit();
-    }
+    for (int i = 0; i < kCopies; i++) row[i] = min_of(first + i * kRowsAtOnce, last);
   }
 
-  // The panels of `step` are there for all threads. The barrier also says that all are done with the step before, whose
-  // slot takes the next copies. Every step closes one group, maybe an empty one: the count of pending groups is fixed.
-  template <typename Load> SHRANK_DEVICE SharedAddress advance(int step, const Load& load) const {
+  // Starts the copies: `from` is the thread's chunk of the first row, rows lie `stride` bytes apart. Zeros, unless the
+  // chunk is `inside` the matrix; nothing, unless `go`.
+  SHRANK_DEVICE void load(SharedAddress panel, const char* from, int stride, bool inside, bool go) const {
+    // No constant of the loop: of one, nvcc 13.0 keeps the products in registers, and adds each in two instructions.
+    const int apart = inside ? stride : 0;
+#pragma unroll
+    for (int i = 0; i < kCopies; i++)
+      arch::copy_async_if(go, panel + place + i * kRowsAtOnce * kPanelRow, from + arch::multiply_wide(row[i], apart),
+                          inside ? 16 : 0);
+  }
+};
+
+// Fills panels with ROWS rows of a matrix from `row` on, 64 columns after the other. Columns beyond the matrix are zero.
+template <typename T, int ROWS, int THREADS> struct PanelLoader {
+  using Rows = PanelRows<ROWS, THREADS>;
+  Rows rows;
+  const char* source;  // the thread's chunk of the first row
+  int stride, left;  // bytes from row to row; columns from that chunk on
+
+  SHRANK_DEVICE PanelLoader(const Matrix<T>& from, int64_t row)
+      : rows(from.rows - row),
+        source(reinterpret_cast<const char*>(from.data + row * from.columns + Rows::chunk() * kChunk)),
+        stride(from.columns * static_cast<int>(sizeof(T))),
+        left(from.columns - Rows::chunk() * kChunk) {}
+
+  // Starts the copies of the next 64 columns; unless `go`, none.
+  SHRANK_DEVICE void load(SharedAddress panel, bool go = true) {
+    rows.load(panel, source, stride, left > 0, go);
+    source += kPanelRow;
+    left -= kPanel;
+  }
+};
+
+// Slots of shared memory that panels pass through, one after the other. `load(slot, go)` starts the copies of the next
+// step, or none.
+template <int Stages, int StageBytes> struct Pipeline {
+  static_assert(Stages >= 2);
+  SharedAddress base, free;  // free: the slot that takes the next copies
+  int left;  // steps to load
+
+  template <typename Load>
+  SHRANK_DEVICE Pipeline(SharedAddress base, int steps, Load& load) : base(base), free(base), left(steps) {
+#pragma unroll
+    for (int stage = 0; stage < Stages - 1; stage++) fill(base + stage * StageBytes, load);
+    free = base + (Stages - 1) * StageBytes;
+  }
+
+  // The panels of the next step are there for all threads. The barrier also says that all are done with the step before,
+  // whose slot is the free one.
+  SHRANK_DEVICE SharedAddress arrive() const {
     arch::copy_async_wait<Stages - 2>();
     arch::sync_threads();
-    const int next = step + Stages - 1;
-    if (next < steps) load(next, slot(next));
+    return after(free);
+  }
+
+  // Between this step and the next arrival; `slot` is this step's, which is free then.
+  template <typename Load> SHRANK_DEVICE void refill(SharedAddress slot, Load& load) {
+    fill(free, load);
+    free = slot;
+  }
+
+ private:
+  SHRANK_DEVICE SharedAddress after(SharedAddress slot) const {
+    return slot == base + (Stages - 1) * StageBytes ? base : slot + StageBytes;
+  }
+
+  // Every step closes one group, maybe an empty one: the count of pending groups is fixed.
+  template <typename Load> SHRANK_DEVICE void fill(SharedAddress slot, Load& load) {
+    load(slot, left > 0);
     arch::copy_async_commit();
-    return slot(step);
+    left--;
   }
 };
 
@@ -97,9 +145,11 @@ struct SomeRows {
 
 // sums += a b^T over 16 `steps` columns of two panels; the warp's rows of a begin at a_row, those of b at b_row. The sums
 // of rows of b that do not take part stay as they are: zero times infinity must not reach those of other groups.
-template <typename T, int FragmentsM, int FragmentsN, typename Rows = AllRows>
+// `meanwhile` is called once, when the first products are on their way: for copies, which else would hold them up.
+template <typename T, int FragmentsM, int FragmentsN, typename Rows, typename Meanwhile>
 SHRANK_DEVICE void multiply_panels(Sums<FragmentsM, FragmentsN>& sums, SharedAddress a_panel, int a_row,
-                                   SharedAddress b_panel, int b_row, int steps = kPanel / 16, const Rows& rows = {}) {
+                                   SharedAddress b_panel, int b_row, int steps, const Rows& rows,
+                                   const Meanwhile& meanwhile) {
   const int lane = arch::lane_index();
   const int a_lane_row = lane % 16, a_lane_chunk = lane / 16;  // matrices: rows, then columns
   const int b_lane_row = lane % 8 + lane / 16 * 8, b_lane_chunk = lane / 8 % 2;  // matrices: columns, then rows
@@ -122,6 +172,7 @@ SHRANK_DEVICE void multiply_panels(Sums<FragmentsM, FragmentsN>& sums, SharedAdd
         if (second) arch::multiply_add<T>(sums.item[m][n + 1], a[m], b[2], b[3]);
       }
     }
+    if (step == 0) meanwhile();
   }
 }
 
@@ -146,49 +197,60 @@ SHRANK_DEVICE void round_into_panels(SharedAddress panels, int panel_bytes, cons
   }
 }
 
-// 8 neighbouring fp32 numbers in two accesses, of which `half` comes first.
-SHRANK_DEVICE void load_eight(float (&values)[kChunk], SharedAddress at, int half) {
-  const arch::Pack<float, 4> first = arch::load_shared_floats(at + half * 16);
-  const arch::Pack<float, 4> second = arch::load_shared_floats(at + (1 - half) * 16);
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    values[i] = half ? second.item[i] : first.item[i];
-    values[i + 4] = half ? first.item[i] : second.item[i];
+// Calls visit with 0, 1, ..., as types: what depends on them is part of the instructions.
+template <int COUNT, int I = 0, typename Visit> SHRANK_DEVICE void for_constants(const Visit& visit) {
+  if constexpr (I < COUNT) {
+    visit(std::integral_constant<int, I>{});
+    for_constants<COUNT, I + 1>(visit);
   }
 }
 
-// Rows and columns change hands: from the fragments of multiply_add to 8 neighbouring columns a lane, which is one
-// access of 16 bytes when they are rounded. 16 rows of the warp at a time pass through its part of shared memory, in
-// fp32; a row's pieces of 8 columns are permuted by the row, and halves of pieces are read in an order of the lane's,
-// so that no access has a bank conflict.
-// visit(row, values) gets the row, counted from the warp's first; the columns are those of chunk_column().
-template <int FragmentsN> SHRANK_DEVICE int chunk_column() { return arch::lane_index() % FragmentsN * kChunk; }
+// Where sums change hands with rows of global memory: some rows of a warp's columns, rounded, in shared memory. They are
+// reached by fragments, as multiply_add deals them to the lanes, or by lines, 16 bytes a lane. The chunks of a row are
+// permuted as in a panel, so that neither meets a bank twice; two rows of 32 columns share 128 bytes.
+template <typename T, int COLUMNS> struct Staging {
+  static constexpr int kRowBytes = COLUMNS * 2;
+  static constexpr int kRowChunks = COLUMNS / kChunk, kRowsAtOnce = arch::kWarpSize / kRowChunks;  // by lines
+  static_assert(COLUMNS == 32 || COLUMNS == 64);
+  SharedAddress base;
 
-template <int FragmentsM, int FragmentsN, typename Visit>
-SHRANK_DEVICE void for_each_chunk(SharedAddress staging, const Sums<FragmentsM, FragmentsN>& sums, const Visit& visit) {
-  constexpr int kColumns = 8 * FragmentsN, kRowsAtOnce = arch::kWarpSize / FragmentsN;
-  static_assert(FragmentsN == 4 || FragmentsN == 8);
-  const auto piece_at = [&](int row, int piece) { return staging + (row * kColumns + (piece ^ (row % 4)) * 8) * 4; };
-  const int lane = arch::lane_index();
-#pragma unroll
-  for (int m = 0; m < FragmentsM; m++) {
-    arch::sync_warp();  // the rows before have been read
-#pragma unroll
-    for (int n = 0; n < FragmentsN; n++) {
-      const float (&sum)[4] = sums.item[m][n];
-      const int row = lane / 4, within = lane % 4 * 8;
-      arch::store_shared(piece_at(row, n) + within, arch::Pack<float, 2>{{sum[0], sum[1]}});
-      arch::store_shared(piece_at(row + 8, n) + within, arch::Pack<float, 2>{{sum[2], sum[3]}});
-    }
-    arch::sync_warp();
-    const int piece = lane % FragmentsN, half = lane / 4 % 2;
-#pragma unroll 1
-    for (int row = lane / FragmentsN; row < 16; row += kRowsAtOnce) {
-      float values[kChunk];
-      load_eight(values, piece_at(row, piece), half);
-      visit(m * 16 + row, values);
-    }
+  SHRANK_DEVICE SharedAddress at(int row, int chunk) const {
+    if constexpr (COLUMNS == 64) return chunk_at(base, row, chunk);
+    else return base + row / 2 * kPanelRow + (((row % 2 * 4 + chunk) ^ (row / 2 & 3)) * 16);
   }
-}
+
+  // Two neighbouring fragments of sums, rounded, from row ROW on, a multiple of 16.
+  template <int ROW> SHRANK_DEVICE void put(int chunk, const float (&left)[4], const float (&right)[4]) const {
+    const int lane = arch::lane_index(), within = lane % 4 * 4;
+    const SharedAddress first = at(lane / 4, chunk) + within, second = at(lane / 4, chunk + 1) + within;
+    arch::store_shared<ROW * kRowBytes>(first, arch::round_to_pair<T>(left[0], left[1]));
+    arch::store_shared<(ROW + 8) * kRowBytes>(first, arch::round_to_pair<T>(left[2], left[3]));
+    arch::store_shared<ROW * kRowBytes>(second, arch::round_to_pair<T>(right[0], right[1]));
+    arch::store_shared<(ROW + 8) * kRowBytes>(second, arch::round_to_pair<T>(right[2], right[3]));
+  }
+
+  // What put() would have stored is added to the fragments.
+  SHRANK_DEVICE void add_to(int row, int chunk, float (&left)[4], float (&right)[4]) const {
+    const int lane = arch::lane_index();
+    uint32_t pairs[4];
+    arch::load_matrices(pairs, at(row + lane % 16, chunk + lane / 16));
+    add_pair(left[0], left[1], pairs[0]);
+    add_pair(left[2], left[3], pairs[1]);
+    add_pair(right[0], right[1], pairs[2]);
+    add_pair(right[2], right[3], pairs[3]);
+  }
+
+  SHRANK_DEVICE static void add_pair(float& low, float& high, uint32_t pair) {
+    const arch::Pack<float, 2> wide = arch::widen_pair<T>(pair);
+    low += wide.item[0], high += wide.item[1];
+  }
+
+  // The lane's chunk of a line. The order of the chunks repeats after 8 rows: from ROW, the first of the lines that a
+  // warp reaches at once, come few addresses and a constant.
+  template <int ROW> SHRANK_DEVICE SharedAddress line_start() const {
+    return at(arch::lane_index() / kRowChunks + ROW % 8, arch::lane_index() % kRowChunks);
+  }
+  template <int ROW> static constexpr int kBelow = ROW / 8 * 8 * kRowBytes;
+};
 
 }  // namespace shrank

@@ -69,7 +69,7 @@ Phase gather(const ConvTile& tile, const ConvProblem& p, const Device& d) {
   const auto busy = static_cast<int>(
       std::min<int64_t>(t.max_rank / t.warps_n(), ceil_div(p.R / p.up_groups / segments, 16) * 16));
   Phase phase = products_of(t, busy * t.warps_n());
-  phase.slots += tile.gather == Gather::chunks ? window_slots(t) : number_slots(t);
+  phase.slots += window_slots(tile);
   // Copies to shared memory pass L1 once as what is read and once as what is written.
   phase.l1_bytes = 2 * width * t.block_m * LinearTile::kPanel;
   phase = phase * steps;
@@ -134,7 +134,8 @@ const char* conv_why_not(const ConvProblem& p, const Device& d) {
 
 Gather gather_of(const ConvProblem& p) {
   if (p.is_depthwise()) return Gather::depthwise;
-  return p.C / p.groups % 8 == 0 ? Gather::chunks : Gather::numbers;
+  if (p.C / p.groups % 8) return Gather::numbers;
+  return p.segments() == 1 && taps_are_listed(p) ? Gather::chunks : Gather::analytic;
 }
 
 const char* conv_why_not(const ConvProblem& p, const Device& d, const ConvTile& tile, int64_t shares) {

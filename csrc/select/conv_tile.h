@@ -13,11 +13,12 @@ namespace shrank {
 
 // How the first stage reads x.
 enum class Gather {
-  chunks,     // 8 channels at a time, in the background, for the tensor cores
+  chunks,     // 8 channels at a time, in the background, for the tensor cores: the taps are listed beforehand
+  analytic,   // the same for any filter and groups: each place is computed when it is needed
   numbers,    // one by one, for the tensor cores: any number of channels
   depthwise,  // a filter for each channel, which the tensor cores cannot help with
 };
-inline constexpr std::array<std::string_view, 3> kGatherNames{"chunks", "numbers", "depthwise"};
+inline constexpr std::array<std::string_view, 4> kGatherNames{"chunks", "analytic", "numbers", "depthwise"};
 constexpr std::string_view name_of(Gather gather) { return kGatherNames[static_cast<std::size_t>(gather)]; }
 
 // Channels of a group that a kernel reads at a time, through all taps: a panel's width, or all if that does not divide
@@ -27,6 +28,13 @@ constexpr int64_t run_channels(const ConvProblem& p) {
   return channels % LinearTile::kPanel == 0 ? int64_t{LinearTile::kPanel} : channels;
 }
 
+// The list that Gather::chunks makes of a filter's taps: each has a bit for each of its coordinates, and there is one
+// that no window has.
+inline constexpr int kListedTaps = 120, kListedCoordinates = 31;
+constexpr bool taps_are_listed(const ConvProblem& p) {
+  return p.taps() <= kListedTaps && p.kernel[0] + p.kernel[1] + p.kernel[2] <= kListedCoordinates;
+}
+
 struct ConvTile {
   Gather gather;
   LinearTile tile;  // that holds h; of any rank up to 1536, where it is depthwise
@@ -34,20 +42,25 @@ struct ConvTile {
   // A filter's taps for 64 channels, in fp32, where panels of up come later.
   static constexpr int kMostTaps = 256;
 
-  // Where each row's window begins, 16 bytes, behind all else.
+  // Where each row's window begins, behind all else: 16 bytes, or 8 and the list of taps, 8 bytes each. A step's chunks
+  // reach up to 7 taps beyond the last.
   constexpr int origins() const {
     return gather == Gather::depthwise ? tile.h_bytes() + tile.up_bytes() : tile.shared_bytes();
   }
-  constexpr int shared_bytes() const { return origins() + tile.block_m * 16; }
+  constexpr int taps() const { return origins() + tile.block_m * 8; }
+  constexpr int shared_bytes() const {
+    return gather == Gather::chunks ? taps() + (kListedTaps + 8) * 8 : origins() + tile.block_m * 16;
+  }
 
   constexpr bool operator==(const ConvTile& other) const { return gather == other.gather && tile == other.tile; }
 };
 
-inline constexpr std::array<ConvTile, 21> kConvTiles{{
+inline constexpr std::array<ConvTile, 24> kConvTiles{{
     {Gather::chunks, {32, 64}},     {Gather::chunks, {32, 128}},     {Gather::chunks, {32, 256}},
     {Gather::chunks, {64, 32}},     {Gather::chunks, {64, 64}},      {Gather::chunks, {64, 96}},
     {Gather::chunks, {64, 128}},    {Gather::chunks, {64, 256}},     {Gather::chunks, {128, 32}},
-    {Gather::chunks, {128, 64}},    {Gather::chunks, {128, 128}},    {Gather::numbers, {64, 64}},
+    {Gather::chunks, {128, 64}},    {Gather::chunks, {128, 128}},    {Gather::analytic, {64, 64}},
+    {Gather::analytic, {64, 128}},  {Gather::analytic, {64, 256}},   {Gather::numbers, {64, 64}},
     {Gather::numbers, {64, 128}},   {Gather::numbers, {64, 256}},    {Gather::depthwise, {128, 128}},
     {Gather::depthwise, {64, 256}}, {Gather::depthwise, {128, 256}}, {Gather::depthwise, {32, 512}},
     {Gather::depthwise, {64, 512}}, {Gather::depthwise, {64, 1024}}, {Gather::depthwise, {32, 1536}},

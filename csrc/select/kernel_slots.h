@@ -10,8 +10,10 @@ namespace shrank {
 // A step multiplies a panel of each operand, 64 numbers of 16 bits wide. Beside its products a warp issues a number that
 // does not depend on the tile, and some for each of its copies of 16 bytes.
 struct StepSlots { double own, per_copy; };
-inline constexpr StepSlots kPanelStep{28, 6};
-inline constexpr StepSlots kWindowStep{272, 44};  // convolutions: copies of x, by chunks
+inline constexpr StepSlots kPanelStep{40, 2};
+inline constexpr StepSlots kListedStep{68, 3};  // convolutions: copies of x; those of the filters as of any matrix
+inline constexpr StepSlots kAnalyticStep{272, 44};  // with each place computed anew
+inline constexpr double kAnalyticFilterSlots = 6;
 inline constexpr double kNumberSlots = 24;  // of a convolution that reads number by number, for each of them
 
 // Of a warp whose sums are 16 fragments_m by 8 fragments_n: HMMA and LDSM.
@@ -24,14 +26,14 @@ constexpr double product_slots(int fragments_m, int fragments_n) {
 inline constexpr double kRoundSlots = 4;
 
 // For 8 neighbouring numbers of y: rounded and stored; and what may come to them.
-inline constexpr double kStoreSlots = 47, kBiasSlots = 13, kResidualSlots = 22, kPreactivationSlots = 13;
+inline constexpr double kStoreSlots = 14, kBiasSlots = 12, kResidualSlots = 24, kPreactivationSlots = 15;
 constexpr double activation_slots(Activation activation) {
   switch (activation) {
     case Activation::none: return 0;
-    case Activation::relu: return 15;
-    case Activation::gelu: return 80;
-    case Activation::gelu_tanh: return 62;
-    case Activation::silu: return 42;
+    case Activation::relu: return 2;
+    case Activation::gelu: return 72;
+    case Activation::gelu_tanh: return 56;
+    case Activation::silu: return 40;
   }
   return 0;
 }

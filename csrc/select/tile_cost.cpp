@@ -29,13 +29,19 @@ Phase products_of(const LinearTile& tile, int columns) {
 
 Phase down_step(const LinearTile& tile) { return step(tile, tile.max_rank, tile.block_m + tile.max_rank); }
 
-double window_slots(const LinearTile& tile) {
-  return warps(tile) * (kWindowStep.own + kWindowStep.per_copy * copies(tile, tile.block_m) +
-                        kPanelStep.per_copy * copies(tile, tile.max_rank));
-}
-
-double number_slots(const LinearTile& tile) {
-  return warps(tile) * (kWindowStep.own + kNumberSlots * 8 * copies(tile, tile.block_m + tile.max_rank));
+double window_slots(const ConvTile& conv) {
+  const LinearTile& tile = conv.tile;
+  const double of_x = copies(tile, tile.block_m), of_down = copies(tile, tile.max_rank);
+  const auto step = [&](const StepSlots& slots, double filter) {
+    return warps(tile) * (slots.own + slots.per_copy * of_x + filter * of_down);
+  };
+  switch (conv.gather) {
+    case Gather::chunks: return step(kListedStep, kPanelStep.per_copy);
+    case Gather::analytic: return step(kAnalyticStep, kAnalyticFilterSlots);
+    case Gather::numbers: return step({kAnalyticStep.own, kNumberSlots * 8}, kNumberSlots * 8);
+    case Gather::depthwise: break;  // it has no steps
+  }
+  return 0;
 }
 
 Phase load_step(const LinearTile& tile) {

@@ -1,6 +1,7 @@
 // What the steps of the matrix kernels ask of an SM: linear layers and convolutions are made of the same.
 #pragma once
 
+#include "conv_tile.h"
 #include "kernel_cost.h"
 #include "linear_problem.h"
 #include "linear_tile.h"
@@ -13,10 +14,8 @@ Phase products_of(const LinearTile& tile, int columns);
 // A panel of x and one of down, of 64 numbers each, into the sums of h.
 Phase down_step(const LinearTile& tile);
 
-// What a step of a convolution issues beside its products, all warps together: windows of x by chunks of 8 channels, or
-// x and filters number by number.
-double window_slots(const LinearTile& tile);
-double number_slots(const LinearTile& tile);
+// What a step of a convolution issues beside its products, all warps together: for windows of x, and for filters.
+double window_slots(const ConvTile& tile);
 
 // A panel of an h that is there already, into shared memory.
 Phase load_step(const LinearTile& tile);

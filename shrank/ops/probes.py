@@ -95,6 +95,13 @@ PROBES = (
     Probe(LINEAR, "expand streamed", "gemm_expand", _LINEAR, grid=(64, 0, 1)),
     Probe(LINEAR, "epilogue", "two_gemms_epilogue", _LINEAR, dtypes=DTYPES),
     Probe(CONV, "chunks", "fused", _sizes((2, 16, 9, 7), (24, 16, 3, 3), (40, 24, 1, 1)), (*_PLAIN, 1, 1)),
+    Probe(
+        CONV,
+        "analytic",
+        "fused",
+        _sizes((2, 16, 9, 7), (24, 16, 3, 29), (40, 24, 1, 1)),
+        ([2, 1], [1, 14], [1, 1], 1, 1),
+    ),
     Probe(CONV, "numbers", "fused", _sizes((2, 3, 9, 7), (24, 3, 3, 3), (40, 24, 1, 1)), (*_PLAIN, 1, 1)),
     Probe(CONV, "depthwise", "fused", _sizes((2, 40, 9, 7), (40, 1, 3, 3), (72, 40, 1, 1)), (*_PLAIN, 40, 1)),
     Probe(CONV, "expand", "conv_expand", _sizes((2, 16, 9, 7), (24, 16, 3, 3), (40, 24, 1, 1)), (*_PLAIN, 1, 1)),

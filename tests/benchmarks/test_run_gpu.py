@@ -26,7 +26,7 @@ def test_the_rehearsal_goes_through_every_step(tmp_path: Path) -> None:
     assert steps["grid"]["data"]["rows"] and steps["stacks"]["data"]["rows"] and steps["environment"]["data"]["torch"]
     tiles, table = steps["tiles"]["data"], json.loads((tmp_path / "out/tuned.json").read_text())
     assert (
-        len(tiles["families"]) == 22
+        len(tiles["families"]) == 24
         and len(tiles["tiles"]) >= 40
         and not any((tiles["families"] | tiles["tiles"]).values())
     )
@@ -45,18 +45,20 @@ def test_no_step_stops_another(tmp_path: Path, capsys) -> None:
     fails = Step("fails", (PYTHON, "-c", "print('half'); raise SystemExit(3)"), 20)
     hangs = Step("hangs", (PYTHON, "-c", "import time; print('waiting', flush=True); time.sleep(60)"), 1)
     lacks = Step("lacks", ("no-such-program",), 20)
+    calls = Step("calls", (PYTHON, "-c", "raise SystemExit(1)"), 20, needs="no-such-program")
     writes = Step("writes", (PYTHON, "-c", "import sys; open(sys.argv[1], 'w').write('[1]')", "DATA"), 20)
-    assert run([fails, hangs, lacks, writes], tmp_path, dry=False) == 1
+    assert run([fails, hangs, lacks, calls, writes], tmp_path, dry=False) == 1
     steps = json.loads((tmp_path / "results.json").read_text())["steps"]
     assert {name: found["status"] for name, found in steps.items()} == {
         "fails": FAILED,
         "hangs": TIMEOUT,
         "lacks": NOT_HERE,
+        "calls": NOT_HERE,
         "writes": OK,
     }
     assert steps["fails"]["last_lines"] == ["half"] and steps["writes"]["data"] == [1]
     assert "waiting" in (tmp_path / "log.txt").read_text()
-    assert run([lacks, writes], tmp_path, dry=False) == 0
+    assert run([lacks, calls, writes], tmp_path, dry=False) == 0
 
 
 def test_all_limits_together_are_under_nine_minutes() -> None:

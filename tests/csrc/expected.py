@@ -148,18 +148,39 @@ def products(words: Words) -> Words:
     return pairs.prod(axis=1).view(np.uint32)
 
 
+def larger(words: Words) -> Words:
+    """Of two neighbours, in both orders: NaN if either is; +0 is above -0 (PTX ISA, "max")."""
+    numbers = floats(words)
+    other = numbers.reshape(-1, 2)[:, ::-1].reshape(-1)
+    with np.errstate(invalid="ignore"):
+        return np.where(
+            numbers == other, np.where(np.signbit(numbers), other, numbers), np.maximum(numbers, other)
+        ).view(np.uint32)
+
+
+def even_words(words: Words) -> Words:
+    kept = words.copy()
+    kept[1::2] = 0
+    return kept
+
+
 ANSWERS: dict[str, Callable[[Words], Words]] = {
     "exp2_approximate": in_double(np.exp2),
     "reciprocal_approximate": in_double(np.reciprocal),
+    "max_or_nan": larger,
     "multiply_wide": products,
+    "load_word_if": even_words,
     "load_store<uint32_t, 4>": mirrored,
     "load_store<bfloat16, 8>": mirrored,
     "load_store<float, 2>": mirrored,
     "load_shared_words": mirrored,
     "load_shared_floats": mirrored,
     "store_shared_words": mirrored,
+    "load_shared_pair": mirrored,
     "copy_async": every_other_chunk,
     "copy_async_reused": every_other_chunk,
+    "copy_async_if": every_other_chunk,
+    "copy_async_reused_if": every_other_chunk,
     "sync_threads": counted_from_opposite,
     "grid_dependency": lambda words: words,
     "position": positions,
@@ -175,6 +196,7 @@ for _dtype in TYPES:
             "widen": widened,
             "round_to": rounded,
             "round_to_pair": rounded,
+            "widen_pair": widened,
             "multiply_add": multiplied,
         }.items()
     }
@@ -209,7 +231,7 @@ def disagreements(name: str, given: Words, got: Words, answer: Words) -> np.ndar
     if got.shape != answer.shape:
         return np.arange(max(got.size, answer.size))
     differ = got != answer
-    if name in BOUNDS or name.startswith("widen"):
+    if name in BOUNDS or name.startswith(("widen", "max")):
         differ &= ~(np.isnan(floats(got)) & np.isnan(floats(answer)))
     if name in BOUNDS:
         bound, size = BOUNDS[name]

@@ -7,9 +7,14 @@ lets it act or not.
 from __future__ import annotations
 
 import re
+import subprocess
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+
+from shrank.ops.reference import ACTIVATIONS
 
 from . import sass
 
@@ -58,6 +63,12 @@ class Loop:
         """Slots beside the products, the fragments they need, and the barrier."""
         return self.slots - self["HMMA"] - self["LDSM"] - self["BAR"]
 
+    @property
+    def until_first_fragment(self) -> int:
+        """Slots from the barrier to the first fragment that is loaded behind it."""
+        names = [each.name for each in self.body]
+        return names.index("LDSM") - names.index("BAR")
+
     def guarded(self, name: str) -> int:
         return sum(each.name == name and each.guarded for each in self.body)
 
@@ -81,12 +92,17 @@ def loops(listing: str) -> list[Loop]:
     return [Loop(tuple(code[first : last + 1])) for first, last in sorted(inner)]
 
 
+def functions(listing: str) -> list[str]:
+    """The text of each, its name first."""
+    return re.split(r"^\s*\.section\s+\.text\.", listing, flags=re.MULTILINE)[1:]
+
+
 @cache
 def kernels(arch: str) -> dict[sass.Name, list[Loop]]:
     """The innermost loops of every matrix kernel of the extension for an architecture."""
     listing = sass.disassembled(arch)
     found = {}
-    for part in re.split(r"^\s*\.section\s+\.text\.", listing, flags=re.MULTILINE)[1:]:
+    for part in functions(listing):
         if name := sass.name_in(part.split("\n", 1)[0]):
             found[name] = loops(part)
     return found
@@ -97,6 +113,33 @@ def steps(arch: str, name: sass.Name) -> list[Loop]:
     return [loop for loop in kernels(arch)[name] if loop["HMMA"] and loop["LDGSTS"]]
 
 
-def ends(arch: str, name: sass.Name) -> list[Loop]:
-    """The loops that finish 8 numbers of y a pass, with every end that there is; by activation, once for 16 rows."""
-    return [loop for loop in kernels(arch)[name] if loop["STG"] == 2 and loop["LDS"] and not loop["HMMA"]]
+@dataclass(frozen=True)
+class End:
+    """What tests/csrc/ends.cu compiles: the end of a linear tile of 128 ranks, and what comes to its numbers."""
+
+    rows: int
+    activation: str
+    bias: bool
+    z: bool
+    residual: bool
+
+
+_END = re.compile(r"WithEndILi(\d+)ELNS_10ActivationE(\d)ELi(\d)E")
+
+
+@cache
+def ends(arch: str) -> dict[End, Loop]:
+    """The loop over column tiles, its steps unrolled, of every kernel of tests/csrc/ends.cu."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder, "ends.cubin")
+        source = Path(__file__).with_name("ends.cu")
+        command = ["nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-o", made, source]
+        subprocess.run(command, check=True, capture_output=True)
+        listing = subprocess.run([sass.tool("nvdisasm"), "-c", made], text=True, capture_output=True, check=True).stdout
+    found = {}
+    for part in functions(listing):
+        if named := _END.search(part.split("\n", 1)[0]):
+            options = int(named[3])
+            end = End(int(named[1]), list(ACTIVATIONS)[int(named[2])], *(bool(options & bit) for bit in (1, 2, 4)))
+            (found[end],) = (loop for loop in loops(part) if loop["HMMA"] and loop["STG"])
+    return found

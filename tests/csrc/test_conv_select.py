@@ -127,10 +127,27 @@ def test_kernels_that_may_not_run_say_why(dev, deviation, reason) -> None:
 
 @pytest.mark.parametrize(
     ("C", "groups", "gather"),
-    [(64, 1, "chunks"), (64, 8, "chunks"), (3, 1, "numbers"), (24, 8, "numbers"), (64, 64, "depthwise")],
+    [(64, 1, "chunks"), (64, 8, "analytic"), (3, 1, "numbers"), (24, 8, "numbers"), (64, 64, "depthwise")],
 )
 def test_channels_decide_how_windows_are_read(dev, C, groups, gather) -> None:
     each = problem(dev, 8, C, 64, 64, (28, 28), (3, 3), groups=groups)
+    assert dev.select.conv_grid(each, dev.select.device("H200")).tile.gather == gather
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "groups", "up_groups", "gather"),
+    [
+        ((60,), (29,), 1, 1, "chunks"),
+        ((60,), (30,), 1, 1, "analytic"),
+        ((28, 28), (12, 10), 1, 1, "chunks"),
+        ((28, 28), (11, 11), 1, 1, "analytic"),
+        ((28, 28), (3, 3), 4, 4, "chunks"),
+        ((28, 28), (3, 3), 4, 2, "analytic"),
+        ((28, 28), (3, 3), 2, 4, "chunks"),
+    ],
+)
+def test_taps_are_listed_where_the_list_holds_them(dev, size, kernel, groups, up_groups, gather) -> None:
+    each = problem(dev, 8, 64, 64, 64, size, kernel, groups=groups, up_groups=up_groups)
     assert dev.select.conv_grid(each, dev.select.device("H200")).tile.gather == gather
 
 

@@ -39,17 +39,18 @@ def test_products_run_on_tensor_cores_and_panels_come_by_asynchronous_copies(arc
         assert not {"FADD64", "DFMA", "DADD", "DMUL"} & set(used), f"{name} computes in fp64"
 
 
-def test_every_kernel_fits_where_select_lets_it_run(dev, arch) -> None:
-    capability = divmod(int(arch.strip("sma_")), 10)
+@pytest.mark.parametrize("model", sass.CARDS)
+def test_every_kernel_fits_where_select_lets_it_run(dev, model: str) -> None:
+    capability = divmod(int(model.strip("sma_")), 10)
     card = dev.select.Device.from_attributes(
-        "Some GPU", *capability, 100, 1500000, 5000000, 256, 1 << 22, sass.SHARED_OF_BLOCK[arch] * 1024
+        "Some GPU", *capability, 100, 1500000, 5000000, 256, 1 << 22, sass.SHARED_OF_BLOCK[model] * 1024
     )
     fitting = [tile for tile in sass.tiles_of(dev) if tile.shared_bytes <= card.smem_per_block]
     for tile in fitting:
         assert why_not(dev, tile, card) is None
         for dtype in DTYPES:
-            kernel = sass.kernels(arch)[sass.name_of(tile, dtype)]
-            assert sass.blocks_per_sm(arch, kernel, tile.threads, tile.shared_bytes) >= 1
+            kernel = sass.kernel_on(model, sass.name_of(tile, dtype))
+            assert sass.blocks_per_sm(model, kernel, tile.threads, tile.shared_bytes) >= 1
     assert len(fitting) >= 20
 
 
@@ -58,7 +59,7 @@ def why_not(dev, tile, card) -> str | None:
     kind, _, _, rank = sass.name_of(tile, "bfloat16")
     if kind == sass.LINEAR:
         return dev.select.linear_why_not(dev.select.LinearProblem(512, 768, 768, rank or 96), card, tile.holds_h)
-    C, groups = {"chunks": (64, 1), "numbers": (3, 1), "depthwise": (rank, rank)}[kind]
+    C, groups = {"chunks": (64, 1), "analytic": (64, 4), "numbers": (3, 1), "depthwise": (rank, rank)}[kind]
     return dev.select.conv_why_not(dev.select.ConvProblem(2, C, 64, rank, (1, 16, 16), (1, 3, 3), groups=groups), card)
 
 

@@ -21,7 +21,7 @@ TILES = (
         for block_m, ranks in ((32, (64, 128, 256)), (64, (32, 64, 96, 128, 256)), (128, (32, 64, 128)))
         for rank in ranks
     ),
-    *(("numbers", 64, rank) for rank in (64, 128, 256)),
+    *((gather, 64, rank) for gather in ("analytic", "numbers") for rank in (64, 128, 256)),
     *(
         ("depthwise", *tile)
         for tile in ((128, 128), (64, 256), (128, 256), (32, 512), (64, 512), (64, 1024), (32, 1536))
@@ -63,6 +63,11 @@ class ConvRun:
             f"k{'x'.join(map(str, self.kernel))}{window}-R{self.R}-N{self.N}-g{self.groups}.{self.up_groups}-"
             f"by{self.blocks_n}-{'-'.join(end)}-{str(self.dtype)[6:]}"
         )
+
+    def has_listed_taps(self) -> bool:
+        """Whether the kernel that lists the taps may run it: conv_tile.h."""
+        kernel = self.padded(self.kernel, 1)
+        return self.groups <= self.up_groups and math.prod(kernel) <= 120 and sum(kernel) <= 31
 
     def multiply_adds(self) -> int:
         """About as many as it has."""
@@ -154,13 +159,15 @@ def exact(run: ConvRun, arguments: dict[str, Tensor | None]) -> reference.Forwar
 
 SMALL = ("chunks", 64, 64)
 TINY = ("chunks", 32, 64)
+ANALYTIC = ("analytic", 64, 64)
 BY_NUMBER = ("numbers", 64, 64)
 DEPTHWISE = ("depthwise", 64, 256)
 
 
 def runs() -> list[ConvRun]:
     """Every tile in both dtypes; then from small bases every window, grouping, tail and end."""
-    return [*_every_tile(), *_windows(), *_groups(), *_tails(), *_ends(), *_of_models()]
+    made = [*_every_tile(), *_windows(), *_groups(), *_tails(), *_ends(), *_of_models()]
+    return [run for run in made if run.tile[0] != "chunks" or run.has_listed_taps()]
 
 
 def _every_tile() -> list[ConvRun]:
@@ -168,6 +175,7 @@ def _every_tile() -> list[ConvRun]:
     for (gather, block_m, rank), dtype in product(TILES, (BF16, FP16)):
         C, R, groups = {
             "chunks": (24, max(rank - 8, 24), 1),
+            "analytic": (32, rank - 16, 2),
             "numbers": (5, rank - 8, 1),
             "depthwise": (rank - 40, rank - 40, rank - 40),
         }[gather]
@@ -224,6 +232,7 @@ def _windows() -> list[ConvRun]:
         for i, shape in enumerate(shapes)
         for tile, C, N, R, groups, dtype in [
             (TINY, (8, 24, 64, 72)[i % 4], 72, 40, 1, (BF16, FP16)[i % 2]),
+            (ANALYTIC, (72, 8, 24, 64)[i % 4], 24, 40, 1, (FP16, BF16)[i % 2]),
             (BY_NUMBER, (1, 3, 12, 5)[i % 4], 24, 16, 1, (FP16, BF16)[i % 2]),
             (DEPTHWISE, 72, 40, 72, 72, (BF16, FP16)[i % 2]),
         ]
@@ -236,20 +245,22 @@ def _groups() -> list[ConvRun]:
     by_chunk = [
         ConvRun(tile, **base, C=8 * groups * wide, N=N * up, R=R, groups=groups, up_groups=up, training=True, bias=True)
         for groups, up, R, N, wide, tile in [
-            (2, 1, 48, 40, 1, TINY),
-            (4, 1, 64, 40, 3, TINY),
+            (2, 1, 48, 40, 1, ANALYTIC),
+            (4, 1, 64, 40, 3, ANALYTIC),
             (2, 2, 80, 136, 1, TINY),
-            (4, 2, 64, 24, 2, TINY),
-            (8, 1, 64, 40, 1, TINY),
-            (2, 1, 16, 40, 1, TINY),
-            (16, 1, 128, 24, 1, ("chunks", 64, 128)),
-            (3, 1, 72, 40, 1, ("chunks", 64, 96)),
+            (2, 2, 80, 136, 1, ANALYTIC),
+            (4, 2, 64, 24, 2, ANALYTIC),
+            (8, 1, 64, 40, 1, ANALYTIC),
+            (2, 1, 16, 40, 1, ANALYTIC),
+            (16, 1, 128, 24, 1, ("analytic", 64, 128)),
+            (3, 1, 72, 40, 1, ("analytic", 64, 128)),
             (1, 2, 96, 40, 5, TINY),
             (2, 4, 96, 24, 2, SMALL),
+            (2, 4, 96, 24, 2, ANALYTIC),
             (4, 4, 256, 72, 6, SMALL),
             (16, 16, 384, 48, 2, TINY),
-            (4, 1, 256, 72, 2, ("chunks", 32, 256)),
-            (8, 2, 256, 72, 1, ("chunks", 64, 128)),
+            (4, 1, 256, 72, 2, ("analytic", 64, 256)),
+            (8, 2, 256, 72, 1, ("analytic", 64, 128)),
         ]
     ]
     by_number = [
@@ -267,7 +278,12 @@ def _tails() -> list[ConvRun]:
     """Steps of the first pipeline over and under its stages, column tiles and their shares, pixels, ranks."""
     steps = [
         ConvRun(tile, (n,), (taps,), C, 24, 24, 1, dtype=dtype)
-        for tile, C, dtype in ((TINY, 64, BF16), (("chunks", 128, 128), 64, FP16), (BY_NUMBER, 32, BF16))
+        for tile, C, dtype in (
+            (TINY, 64, BF16),
+            (("chunks", 128, 128), 64, FP16),
+            (ANALYTIC, 64, BF16),
+            (BY_NUMBER, 32, BF16),
+        )
         for n, taps in ((9, 1), (9, 2), (9, 3), (9, 4), (9, 5), (12, 9))
     ]
     tiles = [
@@ -280,6 +296,7 @@ def _tails() -> list[ConvRun]:
         for tile, C, groups in (
             (TINY, 16, 1),
             (SMALL, 16, 1),
+            (ANALYTIC, 16, 1),
             (BY_NUMBER, 8, 1),
             (DEPTHWISE, 16, 16),
             (("depthwise", 128, 256), 16, 16),
@@ -297,6 +314,7 @@ def _tails() -> list[ConvRun]:
             (("chunks", 64, 32), 24),
             (("chunks", 64, 96), 80),
             (("chunks", 32, 256), 200),
+            (("analytic", 64, 128), 104),
             (("numbers", 64, 128), 104),
         )
     ]
@@ -310,8 +328,13 @@ def _tails() -> list[ConvRun]:
     ]
     ranks += [ConvRun(DEPTHWISE, (258,), (256,), 16, 24, 16, 1, groups=16)]  # the most taps
     ranks += [
-        ConvRun(TINY, (20,), (3,), C, 24, 48, 1, groups=groups)  # runs of 64 channels, and of all
+        ConvRun(tile, (20,), (3,), C, 24, 48, 1, groups=groups)  # runs of 64 channels, and of all
         for C, groups in ((128, 1), (192, 3), (256, 2), (72, 1), (80, 1), (200, 1))
+        for tile in ((ANALYTIC,) if groups > 1 else (TINY, ANALYTIC))
+    ]
+    ranks += [  # the most coordinates, and the most taps, that a list has
+        ConvRun(TINY, (40,), (29,), 8, 24, 24, 1, begin=(14,)),
+        ConvRun(TINY, (12, 13), (12, 10), 8, 24, 24, 1, begin=(6, 5)),
     ]
     return steps + tiles + pixels + ranks
 
@@ -343,11 +366,22 @@ def _of_models() -> list[ConvRun]:
         ConvRun(("chunks", 64, 32), (8, 8), (3, 3), 64, 64, 16, begin=(1, 1)),  # ResNet
         ConvRun(BY_NUMBER, (18, 18), (7, 7), 3, 64, 16, 1, (2, 2), (3, 3), bias=True, activation="relu"),  # its stem
         ConvRun(BY_NUMBER, (720, 1), (512, 1), 1, 128, 48, 1, (4, 1), (0, 0), bias=True, activation="relu"),  # CREPE
-        ConvRun(SMALL, (100, 1), (64, 1), 128, 128, 56, 1, begin=(31, 0), end=(32, 0), bias=True, activation="relu"),
+        ConvRun(ANALYTIC, (100, 1), (64, 1), 128, 128, 56, 1, begin=(31, 0), end=(32, 0), bias=True, activation="relu"),
         ConvRun(BY_NUMBER, (40,), (3,), 80, 384, 40, 1, begin=(1,), bias=True, activation="gelu"),  # Whisper
         ConvRun(("chunks", 64, 96), (41,), (3,), 80, 384, 88, 1, begin=(1,), bias=True, activation="gelu"),
         ConvRun(
-            TINY, (33,), (128,), 768, 768, 384, 1, begin=(64,), groups=16, up_groups=16, bias=True, activation="gelu"
+            ANALYTIC,
+            (33,),
+            (128,),
+            768,
+            768,
+            384,
+            1,
+            begin=(64,),
+            groups=16,
+            up_groups=16,
+            bias=True,
+            activation="gelu",
         ),  # wav2vec 2.0
         ConvRun(BY_NUMBER, (4, 32, 32), (2, 16, 16), 3, 96, 48, 1, (2, 16, 16), bias=True),  # VideoMAE's tubes
         ConvRun(

@@ -49,8 +49,10 @@ def test_every_tile_of_linear_layers(tile, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("tile", DEV.select.CONV_TILES, ids=repr)
 def test_every_tile_of_convolutions(tile, dtype: torch.dtype) -> None:
-    rank = tile.max_rank - 8
-    channels, groups = {"chunks": (8, 1), "numbers": (3, 1), "depthwise": (rank, rank)}[tile.gather]
+    rank = tile.max_rank - (16 if tile.gather == "analytic" else 8)
+    channels, groups = {"chunks": (8, 1), "analytic": (16, 2), "numbers": (3, 1), "depthwise": (rank, rank)}[
+        tile.gather
+    ]
     case = ConvCase((6, 5), (3, 2), channels, 40, rank, padding=(1, 0), groups=groups, activation="relu", last=True)
     held_to_pytorch(CONV, case.tensors(dtype, "cpu"), "fused", (tile.block_m, tile.max_rank, 1))
 
