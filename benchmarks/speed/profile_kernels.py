@@ -15,33 +15,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from tests.common.conv_cases import ConvCase
-from tests.common.linear_cases import LinearCase
-
 MODULE = "benchmarks.speed.profile_kernels"
 NCU = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "Occupancy", "LaunchStats")
-_LINEAR = LinearCase((16384,), 768, 3072, 96, True, "gelu")
-_CONV = ConvCase((56, 56), (3, 3), 128, 128, 64, 32, padding=(1, 1), activation="relu", residual=True, last=True)
-_DEPTHWISE = ConvCase((56, 56), (7, 7), 96, 96, 96, 32, padding=(3, 3), groups=96, last=True)
-# name: the problem, the kernel's name among the op's choices
-CASES = {
-    "linear from x": (_LINEAR, "fused"),
-    "linear from h": (replace(_LINEAR, R=512), "gemm_expand"),
-    "convolution": (_CONV, "fused"),
-    "depthwise": (_DEPTHWISE, "fused"),
-}
-TINY = {
-    "linear from x": (replace(_LINEAR, batch=(16,)), "fused"),
-    "linear from h": (replace(_LINEAR, batch=(16,), K=64, N=64, R=320), "gemm_expand"),
-    "convolution": (replace(_CONV, input=(4, 4), B=1), "fused"),
-    "depthwise": (replace(_DEPTHWISE, input=(4, 4), B=1), "fused"),
-}
+NAMES = ("linear from x", "linear from h", "convolution", "depthwise")
 
 
 def main() -> int:
@@ -59,19 +40,30 @@ def main() -> int:
         return 0
     if given.library:
         torch.ops.load_library(str(given.library))
-    for name, grid in launched(TINY if given.tiny else CASES, given.device):
+    for name, grid in launched(given.tiny, given.device):
         print(f"{name}: {grid}")
     return 0
 
 
-def launched(cases: dict[str, tuple[LinearCase | ConvCase, str]], device: str) -> Iterator[tuple[str, str]]:
+def launched(tiny: bool, device: str) -> Iterator[tuple[str, str]]:
     """Launch each kernel twice, with the cheapest grid by the model: the second time its code is in the caches."""
-    from shrank.measuring.ways import ways
+    from shrank.measuring.ways import ways  # shrank is imported after the library that takes its place
     from shrank.ops.conv import CONV
     from shrank.ops.linear import LINEAR
+    from tests.common.conv_cases import ConvCase
+    from tests.common.linear_cases import LinearCase
 
-    for name, (case, kernel) in cases.items():
-        op, arguments = LINEAR if isinstance(case, LinearCase) else CONV, case.tensors(torch.bfloat16, device)
+    rows, size, batch = (16, (4, 4), 1) if tiny else (16384, (56, 56), 32)
+    narrow = dict(kernel=(3, 3), C=128, N=128, R=64, padding=(1, 1), activation="relu", residual=True)
+    separable = dict(kernel=(7, 7), C=96, N=96, R=96, padding=(3, 3), groups=96)
+    cases = (
+        (LINEAR, "fused", LinearCase((rows,), 768, 3072, 96, True, "gelu")),
+        (LINEAR, "gemm_expand", LinearCase((rows,), 768, 3072, 512, True, "gelu")),
+        (CONV, "fused", ConvCase(size, **narrow, B=batch, last=True)),
+        (CONV, "fused", ConvCase(size, **separable, B=batch, last=True)),
+    )
+    for name, (op, kernel, case) in zip(NAMES, cases, strict=True):
+        arguments = case.tensors(torch.bfloat16, device)
         way = next(way for way in ways(op, arguments, 1) if way.kernel == kernel)
         for _ in range(2):
             op.run_named(arguments, way.kernel, way.grid, False)
@@ -95,9 +87,9 @@ def profiled() -> dict[str, dict[str, str]]:
     if ran.returncode:
         raise RuntimeError(f"{NCU} ended with {ran.returncode}: {(ran.stdout + ran.stderr)[-2000:]}")
     launches = parsed(ran.stdout)
-    if len(launches) != 2 * len(CASES):
-        raise RuntimeError(f"ncu saw {len(launches)} launches, wanted {2 * len(CASES)}")
-    return dict(zip(CASES, launches[1::2], strict=True))
+    if len(launches) != 2 * len(NAMES):
+        raise RuntimeError(f"ncu saw {len(launches)} launches, wanted {2 * len(NAMES)}")
+    return dict(zip(NAMES, launches[1::2], strict=True))
 
 
 def parsed(printed: str) -> list[dict[str, str]]:
