@@ -28,6 +28,7 @@ _KERNEL = re.compile(r"\d+LowRank(Linear|Conv|Depthwise)INS_4arch\d+(\w+?)E(?:LN
 _GATHERS = ("chunks", "analytic", "numbers")
 LINEAR = "linear"
 Name = tuple[str, str, int, int]  # kind: linear, or how a convolution gathers; dtype, block_m, max_rank
+_OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -66,6 +67,11 @@ def disassembled(arch: str) -> str:
     return "\n".join(found)
 
 
+def functions(listing: str) -> list[str]:
+    """The text of each, its name first."""
+    return re.split(r"^\s*\.section\s+\.text\.", listing, flags=re.MULTILINE)[1:]
+
+
 def name_in(line: str) -> Name | None:
     if not (named := _KERNEL.search(line)):
         return None
@@ -89,11 +95,9 @@ def kernels(arch: str) -> dict[Name, Kernel]:
         elif current and (used := _RESOURCES.search(line)):
             current.registers, current.stack, current.local = int(used[1]), int(used[2]), int(used[4])
             current = None
-    for line in dump("--dump-sass", "-arch", arch).splitlines():
-        if "Function :" in line:
-            current = found.get(name_in(line))
-        elif current and (opcode := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", line)):
-            current.instructions[opcode[1].split(".")[0]] += 1
+    for part in functions(disassembled(arch)):
+        if name := name_in(part.split("\n", 1)[0]):
+            found[name].instructions.update(opcode.split(".")[0] for opcode in _OPCODE.findall(part))
     return found
 
 

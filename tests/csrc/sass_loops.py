@@ -92,17 +92,12 @@ def loops(listing: str) -> list[Loop]:
     return [Loop(tuple(code[first : last + 1])) for first, last in sorted(inner)]
 
 
-def functions(listing: str) -> list[str]:
-    """The text of each, its name first."""
-    return re.split(r"^\s*\.section\s+\.text\.", listing, flags=re.MULTILINE)[1:]
-
-
 @cache
 def kernels(arch: str) -> dict[sass.Name, list[Loop]]:
     """The innermost loops of every matrix kernel of the extension for an architecture."""
     listing = sass.disassembled(arch)
     found = {}
-    for part in functions(listing):
+    for part in sass.functions(listing):
         if name := sass.name_in(part.split("\n", 1)[0]):
             found[name] = loops(part)
     return found
@@ -137,7 +132,7 @@ def ends(arch: str) -> dict[End, Loop]:
         subprocess.run(command, check=True, capture_output=True)
         listing = subprocess.run([sass.tool("nvdisasm"), "-c", made], text=True, capture_output=True, check=True).stdout
     found = {}
-    for part in functions(listing):
+    for part in sass.functions(listing):
         if named := _END.search(part.split("\n", 1)[0]):
             options = int(named[3])
             end = End(int(named[1]), list(ACTIVATIONS)[int(named[2])], *(bool(options & bit) for bit in (1, 2, 4)))
