@@ -88,13 +88,14 @@ def _sizes(*sizes: tuple[int, ...]) -> tuple[torch.Size, ...]:
 
 
 _LINEAR = _sizes((37, 200), (40, 200), (136, 40))
+_CONV = _sizes((2, 16, 9, 7), (24, 16, 3, 3), (40, 24, 1, 1))
 _PLAIN = ([2, 1], [1, 2], [1, 1])  # stride, padding, dilation
 PROBES = (
     Probe(LINEAR, "fused", "fused", _LINEAR),
     Probe(LINEAR, "expand", "gemm_expand", _LINEAR),
     Probe(LINEAR, "expand streamed", "gemm_expand", _LINEAR, grid=(64, 0, 1)),
     Probe(LINEAR, "epilogue", "two_gemms_epilogue", _LINEAR, dtypes=DTYPES),
-    Probe(CONV, "chunks", "fused", _sizes((2, 16, 9, 7), (24, 16, 3, 3), (40, 24, 1, 1)), (*_PLAIN, 1, 1)),
+    Probe(CONV, "chunks", "fused", _CONV, (*_PLAIN, 1, 1)),
     Probe(
         CONV,
         "analytic",
@@ -104,15 +105,8 @@ PROBES = (
     ),
     Probe(CONV, "numbers", "fused", _sizes((2, 3, 9, 7), (24, 3, 3, 3), (40, 24, 1, 1)), (*_PLAIN, 1, 1)),
     Probe(CONV, "depthwise", "fused", _sizes((2, 40, 9, 7), (40, 1, 3, 3), (72, 40, 1, 1)), (*_PLAIN, 40, 1)),
-    Probe(CONV, "expand", "conv_expand", _sizes((2, 16, 9, 7), (24, 16, 3, 3), (40, 24, 1, 1)), (*_PLAIN, 1, 1)),
-    Probe(
-        CONV,
-        "epilogue",
-        "two_convs_epilogue",
-        _sizes((2, 16, 9, 7), (24, 16, 3, 3), (40, 24, 1, 1)),
-        (*_PLAIN, 1, 1),
-        dtypes=DTYPES,
-    ),
+    Probe(CONV, "expand", "conv_expand", _CONV, (*_PLAIN, 1, 1)),
+    Probe(CONV, "epilogue", "two_convs_epilogue", _CONV, (*_PLAIN, 1, 1), dtypes=DTYPES),
 )
 
 
