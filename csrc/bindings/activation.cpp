@@ -15,20 +15,33 @@ using namespace py::literals;
 namespace shrank {
 namespace {
 
-template <typename T> std::vector<float> activated(Activation kind, std::vector<float> numbers) {
-  with_activation(kind, [&](auto known) {
-    for (float& z : numbers) z = activate<T, decltype(known)::value>(z);
+// change(element, kind, number) for every number, as the kernels for that dtype and activation do.
+template <typename Change>
+std::vector<float> changed(const std::string& dtype, const std::string& activation, std::vector<float> numbers,
+                           const Change& change) {
+  with_activation(parse_activation(activation), [&](auto kind) {
+    const auto all = [&](auto element) {
+      for (float& z : numbers) z = change(element, kind, z);
+    };
+    switch (parse_dtype(dtype)) {
+      case Dtype::float16: return all(arch::float16{});
+      case Dtype::bfloat16: return all(arch::bfloat16{});
+      default: throw std::invalid_argument("wanted a dtype of 16 bits");
+    }
   });
   return numbers;
 }
 
 std::vector<float> activate_all(const std::string& dtype, const std::string& activation, std::vector<float> numbers) {
-  const Activation kind = parse_activation(activation);
-  switch (parse_dtype(dtype)) {
-    case Dtype::float16: return activated<arch::float16>(kind, std::move(numbers));
-    case Dtype::bfloat16: return activated<arch::bfloat16>(kind, std::move(numbers));
-    default: throw std::invalid_argument("wanted a dtype of 16 bits");
-  }
+  return changed(dtype, activation, std::move(numbers), [](auto element, auto kind, float z) {
+    return activate<decltype(element), decltype(kind)::value>(z);
+  });
+}
+
+std::vector<float> derive_all(const std::string& dtype, const std::string& activation, std::vector<float> numbers) {
+  return changed(dtype, activation, std::move(numbers), [](auto element, auto kind, float z) {
+    return activate_backward<decltype(element), decltype(kind)::value>(1, z);
+  });
 }
 
 }  // namespace
@@ -36,6 +49,7 @@ std::vector<float> activate_all(const std::string& dtype, const std::string& act
 void bind_activation(py::module_ m) {
   m.def("activate", &activate_all, "dtype"_a, "activation"_a, "numbers"_a,
         "As a kernel computes the activation for that dtype, before it rounds");
+  m.def("derive", &derive_all, "dtype"_a, "activation"_a, "numbers"_a, "Its derivative");
 }
 
 }  // namespace shrank

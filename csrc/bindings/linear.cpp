@@ -3,6 +3,7 @@
 
 #include <pybind11/stl.h>
 
+#include "../kernels/expand_backward_emulated.h"
 #include "../kernels/low_rank_linear_emulated.h"
 
 namespace py = pybind11;
@@ -13,17 +14,17 @@ namespace {
 
 using Address = std::uintptr_t;
 
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
 emulator::Result emulate(const LinearGrid& grid, int64_t M, int K, int N, int R, const std::string& dtype,
                          const std::string& activation, Address x, Address down, Address up, Address bias,
-                         Address residual, Address h, Address z, Address y, uint64_t seed, bool copies_early) {
-  const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
+                         Address residual, Address h, Address y, uint64_t seed, bool copies_early) {
   const LowRankLinearParams params{pointer(x),
                                    pointer(down),
                                    pointer(up),
                                    pointer(bias),
                                    pointer(residual),
                                    pointer(h),
-                                   pointer(z),
                                    pointer(y),
                                    M,
                                    K,
@@ -34,11 +35,30 @@ emulator::Result emulate(const LinearGrid& grid, int64_t M, int K, int N, int R,
   return emulate_low_rank_linear(params, grid, {seed, copies_early});
 }
 
+emulator::Result emulate_backward(const LinearGrid& grid, int64_t M, int N, int R, const std::string& dtype,
+                                  const std::string& activation, Address h, Address up, Address bias, Address grad,
+                                  Address dz, Address sums, uint64_t seed, bool copies_early) {
+  const ExpandBackwardParams params{pointer(h),
+                                    pointer(up),
+                                    pointer(bias),
+                                    pointer(grad),
+                                    pointer(dz),
+                                    static_cast<float*>(pointer(sums)),
+                                    M,
+                                    N,
+                                    R,
+                                    parse_dtype(dtype),
+                                    parse_activation(activation)};
+  return emulate_expand_backward(params, grid, {seed, copies_early});
+}
+
 }  // namespace
 
 void bind_linear(py::module_ m) {
   m.def("emulate", &emulate, "grid"_a, "M"_a, "K"_a, "N"_a, "R"_a, "dtype"_a, "activation"_a, "x"_a = 0, "down"_a = 0,
-        "up"_a, "bias"_a = 0, "residual"_a = 0, "h"_a = 0, "z"_a = 0, "y"_a, "seed"_a = 0, "copies_early"_a = false);
+        "up"_a, "bias"_a = 0, "residual"_a = 0, "h"_a = 0, "y"_a, "seed"_a = 0, "copies_early"_a = false);
+  m.def("emulate_backward", &emulate_backward, "grid"_a, "M"_a, "N"_a, "R"_a, "dtype"_a, "activation"_a, "h"_a, "up"_a,
+        "bias"_a = 0, "grad"_a, "dz"_a, "sums"_a = 0, "seed"_a = 0, "copies_early"_a = false);
 }
 
 }  // namespace shrank

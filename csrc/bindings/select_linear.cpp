@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "../select/backward_select.h"
 #include "../select/epilogue_tile.h"
 #include "../select/explain.h"
 #include "../select/kernel_cost.h"
@@ -32,6 +33,19 @@ Device from_attributes_of(const std::string& name, int major, int minor, int sms
                          smem_per_block);
 }
 
+template <typename Kernel, typename Choice>
+void bind_choice(py::module_& m, const char* candidate, const char* choice) {
+  py::class_<Candidate<Kernel>>(m, candidate)
+      .def_property_readonly("kernel", [](const Candidate<Kernel>& c) { return name_of(c.kernel); })
+      .def_readonly("why_not", &Candidate<Kernel>::why_not)
+      .def_readonly("microseconds", &Candidate<Kernel>::microseconds);
+  py::class_<Choice>(m, choice)
+      .def_property_readonly("kernel", [](const Choice& c) { return name_of(c.kernel); })
+      .def_readonly("microseconds", &Choice::microseconds)
+      .def_readonly("reason", &Choice::reason)
+      .def_readonly("grid", &Choice::grid);
+}
+
 }  // namespace
 
 void bind_select_linear(py::module_ m) {
@@ -47,10 +61,9 @@ void bind_select_linear(py::module_ m) {
       .def_readonly("training", &LinearProblem::training)
       .def_readonly("aligned", &LinearProblem::aligned)
       .def_readonly("captured", &LinearProblem::captured)
-      .def_property_readonly("dtype", [](const LinearProblem& p) { return name_of(p.dtype); })
-      .def_property_readonly("activation", [](const LinearProblem& p) {
-    return name_of(p.activation);
-  }).def_property_readonly("keeps_preactivation", &keeps_preactivation);
+      .def_property_readonly("dtype", [](const LinearProblem& p) {
+    return name_of(p.dtype);
+  }).def_property_readonly("activation", [](const LinearProblem& p) { return name_of(p.activation); });
 
   py::class_<Device>(m, "Device")
       .def_static("from_attributes", &from_attributes_of, "name"_a, "major"_a, "minor"_a, "sms"_a, "clock_khz"_a,
@@ -70,16 +83,8 @@ void bind_select_linear(py::module_ m) {
       .def_readonly("source", &Device::source)
       .def("__repr__", [](const Device& d) { return "Device(" + std::string(d.name) + ")"; });
 
-  py::class_<Candidate<LinearKernel>>(m, "LinearCandidate")
-      .def_property_readonly("kernel", [](const Candidate<LinearKernel>& c) { return name_of(c.kernel); })
-      .def_readonly("why_not", &Candidate<LinearKernel>::why_not)
-      .def_readonly("microseconds", &Candidate<LinearKernel>::microseconds);
-
-  py::class_<LinearChoice>(m, "LinearChoice")
-      .def_property_readonly("kernel", [](const LinearChoice& c) { return name_of(c.kernel); })
-      .def_readonly("microseconds", &LinearChoice::microseconds)
-      .def_readonly("reason", &LinearChoice::reason)
-      .def_readonly("grid", &LinearChoice::grid);
+  bind_choice<LinearKernel, LinearChoice>(m, "LinearCandidate", "LinearChoice");
+  bind_choice<BackwardKernel, BackwardChoice>(m, "BackwardCandidate", "BackwardChoice");
 
   py::class_<EpilogueTile>(m, "EpilogueTile")
       .def_readonly("vector", &EpilogueTile::vector)
@@ -97,6 +102,7 @@ void bind_select_linear(py::module_ m) {
       .def_property_readonly("down_stages", &LinearTile::down_stages)
       .def_property_readonly("up_stages", &LinearTile::up_stages)
       .def_property_readonly("shared_bytes", &LinearTile::shared_bytes)
+      .def_property_readonly("expand_bytes", &LinearTile::expand_bytes)
       .def("__repr__", [](const LinearTile& tile) {
     return "LinearTile(" + std::to_string(tile.block_m) + ", " + std::to_string(tile.max_rank) + ")";
   });
@@ -110,6 +116,10 @@ void bind_select_linear(py::module_ m) {
       .def_readonly("blocks_n", &LinearGrid::blocks_n);
 
   m.attr("LINEAR_TILES") = std::vector<LinearTile>(kLinearTiles.begin(), kLinearTiles.end());
+  m.attr("BACKWARD_TILES") = std::vector<LinearTile>(kBackwardTiles.begin(), kBackwardTiles.end());
+  m.def("backward_sum_rows", &backward_sum_rows, "grid"_a);
+  m.def("backward_candidates", &backward_candidates, "problem"_a, "device"_a);
+  m.def("choose_backward", &choose_backward, "problem"_a, "device"_a);
   m.def("linear_why_not", [](const LinearProblem& p, const Device& d, bool fused) {
     return linear_why_not(p, d, fused);
   }, "problem"_a, "device"_a, "fused"_a);

@@ -28,6 +28,7 @@ void copy_async_wait(int pending);
 
 void sync_threads();
 void sync_warp(uint32_t lanes);
+float exchange(float number, int lanes);
 void grid_dependency_wait();
 void grid_dependency_launch();
 

@@ -90,6 +90,20 @@ void sync_warp(uint32_t lanes) {
   });
 }
 
+float exchange(float number, int lanes) {
+  struct Arguments {
+    float number, found;
+    int lanes;
+  } mine{number, 0, lanes};
+  rendezvous("exchange", 0xffffffffu, &mine, SHRANK_SITE, [](void** all) {
+    for (int lane = 0; lane < kWarp; ++lane) {
+      auto& own = *static_cast<Arguments*>(all[lane]);
+      own.found = static_cast<const Arguments*>(all[lane ^ own.lanes])->number;
+    }
+  });
+  return mine.found;
+}
+
 // ---- matrices: fragment layouts as in arch/matrix.cuh
 
 void load_matrices(uint32_t (&fragment)[4], uint32_t row, bool transposed) {

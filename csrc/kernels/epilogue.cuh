@@ -1,4 +1,4 @@
-// Each thread owns one pack of columns and strides over the rows.
+// Each thread owns one pack of columns and strides over the rows, forwards and backwards.
 #pragma once
 
 #include <type_traits>
@@ -8,6 +8,11 @@
 #include "epilogue.h"
 
 namespace shrank {
+
+template <typename T, int Count> SHRANK_DEVICE void widen(const arch::Pack<T, Count>& pack,
+                                                          arch::compute_t<T> (&out)[Count]) {
+  for (int i = 0; i < Count; i++) out[i] = arch::widen(pack.item[i]);
+}
 
 template <typename T, int Count, Activation kind> struct Epilogue {
   using C = arch::compute_t<T>;
@@ -26,17 +31,41 @@ template <typename T, int Count, Activation kind> struct Epilogue {
       arch::store<T, Count>(static_cast<T*>(params.y) + offset, y);
     }
   }
+};
 
-  SHRANK_DEVICE static void widen(const Pack& pack, C (&out)[Count]) {
-    for (int i = 0; i < Count; i++) out[i] = arch::widen(pack.item[i]);
+template <typename T, int Count, Activation kind> struct EpilogueBackward {
+  using C = arch::compute_t<T>;
+  using Pack = arch::Pack<T, Count>;
+
+  SHRANK_DEVICE static void run(const EpilogueBackwardParams& params, const arch::Position& at) {
+    const int64_t column = at.column * Count;
+    if (column >= params.N) return;
+    arch::Pack<C, Count> sums{};
+    for (int64_t row = at.row; row < params.M; row += at.rows) {
+      const int64_t offset = row * params.N + column;
+      C z[Count], grad[Count];
+      widen(arch::load<T, Count>(static_cast<const T*>(params.z) + offset), z);
+      widen(arch::load<T, Count>(static_cast<const T*>(params.grad) + offset), grad);
+      Pack dz;
+      for (int i = 0; i < Count; i++) {
+        const C item = activate_backward<T, kind>(grad[i], z[i]);
+        sums.item[i] += item;
+        dz.item[i] = arch::round_to<T>(item);
+      }
+      arch::store<T, Count>(static_cast<T*>(params.dz) + offset, dz);
+    }
+    if (!params.sums) return;
+    C* const to = static_cast<C*>(params.sums) + at.row * params.N + column;
+    for (int i = 0; i < Count; i++) to[i] = sums.item[i];
   }
 };
 
-// Calls visit with the Epilogue that the parameters and the tile name.
-template <typename Visit> void with_epilogue(const EpilogueParams& params, const EpilogueTile& tile, Visit visit) {
+// Calls visit with the Epilogue, or EpilogueBackward, that the parameters and the tile name.
+template <template <typename, int, Activation> class Kernel, typename Params, typename Visit>
+void with_epilogue(const Params& params, const EpilogueTile& tile, Visit visit) {
   const auto with_kernel = [&](auto element, auto count) {
     with_activation(params.activation, [&](auto kind) {
-      visit(Epilogue<decltype(element), decltype(count)::value, decltype(kind)::value>{});
+      visit(Kernel<decltype(element), decltype(count)::value, decltype(kind)::value>{});
     });
   };
   const auto with_count = [&](auto element) {

@@ -7,7 +7,7 @@
 
 namespace shrank {
 
-// P: the kernel's parameters, with M, N, R, up, bias, residual, h, z and y. Where there are GROUPS, N and R count one
+// P: the kernel's parameters, with M, N, R, up, bias and h; and what its end needs: residual, y and activation. Where there are GROUPS, N and R count one
 // group's columns, whose up (N, R) follow one another; groups and column tiles share the second axis of the grid.
 template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct Block {
   using Params = P;
@@ -102,10 +102,12 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
     }
   };
 
-  // y = h up^T and its end, one tile of columns after the other, one pipeline running through all of them.
+  // h up^T + bias and its end, one tile of columns after the other, one pipeline running through all of them.
   // `prepare_h` runs while the first panels of up are on their way; the first step's barrier shows its work to all.
+  // `end` is told of a tile's first column of this warp before its products and after, when it gets the sums.
   // WHOLE_TILE: all panels of h that the tile has are filled, if only with zeros; else those that R needs.
-  template <bool WHOLE_TILE = kHoldsH, typename PrepareH> SHRANK_DEVICE void expand(const PrepareH& prepare_h) const {
+  template <bool WHOLE_TILE = kHoldsH, typename PrepareH, typename End>
+  SHRANK_DEVICE void expand(const PrepareH& prepare_h, const End& end) const {
     const int first = first_tile(), last = min_of(first + tiles_of_share(), tiles());
     const int rank_panels = WHOLE_TILE ? kHPanels : ceil_div(params.R, kPanel);
     Walk walk(*this, first, rank_panels);
@@ -114,7 +116,7 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
     arch::grid_dependency_launch();
     for (int tile = first; tile < last; tile++) {
       const int column = tile * BLOCK_N + warp_column * UpSums::kColumns;
-      if (params.residual) prefetch_residual(column);
+      end.begin(column);
       const Bias bias(*this, column);
       UpSums sums;
       const auto multiply = [&](int panel, int steps) {
@@ -131,8 +133,14 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
 #pragma unroll 1
         for (int panel = 0; panel < rank_panels; panel++) multiply(panel, kPanel / 16);  // zeros beyond the rank
       }
-      finish(sums, bias, column);
+      if (params.bias) bias.add_to(sums);
+      end.finish(sums, column);
     }
+  }
+
+  // To y.
+  template <bool WHOLE_TILE = kHoldsH, typename PrepareH> SHRANK_DEVICE void expand(const PrepareH& prepare_h) const {
+    expand<WHOLE_TILE>(prepare_h, ToOutput{*this});
   }
 
   // Training needs h: from the panels, 16 bytes at a time.
@@ -150,9 +158,9 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
   }
 
   // A row of a warp's tile is at most one line of 128 bytes; a lane has every 32nd.
-  SHRANK_DEVICE void prefetch_residual(int column) const {
+  SHRANK_DEVICE void prefetch(const void* matrix, int column) const {
     const int first = warp_row * UpSums::kRows + arch::lane_index();
-    const T* const line = static_cast<const T*>(params.residual) + at(row + first, column);
+    const T* const line = static_cast<const T*>(matrix) + at(row + first, column);
     const int64_t left = column < params.N ? params.M - row - first : 0;
 #pragma unroll
     for (int below = 0; below < UpSums::kRows; below += arch::kWarpSize)
@@ -172,35 +180,47 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
       for (int n = 0; n < UpSums::kColumns / kChunk; n++)
         pair[n] = arch::load_word_if(n * kChunk < columns, from + n * kChunk * sizeof(T));
     }
-  };
 
-  // The end of a tile, one step after the other on all of the warp's sums: none waits for the memory of another, and
-  // the activation is chosen once.
-  SHRANK_DEVICE void finish(UpSums& sums, const Bias& bias, int column) const {
-    if (params.bias) {
+    SHRANK_DEVICE void add_to(UpSums& sums) const {
 #pragma unroll
       for (auto& row : sums.item) {
 #pragma unroll
         for (int n = 0; n < UpSums::kColumns / kChunk; n++) {
-          Stage::add_pair(row[n][0], row[n][1], bias.pair[n]);
-          Stage::add_pair(row[n][2], row[n][3], bias.pair[n]);
+          add_pair<T>(row[n][0], row[n][1], pair[n]);
+          add_pair<T>(row[n][2], row[n][3], pair[n]);
         }
       }
     }
-    if (params.z) write(static_cast<T*>(params.z), sums, column);
-    with_activation(params.activation, [&](auto kind) {
+  };
+
+  // y = activation(z) + residual, one step after the other on all of the warp's sums: none waits for the memory of
+  // another, and the activation is chosen once.
+  struct ToOutput {
+    const Block& block;
+
+    SHRANK_DEVICE void begin(int column) const {
+      if (block.params.residual) block.prefetch(block.params.residual, column);
+    }
+
+    SHRANK_DEVICE void finish(UpSums& sums, int column) const {
+      const Params& params = block.params;
+      with_activation(params.activation, [&](auto kind) {
 #pragma unroll
-      for (auto& row : sums.item) {
+        for (auto& row : sums.item) {
 #pragma unroll
-        for (auto& fragment : row) {
+          for (auto& fragment : row) {
 #pragma unroll
-          for (float& sum : fragment) sum = activate<T, decltype(kind)::value>(sum);
+            for (float& sum : fragment) sum = activate<T, decltype(kind)::value>(sum);
+          }
         }
+      });
+      if (params.residual) {
+        block.meet(sums, static_cast<const T*>(params.residual), column,
+                   [](float& low, float& high, uint32_t pair) { add_pair<T>(low, high, pair); });
       }
-    });
-    if (params.residual) add_residual(sums, column);
-    write(static_cast<T*>(params.y), sums, column);
-  }
+      block.write(static_cast<T*>(params.y), sums, column);
+    }
+  };
 
   // The lines of `kStagedRows` rows of the warp's tile: visit gets the line's first row there, as a type, the lane's chunk
   // of it in `matrix`, (M, N) as y is, and whether that exists.
@@ -237,12 +257,15 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
     }
   }
 
-  SHRANK_DEVICE void add_residual(UpSums& sums, int column) const {
+  // Calls `combine` with each pair of sums and the pair of numbers at its place in `matrix`, (M, N) as y is; zeros, where
+  // there are none.
+  template <typename Combine>
+  SHRANK_DEVICE void meet(UpSums& sums, const T* matrix, int column, const Combine& combine) const {
     const Stage stage{staging};
 #pragma unroll
     for (int first = 0; first < UpSums::kRows; first += kStagedRows) {
       arch::sync_warp();  // what was there has been read
-      for_each_line(static_cast<const T*>(params.residual), first, column, [&](auto line, const T* chunk, bool exists) {
+      for_each_line(matrix, first, column, [&](auto line, const T* chunk, bool exists) {
         constexpr int kRow = decltype(line)::value;
         arch::copy_async(stage.template line_start<kRow>() + Stage::template kBelow<kRow>, chunk, exists ? 16 : 0);
       });
@@ -253,7 +276,7 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
       for (int m = 0; m < kStagedRows; m += 16) {
         auto& row = sums.item[(first + m) / 16];
 #pragma unroll
-        for (int n = 0; n < UpSums::kColumns / kChunk; n += 2) stage.add_to(m, n, row[n], row[n + 1]);
+        for (int n = 0; n < UpSums::kColumns / kChunk; n += 2) stage.meet(m, n, row[n], row[n + 1], combine);
       }
     }
   }

@@ -25,7 +25,6 @@ struct LowRankConvParams {
   const void* bias;      // (N * up_groups) or null
   const void* residual;  // (M, N * up_groups) or null
   void* h;               // (M, R * up_groups) or null
-  void* z;               // (M, N * up_groups) or null: before the activation, rounded, for the backward pass
   void* y;               // (M, N * up_groups)
   int64_t M;
   int channels, group_channels, K, N, R, up_groups, segments;

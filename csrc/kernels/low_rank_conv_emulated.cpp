@@ -22,7 +22,6 @@ std::vector<emulator::Buffer> buffers_of(const LowRankConvParams& p) {
   add("bias", p.bias, 1, N, false);
   add("residual", p.residual, p.M, N, false);
   add("h", p.h, p.M, R, true);
-  add("z", p.z, p.M, N, true);
   add("y", p.y, p.M, N, true);
   return buffers;
 }

@@ -14,7 +14,6 @@ struct LowRankLinearParams {
   const void* bias;      // (N) or null
   const void* residual;  // (M, N) or null
   void* h;               // (M, R)  from x: written unless null; from h: read
-  void* z;               // (M, N) or null: h @ up.T + bias, rounded, for the backward pass
   void* y;               // (M, N)
   int64_t M;
   int K, N, R;

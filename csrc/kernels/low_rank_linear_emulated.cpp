@@ -24,7 +24,6 @@ std::vector<emulator::Buffer> buffers_of(const LowRankLinearParams& p) {
   add("bias", p.bias, size(1, p.N), false);
   add("residual", p.residual, size(p.M, p.N), false);
   add("h", p.h, size(p.M, p.R), p.x != nullptr);
-  add("z", p.z, size(p.M, p.N), true);
   add("y", p.y, size(p.M, p.N), true);
   return buffers;
 }

@@ -205,6 +205,11 @@ template <int COUNT, int I = 0, typename Visit> SHRANK_DEVICE void for_constants
   }
 }
 
+template <typename T> SHRANK_DEVICE void add_pair(float& low, float& high, uint32_t pair) {
+  const arch::Pack<float, 2> wide = arch::widen_pair<T>(pair);
+  low += wide.item[0], high += wide.item[1];
+}
+
 // Where sums change hands with rows of global memory: some rows of a warp's columns, rounded, in shared memory. They are
 // reached by fragments, as multiply_add deals them to the lanes, or by lines, 16 bytes a lane. The chunks of a row are
 // permuted as in a panel, so that neither meets a bank twice; two rows of 32 columns share 128 bytes.
@@ -229,20 +234,16 @@ template <typename T, int COLUMNS> struct Staging {
     arch::store_shared<(ROW + 8) * kRowBytes>(second, arch::round_to_pair<T>(right[2], right[3]));
   }
 
-  // What put() would have stored is added to the fragments.
-  SHRANK_DEVICE void add_to(int row, int chunk, float (&left)[4], float (&right)[4]) const {
+  // The pairs of two neighbouring fragments meet what put() would have stored of theirs.
+  template <typename Combine>
+  SHRANK_DEVICE void meet(int row, int chunk, float (&left)[4], float (&right)[4], const Combine& combine) const {
     const int lane = arch::lane_index();
     uint32_t pairs[4];
     arch::load_matrices(pairs, at(row + lane % 16, chunk + lane / 16));
-    add_pair(left[0], left[1], pairs[0]);
-    add_pair(left[2], left[3], pairs[1]);
-    add_pair(right[0], right[1], pairs[2]);
-    add_pair(right[2], right[3], pairs[3]);
-  }
-
-  SHRANK_DEVICE static void add_pair(float& low, float& high, uint32_t pair) {
-    const arch::Pack<float, 2> wide = arch::widen_pair<T>(pair);
-    low += wide.item[0], high += wide.item[1];
+    combine(left[0], left[1], pairs[0]);
+    combine(left[2], left[3], pairs[1]);
+    combine(right[0], right[1], pairs[2]);
+    combine(right[2], right[3], pairs[3]);
   }
 
   // The lane's chunk of a line. The order of the chunks repeats after 8 rows: from ROW, the first of the lines that a

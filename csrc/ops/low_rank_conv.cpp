@@ -149,7 +149,7 @@ Tensor in_format(const Tensor& tensor, bool channels_last) {
 
 struct Stages {
   Tensor y;
-  std::optional<Tensor> h, z;
+  std::optional<Tensor> h;
 };
 
 // By cuDNN, or whatever PyTorch takes for it.
@@ -177,9 +177,8 @@ Tensor second_stage(const LowRankConv& args, const Tensor& h) {
 // One kernel of ours, from x.
 Stages with_fused(const LowRankConv& args, const ConvProblem& problem, const ConvGrid& grid, const Runtime& runtime) {
   const Tensor y = empty_output(problem, args.x, problem.N, true);
-  Stages stages{y, std::nullopt, std::nullopt};
+  Stages stages{y, std::nullopt};
   if (problem.training) stages.h = empty_output(problem, args.x, problem.R, true);
-  if (keeps_preactivation(pointwise(problem))) stages.z = empty_output(problem, args.x, problem.N, true);
   const Tensor down = with_channels_last(args.down);  // small, and kept so where the model is channels last
   LowRankConvParams params = params_of(problem, grid);
   params.x = args.x.const_data_ptr();
@@ -188,7 +187,6 @@ Stages with_fused(const LowRankConv& args, const ConvProblem& problem, const Con
   params.bias = data_of(args.bias);
   params.residual = data_of(args.residual);
   params.h = mutable_data_of(stages.h);
-  params.z = mutable_data_of(stages.z);
   params.y = y.mutable_data_ptr();
   const int index = y.get_device_index();
   runtime.conv(params, grid, runtime.device(index), index);
@@ -199,9 +197,7 @@ Stages with_fused(const LowRankConv& args, const ConvProblem& problem, const Con
 Stages with_expand(const LowRankConv& args, const ConvProblem& problem, const LinearGrid& grid,
                    const Runtime& runtime) {
   const Tensor h = with_channels_last(first_stage(args)), y = empty_output(problem, args.x, problem.N, true);
-  Stages stages{y, h, std::nullopt};
   const LinearProblem rows = pointwise(problem);
-  if (keeps_preactivation(rows)) stages.z = empty_output(problem, args.x, problem.N, true);
   const int index = y.get_device_index();
   const LowRankLinearParams params{nullptr,
                                    nullptr,
@@ -209,7 +205,6 @@ Stages with_expand(const LowRankConv& args, const ConvProblem& problem, const Li
                                    data_of(args.bias),
                                    data_of(args.residual),
                                    h.mutable_data_ptr(),
-                                   mutable_data_of(stages.z),
                                    y.mutable_data_ptr(),
                                    rows.M,
                                    static_cast<int>(rows.K),
@@ -218,23 +213,21 @@ Stages with_expand(const LowRankConv& args, const ConvProblem& problem, const Li
                                    rows.dtype,
                                    rows.activation};
   runtime.linear(params, grid, runtime.device(index), index);
-  return stages;
+  return {y, h};
 }
 
-// activation(z) + residual, in place of z unless training keeps it.
+// activation(z) + residual, in place of z.
 Stages with_epilogue(const LowRankConv& args, const ConvProblem& problem, bool channels_last, const Runtime& runtime) {
-  const Tensor h = in_format(first_stage(args), channels_last), z = in_format(second_stage(args, h), channels_last);
+  const Tensor h = in_format(first_stage(args), channels_last), y = in_format(second_stage(args, h), channels_last);
   LinearProblem rows = pointwise(problem);
-  const bool keep_z = keeps_preactivation(rows);
-  const Tensor y = keep_z ? empty_output(problem, args.x, problem.N, channels_last) : z;
   std::optional<Tensor> residual;
   if (args.residual) residual.emplace(in_format(*args.residual, channels_last));
-  const EpilogueParams params{z.const_data_ptr(), data_of(residual), y.mutable_data_ptr(), rows.M, rows.N,
+  const EpilogueParams params{y.const_data_ptr(), data_of(residual), y.mutable_data_ptr(), rows.M, rows.N,
                               rows.dtype,         rows.activation};
   rows.aligned = aligned(params.z) && aligned(params.residual) && aligned(params.y);
-  const int index = z.get_device_index();
+  const int index = y.get_device_index();
   runtime.epilogue(params, epilogue_tile(rows, runtime.device(index)), index);
-  return {y, h, keep_z ? std::optional(z) : std::nullopt};
+  return {y, h};
 }
 
 ConvProblem problem_of(const LowRankConv& args, bool training, const Runtime& runtime) {
@@ -264,30 +257,22 @@ Stages run(const LowRankConv& args, bool training, const Runtime& runtime, const
   SHRANK_CONV_CHECK(problem.activation == Activation::none && !problem.residual,
                     "two convolutions alone apply no activation and no residual");
   const Tensor h = in_format(first_stage(args), channels_last);
-  return {in_format(second_stage(args, h), channels_last), h, std::nullopt};
+  return {in_format(second_stage(args, h), channels_last), h};
 }
 
-}  // namespace
-
-namespace {
-
-std::tuple<Tensor, Tensor, Tensor> all_of(const Stages& stages) {
-  const auto present = [&](const std::optional<Tensor>& tensor) {
-    return tensor ? *tensor : torch::stable::new_empty(stages.y, {0});
-  };
-  return {stages.y, present(stages.h), present(stages.z)};
+std::tuple<Tensor, Tensor> all_of(const Stages& stages) {
+  return {stages.y, stages.h ? *stages.h : torch::stable::new_empty(stages.y, {0})};
 }
 
 }  // namespace
 
 Tensor low_rank_conv(const LowRankConv& args, const Runtime& runtime) { return run(args, false, runtime, recalled).y; }
 
-std::tuple<Tensor, Tensor, Tensor> low_rank_conv_train(const LowRankConv& args, const Runtime& runtime) {
+std::tuple<Tensor, Tensor> low_rank_conv_train(const LowRankConv& args, const Runtime& runtime) {
   return all_of(run(args, true, runtime, recalled));
 }
 
-std::tuple<Tensor, Tensor, Tensor> low_rank_conv_as(const LowRankConv& args, const Named& named,
-                                                    const Runtime& runtime) {
+std::tuple<Tensor, Tensor> low_rank_conv_as(const LowRankConv& args, const Named& named, const Runtime& runtime) {
   return all_of(run(args, named.training, runtime, [&](const ConvProblem& p, const Device& d) {
     return chosen_for(kOp, [&] { return choice_named(p, d, named.kernel, named.grid); });
   }));

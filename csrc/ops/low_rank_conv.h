@@ -27,11 +27,10 @@ struct LowRankConv {
 };
 
 Tensor low_rank_conv(const LowRankConv& args, const Runtime& runtime);
-std::tuple<Tensor, Tensor, Tensor> low_rank_conv_train(const LowRankConv& args, const Runtime& runtime);
+std::tuple<Tensor, Tensor> low_rank_conv_train(const LowRankConv& args, const Runtime& runtime);
 
 // As low_rank_linear_as.
-std::tuple<Tensor, Tensor, Tensor> low_rank_conv_as(const LowRankConv& args, const Named& named,
-                                                    const Runtime& runtime);
+std::tuple<Tensor, Tensor> low_rank_conv_as(const LowRankConv& args, const Named& named, const Runtime& runtime);
 
 // Everything that may compute this, as JSON (select/explain.h).
 std::string low_rank_conv_choices(const LowRankConv& args, int64_t most, const Runtime& runtime);
@@ -54,22 +53,22 @@ Tensor low_rank_conv(const Tensor& x, const Tensor& down, const Tensor& up, cons
 }
 
 template <const Runtime* runtime>
-std::tuple<Tensor, Tensor, Tensor> low_rank_conv_train(const Tensor& x, const Tensor& down, const Tensor& up,
-                                                       const std::optional<Tensor>& bias, const Sizes& stride,
-                                                       const Sizes& padding, const Sizes& dilation, int64_t groups,
-                                                       int64_t up_groups, std::string_view activation,
-                                                       const std::optional<Tensor>& residual) {
+std::tuple<Tensor, Tensor> low_rank_conv_train(const Tensor& x, const Tensor& down, const Tensor& up,
+                                               const std::optional<Tensor>& bias, const Sizes& stride,
+                                               const Sizes& padding, const Sizes& dilation, int64_t groups,
+                                               int64_t up_groups, std::string_view activation,
+                                               const std::optional<Tensor>& residual) {
   return shrank::low_rank_conv_train(
       {x, down, up, bias, stride, padding, dilation, groups, up_groups, activation, residual}, *runtime);
 }
 
 template <const Runtime* runtime>
-std::tuple<Tensor, Tensor, Tensor> low_rank_conv_as(const Tensor& x, const Tensor& down, const Tensor& up,
-                                                    const std::optional<Tensor>& bias, const Sizes& stride,
-                                                    const Sizes& padding, const Sizes& dilation, int64_t groups,
-                                                    int64_t up_groups, std::string_view activation,
-                                                    const std::optional<Tensor>& residual, bool training,
-                                                    std::string_view kernel, const Sizes& grid) {
+std::tuple<Tensor, Tensor> low_rank_conv_as(const Tensor& x, const Tensor& down, const Tensor& up,
+                                            const std::optional<Tensor>& bias, const Sizes& stride,
+                                            const Sizes& padding, const Sizes& dilation, int64_t groups,
+                                            int64_t up_groups, std::string_view activation,
+                                            const std::optional<Tensor>& residual, bool training,
+                                            std::string_view kernel, const Sizes& grid) {
   return shrank::low_rank_conv_as(
       {x, down, up, bias, stride, padding, dilation, groups, up_groups, activation, residual}, {training, kernel, grid},
       *runtime);

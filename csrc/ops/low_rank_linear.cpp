@@ -48,7 +48,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 
 struct Stages {
   Tensor y;
-  std::optional<Tensor> h, z;
+  std::optional<Tensor> h;
 };
 
 // (..., columns) like x.
@@ -65,8 +65,6 @@ Stages with_kernel(const LowRankLinear& args, const LinearProblem& problem, std:
   const Tensor y = rows_like(args.x, problem.N);
   const bool from_h = h.has_value();
   if (problem.training && !from_h) h = rows_like(args.x, problem.R);
-  std::optional<Tensor> z;
-  if (keeps_preactivation(problem)) z = rows_like(args.x, problem.N);
   const int index = y.get_device_index();
   const LowRankLinearParams params{from_h ? nullptr : args.x.const_data_ptr(),
                                    from_h ? nullptr : args.down.const_data_ptr(),
@@ -74,7 +72,6 @@ Stages with_kernel(const LowRankLinear& args, const LinearProblem& problem, std:
                                    data_of(args.bias),
                                    data_of(args.residual),
                                    mutable_data_of(h),
-                                   mutable_data_of(z),
                                    y.mutable_data_ptr(),
                                    problem.M,
                                    static_cast<int>(problem.K),
@@ -83,18 +80,15 @@ Stages with_kernel(const LowRankLinear& args, const LinearProblem& problem, std:
                                    problem.dtype,
                                    problem.activation};
   runtime.linear(params, grid, runtime.device(index), index);
-  return {y, h, z};
+  return {y, h};
 }
 
-// activation(z) + residual, in place of z unless training keeps it.
+// activation(z) + residual, in place of z.
 Stages with_epilogue(const LowRankLinear& args, LinearProblem& problem, const Tensor& h, const Runtime& runtime) {
-  // The bias goes into the GEMM, where it is free; z is then what the backward pass needs, with no pass of its own.
-  const Tensor z = as_contiguous(linear(h, args.up, args.bias));
-  const bool keep_z = keeps_preactivation(problem);
-  const Tensor y = keep_z ? torch::stable::empty_like(z) : z;
+  const Tensor y = as_contiguous(linear(h, args.up, args.bias));  // the bias goes into the GEMM, where it is free
   std::optional<Tensor> residual;
   if (args.residual) residual.emplace(as_contiguous(*args.residual));
-  const EpilogueParams params{z.const_data_ptr(),
+  const EpilogueParams params{y.const_data_ptr(),
                               residual ? residual->const_data_ptr() : nullptr,
                               y.mutable_data_ptr(),
                               problem.M,
@@ -102,9 +96,9 @@ Stages with_epilogue(const LowRankLinear& args, LinearProblem& problem, const Te
                               problem.dtype,
                               problem.activation};
   problem.aligned = aligned(params.z) && aligned(params.residual) && aligned(params.y);
-  const int index = z.get_device_index();
+  const int index = y.get_device_index();
   runtime.epilogue(params, epilogue_tile(problem, runtime.device(index)), index);
-  return {y, h, keep_z ? std::optional(z) : std::nullopt};
+  return {y, h};
 }
 
 LinearProblem problem_of(const LowRankLinear& args, bool training, const Runtime& runtime) {
@@ -130,21 +124,14 @@ Stages run(const LowRankLinear& args, bool training, const Runtime& runtime, con
     case LinearKernel::two_gemms:
       STD_TORCH_CHECK(problem.activation == Activation::none && !problem.residual,
                       "shrank::low_rank_linear: two GEMMs alone apply no activation and no residual");
-      return {linear(h, args.up, args.bias), h, std::nullopt};
+      return {linear(h, args.up, args.bias), h};
     case LinearKernel::fused: break;
   }
   STD_TORCH_CHECK(false, "shrank::low_rank_linear: select chose an unknown kernel");
 }
 
-}  // namespace
-
-namespace {
-
-std::tuple<Tensor, Tensor, Tensor> all_of(const Stages& stages) {
-  const auto present = [&](const std::optional<Tensor>& tensor) {
-    return tensor ? as_contiguous(*tensor) : torch::stable::new_empty(stages.y, {0});
-  };
-  return {as_contiguous(stages.y), present(stages.h), present(stages.z)};
+std::tuple<Tensor, Tensor> all_of(const Stages& stages) {
+  return {as_contiguous(stages.y), stages.h ? as_contiguous(*stages.h) : torch::stable::new_empty(stages.y, {0})};
 }
 
 }  // namespace
@@ -153,12 +140,11 @@ Tensor low_rank_linear(const LowRankLinear& args, const Runtime& runtime) {
   return run(args, false, runtime, recalled).y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> low_rank_linear_train(const LowRankLinear& args, const Runtime& runtime) {
+std::tuple<Tensor, Tensor> low_rank_linear_train(const LowRankLinear& args, const Runtime& runtime) {
   return all_of(run(args, true, runtime, recalled));
 }
 
-std::tuple<Tensor, Tensor, Tensor> low_rank_linear_as(const LowRankLinear& args, const Named& named,
-                                                      const Runtime& runtime) {
+std::tuple<Tensor, Tensor> low_rank_linear_as(const LowRankLinear& args, const Named& named, const Runtime& runtime) {
   return all_of(run(args, named.training, runtime, [&](const LinearProblem& p, const Device& d) {
     return chosen_for(kOp, [&] { return choice_named(p, d, named.kernel, named.grid); });
   }));

@@ -20,12 +20,11 @@ struct LowRankLinear {
 };
 
 Tensor low_rank_linear(const LowRankLinear& args, const Runtime& runtime);
-std::tuple<Tensor, Tensor, Tensor> low_rank_linear_train(const LowRankLinear& args, const Runtime& runtime);
+std::tuple<Tensor, Tensor> low_rank_linear_train(const LowRankLinear& args, const Runtime& runtime);
 
-// By the kernel that is named, on the tile that is named, or an error that says why not. Without training, h and z say
+// By the kernel that is named, on the tile that is named, or an error that says why not. Without training, h says
 // nothing.
-std::tuple<Tensor, Tensor, Tensor> low_rank_linear_as(const LowRankLinear& args, const Named& named,
-                                                      const Runtime& runtime);
+std::tuple<Tensor, Tensor> low_rank_linear_as(const LowRankLinear& args, const Named& named, const Runtime& runtime);
 
 // Everything that may compute this, as JSON (select/explain.h).
 std::string low_rank_linear_choices(const LowRankLinear& args, int64_t most, const Runtime& runtime);
@@ -46,17 +45,17 @@ Tensor low_rank_linear(const Tensor& x, const Tensor& down, const Tensor& up, co
 }
 
 template <const Runtime* runtime>
-std::tuple<Tensor, Tensor, Tensor> low_rank_linear_train(const Tensor& x, const Tensor& down, const Tensor& up,
-                                                         const std::optional<Tensor>& bias, std::string_view activation,
-                                                         const std::optional<Tensor>& residual) {
+std::tuple<Tensor, Tensor> low_rank_linear_train(const Tensor& x, const Tensor& down, const Tensor& up,
+                                                 const std::optional<Tensor>& bias, std::string_view activation,
+                                                 const std::optional<Tensor>& residual) {
   return shrank::low_rank_linear_train({x, down, up, bias, activation, residual}, *runtime);
 }
 
 template <const Runtime* runtime>
-std::tuple<Tensor, Tensor, Tensor> low_rank_linear_as(const Tensor& x, const Tensor& down, const Tensor& up,
-                                                      const std::optional<Tensor>& bias, std::string_view activation,
-                                                      const std::optional<Tensor>& residual, bool training,
-                                                      std::string_view kernel, const std::vector<int64_t>& grid) {
+std::tuple<Tensor, Tensor> low_rank_linear_as(const Tensor& x, const Tensor& down, const Tensor& up,
+                                              const std::optional<Tensor>& bias, std::string_view activation,
+                                              const std::optional<Tensor>& residual, bool training,
+                                              std::string_view kernel, const std::vector<int64_t>& grid) {
   return shrank::low_rank_linear_as({x, down, up, bias, activation, residual}, {training, kernel, grid}, *runtime);
 }
 

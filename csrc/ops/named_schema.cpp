@@ -5,11 +5,14 @@
 STABLE_TORCH_LIBRARY_FRAGMENT(shrank, library) {
   library.def(
       "low_rank_linear_as(Tensor x, Tensor down, Tensor up, Tensor? bias, str activation, Tensor? residual, "
-      "bool training, str kernel, int[] grid) -> (Tensor y, Tensor h, Tensor z)");
+      "bool training, str kernel, int[] grid) -> (Tensor y, Tensor h)");
   library.def(
       "low_rank_conv_as(Tensor x, Tensor down, Tensor up, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
       "int groups, int up_groups, str activation, Tensor? residual, bool training, str kernel, int[] grid) -> "
-      "(Tensor y, Tensor h, Tensor z)");
+      "(Tensor y, Tensor h)");
+  library.def(
+      "expand_backward_as(Tensor grad, Tensor h, Tensor up, Tensor? bias, str activation, bool needs_bias, str kernel, "
+      "int[] grid) -> (Tensor z, Tensor bias)");
   library.def(
       "low_rank_linear_choices(Tensor x, Tensor down, Tensor up, Tensor? bias, str activation, Tensor? residual, "
       "int most) -> str");

@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 
+#include "expand_backward.h"
 #include "low_rank_conv.h"
 #include "low_rank_linear.h"
 
@@ -24,6 +25,10 @@ bool capturing(int) { return false; }
 
 void epilogue(const EpilogueParams& params, const EpilogueTile& tile, int) { run_epilogue_on_host(params, tile); }
 
+void epilogue_backward(const EpilogueBackwardParams& params, const EpilogueTile& tile, int) {
+  run_epilogue_backward_on_host(params, tile);
+}
+
 void linear(const LowRankLinearParams&, const LinearGrid&, const Device&, int) {
   throw std::logic_error("shrank::low_rank_linear: select chose a GPU's kernel on a CPU");
 }
@@ -32,7 +37,11 @@ void conv(const LowRankConvParams&, const ConvGrid&, const Device&, int) {
   throw std::logic_error("shrank::low_rank_conv: select chose a GPU's kernel on a CPU");
 }
 
-constexpr Runtime cpu{device, capturing, epilogue, linear, conv};
+void expand_backward(const ExpandBackwardParams&, const LinearGrid&, const Device&, int) {
+  throw std::logic_error("shrank::expand_backward: select chose a GPU's kernel on a CPU");
+}
+
+constexpr Runtime cpu{device, capturing, epilogue, epilogue_backward, linear, conv, expand_backward};
 
 }  // namespace
 }  // namespace shrank
@@ -40,4 +49,5 @@ constexpr Runtime cpu{device, capturing, epilogue, linear, conv};
 STABLE_TORCH_LIBRARY_IMPL(shrank, CPU, library) {
   SHRANK_IMPL_LOW_RANK_LINEAR(library, shrank::cpu);
   SHRANK_IMPL_LOW_RANK_CONV(library, shrank::cpu);
+  SHRANK_IMPL_EXPAND_BACKWARD(library, shrank::cpu);
 }

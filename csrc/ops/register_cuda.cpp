@@ -4,6 +4,7 @@
 
 #include "cuda_device.h"
 #include "current_stream.h"
+#include "expand_backward.h"
 #include "low_rank_conv.h"
 #include "low_rank_linear.h"
 
@@ -30,6 +31,10 @@ void epilogue(const EpilogueParams& params, const EpilogueTile& tile, int index)
   on_device(index, [&](void* stream) { launch_epilogue(params, tile, stream); });
 }
 
+void epilogue_backward(const EpilogueBackwardParams& params, const EpilogueTile& tile, int index) {
+  on_device(index, [&](void* stream) { launch_epilogue_backward(params, tile, stream); });
+}
+
 // Programmatic dependent launch begins with compute capability 9.0.
 void linear(const LowRankLinearParams& params, const LinearGrid& grid, const Device& device, int index) {
   on_device(index, [&](void* stream) { launch_low_rank_linear(params, grid, device.arch >= 90, stream); });
@@ -39,7 +44,11 @@ void conv(const LowRankConvParams& params, const ConvGrid& grid, const Device& d
   on_device(index, [&](void* stream) { launch_low_rank_conv(params, grid, device.arch >= 90, stream); });
 }
 
-constexpr Runtime cuda{cuda_device, capturing, epilogue, linear, conv};
+void expand_backward(const ExpandBackwardParams& params, const LinearGrid& grid, const Device& device, int index) {
+  on_device(index, [&](void* stream) { launch_expand_backward(params, grid, device.arch >= 90, stream); });
+}
+
+constexpr Runtime cuda{cuda_device, capturing, epilogue, epilogue_backward, linear, conv, expand_backward};
 
 }  // namespace
 }  // namespace shrank
@@ -47,4 +56,5 @@ constexpr Runtime cuda{cuda_device, capturing, epilogue, linear, conv};
 STABLE_TORCH_LIBRARY_IMPL(shrank, CUDA, library) {
   SHRANK_IMPL_LOW_RANK_LINEAR(library, shrank::cuda);
   SHRANK_IMPL_LOW_RANK_CONV(library, shrank::cuda);
+  SHRANK_IMPL_EXPAND_BACKWARD(library, shrank::cuda);
 }

@@ -4,8 +4,10 @@
 
 #include <stdexcept>
 
+#include "../kernels/expand_backward_emulated.h"
 #include "../kernels/low_rank_conv_emulated.h"
 #include "../kernels/low_rank_linear_emulated.h"
+#include "expand_backward.h"
 #include "low_rank_conv.h"
 #include "low_rank_linear.h"
 
@@ -21,6 +23,10 @@ bool capturing(int) { return false; }
 
 void epilogue(const EpilogueParams& params, const EpilogueTile& tile, int) { run_epilogue_on_host(params, tile); }
 
+void epilogue_backward(const EpilogueBackwardParams& params, const EpilogueTile& tile, int) {
+  run_epilogue_backward_on_host(params, tile);
+}
+
 void linear(const LowRankLinearParams& params, const LinearGrid& grid, const Device&, int) {
   const emulator::Result result = emulate_low_rank_linear(params, grid, {});
   if (!result.problems.empty()) throw std::runtime_error("shrank::low_rank_linear: " + result.problems.front());
@@ -31,7 +37,12 @@ void conv(const LowRankConvParams& params, const ConvGrid& grid, const Device&, 
   if (!result.problems.empty()) throw std::runtime_error("shrank::low_rank_conv: " + result.problems.front());
 }
 
-constexpr Runtime emulated{device, capturing, epilogue, linear, conv};
+void expand_backward(const ExpandBackwardParams& params, const LinearGrid& grid, const Device&, int) {
+  const emulator::Result result = emulate_expand_backward(params, grid, {});
+  if (!result.problems.empty()) throw std::runtime_error("shrank::expand_backward: " + result.problems.front());
+}
+
+constexpr Runtime emulated{device, capturing, epilogue, epilogue_backward, linear, conv, expand_backward};
 
 }  // namespace
 }  // namespace shrank
@@ -39,4 +50,5 @@ constexpr Runtime emulated{device, capturing, epilogue, linear, conv};
 STABLE_TORCH_LIBRARY_IMPL(shrank, CPU, library) {
   SHRANK_IMPL_LOW_RANK_LINEAR(library, shrank::emulated);
   SHRANK_IMPL_LOW_RANK_CONV(library, shrank::emulated);
+  SHRANK_IMPL_EXPAND_BACKWARD(library, shrank::emulated);
 }

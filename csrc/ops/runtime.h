@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../kernels/epilogue.h"
+#include "../kernels/expand_backward.h"
 #include "../kernels/low_rank_conv.h"
 #include "../kernels/low_rank_linear.h"
 
@@ -12,8 +13,10 @@ struct Runtime {
   const Device& (*device)(int index);
   bool (*capturing)(int index);  // whether the current stream records a graph
   void (*epilogue)(const EpilogueParams& params, const EpilogueTile& tile, int index);
+  void (*epilogue_backward)(const EpilogueBackwardParams& params, const EpilogueTile& tile, int index);
   void (*linear)(const LowRankLinearParams& params, const LinearGrid& grid, const Device& device, int index);
   void (*conv)(const LowRankConvParams& params, const ConvGrid& grid, const Device& device, int index);
+  void (*expand_backward)(const ExpandBackwardParams& params, const LinearGrid& grid, const Device& device, int index);
 };
 
 }  // namespace shrank

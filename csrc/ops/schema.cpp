@@ -8,12 +8,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(shrank, library) {
       "Tensor? residual=None) -> Tensor");
   library.def(
       "low_rank_linear_train(Tensor x, Tensor down, Tensor up, Tensor? bias=None, str activation='none', "
-      "Tensor? residual=None) -> (Tensor y, Tensor h, Tensor z)");
+      "Tensor? residual=None) -> (Tensor y, Tensor h)");
   library.def(
       "low_rank_conv(Tensor x, Tensor down, Tensor up, Tensor? bias, int[] stride, int[] padding, "
       "int[] dilation, int groups=1, int up_groups=1, str activation='none', Tensor? residual=None) -> Tensor");
   library.def(
       "low_rank_conv_train(Tensor x, Tensor down, Tensor up, Tensor? bias, int[] stride, int[] padding, "
       "int[] dilation, int groups=1, int up_groups=1, str activation='none', Tensor? residual=None) -> "
-      "(Tensor y, Tensor h, Tensor z)");
+      "(Tensor y, Tensor h)");
+  library.def(
+      "expand_backward(Tensor grad, Tensor h, Tensor up, Tensor? bias, str activation, bool needs_bias) -> "
+      "(Tensor z, Tensor bias)");
 }

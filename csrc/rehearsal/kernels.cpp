@@ -2,6 +2,7 @@
 #include <regex>
 
 #include "../kernels/epilogue.h"
+#include "../kernels/expand_backward_emulated.h"
 #include "../kernels/low_rank_conv_emulated.h"
 #include "../kernels/low_rank_linear_emulated.h"
 #include "machine.h"
@@ -44,6 +45,15 @@ std::string run_linear(const std::smatch& name, const LowRankLinearParams& param
   return first_of(emulate_low_rank_linear(params, grid, {}));
 }
 
+std::string run_backward(const std::smatch& name, const ExpandBackwardParams& params, const Shape& shape) {
+  const LinearTile tile{std::stoi(name[2]), std::stoi(name[3])};
+  if (name[1] != element(params.dtype)) return "the kernel is of another element type than the parameters";
+  if (std::string wrong = wrong_block(shape, tile.threads(), tile.expand_bytes()); !wrong.empty()) return wrong;
+  const LinearGrid grid{tile, shape.grid[0], static_cast<int>(shape.grid[1])};
+  if (grid.blocks_m != (params.M + tile.block_m - 1) / tile.block_m) return "the grid does not cover the rows";
+  return first_of(emulate_expand_backward(params, grid, {}));
+}
+
 std::string run_conv(const std::smatch& name, const LowRankConvParams& params, const Shape& shape, bool depthwise) {
   const LinearTile of_h{std::stoi(name[name.size() - 2]), std::stoi(name[name.size() - 1])};
   const Gather gather = depthwise ? Gather::depthwise : static_cast<Gather>(std::stoi(name[2]));
@@ -57,7 +67,9 @@ std::string run_conv(const std::smatch& name, const LowRankConvParams& params, c
   return first_of(emulate_low_rank_conv(params, grid, {}));
 }
 
-std::string run_epilogue(const std::smatch& name, const EpilogueParams& params, const Shape& shape) {
+template <typename Params>
+std::string run_epilogue(const std::smatch& name, const Params& params, const Shape& shape,
+                         void (*run_on_host)(const Params&, const EpilogueTile&)) {
   if (name[1] != element(params.dtype) || std::stoi(name[3]) != static_cast<int>(params.activation))
     return "the kernel is of another element type or activation than the parameters";
   const EpilogueTile tile{std::stoi(name[2]), static_cast<int>(shape.block[0]), static_cast<int>(shape.block[1]),
@@ -66,7 +78,7 @@ std::string run_epilogue(const std::smatch& name, const EpilogueParams& params, 
   if (int64_t{tile.vector} * tile.threads_n * tile.blocks_n < params.N) return "the grid does not cover the columns";
   if (params.N % tile.vector || (tile.vector > 1 && reinterpret_cast<uintptr_t>(params.z) % 16))
     return "a row does not begin at a multiple of 16 bytes";
-  run_epilogue_on_host(params, tile);
+  run_on_host(params, tile);
   return "";
 }
 
@@ -77,6 +89,8 @@ std::string run_kernel(const std::string& name, const void* params, const unsign
   static const std::regex linear(R"(LowRankLinear<([\w:]+), (\d+), (\d+)>)");
   static const std::regex conv(R"(LowRankConv<([\w:]+), \(shrank::Gather\)(\d+), (\d+), (\d+)>)");
   static const std::regex depthwise(R"(LowRankDepthwise<([\w:]+), (\d+), (\d+)>)");
+  static const std::regex backward(R"(ExpandBackward<([\w:]+), (\d+), (\d+)>)");
+  static const std::regex epilogue_backward(R"(EpilogueBackward<([\w:]+), (\d+), \(shrank::Activation\)(\d+)>)");
   static const std::regex epilogue(R"(Epilogue<([\w:]+), (\d+), \(shrank::Activation\)(\d+)>)");
   const Shape shape{grid, block, shared_bytes};
   std::smatch found;
@@ -87,7 +101,12 @@ std::string run_kernel(const std::string& name, const void* params, const unsign
   if (std::regex_search(name, found, depthwise))
     return run_conv(found, *static_cast<const LowRankConvParams*>(params), shape, true);
   if (std::regex_search(name, found, epilogue))
-    return run_epilogue(found, *static_cast<const EpilogueParams*>(params), shape);
+    return run_epilogue(found, *static_cast<const EpilogueParams*>(params), shape, run_epilogue_on_host);
+  if (std::regex_search(name, found, epilogue_backward))
+    return run_epilogue(found, *static_cast<const EpilogueBackwardParams*>(params), shape,
+                        run_epilogue_backward_on_host);
+  if (std::regex_search(name, found, backward))
+    return run_backward(found, *static_cast<const ExpandBackwardParams*>(params), shape);
   return "no kernel of this name is rehearsed";
 }
 

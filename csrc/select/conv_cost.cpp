@@ -45,7 +45,7 @@ double dense_us(const ConvProblem& p, const Device& d) {
 double floor_us(const ConvProblem& p, const Device& d) {
   const double M = real(p.pixels()), N = real(p.N), R = real(p.R), rank = real(p.R / p.up_groups);
   const double read = numbers_of_x(p) + R * real(p.K()) + N * rank + bias_of(p) + (p.residual ? M * N : 0);
-  const double kept = (p.training ? M * R : 0) + (keeps_preactivation(pointwise(p)) ? M * N : 0);
+  const double kept = p.training ? M * R : 0;
   return roofline_us(2 * M * (R * real(p.K()) + N * rank), read + M * N + kept, p.dtype, d);
 }
 

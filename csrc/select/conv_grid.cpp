@@ -87,7 +87,6 @@ double microseconds(const ConvGrid& grid, const ConvProblem& p, const Device& d)
   const double tiles = real(ceil_div(ceil_div(p.N / p.up_groups, LinearTile::kBlockN), grid.blocks_n));
   const double rank_panels = is_depthwise ? real(ceil_div(p.R / p.up_groups, LinearTile::kPanel)) : tile.h_panels();
   const double x = real(p.batch * p.C) * real(volume(p.in));
-  const double written = 1.0 + keeps_preactivation(pointwise(p));
 
   Phase down = is_depthwise ? depthwise(grid.tile, p, d) : gather(grid.tile, p, d);
   down.dram_bytes = width * x / real(grid.blocks_m);
@@ -100,7 +99,7 @@ double microseconds(const ConvGrid& grid, const ConvProblem& p, const Device& d)
 
   const Phase end = end_of(tile, pointwise(p)) * tiles;
   const double read = x + real(p.R) * real(p.K()) + N * rank + bias_numbers(pointwise(p)) + (p.residual ? M * N : 0);
-  const double moved = read + M * N * written + (p.training ? M * real(p.R) : 0);
+  const double moved = read + M * N + (p.training ? M * real(p.R) : 0);
   const Launch launch{grid.blocks_m * grid.blocks_n * p.up_groups, tile.threads(), grid.tile.shared_bytes(),
                       moved * width};
   return kernel_us(launch, {{0, 0, 0, 0, 0, kDramLatencyUs}, down, rounding, up, end}, d);

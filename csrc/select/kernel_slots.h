@@ -26,7 +26,7 @@ constexpr double product_slots(int fragments_m, int fragments_n) {
 inline constexpr double kRoundSlots = 4;
 
 // For 8 neighbouring numbers of y: rounded and stored; and what may come to them.
-inline constexpr double kStoreSlots = 14, kBiasSlots = 12, kResidualSlots = 24, kPreactivationSlots = 15;
+inline constexpr double kStoreSlots = 14, kBiasSlots = 12, kResidualSlots = 24;
 constexpr double activation_slots(Activation activation) {
   switch (activation) {
     case Activation::none: return 0;
@@ -34,6 +34,19 @@ constexpr double activation_slots(Activation activation) {
     case Activation::gelu: return 72;
     case Activation::gelu_tanh: return 56;
     case Activation::silu: return 40;
+  }
+  return 0;
+}
+
+// Backwards: the gradient is asked for and widened as a residual is; its product with the derivative, and sums over rows.
+inline constexpr double kRowSumSlots = 20;
+constexpr double derivative_slots(Activation activation) {
+  switch (activation) {
+    case Activation::none: return 0;
+    case Activation::relu: return 0;
+    case Activation::gelu: return 144;
+    case Activation::gelu_tanh: return 100;
+    case Activation::silu: return 72;
   }
   return 0;
 }

@@ -14,7 +14,7 @@ double two_gemms_us(const LinearProblem& p, const Device& d) {
 double floor_us(const LinearProblem& p, const Device& d) {
   const auto M = real(p.M), K = real(p.K), N = real(p.N), R = real(p.R);
   const double read = M * K + R * (K + N) + bias_numbers(p) + (p.residual ? M * N : 0);
-  const double written = M * N + (p.training ? M * R : 0) + (keeps_preactivation(p) ? M * N : 0);
+  const double written = M * N + (p.training ? M * R : 0);
   return roofline_us(2 * M * R * (K + N), read + written, p.dtype, d);
 }
 

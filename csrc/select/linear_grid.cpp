@@ -34,7 +34,6 @@ double microseconds(const LinearGrid& grid, const LinearProblem& p, const Device
   const double tiles = real(ceil_div(ceil_div(p.N, LinearTile::kBlockN), grid.blocks_n));  // of a block that has most
   const double down_steps = fused ? real(ceil_div(p.K, LinearTile::kPanel)) : 0;
   const double rank_panels = tile.holds_h() ? tile.h_panels() : real(ceil_div(p.R, LinearTile::kPanel));
-  const double written = 1.0 + keeps_preactivation(p);
 
   Phase down = down_step(tile) * down_steps;
   if (!fused && tile.holds_h()) down = load_step(tile) * rank_panels;
@@ -49,7 +48,7 @@ double microseconds(const LinearGrid& grid, const LinearProblem& p, const Device
 
   const Phase end = end_of(tile, p) * tiles;
   const double read = (fused ? M * K + R * K : M * R) + N * R + bias_numbers(p) + (p.residual ? M * N : 0);
-  const double moved = read + M * N * written + (fused && p.training ? M * R : 0);
+  const double moved = read + M * N + (fused && p.training ? M * R : 0);
   const Launch launch{grid.blocks_m * grid.blocks_n, tile.threads(), tile.shared_bytes(), moved * width};
   return kernel_us(launch, {{0, 0, 0, 0, 0, kDramLatencyUs}, down, rounding, up, end}, d);
 }

@@ -13,7 +13,7 @@ struct LinearProblem {
   Activation activation = Activation::none;
   bool bias = false;
   bool residual = false;
-  bool training = false;  // h and the pre-activation are kept for the backward pass
+  bool training = false;  // h is kept for the backward pass
   bool aligned = true;    // every tensor is contiguous and begins at a multiple of 16 bytes
   bool captured = false;  // into a CUDA graph, where a launch costs the host nothing
 
@@ -23,8 +23,5 @@ struct LinearProblem {
            training == other.training && aligned == other.aligned && captured == other.captured;
   }
 };
-
-// Without an activation nothing before y is needed by the backward pass.
-constexpr bool keeps_preactivation(const LinearProblem& p) { return p.training && p.activation != Activation::none; }
 
 }  // namespace shrank

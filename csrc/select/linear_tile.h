@@ -38,6 +38,7 @@ struct LinearTile {
   constexpr int up_stages() const { return 3; }
 
   constexpr int up_bytes() const { return up_stages() * up_stage_bytes() + staging_bytes(); }
+  constexpr int expand_bytes() const { return h_bytes() + up_bytes(); }  // of a kernel that has no first stage
 
   // Panels of x and down, then in the same place panels of up and the staged sums.
   constexpr int shared_bytes() const {
@@ -70,6 +71,20 @@ inline constexpr std::array<LinearTile, 17> kLinearTiles{{
     {128, 256},
 }};
 
+// Those on which the backward pass is compiled. Of 128 rows, gradients beside sums need more registers than there are.
+inline constexpr std::array<LinearTile, 5> kBackwardTiles{{{64, 0}, {64, 64}, {64, 96}, {64, 128}, {64, 256}}};
+
+template <std::size_t I> struct BackwardTile {
+  constexpr LinearTile operator()() const { return kBackwardTiles[I]; }
+};
+
+// Calls visit with the tile of that array as a type; false if it has none.
+template <typename Visit, std::size_t I = 0> bool with_backward_tile(const LinearTile& tile, const Visit& visit) {
+  if constexpr (I == kBackwardTiles.size()) return false;
+  else if (tile == kBackwardTiles[I]) return visit(BackwardTile<I>{}), true;
+  else return with_backward_tile<Visit, I + 1>(tile, visit);
+}
+
 // How a tile covers a problem: blocks_m blocks of rows, each row block shared by blocks_n blocks, which compute the
 // same h and take one run of column tiles each.
 struct LinearGrid {
@@ -77,5 +92,8 @@ struct LinearGrid {
   int64_t blocks_m = 0;
   int blocks_n = 0;
 };
+
+// Of the sums over rows that the backward kernel leaves: one for each row of warps.
+constexpr int64_t backward_sum_rows(const LinearGrid& grid) { return grid.blocks_m * LinearTile::kWarpsM; }
 
 }  // namespace shrank

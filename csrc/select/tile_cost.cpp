@@ -60,14 +60,29 @@ Phase up_step(const LinearTile& tile) {
   return step(tile, LinearTile::kBlockN, LinearTile::kBlockN + (tile.holds_h() ? 0 : tile.block_m));
 }
 
-Phase end_of(const LinearTile& tile, const LinearProblem& p) {
-  const double eights = tile.block_m * double{LinearTile::kBlockN} / 8 / tile.threads();
+namespace {
+
+// Of a thread, numbers of y by eights.
+double eights_of(const LinearTile& tile) { return tile.block_m * double{LinearTile::kBlockN} / 8 / tile.threads(); }
+
+}  // namespace
+
+Phase backward_end_of(const LinearTile& tile, const LinearProblem& p) {
   const double numbers = tile.block_m * double{LinearTile::kBlockN} * bytes(p.dtype);
   Phase phase;
-  phase.slots = warps(tile) * eights *
-                (kStoreSlots + p.bias * kBiasSlots + activation_slots(p.activation) + p.residual * kResidualSlots +
-                 keeps_preactivation(p) * kPreactivationSlots);
-  phase.dram_bytes = numbers * (1 + keeps_preactivation(p) + p.residual);
+  phase.slots = warps(tile) * eights_of(tile) *
+                (kStoreSlots + p.bias * kBiasSlots + kResidualSlots + derivative_slots(p.activation) + kRowSumSlots);
+  phase.dram_bytes = 2 * numbers;
+  phase.l2_bytes = numbers;
+  return phase;
+}
+
+Phase end_of(const LinearTile& tile, const LinearProblem& p) {
+  const double numbers = tile.block_m * double{LinearTile::kBlockN} * bytes(p.dtype);
+  Phase phase;
+  phase.slots = warps(tile) * eights_of(tile) *
+                (kStoreSlots + p.bias * kBiasSlots + activation_slots(p.activation) + p.residual * kResidualSlots);
+  phase.dram_bytes = numbers * (1 + p.residual);
   phase.l2_bytes = p.residual ? numbers : 0;
   return phase;
 }

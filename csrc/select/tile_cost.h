@@ -29,4 +29,7 @@ Phase up_step(const LinearTile& tile);
 // A tile of y from its sums: bias, activation, residual, and what training keeps.
 Phase end_of(const LinearTile& tile, const LinearProblem& p);
 
+// A tile of gradients from its sums: bias, the activation's derivative, the gradient of y, and sums over rows.
+Phase backward_end_of(const LinearTile& tile, const LinearProblem& p);
+
 }  // namespace shrank

@@ -35,7 +35,7 @@ def answer(device: str) -> None:
 
 def _try_all(problem: Problem, device: str, ended: set[tuple]) -> None:
     arguments = problem.arguments(device)
-    truth = Truth(problem.op, arguments)
+    truth = Truth(problem.op.by_pytorch, arguments)
     for way in ways(problem.op, arguments):
         if (problem.key, str(way)) in ended:
             continue

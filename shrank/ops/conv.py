@@ -121,9 +121,9 @@ def _paddings(padding: int | str | Sequence[int], stride: list[int], dilation: l
 def _forward(
     x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, window: Window, activation: str, residual: Tensor | None
 ) -> Forward:
-    y, h, z = reference.low_rank_conv_forward(x, down, up, bias, window, activation, residual)
     last = channels_last(x, down)
-    return Forward(in_format(y, last), in_format(h, last), in_format(z, last) if activation != "none" else z)
+    outputs = reference.low_rank_conv_forward(x, down, up, bias, window, activation, residual)
+    return Forward(*(in_format(each, last) for each in outputs))
 
 
 def _empty(
@@ -136,9 +136,7 @@ def _empty(
             return x.new_empty((x.size(0), *sizes, channels)).movedim(-1, 1)
         return x.new_empty((x.size(0), channels, *sizes))
 
-    return Forward(
-        empty(up.size(0)), empty(down.size(0)), empty(up.size(0)) if activation != "none" else x.new_empty(0)
-    )
+    return Forward(empty(up.size(0)), empty(down.size(0)))
 
 
 def _pack(

@@ -37,14 +37,15 @@ def check_residual(op: str, residual: Tensor | None, wanted: tuple[int, ...]) ->
         raise refusal(op, f"residual is {shape_of(residual)}, wanted {wanted}")
 
 
-def check_alike(op: str, casts: bool, x: Tensor, **others: Tensor | None) -> None:
-    """Refuse what is not of one of DTYPES, the dtype of x unless autocast casts, and on the device of x."""
-    for name, tensor in (("x", x), *others.items()):
+def check_alike(op: str, casts: bool, **tensors: Tensor | None) -> None:
+    """Refuse what is not of one of DTYPES, the dtype of the first unless autocast casts, and on the first's device."""
+    first, like = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if tensor.dtype != x.dtype and not casts:
-            raise refusal(op, f"{name} is {tensor.dtype}, wanted the {x.dtype} of x")
+        if tensor.dtype != like.dtype and not casts:
+            raise refusal(op, f"{name} is {tensor.dtype}, wanted the {like.dtype} of {first}")
         if tensor.dtype not in DTYPES:
             raise refusal(op, f"{name} is {tensor.dtype}, wanted one of {', '.join(map(str, DTYPES))}")
-        if tensor.device != x.device:
-            raise refusal(op, f"{name} is on {tensor.device}, wanted the {x.device} of x")
+        if tensor.device != like.device:
+            raise refusal(op, f"{name} is on {tensor.device}, wanted the {like.device} of {first}")

@@ -47,8 +47,7 @@ def _forward(
 def _empty(
     x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
 ) -> Forward:
-    y, h = (x.new_empty((*x.shape[:-1], factor.size(0))) for factor in (up, down))
-    return Forward(y, h, x.new_empty(y.shape if activation != "none" else 0))
+    return Forward(*(x.new_empty((*x.shape[:-1], factor.size(0))) for factor in (up, down)))
 
 
 LINEAR = Op(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..util.closeness import distance, stray_elements
+from . import reference
 from .conv import CONV
+from .expand_backward import run_named
 from .law import DTYPES
 from .linear import LINEAR
-from .reference import Forward
 from .registration import Op
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -23,7 +25,7 @@ Results = dict[str, str]  # of every probe: what is wrong, or ""
 class Probe:
     """A family of kernels, and a problem whose every side is ragged and that has every end.
 
-    sizes: of x, down and up. more: what the op takes between bias and activation.
+    sizes: of x, down and up; of a BackwardProbe of h and up. more: what the op takes between bias and activation.
     """
 
     op: Op
@@ -39,11 +41,7 @@ class Probe:
 
     def arguments(self, dtype: torch.dtype, device: str) -> tuple:
         """Outputs have about unit variance."""
-        generator = torch.Generator().manual_seed(0)
-
-        def draw(*shape: int, fan_in: int = 1) -> Tensor:
-            return (torch.randn(shape, generator=generator, dtype=torch.float64) / fan_in**0.5).to(device, dtype)
-
+        draw = _drawing(dtype, device)
         x, down, up = self.sizes
         tensors = [draw(*x), draw(*down, fan_in=down[1:].numel()), draw(*up, fan_in=up[1])]
         if len(x) > 2:  # a convolution: as its kernels read
@@ -52,32 +50,61 @@ class Probe:
         residual = torch.empty_like(y).copy_(draw(*y.shape))
         return (*tensors, draw(up[0]), *self.more, "gelu", residual)
 
+    def run(self, given: tuple) -> NamedTuple:
+        return self.op.run_named(given, self.kernel, self.grid, training=True)
+
+    def truth(self, given: tuple) -> Truth:
+        return Truth(self.op.by_pytorch, given)
+
     def failure(self, dtype: torch.dtype, device: str) -> str:
-        """What is wrong with the kernels' y, h and z beside PyTorch's, by the rule of the tests; "" if nothing is."""
+        """What is wrong with the kernels' answers beside PyTorch's, by the rule of the tests; "" if nothing is."""
         given = self.arguments(dtype, device)
         try:
-            found = self.op.run_named(given, self.kernel, self.grid, training=True)
+            found = self.run(given)
             if device.startswith("cuda"):
                 torch.cuda.synchronize(device)
         except torch.OutOfMemoryError:  # no fault of the kernel
             raise
         except RuntimeError as error:
             return f"it does not run: {error}"
-        return Truth(self.op, given).what_is_wrong(found)
+        return self.truth(given).what_is_wrong(found)
+
+
+class BackwardProbe(Probe):
+    """The same of expand_backward, which the gradients of an op pass."""
+
+    def arguments(self, dtype: torch.dtype, device: str) -> tuple:
+        draw = _drawing(dtype, device)
+        h, up = self.sizes
+        return draw(*h[:-1], up[0]), draw(*h), draw(*up, fan_in=up[1]), draw(up[0]), "gelu", True
+
+    def run(self, given: tuple) -> NamedTuple:
+        return run_named(given, self.kernel, self.grid)
+
+    def truth(self, given: tuple) -> Truth:
+        return Truth(reference.expand_backward, given)
+
+
+def _drawing(dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
+    """Always the same numbers, on every machine."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, fan_in: int = 1) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) / fan_in**0.5).to(device, dtype)
+
+    return draw
 
 
 class Truth:
-    """What an op must give: of its own arguments, in fp64 and as PyTorch computes in their dtype."""
+    """What a function of tensors must give, which names its results: in fp64 and as PyTorch computes in their dtype."""
 
-    def __init__(self, op: Op, given: tuple) -> None:
-        self.exact = op.forward(
-            *op.packed(tuple(each.double() if isinstance(each, Tensor) else each for each in given))
-        )
-        self.plain = op.forward(*op.packed(given))
+    def __init__(self, compute: Callable[..., NamedTuple], given: tuple) -> None:
+        self.exact = compute(*(each.double() if isinstance(each, Tensor) else each for each in given))
+        self.plain = compute(*given)
 
-    def what_is_wrong(self, found: Forward) -> str:
-        """With y, h and z of a kernel, by the rule of the tests; "" if nothing is."""
-        for name, one, two, three in zip(Forward._fields, found, self.exact, self.plain, strict=True):
+    def what_is_wrong(self, found: NamedTuple) -> str:
+        """With the results of a kernel, by the rule of the tests; "" if nothing is."""
+        for name, one, two, three in zip(found._fields, found, self.exact, self.plain, strict=True):
             if far := distance(one, two, three) or stray_elements(one, two):
                 return f"{name} has {far}"
         return ""
@@ -88,13 +115,26 @@ def _sizes(*sizes: tuple[int, ...]) -> tuple[torch.Size, ...]:
 
 
 _LINEAR = _sizes((37, 200), (40, 200), (136, 40))
+_END = _sizes((37, 40), (136, 40))
 _CONV = _sizes((2, 16, 9, 7), (24, 16, 3, 3), (40, 24, 1, 1))
 _PLAIN = ([2, 1], [1, 2], [1, 1])  # stride, padding, dilation
+
+
+def _backward(op: Op) -> tuple[Probe, ...]:
+    """What is wrong with them is wrong with each op whose gradients pass them."""
+    return (
+        BackwardProbe(op, "backward", "fused", _END),
+        BackwardProbe(op, "backward streamed", "fused", _END, grid=(64, 0, 1)),
+        BackwardProbe(op, "backward epilogue", "gemm_epilogue", _END, dtypes=DTYPES),
+    )
+
+
 PROBES = (
     Probe(LINEAR, "fused", "fused", _LINEAR),
     Probe(LINEAR, "expand", "gemm_expand", _LINEAR),
     Probe(LINEAR, "expand streamed", "gemm_expand", _LINEAR, grid=(64, 0, 1)),
     Probe(LINEAR, "epilogue", "two_gemms_epilogue", _LINEAR, dtypes=DTYPES),
+    *_backward(LINEAR),
     Probe(CONV, "chunks", "fused", _CONV, (*_PLAIN, 1, 1)),
     Probe(
         CONV,
@@ -107,6 +147,7 @@ PROBES = (
     Probe(CONV, "depthwise", "fused", _sizes((2, 40, 9, 7), (40, 1, 3, 3), (72, 40, 1, 1)), (*_PLAIN, 40, 1)),
     Probe(CONV, "expand", "conv_expand", _CONV, (*_PLAIN, 1, 1)),
     Probe(CONV, "epilogue", "two_convs_epilogue", _CONV, (*_PLAIN, 1, 1), dtypes=DTYPES),
+    *_backward(CONV),
 )
 
 

@@ -28,7 +28,6 @@ def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
 
 
 _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "none": lambda grad, z: grad,
     "relu": lambda grad, z: torch.ops.aten.threshold_backward(grad, z, 0),
     "gelu": torch.ops.aten.gelu_backward,
     "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
@@ -37,11 +36,17 @@ _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Forward(NamedTuple):
-    """y (..., N), h (..., R) and, for the backward pass, the pre-activation z (..., N), empty without an activation."""
+    """y (..., N) and, for the backward pass, h (..., R)."""
 
     y: Tensor
     h: Tensor
+
+
+class End(NamedTuple):
+    """The gradients of the pre-activation and, where it is wanted, of the bias."""
+
     z: Tensor
+    bias: Tensor | None
 
 
 class Grads(NamedTuple):
@@ -72,30 +77,50 @@ def low_rank_linear_forward(
 ) -> Forward:
     """low_rank_linear with what lies between."""
     h = F.linear(x, down)
-    z = F.linear(h, up, bias)
-    return _finished(h, z, activation, residual)
+    return Forward(_finished(F.linear(h, up, bias), activation, residual), h)
 
 
-def _finished(h: Tensor, z: Tensor, activation: str, residual: Tensor | None) -> Forward:
+def _finished(z: Tensor, activation: str, residual: Tensor | None) -> Tensor:
     y = ACTIVATIONS[activation](z)
-    if residual is not None:
-        y = y + residual
-    return Forward(y, h, z if activation != "none" else z.new_empty(0))
+    return y if residual is None else y + residual
+
+
+def expand_backward(grad: Tensor, h: Tensor, up: Tensor, bias: Tensor | None, activation: str, needs_bias: bool) -> End:
+    """Through activation and bias: grad (..., N) times activation'(z), with z = h @ up.T + bias computed anew.
+
+    The pre-activation is not kept for this: it is as large as y, and h (..., R) gives it again.
+    """
+    dz = grad if activation == "none" else _BACKWARD[activation](grad, F.linear(h, up, bias))
+    return End(dz, _rows(dz).sum(0) if needs_bias else None)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.size(-1))  # -1 would say nothing of an empty tensor
 
 
 def low_rank_linear_backward(
-    grad: Tensor, x: Tensor, down: Tensor, up: Tensor, h: Tensor, z: Tensor, activation: str, needs: Grads
+    grad: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    activation: str,
+    needs: Grads,
+    end: Callable[..., End] = expand_backward,
 ) -> Grads:
-    """The gradients for which `needs` is true, from grad (..., N) of y and the forward pass's h and z."""
-    dz = _BACKWARD[activation](grad, z)
-    M = math.prod(x.shape[:-1])
-    flat_dz, flat_h, flat_x = (t.reshape(M, t.size(-1)) for t in (dz, h, x))
+    """The gradients for which `needs` is true, from grad (..., N) of y and the forward pass's h.
+
+    end: what computes `expand_backward`.
+    """
+    dz, dbias = end(grad, h, up, bias, activation, bool(needs.bias))
+    flat_dz, flat_h, flat_x = map(_rows, (dz, h, x))
     dh = flat_dz @ up if needs.x or needs.down else None
     return Grads(
         x=(dh @ down).reshape(x.shape) if needs.x else None,
         down=dh.mT @ flat_x if needs.down else None,
         up=flat_dz.mT @ flat_h if needs.up else None,
-        bias=flat_dz.sum(0) if needs.bias else None,
+        bias=dbias,
         residual=grad if needs.residual else None,
     )
 
@@ -168,8 +193,7 @@ def low_rank_conv_forward(
     convolve = CONVOLUTIONS[down.dim() - 2]
     x, padding = padded(x, window)
     h = convolve(x, down, None, window.stride, padding, window.dilation, window.groups)
-    z = convolve(h, up, bias, groups=window.up_groups)
-    return _finished(h, z, activation, residual)
+    return Forward(_finished(convolve(h, up, bias, groups=window.up_groups), activation, residual), h)
 
 
 def padded(x: Tensor, window: Window) -> tuple[Tensor, list[int]]:
@@ -185,15 +209,18 @@ def low_rank_conv_backward(
     x: Tensor,
     down: Tensor,
     up: Tensor,
+    bias: Tensor | None,
     h: Tensor,
-    z: Tensor,
     window: Window,
     activation: str,
     needs: Grads,
+    end: Callable[..., End] = expand_backward,
 ) -> Grads:
-    """The gradients for which `needs` is true, from grad (B, N, *out) of y and the forward pass's h and z."""
-    dz = _BACKWARD[activation](grad, z)
-    dh, dup, dbias = _pointwise_backward(dz, h, up, window.up_groups, needs)
+    """The gradients for which `needs` is true, from grad (B, N, *out) of y and the forward pass's h.
+
+    end: what computes `expand_backward`.
+    """
+    dh, dup, dbias = _pointwise_backward(grad, h, up, bias, window.up_groups, activation, needs, end)
     dx = ddown = None
     if needs.x or needs.down:
         wide, padding = padded(x, window)
@@ -218,11 +245,21 @@ def low_rank_conv_backward(
 
 
 def _pointwise_backward(
-    dz: Tensor, h: Tensor, up: Tensor, groups: int, needs: Grads
+    grad: Tensor,
+    h: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    activation: str,
+    needs: Grads,
+    end: Callable[..., End],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dh, dup and dbias of the second stage. With channels last, and no groups, pixels are rows of matrices."""
     needs_h = bool(needs.x or needs.down)
-    if groups > 1 or not _is_channels_last(dz) or not _is_channels_last(h):
+    if groups > 1 or not _is_channels_last(grad) or not _is_channels_last(h):
+        dz = grad
+        if activation != "none":
+            dz = _BACKWARD[activation](grad, CONVOLUTIONS[up.dim() - 2](h, up, bias, groups=groups))
         ones = [1] * (dz.dim() - 2)
         zeros = [0] * len(ones)
         return torch.ops.aten.convolution_backward(
@@ -238,7 +275,7 @@ def _pointwise_backward(
             groups,
             [needs_h, bool(needs.up), bool(needs.bias)],
         )
-    dz_rows, h_rows = dz.movedim(1, -1), h.movedim(1, -1)
-    flat_dz, flat_h = dz_rows.reshape(-1, dz.size(1)), h_rows.reshape(-1, h.size(1))
-    dh = (dz_rows @ up.flatten(1)).movedim(-1, 1) if needs_h else None
-    return dh, (flat_dz.mT @ flat_h).view_as(up) if needs.up else None, flat_dz.sum(0) if needs.bias else None
+    h_rows = h.movedim(1, -1)
+    dz, dbias = end(grad.movedim(1, -1), h_rows, up.flatten(1), bias, activation, bool(needs.bias))
+    dh = (dz @ up.flatten(1)).movedim(-1, 1) if needs_h else None
+    return dh, (_rows(dz).mT @ _rows(h_rows)).view_as(up) if needs.up else None, dbias

@@ -13,9 +13,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from . import reference
+from .expand_backward import expand_backward
+from .library import define, library
 from .reference import Forward, Grads
 
-library = torch.library.Library("shrank", "FRAGMENT")
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCPU
 )
@@ -32,8 +34,8 @@ class Op:
     name: str
     arguments: str
     check: Callable[..., None]  # (x, down, up, bias, *packed, residual) raises what the law forbids
-    forward: Callable[..., Forward]  # the same arguments -> y, h, z, laid out as the op promises
-    backward: Callable[..., Grads]  # (grad, x, down, up, h, z, *packed, needs)
+    forward: Callable[..., Forward]  # the same arguments -> y, h, laid out as the op promises
+    backward: Callable[..., Grads]  # (grad, x, down, up, bias, h, *packed, needs, end)
     empty: Callable[..., Forward]  # as forward: new tensors, unwritten
     pack: Callable[..., tuple] = lambda *between: between
 
@@ -42,7 +44,7 @@ class Op:
         """Both ops, by name."""
         return {
             self.name: f"({self.arguments}) -> Tensor",
-            f"{self.name}_train": f"({self.arguments}) -> (Tensor y, Tensor h, Tensor z)",
+            f"{self.name}_train": f"({self.arguments}) -> (Tensor y, Tensor h)",
         }
 
     @cached_property
@@ -50,7 +52,7 @@ class Op:
         return getattr(torch.ops.shrank, self.name).default
 
     @cached_property
-    def train_overload(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    def train_overload(self) -> Callable[..., tuple[Tensor, Tensor]]:
         return getattr(torch.ops.shrank, f"{self.name}_train").default
 
     def run_named(self, given: tuple, kernel: str, grid: Sequence[int] = (), training: bool = False) -> Forward:
@@ -61,10 +63,10 @@ class Op:
             kernel: As `shrank explain` calls it: fused, gemm_expand, two_gemms_epilogue, two_gemms; of a convolution
                 fused, conv_expand, two_convs_epilogue, two_convs.
             grid: Of a matrix kernel: block_m, max_rank and blocks_n; empty for the cheapest by the model.
-            training: Whether h and z are wanted; otherwise they say nothing.
+            training: Whether h is wanted; otherwise it says nothing.
 
         Returns:
-            y, h and z.
+            y and h.
 
         Raises:
             RuntimeError: No native code is loaded, or it has no such kernel for these arguments; the text says why.
@@ -73,6 +75,9 @@ class Op:
         if not hasattr(torch.ops.shrank, name):
             raise RuntimeError(f"shrank::{name} is an op of the native extension, which is not loaded")
         return Forward(*getattr(torch.ops.shrank, name)(*self.complete(given), training, kernel, list(grid)))
+
+    def by_pytorch(self, *given: object) -> Forward:
+        return self.forward(*self.packed(given))
 
     @cached_property
     def defaults(self) -> tuple:
@@ -92,19 +97,19 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op: Op, *given: object) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            y, h, z = op.train_overload(*given)
-        ctx.save_for_backward(*given[:4], h, z)
+            y, h = op.train_overload(*given)
+        ctx.save_for_backward(*given[:4], h)
         ctx.op, ctx.between = op, given[4:-1]
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        x, down, up, bias, h, z = ctx.saved_tensors
-        packed = ctx.op.pack(*ctx.between)
-        if torch.is_grad_enabled():  # to be differentiated again: h and z must know where they come from
-            _, h, z = ctx.op.forward(x, down, up, bias, *packed, None)
+        x, down, up, bias, h = ctx.saved_tensors
+        packed, end = ctx.op.pack(*ctx.between), expand_backward
+        if torch.is_grad_enabled():  # to be differentiated again: by PyTorch, and h must know where it comes from
+            h, end = ctx.op.forward(x, down, up, bias, *packed, None).h, reference.expand_backward
         _, *tensors, residual = ctx.needs_input_grad
-        grads = ctx.op.backward(grad, x, down, up, h, z, *packed, Grads(*tensors[:4], residual))
+        grads = ctx.op.backward(grad, x, down, up, bias, h, *packed, Grads(*tensors[:4], residual), end)
         return None, *grads[:4], *(None for _ in ctx.between), grads.residual
 
 
@@ -157,9 +162,7 @@ def _both(op: Op, compute: Callable[..., Forward]) -> tuple[Callable[..., Tensor
 def register(op: Op) -> None:
     """Make a torch op of this one, and one that also returns what training needs."""
     for name, schema in op.schemas.items():
-        # A C++ library that was loaded before has defined them (csrc/ops/schema.cpp has the same schemas).
-        if not hasattr(torch.ops.shrank, name):
-            library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+        define(name, schema)
     library.impl(op.name, _autograd_kernel(op), "Autograd")
     for key in ("AutocastCPU", "AutocastCUDA"):
         library.impl(op.name, _autocast_kernel(op), key)

@@ -11,8 +11,8 @@ from torch import nn
 
 from ..layers.seal import sealed_names
 from .checkpoint import tensor_names
-from .model_card import CARD
 
+CARD = "README.md"
 MODULES = "modules.json"  # sentence-transformers' list of modules, each in a folder of its own
 _WEIGHTS = (
     ".safetensors",

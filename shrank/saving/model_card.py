@@ -12,8 +12,8 @@ from torch import nn
 
 from ..compression.apply import describe
 from ..planning.plan import RankPlan
+from .folders import CARD
 
-CARD = "README.md"
 TAG = "shrank"
 _ABOUT_DENSE = "## The card of the dense model"
 _NOTE = "What follows describes the dense model. Its figures, sizes and examples are not those of this copy."

@@ -20,6 +20,7 @@ from tests.common.models import hf_model
 from tests.common.tolerances import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:no layer was replaced")
+OF_EXTRAS = {"transformers", "accelerate", "huggingface_hub", "yaml", "tokenizers", "matplotlib", "PIL", "soundfile"}
 IDS = torch.arange(1, 13).view(2, 6)
 
 
@@ -188,6 +189,23 @@ def test_info_says_why_native_is_off() -> None:
     facts = json.loads(run("info", "--json").stdout)
     assert facts["torch"] == torch.__version__ or facts["torch"] == torch.__version__.split("+")[0]
     assert facts["backend"] == "torch" and facts["why_not_native"]
+
+
+def test_it_starts_with_nothing_but_what_the_package_requires() -> None:
+    """As after `pip install shrank`, without an extra."""
+    program = f"""
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {OF_EXTRAS}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+sys.argv = ["shrank", "info"]
+import shrank.cli.app
+shrank.cli.app.app()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and shrank.__version__ in done.stdout, done.stderr
 
 
 def test_python_dash_m() -> None:

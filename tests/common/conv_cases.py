@@ -80,7 +80,7 @@ class ConvCase:
         return output_sizes(x, down, self.window)
 
     def is_laid_out(self, output: Tensor, x: Tensor) -> bool:
-        """Whether y, h or z is laid out as the op promises for x; where x may be read either way, as channels first."""
+        """Whether y or h is laid out as the op promises for x; where x may be read either way, as channels first."""
         ambiguous = x.is_contiguous() and is_last(x)
         return is_last(output) if self.last and not ambiguous else output.is_contiguous()
 

@@ -37,7 +37,7 @@ class LinearCase:
         return *self.batch, self.R
 
     def is_laid_out(self, output: Tensor, x: Tensor) -> bool:
-        """Whether y, h or z is laid out as the op promises for x."""
+        """Whether y or h is laid out as the op promises for x."""
         return output.is_contiguous()
 
     def other_inputs(self, device: str) -> list[Tensor]:

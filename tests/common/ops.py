@@ -49,7 +49,7 @@ class OpUnderTest:
         return self.definition.overload
 
     @property
-    def op_train(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    def op_train(self) -> Callable[..., tuple[Tensor, Tensor]]:
         return self.definition.train_overload
 
     @property

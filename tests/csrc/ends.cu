@@ -1,11 +1,11 @@
-// Kernels that know their end when they are compiled: what bias, z, an activation and a residual cost is the difference
+// Kernels that know their end when they are compiled: what bias, an activation and a residual cost is the difference
 // of two straight pieces of code. For reading (tests/csrc/sass_loops.py), never for running.
 #include "../../csrc/kernels/launch.cuh"
 #include "../../csrc/kernels/low_rank_linear.cuh"
 
 namespace shrank {
 
-enum End { kBias = 1, kZ = 2, kResidual = 4 };
+enum End { kBias = 1, kResidual = 2 };
 
 template <int BLOCK_M, Activation KIND, int ENDS> struct WithEnd {
   using Kernel = LowRankLinear<arch::bfloat16, BLOCK_M, 128>;
@@ -17,7 +17,6 @@ template <int BLOCK_M, Activation KIND, int ENDS> struct WithEnd {
     params.activation = KIND;
     params.h = nullptr;
     decide<(ENDS & kBias) != 0>(params.bias);
-    decide<(ENDS & kZ) != 0>(params.z);
     decide<(ENDS & kResidual) != 0>(params.residual);
     __builtin_assume(params.x != nullptr);
     Kernel::run(params);
@@ -34,8 +33,8 @@ template <int BLOCK_M>
 const Kernel kEnds[] = {
     entry<WithEnd<BLOCK_M, Activation::none, 0>>,         entry<WithEnd<BLOCK_M, Activation::none, kBias>>,
     entry<WithEnd<BLOCK_M, Activation::none, kResidual>>, entry<WithEnd<BLOCK_M, Activation::relu, 0>>,
-    entry<WithEnd<BLOCK_M, Activation::gelu, 0>>,         entry<WithEnd<BLOCK_M, Activation::gelu, kZ>>,
-    entry<WithEnd<BLOCK_M, Activation::gelu_tanh, 0>>,    entry<WithEnd<BLOCK_M, Activation::silu, 0>>,
+    entry<WithEnd<BLOCK_M, Activation::gelu, 0>>,         entry<WithEnd<BLOCK_M, Activation::gelu_tanh, 0>>,
+    entry<WithEnd<BLOCK_M, Activation::silu, 0>>,
 };
 const Kernel* const kAll[] = {kEnds<64>, kEnds<128>};
 

@@ -23,7 +23,7 @@ WORK = ROOT / "build" / "host_mutants"
 OBJECTS = ROOT / "build" / "extension"
 TESTS = ("tests/csrc/rehearsed/host_code.py",)
 LAUNCH, EPILOGUE = "csrc/kernels/launch.cuh", "csrc/kernels/epilogue.cu"
-LINEAR, CONV = "csrc/ops/low_rank_linear.cpp", "csrc/ops/low_rank_conv.cpp"
+LINEAR, CONV, BACKWARD = "csrc/ops/low_rank_linear.cpp", "csrc/ops/low_rank_conv.cpp", "csrc/ops/expand_backward.cpp"
 REGISTER, DEVICE = "csrc/ops/register_cuda.cpp", "csrc/ops/cuda_device.cpp"
 # What includes a header, as far as a mistake there needs it.
 USERS = {
@@ -112,7 +112,6 @@ MISTAKES = (
     Mistake("no residual", LINEAR, "data_of(args.residual),", "nullptr,"),
     Mistake("outputs for inputs", LINEAR, "static_cast<int>(problem.K)", "static_cast<int>(problem.N)"),
     Mistake("h is not kept", LINEAR, "if (problem.training && !from_h) h =", "if (false) h ="),
-    Mistake("z is not kept", LINEAR, "if (keeps_preactivation(problem)) z =", "if (false) z ="),
     Mistake("a convolution's bias forgotten", CONV, "params.bias = data_of(args.bias);", ""),
     Mistake(
         "a convolution's filters as they came",
@@ -133,20 +132,40 @@ MISTAKES = (
     Mistake(
         "rows and columns of the epilogue's block swapped",
         EPILOGUE,
-        "block(tile.threads_n, tile.threads_m)",
-        "block(tile.threads_m, tile.threads_n)",
+        "dim3(tile.threads_n, tile.threads_m)",
+        "dim3(tile.threads_m, tile.threads_n)",
     ),
     Mistake(
         "rows and columns of the epilogue's grid swapped",
         EPILOGUE,
-        "grid(tile.blocks_n, tile.blocks_m)",
-        "grid(tile.blocks_m, tile.blocks_n)",
+        "dim3(tile.blocks_n, tile.blocks_m)",
+        "dim3(tile.blocks_m, tile.blocks_n)",
     ),
     Mistake(
         "an epilogue's failure is ignored",
         EPILOGUE,
-        'check_launch(cudaLaunchKernelEx(&config, epilogue_kernel<decltype(kernel)>, params), "epilogue");',
-        "cudaLaunchKernelEx(&config, epilogue_kernel<decltype(kernel)>, params);",
+        "check_launch(cudaLaunchKernelEx(&config, epilogue_kernel<decltype(kernel), Params>, params), name);",
+        "cudaLaunchKernelEx(&config, epilogue_kernel<decltype(kernel), Params>, params);",
+    ),
+    Mistake("h and up swapped on the way back", BACKWARD, "{args.h.const_data_ptr(),", "{args.up.const_data_ptr(),"),
+    Mistake("no bias on the way back", BACKWARD, "data_of(args.bias),", "nullptr,"),
+    Mistake(
+        "the pre-activation for the gradient", BACKWARD, "grad.const_data_ptr(), dz.mut", "dz.const_data_ptr(), dz.mut"
+    ),
+    Mistake("half of the sums over rows", BACKWARD, "backward_sum_rows(grid))", "backward_sum_rows(grid) / 2)"),
+    Mistake("sums over one row of threads", BACKWARD, "tile.blocks_m * tile.threads_m)", "1)"),
+    Mistake("sums of 16 bits", BACKWARD, ", type);", ");"),
+    Mistake(
+        "blocks of rows forgotten on the way back",
+        "csrc/kernels/expand_backward.cu",
+        "static_cast<unsigned>(grid.blocks_m)",
+        "1u",
+    ),
+    Mistake(
+        "the other element type on the way back",
+        "csrc/kernels/expand_backward.cu",
+        "launch_tile<arch::float16>",
+        "launch_tile<arch::bfloat16>",
     ),
 )
 

@@ -24,9 +24,11 @@ CARDS = tuple(sorted({*ARCHS, *RUNS}, key=lambda arch: int(arch.strip("sma_"))))
 REGISTERS = 65536  # of an SM, and shared memory: CUDA C++ Programming Guide, technical specifications
 SHARED_OF_BLOCK = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90a": 227, "sm_100": 227}  # KiB
 SHARED_OF_SM = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90a": 228, "sm_100": 228}
-_KERNEL = re.compile(r"\d+LowRank(Linear|Conv|Depthwise)INS_4arch\d+(\w+?)E(?:LNS_6GatherE(\d)E)?Li(\d+)ELi(\d+)EE")
+_KERNEL = re.compile(
+    r"\d+(?:LowRank)?(Linear|Conv|Depthwise|ExpandBackward)INS_4arch\d+(\w+?)E(?:LNS_6GatherE(\d)E)?Li(\d+)ELi(\d+)EE"
+)
 _GATHERS = ("chunks", "analytic", "numbers")
-LINEAR = "linear"
+LINEAR, BACKWARD = "linear", "backward"
 Name = tuple[str, str, int, int]  # kind: linear, or how a convolution gathers; dtype, block_m, max_rank
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -38,6 +40,16 @@ class Kernel:
     stack: int = 0
     local: int = 0
     instructions: Counter[str] = field(default_factory=Counter)
+
+
+class BackwardTile:
+    """A LinearTile as the backward kernel uses it: it has no first stage."""
+
+    gather = BACKWARD
+
+    def __init__(self, tile: object) -> None:
+        self.block_m, self.max_rank, self.threads = tile.block_m, tile.max_rank, tile.threads
+        self.shared_bytes = tile.expand_bytes
 
 
 def tool(name: str) -> Path:
@@ -75,7 +87,13 @@ def functions(listing: str) -> list[str]:
 def name_in(line: str) -> Name | None:
     if not (named := _KERNEL.search(line)):
         return None
-    kind = {"Linear": LINEAR, "Conv": _GATHERS[int(named[3] or 0)], "Depthwise": "depthwise"}[named[1]]
+    kinds = {
+        "Linear": LINEAR,
+        "Conv": _GATHERS[int(named[3] or 0)],
+        "Depthwise": "depthwise",
+        "ExpandBackward": BACKWARD,
+    }
+    kind = kinds[named[1]]
     return kind, named[2], int(named[4]), int(named[5])
 
 
@@ -150,7 +168,7 @@ def table(tiles: list) -> str:
 
 
 def tiles_of(dev: ModuleType) -> list:
-    return [*dev.select.LINEAR_TILES, *dev.select.CONV_TILES]
+    return [*dev.select.LINEAR_TILES, *dev.select.CONV_TILES, *map(BackwardTile, dev.select.BACKWARD_TILES)]
 
 
 def written(text: str, tiles: list) -> str:

@@ -115,7 +115,6 @@ class End:
     rows: int
     activation: str
     bias: bool
-    z: bool
     residual: bool
 
 
@@ -135,6 +134,6 @@ def ends(arch: str) -> dict[End, Loop]:
     for part in sass.functions(listing):
         if named := _END.search(part.split("\n", 1)[0]):
             options = int(named[3])
-            end = End(int(named[1]), list(ACTIVATIONS)[int(named[2])], *(bool(options & bit) for bit in (1, 2, 4)))
+            end = End(int(named[1]), list(ACTIVATIONS)[int(named[2])], *(bool(options & bit) for bit in (1, 2)))
             (found[end],) = (loop for loop in loops(part) if loop["HMMA"] and loop["STG"])
     return found

@@ -54,8 +54,8 @@ def test_only_the_gradients_that_are_wanted(tested, full, wanted: int, device: s
 
 
 @each_format()
-@pytest.mark.parametrize(("activation", "saved"), [("none", 0), ("silu", 1)])
-def test_h_is_saved_for_gradients_and_only_then(tested, full, activation: str, saved: int, device: str) -> None:
+@pytest.mark.parametrize("activation", ["none", "silu"])
+def test_h_is_saved_for_gradients_and_only_then(tested, full, activation: str, device: str) -> None:
     case = replace(full, activation=activation)
     shapes = []
 
@@ -68,4 +68,4 @@ def test_h_is_saved_for_gradients_and_only_then(tested, full, activation: str, s
         assert shapes == []
         tested.op(*case.tensors(torch.float32, device, requires_grad=True))
     assert shapes.count(case.hidden) == 1  # h
-    assert shapes.count(case.output) == saved  # the pre-activation
+    assert case.output not in shapes  # nothing as large as y

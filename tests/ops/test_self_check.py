@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import shrank
-from shrank.ops import apart, availability, check_apart, machine, registration, self_check
+from shrank.ops import apart, availability, check_apart, machine, probes, reference, registration, self_check
 from shrank.ops.conv import CONV
 from shrank.ops.linear import LINEAR
-from shrank.ops.probes import PROBES, Truth, check
-from shrank.ops.reference import Forward
+from shrank.ops.probes import PROBES, BackwardProbe, Truth, check
+from shrank.ops.reference import End, Forward
 from shrank.ops.self_check import check_and_keep, file_of, kept, why_not
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -44,7 +44,11 @@ def named(monkeypatch):
         found = op.forward(*op.packed(given))
         return changes.get((op.name, kernel), lambda all_: all_)(found)
 
+    def run_backward(given, kernel, grid=()):
+        return changes.get(("backward", kernel), lambda all_: all_)(reference.expand_backward(*given))
+
     monkeypatch.setattr(registration.Op, "run_named", run)
+    monkeypatch.setattr(probes, "run_named", run_backward)
     return changes
 
 
@@ -54,15 +58,16 @@ def test_right_kernels_pass(named) -> None:
 
 
 def test_every_family_and_every_end_is_looked_at() -> None:
-    kernels = {(probe.op.name, probe.kernel, bool(probe.grid)) for probe in PROBES}
+    forward = [probe for probe in PROBES if not isinstance(probe, BackwardProbe)]
+    kernels = {(probe.op.name, probe.kernel, bool(probe.grid)) for probe in forward}
     assert {"fused", "gemm_expand", "two_gemms_epilogue"} == {k for op, k, _ in kernels if op == LINEAR.name}
     assert {"fused", "conv_expand", "two_convs_epilogue"} == {k for op, k, _ in kernels if op == CONV.name}
     assert (LINEAR.name, "gemm_expand", True) in kernels, "h is streamed only where that is asked for"
-    for probe in PROBES:
+    for probe in forward:
         _, down, _, bias, *_, activation, residual = probe.arguments(torch.float32, "cpu")
         assert bias is not None and activation == "gelu" and residual is not None
         assert down.size(0) % 64, "the rank is smaller than any tile's"
-        assert torch.isfinite(Truth(probe.op, probe.arguments(torch.float32, "cpu")).plain.y).all()
+        assert torch.isfinite(Truth(probe.op.by_pytorch, probe.arguments(torch.float32, "cpu")).plain.y).all()
 
 
 @pytest.mark.parametrize("what", Forward._fields)
@@ -71,6 +76,14 @@ def test_a_wrong_answer_is_named(named, what: str, change) -> None:
     named[LINEAR.name, "gemm_expand"] = lambda found: found._replace(**{what: change(getattr(found, what))})
     wrong = {name: reason for name, reason in check("cpu") if reason}
     assert {" ".join(name.split()[:2]) for name in wrong} == {f"{LINEAR.name} expand"}
+    assert all(reason.startswith(f"{what} has ") for reason in wrong.values())
+
+
+@pytest.mark.parametrize("what", End._fields)
+def test_a_wrong_gradient_forbids_both_ops(named, what: str) -> None:
+    named["backward", "fused"] = lambda found: found._replace(**{what: getattr(found, what) * 1.05})
+    wrong = {name: reason for name, reason in check("cpu") if reason}
+    assert {" ".join(name.split()[:2]) for name in wrong} == {f"{op.name} backward" for op in (LINEAR, CONV)}
     assert all(reason.startswith(f"{what} has ") for reason in wrong.values())
 
 

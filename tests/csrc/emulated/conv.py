@@ -126,8 +126,7 @@ def emulate(
     problem = run.problem(dev)
     y = torch.full((problem.pixels, run.N), torch.nan, dtype=run.dtype)
     h = torch.full((problem.pixels, run.R), torch.nan, dtype=run.dtype)
-    z = torch.full_like(y, torch.nan) if run.training else None
-    tensors = arguments | {"y": y, "z": z, "h": h if run.training else None}
+    tensors = arguments | {"y": y, "h": h if run.training else None}
     tile = dev.select.ConvTile(*run.tile)
     grid = dev.select.ConvGrid(tile, -(-problem.pixels // tile.block_m), run.blocks_n)
     result = dev.conv.emulate(
@@ -137,7 +136,7 @@ def emulate(
         copies_early=copies_early,
         **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
     )
-    return Outcome(y, h, z, result.problems, result.counts)
+    return Outcome(y, h, result.problems, result.counts)
 
 
 def in_pytorch(run: ConvRun, arguments: dict[str, Tensor | None]) -> reference.Forward:
@@ -150,7 +149,7 @@ def in_pytorch(run: ConvRun, arguments: dict[str, Tensor | None]) -> reference.F
     z = F.conv3d(h, up[:, :, None, None, None], arguments["bias"], groups=run.up_groups)
     h, z = (t.movedim(1, -1).reshape(-1, t.size(1)) for t in (h, z))
     y = reference.ACTIVATIONS[run.activation](z)
-    return reference.Forward(y if arguments["residual"] is None else y + arguments["residual"], h, z)
+    return reference.Forward(y if arguments["residual"] is None else y + arguments["residual"], h)
 
 
 def exact(run: ConvRun, arguments: dict[str, Tensor | None]) -> reference.Forward:

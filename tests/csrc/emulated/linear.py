@@ -71,7 +71,6 @@ class Run:
 class Outcome:
     y: Tensor
     h: Tensor
-    z: Tensor | None
     problems: list[str]
     counts: object
 
@@ -80,8 +79,7 @@ def emulate(dev: ModuleType, run: Run, arguments: tuple, seed: int = 0, copies_e
     x, down, up, bias, activation, residual = arguments
     h = x @ down.T if run.from_h else torch.full((run.M, run.R), torch.nan, dtype=run.dtype)
     y = torch.full((run.M, run.N), torch.nan, dtype=run.dtype)
-    z = torch.full_like(y, torch.nan) if run.training else None
-    tensors = {"up": up, "bias": bias, "residual": residual, "z": z, "y": y}
+    tensors = {"up": up, "bias": bias, "residual": residual, "y": y}
     if run.from_h:
         tensors |= {"h": h}
     else:
@@ -101,7 +99,7 @@ def emulate(dev: ModuleType, run: Run, arguments: tuple, seed: int = 0, copies_e
         copies_early=copies_early,
         **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
     )
-    return Outcome(y, h, z, result.problems, result.counts)
+    return Outcome(y, h, result.problems, result.counts)
 
 
 def exact(arguments: tuple, h: Tensor | None = None) -> reference.Forward:
@@ -110,7 +108,7 @@ def exact(arguments: tuple, h: Tensor | None = None) -> reference.Forward:
     h = x @ down.T if h is None else h.double()
     z = h @ up.T + (0 if bias is None else bias)
     y = reference.ACTIVATIONS[activation](z) + (0 if residual is None else residual)
-    return reference.Forward(y, h, z)
+    return reference.Forward(y, h)
 
 
 def runs() -> list[Run]:

@@ -6,6 +6,7 @@ tests/csrc/test_ops.py runs this in the process that loads that library.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,13 +14,15 @@ import torch
 import shrank
 from shrank.measuring import tuning
 from shrank.measuring.timing import Timing
-from shrank.ops import self_check, tuned
+from shrank.ops import reference, self_check, tuned
 from shrank.ops.conv import CONV
+from shrank.ops.expand_backward import run_named
 from shrank.ops.linear import LINEAR
 from tests.common.conv_cases import ConvCase
 from tests.common.linear_cases import LinearCase
 from tests.common.tolerances import assert_close
 from tests.csrc.conftest import dev_module
+from tests.csrc.emulated.backward import BackwardRun
 from tests.measuring.test_tuning import PROBLEMS
 
 DEV = dev_module()
@@ -34,7 +37,6 @@ def held_to_pytorch(op, given: tuple, kernel: str, grid: tuple) -> None:
         assert_close(found.y, exact.y, plain.y)
         if training:
             assert_close(found.h, exact.h, plain.h)
-            assert_close(found.z, exact.z, plain.z)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -55,6 +57,45 @@ def test_every_tile_of_convolutions(tile, dtype: torch.dtype) -> None:
     ]
     case = ConvCase((6, 5), (3, 2), channels, 40, rank, padding=(1, 0), groups=groups, activation="relu", last=True)
     held_to_pytorch(CONV, case.tensors(dtype, "cpu"), "fused", (tile.block_m, tile.max_rank, 1))
+
+
+def gradients_held_to_pytorch(given: tuple, kernel: str, grid: tuple = ()) -> None:
+    exact = reference.expand_backward(*(a.double() if isinstance(a, torch.Tensor) else a for a in given))
+    plain, found = reference.expand_backward(*given), run_named(given, kernel, grid)
+    assert_close(found.z, exact.z, plain.z)
+    if given[-1]:
+        assert_close(found.bias, exact.bias, plain.bias)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tile", DEV.select.BACKWARD_TILES, ids=repr)
+def test_every_tile_of_gradients(tile, dtype: torch.dtype) -> None:
+    rank = tile.max_rank - 8 if tile.holds_h else 40
+    run = BackwardRun(tile.block_m, tile.max_rank, 137, 264, rank, "silu", dtype=dtype)
+    for sums in (False, True):
+        given = replace(run, sums=sums).arguments()
+        gradients_held_to_pytorch(given, "fused", (tile.block_m, tile.max_rank, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+@pytest.mark.parametrize(("M", "N"), [(6, 64), (6, 37), (300, 72)])
+def test_gradients_by_a_gemm_and_one_pass(dtype: torch.dtype, M: int, N: int) -> None:
+    gradients_held_to_pytorch(BackwardRun(0, 0, M, N, 8, "gelu", dtype=dtype).arguments(), "gemm_epilogue")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "grid", "message"),
+    [
+        ("two_gemms", (), "kernel is 'two_gemms', wanted one of fused, gemm_epilogue"),
+        ("gemm_epilogue", (64, 64, 1), "gemm_epilogue has no grid"),
+        ("fused", (128, 64, 1), "fused: no kernel is compiled for this tile"),
+        ("fused", (64, 64, 1), "fused: R is above the tile's rank"),
+        ("fused", (64, 96, 0), "fused: the shares of the columns must be 1 to 64"),
+    ],
+)
+def test_what_cannot_compute_gradients_is_refused_in_words(kernel: str, grid: tuple, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        run_named(BackwardRun(0, 0, 5, 64, 80).arguments(), kernel, grid)
 
 
 @pytest.mark.parametrize("shares", [1, 2])

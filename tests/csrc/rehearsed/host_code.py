@@ -82,6 +82,24 @@ def test_the_epilogue_is_launched_for_every_element(machine, dtype, N) -> None:
     assert len(machine.launches) == 2 and all("Epilogue<" in launch for launch in machine.launches)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tile", DEV.select.BACKWARD_TILES, ids=repr)
+def test_every_tile_of_gradients_is_launched(machine, tile, dtype) -> None:
+    named_ops.test_every_tile_of_gradients(tile, dtype)
+    name = f"ExpandBackward<shrank::arch::{str(dtype).removeprefix('torch.')}, {tile.block_m}, {tile.max_rank}>"
+    asked = f"grid {-(-137 // tile.block_m)}x2 block {tile.threads}x1 shared {tile.expand_bytes} "
+    assert len(machine.launches) == 2
+    assert all(name in launch and asked in launch for launch in machine.launches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+@pytest.mark.parametrize(("M", "N"), [(6, 64), (6, 37), (300, 72)])
+def test_the_backward_epilogue_is_launched_for_every_element(machine, dtype, M: int, N: int) -> None:
+    named_ops.test_gradients_by_a_gemm_and_one_pass(dtype, M, N)
+    (launch,) = machine.launches
+    assert "EpilogueBackward<" in launch
+
+
 # ---- what a launch asks of the device
 
 

@@ -1,0 +1,26 @@
+#include "expand_backward.cuh"
+#include "launch.cuh"
+
+namespace shrank {
+namespace {
+
+template <typename T>
+void launch_tile(const ExpandBackwardParams& params, const LinearGrid& grid, bool dependent, void* stream) {
+  const dim3 blocks(static_cast<unsigned>(grid.blocks_m), static_cast<unsigned>(grid.blocks_n));
+  const bool found = with_backward_tile(grid.tile, [&](auto tile) {
+    launch<ExpandBackward<T, tile().block_m, tile().max_rank>>("expand_backward", blocks, params, dependent, stream);
+  });
+  if (!found) throw std::runtime_error("shrank: expand_backward was not compiled for the tile that select chose");
+}
+
+}  // namespace
+
+void launch_expand_backward(const ExpandBackwardParams& params, const LinearGrid& grid, bool dependent, void* stream) {
+  if (params.M == 0 || params.N == 0) return;
+  if (params.dtype == Dtype::bfloat16) return launch_tile<arch::bfloat16>(params, grid, dependent, stream);
+  if (params.dtype == Dtype::float16) return launch_tile<arch::float16>(params, grid, dependent, stream);
+  throw std::runtime_error("shrank: expand_backward takes float16 and bfloat16, not " +
+                           std::string(name_of(params.dtype)));
+}
+
+}  // namespace shrank
