@@ -156,6 +156,37 @@ SHRANK_DEVICE uint32_t load_word_if(bool go, const void* address) {
   return word;
 }
 
+// 16 bytes if `go`, else zeros; also without a branch.
+SHRANK_DEVICE Pack<uint32_t, 4> load_words_if(bool go, const void* address) {
+  Pack<uint32_t, 4> words{};
+#ifdef __CUDACC__
+  asm volatile(
+      "{\n.reg .pred go;\nsetp.ne.b32 go, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+      "@go ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=&r"(words.item[0]), "=&r"(words.item[1]), "=&r"(words.item[2]), "=&r"(words.item[3])
+      : "l"(__cvta_generic_to_global(address)), "r"(static_cast<int>(go)));
+#else
+  if (go) words = load<uint32_t, 4>(static_cast<const uint32_t*>(address));
+#endif
+  return words;
+}
+
+// The same of bytes that nobody else asks for: they do not stay in L1, and L2 asks for the whole line. Not through the
+// read-only path: ptxas moves such loads behind a wait for the grid before (nvcc 13.0).
+SHRANK_DEVICE Pack<uint32_t, 4> load_once_if(bool go, const void* address) {
+#ifdef __CUDACC__
+  Pack<uint32_t, 4> words;
+  asm volatile(
+      "{\n.reg .pred go;\nsetp.ne.b32 go, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+      "@go ld.global.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=&r"(words.item[0]), "=&r"(words.item[1]), "=&r"(words.item[2]), "=&r"(words.item[3])
+      : "l"(__cvta_generic_to_global(address)), "r"(static_cast<int>(go)));
+  return words;
+#else
+  return load_words_if(go, address);
+#endif
+}
+
 template <typename T, int Count> SHRANK_DEVICE void store(T* address, const Pack<T, Count>& pack) {
 #ifdef SHRANK_EMULATED
   emulator::store_global(address, &pack, sizeof pack);

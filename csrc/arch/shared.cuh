@@ -34,6 +34,15 @@ SHRANK_DEVICE void store_shared(SharedAddress address, const Pack<float, 2>& val
 #endif
 }
 
+SHRANK_DEVICE void store_shared(SharedAddress address, const Pack<float, 4>& value) {
+#ifdef __CUDACC__
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(value.item[0]), "f"(value.item[1]),
+               "f"(value.item[2]), "f"(value.item[3]) : "memory");
+#else
+  emulator::store_shared(address, &value, sizeof value);
+#endif
+}
+
 SHRANK_DEVICE void store_shared(SharedAddress address, const Pack<uint32_t, 4>& value) {
 #ifdef __CUDACC__
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.item[0]), "r"(value.item[1]),

@@ -12,6 +12,7 @@
 #include "../select/kernel_cost.h"
 #include "../select/linear_cost.h"
 #include "../select/linear_select.h"
+#include "../select/shrink_expand_grid.h"
 #include "select.h"
 
 namespace py = pybind11;
@@ -116,6 +117,16 @@ void bind_select_linear(py::module_ m) {
       .def_readonly("blocks_n", &LinearGrid::blocks_n);
 
   m.attr("LINEAR_TILES") = std::vector<LinearTile>(kLinearTiles.begin(), kLinearTiles.end());
+  py::class_<ShrinkExpandTile>(m, "ShrinkExpandTile")
+      .def_readonly("tokens", &ShrinkExpandTile::tokens)
+      .def_property_readonly("max_rank", &ShrinkExpandTile::max_rank)
+      .def_property_readonly("bytes_in_flight", &ShrinkExpandTile::bytes_in_flight)
+      .def_property_readonly("shrink_bytes", &ShrinkExpandTile::shrink_bytes)
+      .def_property_readonly("expand_bytes", &ShrinkExpandTile::expand_bytes)
+      .def("__repr__", [](const ShrinkExpandTile& t) { return "ShrinkExpandTile(" + std::to_string(t.tokens) + ")"; });
+  m.attr("SHRINK_EXPAND_TILES") = std::vector<ShrinkExpandTile>(kShrinkExpandTiles.begin(), kShrinkExpandTiles.end());
+  m.def("bytes_in_flight", &bytes_in_flight, "problem"_a, "device"_a, "grid"_a);
+  m.def("bytes_needed_in_flight", &bytes_needed_in_flight, "problem"_a, "device"_a);
   m.attr("BACKWARD_TILES") = std::vector<LinearTile>(kBackwardTiles.begin(), kBackwardTiles.end());
   m.def("backward_sum_rows", &backward_sum_rows, "grid"_a);
   m.def("backward_candidates", &backward_candidates, "problem"_a, "device"_a);

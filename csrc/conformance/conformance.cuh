@@ -23,12 +23,18 @@ template <typename Visit> void for_each_case(const Visit& visit) {
   visit("max_or_nan", MaxOrNan{});
   visit("multiply_wide", MultiplyWide{});
   visit("load_word_if", LoadWordIf{});
+  visit("load_words_if", LoadWordsIf<false>{});
+  visit("load_once_if", LoadWordsIf<true>{});
+  visit("exchange<4>", Exchange<4>{});
+  visit("exchange<8>", Exchange<8>{});
+  visit("exchange<16>", Exchange<16>{});
   visit("load_store<uint32_t, 4>", LoadStore<uint32_t, 4>{});
   visit("load_store<bfloat16, 8>", LoadStore<arch::bfloat16, 8>{});
   visit("load_store<float, 2>", LoadStore<float, 2>{});
   visit("load_shared_words", LoadSharedWords{});
   visit("load_shared_floats", LoadSharedFloats{});
   visit("store_shared_words", StoreSharedWords{});
+  visit("store_shared_floats", StoreSharedFloats{});
   visit("load_shared_pair", SharedPairs{});
   visit("copy_async", CopyAsync<Copy::plain>{});
   visit("copy_async_reused", CopyAsync<Copy::reused>{});

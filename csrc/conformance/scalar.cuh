@@ -1,6 +1,7 @@
 // Conversions, approximations and packed access to global memory: arch/scalar.cuh.
 #pragma once
 
+#include "../arch/warp.cuh"
 #include "case.cuh"
 
 namespace shrank::conformance {
@@ -76,6 +77,24 @@ struct LoadWordIf : Case<Inputs::bits, kThreads, kNumbers, kNumbers> {
   SHRANK_DEVICE static void run(const Params& params) {
     for (int i = arch::thread_index(); i < kNumbers; i += kThreads)
       words_out(params)[i] = arch::load_word_if(i % 2 == 0, i % 2 == 0 ? words_in(params) + i : nullptr);
+  }
+};
+
+// The same of 16 bytes.
+template <bool ONCE> struct LoadWordsIf : Case<Inputs::bits, kThreads, kThreads * 4, kThreads * 4> {
+  SHRANK_DEVICE static void run(const Params& params) {
+    const int thread = arch::thread_index();
+    const bool go = thread % 2 == 0;
+    const uint32_t* const from = go ? words_in(params) + thread * 4 : nullptr;
+    arch::store(words_out(params) + thread * 4, ONCE ? arch::load_once_if(go, from) : arch::load_words_if(go, from));
+  }
+};
+
+// What the lane has whose number differs in the bits of LANES.
+template <int LANES> struct Exchange : Case<Inputs::floats, kWarp, kWarp, kWarp> {
+  SHRANK_DEVICE static void run(const Params& params) {
+    const int lane = arch::lane_index();
+    output<float>(params)[lane] = arch::exchange<LANES>(input<float>(params)[lane]);
   }
 };
 

@@ -66,6 +66,16 @@ struct SharedPairs : Case<Inputs::bits, kWarp, kWarp * 2, kWarp * 2, kWarp * 8> 
   }
 };
 
+struct StoreSharedFloats : Case<Inputs::bits, kWarp, kWarpWords, kWarpWords, kWarpBytes> {
+  SHRANK_DEVICE static void run(const Params& params) {
+    const int thread = arch::thread_index();
+    const arch::SharedAddress shared = arch::dynamic_shared();
+    arch::store_shared(shared + thread * 16, arch::load<float, 4>(input<float>(params) + thread * 4));
+    arch::sync_warp();
+    arch::store(words_out(params) + thread * 4, arch::load_shared_words(shared + (kWarp - 1 - thread) * 16));
+  }
+};
+
 // Two groups of a chunk each. In both, odd threads pass 0 valid bytes and an address that cannot be read.
 template <Copy HOW> struct CopyAsync : Case<Inputs::bits, kWarp, 2 * kWarpWords, 2 * kWarpWords, 2 * kWarpBytes> {
   SHRANK_DEVICE static void run(const Params& params) {

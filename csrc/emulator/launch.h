@@ -44,6 +44,9 @@ struct Launch {
   void (*entry)(const void* params);
   const void* params;
   std::size_t params_bytes;
+  // The next grid reads, before it waits, what the grids before this one have written: this one must have waited before
+  // it lets the next one start.
+  bool relied_on = false;
 };
 
 Result run(const Launch& launch, const std::vector<Buffer>& buffers, const Options& options);
@@ -51,9 +54,10 @@ Result run(const Launch& launch, const std::vector<Buffer>& buffers, const Optio
 // A kernel is a struct with Params, kThreads, kSharedBytes and run(const Params&), as kernels/launch.cuh has it.
 template <typename Kernel>
 Result launch(const std::string& name, Index3 grid, const typename Kernel::Params& params,
-              const std::vector<Buffer>& buffers, const Options& options) {
+              const std::vector<Buffer>& buffers, const Options& options, bool relied_on = false) {
   const auto entry = [](const void* at) { Kernel::run(*static_cast<const typename Kernel::Params*>(at)); };
-  return run({name, grid, {Kernel::kThreads}, Kernel::kSharedBytes, entry, &params, sizeof params}, buffers, options);
+  return run({name, grid, {Kernel::kThreads}, Kernel::kSharedBytes, entry, &params, sizeof params, relied_on}, buffers,
+             options);
 }
 
 }  // namespace shrank::emulator

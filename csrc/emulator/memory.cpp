@@ -81,7 +81,10 @@ void copy_async_wait(int pending) {
 }
 
 void grid_dependency_wait() { world.running->awaited = true; }
-void grid_dependency_launch() {}
+void grid_dependency_launch() {
+  if (world.launch->relied_on && !world.running->awaited)
+    problem("the next grid may start too soon", "grid_dependency_launch", SHRANK_SITE, "before grid_dependency_wait");
+}
 
 namespace {
 

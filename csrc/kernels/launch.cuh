@@ -9,9 +9,15 @@
 namespace shrank {
 
 // One block an SM is enough to promise: then ptxas uses the registers there are, and two blocks of 128 threads fit
-// anyway. Left to itself it aims at more blocks, and spills (nvcc 13.0, sm_90a).
+// anyway. Left to itself it aims at more blocks, and spills (nvcc 13.0, sm_90a). A kernel that gains by more says so.
+template <typename Kernel> constexpr auto blocks_of_sm(int) -> decltype(Kernel::kBlocksOfSm) {
+  return Kernel::kBlocksOfSm;
+}
+template <typename Kernel> constexpr int blocks_of_sm(long) { return 1; }
+
 template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, 1) entry(const __grid_constant__ typename Kernel::Params params) {
+__global__ void __launch_bounds__(Kernel::kThreads, blocks_of_sm<Kernel>(0))
+    entry(const __grid_constant__ typename Kernel::Params params) {
   Kernel::run(params);
 }
 

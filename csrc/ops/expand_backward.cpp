@@ -23,7 +23,7 @@ LinearProblem checked_problem(const ExpandBackward& args) {
   for (int64_t i = 0; fits && i + 1 < h.dim(); i++) fits = grad.size(i) == h.size(i), M *= h.size(i);
   STD_TORCH_CHECK(fits, "shrank::expand_backward: grad is ", shape(grad), ", wanted the shape of h ", shape(h),
                   " with ", N, " columns");
-  const Dtype dtype = dtype_of(kOp, h);
+  const Dtype dtype = dtype_of(kOp, h, "h");
   check_like(kOp, "grad", grad, h);
   check_like(kOp, "up", up, h);
   if (bias) {

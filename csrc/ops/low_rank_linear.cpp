@@ -4,6 +4,7 @@
 
 #include "../select/explain.h"
 #include "../select/linear_select.h"
+#include "../select/shrink_expand_grid.h"
 
 namespace shrank {
 namespace {
@@ -83,6 +84,36 @@ Stages with_kernel(const LowRankLinear& args, const LinearProblem& problem, std:
   return {y, h};
 }
 
+// Two kernels of ours that stream the factors past a few rows.
+Stages with_few_rows(const LowRankLinear& args, const LinearProblem& problem, const LinearGrid& grid,
+                     const Runtime& runtime) {
+  const Tensor y = rows_like(args.x, problem.N);
+  std::optional<Tensor> h, sums;
+  if (grid.blocks_n == 1 || problem.training) h = rows_like(args.x, problem.R);
+  if (grid.blocks_n > 1) {
+    sums = torch::stable::new_empty(args.x, std::vector<int64_t>{grid.blocks_n, problem.M, problem.R},
+                                    torch::headeronly::ScalarType::Float);
+  }
+  const int index = y.get_device_index();
+  const ShrinkExpandParams params{args.x.const_data_ptr(),
+                                  args.down.const_data_ptr(),
+                                  args.up.const_data_ptr(),
+                                  data_of(args.bias),
+                                  data_of(args.residual),
+                                  static_cast<float*>(mutable_data_of(sums)),
+                                  mutable_data_of(h),
+                                  y.mutable_data_ptr(),
+                                  static_cast<int>(problem.M),
+                                  static_cast<int>(problem.K),
+                                  static_cast<int>(problem.N),
+                                  static_cast<int>(problem.R),
+                                  grid.blocks_n,
+                                  problem.dtype,
+                                  problem.activation};
+  runtime.shrink_expand(params, shrink_expand_tile_of(grid), runtime.device(index), index);
+  return {y, h};
+}
+
 // activation(z) + residual, in place of z.
 Stages with_epilogue(const LowRankLinear& args, LinearProblem& problem, const Tensor& h, const Runtime& runtime) {
   const Tensor y = as_contiguous(linear(h, args.up, args.bias));  // the bias goes into the GEMM, where it is free
@@ -116,6 +147,7 @@ template <typename Choose>
 Stages run(const LowRankLinear& args, bool training, const Runtime& runtime, const Choose& choose) {
   LinearProblem problem = problem_of(args, training, runtime);
   const LinearChoice choice = choose(problem, runtime.device(args.x.get_device_index()));
+  if (choice.kernel == LinearKernel::shrink_expand) return with_few_rows(args, problem, choice.grid, runtime);
   if (choice.kernel == LinearKernel::fused) return with_kernel(args, problem, std::nullopt, choice.grid, runtime);
   const Tensor h = linear(args.x, args.down, std::nullopt);
   switch (choice.kernel) {
@@ -125,6 +157,7 @@ Stages run(const LowRankLinear& args, bool training, const Runtime& runtime, con
       STD_TORCH_CHECK(problem.activation == Activation::none && !problem.residual,
                       "shrank::low_rank_linear: two GEMMs alone apply no activation and no residual");
       return {linear(h, args.up, args.bias), h};
+    case LinearKernel::shrink_expand:
     case LinearKernel::fused: break;
   }
   STD_TORCH_CHECK(false, "shrank::low_rank_linear: select chose an unknown kernel");

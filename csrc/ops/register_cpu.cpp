@@ -41,7 +41,11 @@ void expand_backward(const ExpandBackwardParams&, const LinearGrid&, const Devic
   throw std::logic_error("shrank::expand_backward: select chose a GPU's kernel on a CPU");
 }
 
-constexpr Runtime cpu{device, capturing, epilogue, epilogue_backward, linear, conv, expand_backward};
+void shrink_expand(const ShrinkExpandParams&, const ShrinkExpandTile&, const Device&, int) {
+  throw std::logic_error("shrank::low_rank_linear: select chose a GPU's kernel on a CPU");
+}
+
+constexpr Runtime cpu{device, capturing, epilogue, epilogue_backward, linear, shrink_expand, conv, expand_backward};
 
 }  // namespace
 }  // namespace shrank

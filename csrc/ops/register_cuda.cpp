@@ -48,7 +48,12 @@ void expand_backward(const ExpandBackwardParams& params, const LinearGrid& grid,
   on_device(index, [&](void* stream) { launch_expand_backward(params, grid, device.arch >= 90, stream); });
 }
 
-constexpr Runtime cuda{cuda_device, capturing, epilogue, epilogue_backward, linear, conv, expand_backward};
+void shrink_expand(const ShrinkExpandParams& params, const ShrinkExpandTile& tile, const Device& device, int index) {
+  on_device(index, [&](void* stream) { launch_shrink_expand(params, tile, device.arch >= 90, stream); });
+}
+
+constexpr Runtime cuda{cuda_device, capturing,     epilogue, epilogue_backward,
+                       linear,      shrink_expand, conv,     expand_backward};
 
 }  // namespace
 }  // namespace shrank

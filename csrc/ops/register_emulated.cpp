@@ -7,6 +7,7 @@
 #include "../kernels/expand_backward_emulated.h"
 #include "../kernels/low_rank_conv_emulated.h"
 #include "../kernels/low_rank_linear_emulated.h"
+#include "../kernels/shrink_expand_emulated.h"
 #include "expand_backward.h"
 #include "low_rank_conv.h"
 #include "low_rank_linear.h"
@@ -42,7 +43,13 @@ void expand_backward(const ExpandBackwardParams& params, const LinearGrid& grid,
   if (!result.problems.empty()) throw std::runtime_error("shrank::expand_backward: " + result.problems.front());
 }
 
-constexpr Runtime emulated{device, capturing, epilogue, epilogue_backward, linear, conv, expand_backward};
+void shrink_expand(const ShrinkExpandParams& params, const ShrinkExpandTile& tile, const Device&, int) {
+  const emulator::Result result = emulate_shrink_expand(params, tile, {});
+  if (!result.problems.empty()) throw std::runtime_error("shrank::low_rank_linear: " + result.problems.front());
+}
+
+constexpr Runtime emulated{device, capturing,     epilogue, epilogue_backward,
+                           linear, shrink_expand, conv,     expand_backward};
 
 }  // namespace
 }  // namespace shrank

@@ -39,7 +39,7 @@ std::string shape(const Tensor& tensor) {
   return shape(std::vector<int64_t>(sizes.begin(), sizes.end()));
 }
 
-Dtype dtype_of(const char* op, const Tensor& x) {
+Dtype dtype_of(const char* op, const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
     case ScalarType::Float: return Dtype::float32;
     case ScalarType::Half: return Dtype::float16;
@@ -47,7 +47,7 @@ Dtype dtype_of(const char* op, const Tensor& x) {
     case ScalarType::Double: return Dtype::float64;
     default: break;
   }
-  STD_TORCH_CHECK(false, op, ": x is ", torch::headeronly::toString(x.scalar_type()),
+  STD_TORCH_CHECK(false, op, ": ", name, " is ", torch::headeronly::toString(x.scalar_type()),
                   ", wanted float32, float16, bfloat16 or float64");
 }
 

@@ -40,7 +40,7 @@ template <typename Choose> auto chosen_for(const char* op, const Choose& choose)
 }
 
 // The element type, if it is one of ours; else an error that names the op.
-Dtype dtype_of(const char* op, const Tensor& x);
+Dtype dtype_of(const char* op, const Tensor& x, const char* name = "x");
 
 // An error unless the tensor has the element type of x and lies on its device.
 void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& x);

@@ -5,6 +5,7 @@
 #include "../kernels/expand_backward_emulated.h"
 #include "../kernels/low_rank_conv_emulated.h"
 #include "../kernels/low_rank_linear_emulated.h"
+#include "../kernels/shrink_expand_emulated.h"
 #include "machine.h"
 
 namespace shrank::rehearsal {
@@ -43,6 +44,24 @@ std::string run_linear(const std::smatch& name, const LowRankLinearParams& param
   const LinearGrid grid{tile, shape.grid[0], static_cast<int>(shape.grid[1])};
   if (grid.blocks_m != (params.M + tile.block_m - 1) / tile.block_m) return "the grid does not cover the rows";
   return first_of(emulate_low_rank_linear(params, grid, {}));
+}
+
+std::string run_few_rows(const std::smatch& name, const ShrinkExpandParams& params, const Shape& shape) {
+  const bool shrinks = name[1] == "Shrink";
+  const ShrinkExpandTile tile{std::stoi(name[3])};
+  if (name[2] != element(params.dtype)) return "the kernel is of another element type than the parameters";
+  const int threads = shrinks ? ShrinkExpandTile::kShrinkThreads : ShrinkExpandTile::kExpandThreads;
+  if (std::string wrong = wrong_block(shape, threads, shrinks ? tile.shrink_bytes() : tile.expand_bytes());
+      !wrong.empty())
+    return wrong;
+  const int rows = shrinks ? params.R : params.N;
+  const int of_block = shrinks ? ShrinkExpandTile::kRows : ShrinkExpandTile::kExpandRows;
+  const int groups = (params.M + tile.tokens - 1) / tile.tokens;
+  if (shape.grid[0] != static_cast<unsigned>((rows + of_block - 1) / of_block))
+    return "the grid does not cover the rows of the factor";
+  if (shape.grid[1] != static_cast<unsigned>(shrinks ? groups * params.splits : groups))
+    return "the grid does not cover the rows of x";
+  return first_of(shrinks ? emulate_shrink(params, tile, {}) : emulate_expand(params, tile, {}));
 }
 
 std::string run_backward(const std::smatch& name, const ExpandBackwardParams& params, const Shape& shape) {
@@ -89,6 +108,7 @@ std::string run_kernel(const std::string& name, const void* params, const unsign
   static const std::regex linear(R"(LowRankLinear<([\w:]+), (\d+), (\d+)>)");
   static const std::regex conv(R"(LowRankConv<([\w:]+), \(shrank::Gather\)(\d+), (\d+), (\d+)>)");
   static const std::regex depthwise(R"(LowRankDepthwise<([\w:]+), (\d+), (\d+)>)");
+  static const std::regex few_rows(R"((Shrink|Expand)<([\w:]+), (\d+)>)");
   static const std::regex backward(R"(ExpandBackward<([\w:]+), (\d+), (\d+)>)");
   static const std::regex epilogue_backward(R"(EpilogueBackward<([\w:]+), (\d+), \(shrank::Activation\)(\d+)>)");
   static const std::regex epilogue(R"(Epilogue<([\w:]+), (\d+), \(shrank::Activation\)(\d+)>)");
@@ -105,6 +125,8 @@ std::string run_kernel(const std::string& name, const void* params, const unsign
   if (std::regex_search(name, found, epilogue_backward))
     return run_epilogue(found, *static_cast<const EpilogueBackwardParams*>(params), shape,
                         run_epilogue_backward_on_host);
+  if (std::regex_search(name, found, few_rows))
+    return run_few_rows(found, *static_cast<const ShrinkExpandParams*>(params), shape);
   if (std::regex_search(name, found, backward))
     return run_backward(found, *static_cast<const ExpandBackwardParams*>(params), shape);
   return "no kernel of this name is rehearsed";

@@ -8,6 +8,7 @@
 #include "linear_cost.h"
 #include "linear_select.h"
 #include "problem_json.h"
+#include "shrink_expand_grid.h"
 
 namespace shrank {
 namespace {
@@ -81,6 +82,16 @@ template <typename Kernel> std::string json(const Candidate<Kernel>& c) {
   return shown.text();
 }
 
+// Of a decision to stream weights past a few rows: what is on its way, and what the memory needs there; else null.
+std::string in_flight(const LinearProblem& p, const Device& d, const LinearChoice& choice) {
+  if (choice.kernel != LinearKernel::shrink_expand) return "null";
+  return Object()
+      .add("bytes_of_sm", json(bytes_in_flight(p, d, choice.grid)))
+      .add("needed", json(bytes_needed_in_flight(p, d)))
+      .text();
+}
+std::string in_flight(const ConvProblem&, const Device&, const ConvChoice&) { return "null"; }
+
 // Whence the decision.
 template <typename P, typename Choice> std::string status_of(const P& p, const Device& d, const Choice& choice) {
   const auto evidence = measured::find(measured::key_of(p, d));
@@ -104,6 +115,7 @@ template <typename P> std::string explain_any(const P& p, const Device& d) {
       .add("decision", json_choice(choice))
       .add("runner_up", all[1].why_not ? "null" : json(all[1]))
       .add("candidates", "[" + listed + "]")
+      .add("in_flight", in_flight(p, d, choice))
       .add("floor_us", json(floor_us(p, d)))
       .add("dense_us", json(dense_us(p, d)))
       .add("status", json(status_of(p, d, choice)))

@@ -51,6 +51,11 @@ constexpr double derivative_slots(Activation activation) {
   return 0;
 }
 
+// A few rows (shrink_expand.cuh): a chunk of weights, of 16 rows and 32 columns, and its products with each 8 rows of x;
+// then for each 8 rows the sums of the warps, the staging of h by 16 bytes, and the end of a warp's numbers.
+inline constexpr double kWeightSlots = 11, kTokenSlots = 11, kWarpSumSlots = 60, kStagingSlots = 30,
+                        kTokenEndSlots = 60;
+
 // A filter's product with one channel of one tap, on CUDA cores.
 inline constexpr double kDepthwiseSlots = 6.1;
 

@@ -3,11 +3,24 @@
 #include "cost.h"
 #include "integers.h"
 #include "linear_cost.h"
+#include "shrink_expand_grid.h"
 
 namespace shrank {
 namespace {
 
 // ---- the candidates: may it run, and only then what it costs
+
+namespace shrink_expand {
+
+const char* why_not(const LinearProblem& p, const Device& d) { return shrink_expand_why_not(p, d); }
+
+double microseconds(const LinearProblem& p, const Device& d) {
+  return shrink_expand_grids(p, d, 1).front().microseconds;
+}
+
+constexpr const char* kReason = "few rows: both factors are streamed once, with enough of them on their way at a time";
+
+}  // namespace shrink_expand
 
 namespace two_gemms {
 
@@ -57,12 +70,30 @@ constexpr const char* kReason = "h by cuBLAS; the second product, bias, activati
 
 // In the order of the enum. At equal cost the earlier wins: it needs no more memory and rounds no more often.
 constexpr std::array<Way<LinearKernel, LinearProblem>, kLinearKernelCount> kWays{{
+    {LinearKernel::shrink_expand, "shrink_expand", shrink_expand::why_not, shrink_expand::microseconds,
+     shrink_expand::kReason},
     {LinearKernel::fused, "fused", fused::why_not, fused::microseconds, fused::kReason},
     {LinearKernel::gemm_expand, "gemm_expand", gemm_expand::why_not, gemm_expand::microseconds, gemm_expand::kReason},
     {LinearKernel::two_gemms_epilogue, "two_gemms_epilogue", two_gemms_epilogue::why_not,
      two_gemms_epilogue::microseconds, two_gemms_epilogue::kReason, false},
     {LinearKernel::two_gemms, "two_gemms", two_gemms::why_not, two_gemms::microseconds, two_gemms::kReason, false},
 }};
+
+// The `most` cheapest grids of a kernel of ours.
+std::vector<PlannedGrid> grids_of(LinearKernel kernel, const LinearProblem& p, const Device& d, std::size_t most) {
+  if (kernel == LinearKernel::shrink_expand) return shrink_expand_grids(p, d, most);
+  return linear_grids(p, d, kernel == LinearKernel::fused, most);
+}
+
+// The grid that a caller names, or std::invalid_argument.
+LinearGrid grid_of(LinearKernel kernel, const LinearProblem& p, const Device& d, const NamedGrid& named) {
+  const bool few = kernel == LinearKernel::shrink_expand;
+  const char* why_not = few ? shrink_expand_why_not(p, d, named.tile, named.shares)
+                            : linear_why_not(p, d, kernel == LinearKernel::fused, named.tile, named.shares);
+  if (why_not) throw std::invalid_argument(std::string(name_of(kernel)) + ": " + why_not);
+  const auto shares = static_cast<int>(named.shares);
+  return few ? shrink_expand_grid_of(p, named.tile, shares) : linear_grid_of(p, named.tile, shares);
+}
 
 }  // namespace
 
@@ -75,8 +106,7 @@ std::array<Candidate<LinearKernel>, kLinearKernelCount> candidates(const LinearP
 LinearChoice modelled(const LinearProblem& p, const Device& d) {
   const auto [way, predicted] = choose(kWays, p, d);
   LinearChoice choice{way.kernel, predicted, way.reason, {}};
-  if (choice.kernel == LinearKernel::fused || choice.kernel == LinearKernel::gemm_expand)
-    choice.grid = linear_grid(p, d, choice.kernel == LinearKernel::fused).grid;
+  if (way.ours) choice.grid = grids_of(way.kernel, p, d, 1).front().grid;
   return choice;
 }
 
@@ -88,9 +118,9 @@ std::vector<LinearChoice> choices(const LinearProblem& p, const Device& d, std::
       all.push_back({way.kernel, way.microseconds(p, d), way.reason, {}});
       continue;
     }
-    const bool fused = way.kernel == LinearKernel::fused;
-    const double before = fused ? 0 : way.microseconds(p, d) - linear_grid(p, d, false).microseconds;
-    for (const PlannedGrid& planned : linear_grids(p, d, fused, most))
+    const std::vector<PlannedGrid> grids = grids_of(way.kernel, p, d, most);
+    const double before = way.microseconds(p, d) - grids.front().microseconds;  // the GEMM of gemm_expand
+    for (const PlannedGrid& planned : grids)
       all.push_back({way.kernel, before + planned.microseconds, way.reason, planned.grid});
   }
   return all;
@@ -100,17 +130,11 @@ LinearChoice choice_named(const LinearProblem& p, const Device& d, std::string_v
                           const std::vector<int64_t>& grid) {
   const auto& way = way_named(kWays, kernel, p, d);
   LinearChoice choice{way.kernel, way.microseconds(p, d), "asked for", {}};
-  const bool fused = way.kernel == LinearKernel::fused;
-  if (!fused && way.kernel != LinearKernel::gemm_expand) {
+  if (!way.ours) {
     if (!grid.empty()) throw std::invalid_argument(std::string(kernel) + " has no grid");
     return choice;
   }
-  choice.grid = linear_grid(p, d, fused).grid;
-  if (grid.empty()) return choice;
-  const NamedGrid named(grid);
-  if (const char* why_not = linear_why_not(p, d, fused, named.tile, named.shares))
-    throw std::invalid_argument(std::string(kernel) + ": " + why_not);
-  choice.grid = linear_grid_of(p, named.tile, static_cast<int>(named.shares));
+  choice.grid = grid.empty() ? grids_of(way.kernel, p, d, 1).front().grid : grid_of(way.kernel, p, d, NamedGrid(grid));
   return choice;
 }
 

@@ -14,12 +14,13 @@ namespace shrank {
 
 // A new kernel is one value here, and in linear_select.cpp one row and the functions it names.
 enum class LinearKernel {
+  shrink_expand,       // for a few rows: two kernels of ours that stream the factors
   fused,               // one kernel of ours from x to y
   gemm_expand,         // h by cuBLAS, then one kernel of ours: second product, bias, activation, residual
   two_gemms_epilogue,  // two cuBLAS GEMMs, the bias in the second, then one kernel of ours: activation, residual
   two_gemms,           // the same GEMMs, then PyTorch's own activation and residual kernels
 };
-inline constexpr int kLinearKernelCount = 4;
+inline constexpr int kLinearKernelCount = 5;
 
 std::string_view name_of(LinearKernel kernel);
 
@@ -27,7 +28,7 @@ struct LinearChoice {
   LinearKernel kernel;
   double microseconds;
   const char* reason;
-  LinearGrid grid;  // of fused and gemm_expand; the others have none
+  LinearGrid grid;  // of the matrix kernels; the others have none
 };
 
 std::array<Candidate<LinearKernel>, kLinearKernelCount> candidates(const LinearProblem& p, const Device& d);
@@ -41,8 +42,8 @@ LinearChoice modelled(const LinearProblem& p, const Device& d);
 // Everything that may run, each matrix kernel on its `most` cheapest grids by the model; PyTorch's own calls last.
 std::vector<LinearChoice> choices(const LinearProblem& p, const Device& d, std::size_t most);
 
-// What a caller names instead: a kernel, and where it has a grid its block_m, max_rank and blocks_n, or none of them for
-// the cheapest. std::invalid_argument says why it cannot run.
+// What a caller names instead: a kernel, and where it has a grid its block_m, max_rank and blocks_n (of shrink_expand:
+// tokens, 0 and splits of K), or none of them for the cheapest. std::invalid_argument says why it cannot run.
 LinearChoice choice_named(const LinearProblem& p, const Device& d, std::string_view kernel,
                           const std::vector<int64_t>& grid);
 

@@ -186,9 +186,9 @@ def table(facts: dict) -> Table:
     shown.add_row("kernel", decision["kernel"])
     shown.add_row("because", decision["reason"])
     if grid := decision["grid"]:
-        held = f"h of rank up to {grid['max_rank']} held" if grid["max_rank"] else "h streamed"
-        tokens = f"pixels, read by {grid['gather']}" if "gather" in grid else "tokens"
-        shown.add_row("blocks", f"{grid['blocks_m']} x {grid['blocks_n']}, of {grid['block_m']} {tokens}, {held}")
+        shown.add_row("blocks", _blocks(decision["kernel"], grid))
+    if flow := facts.get("in_flight"):
+        shown.add_row("weights on their way", f"{_kib(flow['bytes_of_sm'])} an SM; it needs {_kib(flow['needed'])}")
     word = "measured" if facts["status"].startswith("measured") else "predicted"
     if predicted is not None:
         shown.add_row(word, _us(predicted))
@@ -206,6 +206,18 @@ def table(facts: dict) -> Table:
     if predicted is not None:
         shown.add_row("", f"{facts['device']['name']}: {facts['device']['source']}")
     return shown
+
+
+def _blocks(kernel: str, grid: dict) -> str:
+    if kernel == "shrink_expand":
+        return f"{grid['block_m']} tokens at a time, K in {grid['blocks_n']} parts"
+    held = f"h of rank up to {grid['max_rank']} held" if grid["max_rank"] else "h streamed"
+    tokens = f"pixels, read by {grid['gather']}" if "gather" in grid else "tokens"
+    return f"{grid['blocks_m']} x {grid['blocks_n']}, of {grid['block_m']} {tokens}, {held}"
+
+
+def _kib(size: float) -> str:
+    return f"{size / 1024:.0f} KiB"
 
 
 def _layer(problem: dict) -> str:

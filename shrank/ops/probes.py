@@ -130,6 +130,8 @@ def _backward(op: Op) -> tuple[Probe, ...]:
 
 
 PROBES = (
+    Probe(LINEAR, "shrink_expand", "shrink_expand", _LINEAR, grid=(16, 0, 1)),
+    Probe(LINEAR, "shrink_expand split", "shrink_expand", _LINEAR, grid=(8, 0, 2)),
     Probe(LINEAR, "fused", "fused", _LINEAR),
     Probe(LINEAR, "expand", "gemm_expand", _LINEAR),
     Probe(LINEAR, "expand streamed", "gemm_expand", _LINEAR, grid=(64, 0, 1)),

@@ -60,9 +60,10 @@ class Op:
 
         Args:
             given: The op's own arguments.
-            kernel: As `shrank explain` calls it: fused, gemm_expand, two_gemms_epilogue, two_gemms; of a convolution
-                fused, conv_expand, two_convs_epilogue, two_convs.
-            grid: Of a matrix kernel: block_m, max_rank and blocks_n; empty for the cheapest by the model.
+            kernel: As `shrank explain` calls it: shrink_expand, fused, gemm_expand, two_gemms_epilogue, two_gemms; of a
+                convolution fused, conv_expand, two_convs_epilogue, two_convs.
+            grid: Of a matrix kernel: block_m, max_rank and blocks_n, of shrink_expand tokens, 0 and splits of K; empty
+                for the cheapest by the model.
             training: Whether h is wanted; otherwise it says nothing.
 
         Returns:

@@ -158,10 +158,11 @@ def larger(words: Words) -> Words:
         ).view(np.uint32)
 
 
-def even_words(words: Words) -> Words:
-    kept = words.copy()
+def even_words(words: Words, together: int = 1) -> Words:
+    """Of runs of so many words every other one, zeros in place of the others."""
+    kept = words.reshape(-1, together).copy()
     kept[1::2] = 0
-    return kept
+    return kept.reshape(-1)
 
 
 ANSWERS: dict[str, Callable[[Words], Words]] = {
@@ -170,12 +171,16 @@ ANSWERS: dict[str, Callable[[Words], Words]] = {
     "max_or_nan": larger,
     "multiply_wide": products,
     "load_word_if": even_words,
+    "load_words_if": lambda words: even_words(words, 4),
+    "load_once_if": lambda words: even_words(words, 4),
+    **{f"exchange<{lanes}>": lambda words, lanes=lanes: words[np.arange(WARP) ^ lanes] for lanes in (4, 8, 16)},
     "load_store<uint32_t, 4>": mirrored,
     "load_store<bfloat16, 8>": mirrored,
     "load_store<float, 2>": mirrored,
     "load_shared_words": mirrored,
     "load_shared_floats": mirrored,
     "store_shared_words": mirrored,
+    "store_shared_floats": mirrored,
     "load_shared_pair": mirrored,
     "copy_async": every_other_chunk,
     "copy_async_reused": every_other_chunk,

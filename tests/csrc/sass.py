@@ -25,10 +25,10 @@ REGISTERS = 65536  # of an SM, and shared memory: CUDA C++ Programming Guide, te
 SHARED_OF_BLOCK = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90a": 227, "sm_100": 227}  # KiB
 SHARED_OF_SM = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90a": 228, "sm_100": 228}
 _KERNEL = re.compile(
-    r"\d+(?:LowRank)?(Linear|Conv|Depthwise|ExpandBackward)INS_4arch\d+(\w+?)E(?:LNS_6GatherE(\d)E)?Li(\d+)ELi(\d+)EE"
+    r"\d+(?:LowRank)?(Linear|Conv|Depthwise|ExpandBackward|Shrink|Expand)INS_4arch\d+(\w+?)E(?:LNS_6GatherE(\d)E)?Li(\d+)E(?:Li(\d+)E)?E"
 )
 _GATHERS = ("chunks", "analytic", "numbers")
-LINEAR, BACKWARD = "linear", "backward"
+LINEAR, BACKWARD, SHRINK, EXPAND = "linear", "backward", "shrink", "expand"
 Name = tuple[str, str, int, int]  # kind: linear, or how a convolution gathers; dtype, block_m, max_rank
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -40,6 +40,17 @@ class Kernel:
     stack: int = 0
     local: int = 0
     instructions: Counter[str] = field(default_factory=Counter)
+
+
+class FewRowsTile:
+    """A ShrinkExpandTile as one of its kernels uses it; its rows are tokens."""
+
+    max_rank = 0
+
+    def __init__(self, gather: str, tile: object) -> None:
+        self.gather, self.block_m = gather, tile.tokens
+        self.threads = {SHRINK: 256, EXPAND: 128}[gather]
+        self.shared_bytes = {SHRINK: tile.shrink_bytes, EXPAND: tile.expand_bytes}[gather]
 
 
 class BackwardTile:
@@ -92,9 +103,11 @@ def name_in(line: str) -> Name | None:
         "Conv": _GATHERS[int(named[3] or 0)],
         "Depthwise": "depthwise",
         "ExpandBackward": BACKWARD,
+        "Shrink": SHRINK,
+        "Expand": EXPAND,
     }
     kind = kinds[named[1]]
-    return kind, named[2], int(named[4]), int(named[5])
+    return kind, named[2], int(named[4]), int(named[5] or 0)
 
 
 def name_of(tile: object, dtype: str) -> Name:
@@ -168,7 +181,9 @@ def table(tiles: list) -> str:
 
 
 def tiles_of(dev: ModuleType) -> list:
-    return [*dev.select.LINEAR_TILES, *dev.select.CONV_TILES, *map(BackwardTile, dev.select.BACKWARD_TILES)]
+    return [*dev.select.LINEAR_TILES, *dev.select.CONV_TILES, *map(BackwardTile, dev.select.BACKWARD_TILES)] + [
+        FewRowsTile(kind, tile) for kind in (SHRINK, EXPAND) for tile in dev.select.SHRINK_EXPAND_TILES
+    ]
 
 
 def written(text: str, tiles: list) -> str:

@@ -83,6 +83,20 @@ def test_the_epilogue_is_launched_for_every_element(machine, dtype, N) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tile", DEV.select.SHRINK_EXPAND_TILES, ids=repr)
+def test_every_tile_for_a_few_rows_is_launched(machine, tile, dtype) -> None:
+    named_ops.test_every_tile_for_a_few_rows(tile, dtype)
+    groups = -(-37 // tile.tokens)
+    for i, launch in enumerate(machine.launches):  # of one split and of two, each in training and not
+        name, factor_blocks = ("Shrink", 5) if i % 2 == 0 else ("Expand", 3)
+        splits = (1, 1, 2, 2)[i // 2] if name == "Shrink" else 1
+        assert f"{name}<shrank::arch::{str(dtype).removeprefix('torch.')}, {tile.tokens}>" in launch
+        assert f"grid {factor_blocks}x{groups * splits} " in launch
+        assert launch.endswith("dependent"), "the second kernel starts while the first one runs"
+    assert len(machine.launches) == 8
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("tile", DEV.select.BACKWARD_TILES, ids=repr)
 def test_every_tile_of_gradients_is_launched(machine, tile, dtype) -> None:
     named_ops.test_every_tile_of_gradients(tile, dtype)

@@ -1,0 +1,31 @@
+#include "launch.cuh"
+#include "shrink_expand.cuh"
+
+namespace shrank {
+namespace {
+
+template <typename T>
+void launch_tile(const ShrinkExpandParams& params, const ShrinkExpandTile& tile, bool dependent, void* stream) {
+  const bool found = with_shrink_expand_tile(tile, [&](auto known) {
+    constexpr int kTokens = known().tokens;
+    const auto blocks = [](int rows, int of_block) { return static_cast<unsigned>((rows + of_block - 1) / of_block); };
+    const unsigned groups = blocks(params.M, kTokens), splits = static_cast<unsigned>(params.splits);
+    launch<Shrink<T, kTokens>>("shrink", dim3(blocks(params.R, ShrinkExpandTile::kRows), groups * splits), params,
+                               dependent, stream);
+    launch<Expand<T, kTokens>>("expand", dim3(blocks(params.N, ShrinkExpandTile::kExpandRows), groups), params,
+                               dependent, stream);
+  });
+  if (!found) throw std::runtime_error("shrank: shrink and expand were not compiled for the tile that select chose");
+}
+
+}  // namespace
+
+void launch_shrink_expand(const ShrinkExpandParams& params, const ShrinkExpandTile& tile, bool dependent,
+                          void* stream) {
+  if (params.dtype == Dtype::bfloat16) return launch_tile<arch::bfloat16>(params, tile, dependent, stream);
+  if (params.dtype == Dtype::float16) return launch_tile<arch::float16>(params, tile, dependent, stream);
+  throw std::runtime_error("shrank: shrink and expand take float16 and bfloat16, not " +
+                           std::string(name_of(params.dtype)));
+}
+
+}  // namespace shrank

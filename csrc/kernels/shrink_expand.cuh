@@ -1,0 +1,288 @@
+// h = x down^T, then y = activation(h up^T + bias) + residual, for a few rows of x: as many bytes of weights on their way
+// as the memory needs, and nothing between them and the tensor cores.
+#pragma once
+
+#include "../arch/matrix.cuh"
+#include "../arch/position.cuh"
+#include "../arch/sync.cuh"
+#include "activation.cuh"
+#include "shrink_expand.h"
+
+namespace shrank {
+
+using arch::SharedAddress;
+
+// 16 rows of a factor, some chunks of them in registers, as the tensor cores' 16-row operand. A lane has 8 neighbouring
+// columns of rows g and g + 8: two steps of 16 of a permuted k. The rows of x are read with the same permutation, so that
+// nothing is exchanged.
+template <typename T, int TOKENS> struct WeightRows {
+  static constexpr int kChunk = ShrinkExpandTile::kChunk, kBatch = ShrinkExpandTile{TOKENS}.batch();
+  using Words = arch::Pack<uint32_t, 4>;
+
+  const T *low, *high;  // the lane's first numbers of its two rows
+  int left;  // columns from there to the end of what the warp takes
+
+  // Rows that there are not repeat the last one: what is made of them is not stored.
+  SHRANK_DEVICE WeightRows(const void* factor, int row, int rows, int columns, int begin, int end) {
+    const int lane = arch::lane_index(), g = lane / 4, column = begin + lane % 4 * 8, last = rows - 1;
+    const T* const first = static_cast<const T*>(factor) + column;
+    low = first + arch::multiply_wide(row + g < last ? row + g : last, columns);
+    high = first + arch::multiply_wide(row + g + 8 < last ? row + g + 8 : last, columns);
+    left = end - column;
+  }
+
+  struct Batch { Words low[kBatch], high[kBatch]; };
+
+  // Those of chunk `first` and the next ones; zeros beyond the end.
+  SHRANK_DEVICE void load(Batch& batch, int first) const {
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) {
+      const int column = (first + i) * kChunk;
+      batch.low[i] = arch::load_once_if(column < left, low + column);
+      batch.high[i] = arch::load_once_if(column < left, high + column);
+    }
+  }
+
+  // The lines of all its rows on their way to L2; each lane asks for every other row's.
+  SHRANK_DEVICE void prefetch() const {
+    for (int column = 0; column < left; column += 2 * kChunk) {
+      arch::prefetch_if(true, low + column);
+      arch::prefetch_if(true, high + column);
+    }
+  }
+};
+
+// What a warp sums up: 16 rows of a factor by some rows of x, as arch::multiply_add deals them to the lanes: with g =
+// lane / 4 and t = lane % 4, [0..1] row g of the factor and rows 2t, 2t + 1 of 8 rows of x, [2..3] row g + 8.
+template <int TOKENS> struct TokenSums {
+  static constexpr int kEights = TOKENS / 8;
+  float item[kEights][4] = {};
+
+  // Calls visit(eight, number, row of x, row of the factor) for each of the lane's sums.
+  template <typename Visit> SHRANK_DEVICE static void for_each(const Visit& visit) {
+    const int lane = arch::lane_index();
+#pragma unroll
+    for (int eight = 0; eight < kEights; eight++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) visit(eight, i, eight * 8 + lane % 4 * 2 + i % 2, lane / 4 + i / 2 * 8);
+    }
+  }
+};
+
+// The rows of x that a block has: `count` from `first` on.
+template <int TOKENS> struct TokenRows {
+  int first, count;
+
+  SHRANK_DEVICE TokenRows(int group, int M) : first(group * TOKENS), count(M - first < TOKENS ? M - first : TOKENS) {}
+
+  // Of 8 rows, the lane's in the other operand. Rows that there are not repeat the last one.
+  SHRANK_DEVICE int of_lane(int eight) const {
+    const int row = eight * 8 + arch::lane_index() / 4;
+    return row < count ? row : count - 1;
+  }
+};
+
+// sums += the rows of a batch times rows of x, which `load(eight, chunk of the batch)` gives.
+template <typename T, int TOKENS, typename Load>
+SHRANK_DEVICE void multiply_batch(TokenSums<TOKENS>& sums, const typename WeightRows<T, TOKENS>::Batch& batch,
+                                  const Load& load) {
+  constexpr int kBatch = WeightRows<T, TOKENS>::kBatch;
+#pragma unroll
+  for (int eight = 0; eight < TokenSums<TOKENS>::kEights; eight++) {
+    arch::Pack<uint32_t, 4> x[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) x[i] = load(eight, i);
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) {
+      const uint32_t (&l)[4] = batch.low[i].item, (&h)[4] = batch.high[i].item;
+      arch::multiply_add<T>(sums.item[eight], {l[0], h[0], l[1], h[1]}, x[i].item[0], x[i].item[1]);
+      arch::multiply_add<T>(sums.item[eight], {l[2], h[2], l[3], h[3]}, x[i].item[2], x[i].item[3]);
+    }
+  }
+}
+
+// All chunks of the warp, two batches on their way, of which `first` and `second` are asked for already. `load` gets
+// the number of the batch's first chunk before what multiply_batch passes.
+template <typename T, int TOKENS, typename Load>
+SHRANK_DEVICE void multiply_rows(TokenSums<TOKENS>& sums, const WeightRows<T, TOKENS>& weights,
+                                 typename WeightRows<T, TOKENS>::Batch& first,
+                                 typename WeightRows<T, TOKENS>::Batch& second, int chunks, const Load& load) {
+  constexpr int kBatch = WeightRows<T, TOKENS>::kBatch;
+#pragma unroll 1
+  for (int chunk = 0; chunk < chunks; chunk += 2 * kBatch) {
+    multiply_batch<T>(sums, first, [&](int eight, int i) { return load(chunk, eight, i); });
+    weights.load(first, chunk + 2 * kBatch);
+    multiply_batch<T>(sums, second, [&](int eight, int i) { return load(chunk + kBatch, eight, i); });
+    weights.load(second, chunk + 3 * kBatch);
+  }
+}
+
+// A block has 16 rows of down; its warps, and the blocks of the other splits, share the columns.
+template <typename T, int TOKENS> struct Shrink {
+  using Params = ShrinkExpandParams;
+  static constexpr int kThreads = ShrinkExpandTile::kShrinkThreads;
+  static constexpr int kSharedBytes = ShrinkExpandTile{TOKENS}.shrink_bytes();
+  static constexpr int kWarps = ShrinkExpandTile::kShrinkWarps, kChunk = ShrinkExpandTile::kChunk;
+  using Sums = TokenSums<TOKENS>;
+
+  SHRANK_DEVICE static void run(const Params& params) {
+    const int warp = arch::warp_index(), lane = arch::lane_index();
+    const int row = arch::block_x() * ShrinkExpandTile::kRows, split = arch::block_y() % params.splits;
+    const TokenRows<TOKENS> tokens(arch::block_y() / params.splits, params.M);
+    const int shares = params.splits * kWarps, columns = params.K + kChunk - 1;
+    const int chunks = (columns / kChunk + shares - 1) / shares, begin = (split * kWarps + warp) * chunks * kChunk;
+    const int end = begin + chunks * kChunk < params.K ? begin + chunks * kChunk : params.K;
+    const WeightRows<T, TOKENS> weights(params.down, row, params.R, params.K, begin, end);
+    weights.prefetch();  // a hint, which may come before what writes them: L2 holds what is written last
+    arch::grid_dependency_wait();
+    arch::grid_dependency_launch();  // after the wait: what is complete for this grid is complete for the next
+    typename WeightRows<T, TOKENS>::Batch first, second;
+    weights.load(first, 0);
+    weights.load(second, WeightRows<T, TOKENS>::kBatch);
+    Sums sums;
+    const T* const x = static_cast<const T*>(params.x) + arch::multiply_wide(tokens.first, params.K) + begin +
+                       lane % 4 * 8;
+    multiply_rows<T>(sums, weights, first, second, chunks, [&](int chunk, int eight, int i) {
+      const int column = (chunk + i) * kChunk;
+      return arch::load_words_if(column < weights.left,
+                                 x + arch::multiply_wide(tokens.of_lane(eight), params.K) + column);
+    });
+    add_up(params, sums, row, split, tokens);
+  }
+
+  // The sums of the warps, always in the same order.
+  SHRANK_DEVICE static void add_up(const Params& params, const Sums& sums, int row, int split,
+                                   const TokenRows<TOKENS>& tokens) {
+    const int warp = arch::warp_index();
+    const SharedAddress own = arch::dynamic_shared() + arch::lane_index() * 16;
+    constexpr int kEightBytes = arch::kWarpSize * 16, kWarpBytes = Sums::kEights * kEightBytes;
+#pragma unroll
+    for (int eight = 0; eight < Sums::kEights; eight++) {
+      const float (&four)[4] = sums.item[eight];
+      arch::store_shared(own + warp * kWarpBytes + eight * kEightBytes,
+                         arch::Pack<float, 4>{four[0], four[1], four[2], four[3]});
+    }
+    arch::sync_threads();
+    for (int eight = warp; eight < Sums::kEights; eight += kWarps) {
+      arch::Pack<float, 4> sum{};
+#pragma unroll
+      for (int of = 0; of < kWarps; of++) {
+        const arch::Pack<float, 4> part = arch::load_shared_floats(own + of * kWarpBytes + eight * kEightBytes);
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum.item[i] += part.item[i];
+      }
+      TokenSums<8>::for_each([&](int, int i, int token, int r) {
+        const int m = eight * 8 + token, column = row + r;
+        if (m < tokens.count && column < params.R) store(params, split, tokens.first + m, column, sum.item[i]);
+      });
+    }
+  }
+
+  SHRANK_DEVICE static void store(const Params& params, int split, int m, int column, float sum) {
+    const int64_t at = arch::multiply_wide(m, params.R) + column;
+    if (params.splits == 1) arch::store(static_cast<T*>(params.h) + at, arch::Pack<T, 1>{arch::round_to<T>(sum)});
+    else arch::store(params.sums + static_cast<int64_t>(split) * params.M * params.R + at, arch::Pack<float, 1>{sum});
+  }
+};
+
+// A warp has 16 rows of up, all columns of them. Its weights, bias and residual are asked for while the first kernel
+// runs, which has waited for all that may have written them.
+template <typename T, int TOKENS> struct Expand {
+  using Params = ShrinkExpandParams;
+  static constexpr int kThreads = ShrinkExpandTile::kExpandThreads;
+  static constexpr int kBlocksOfSm = ShrinkExpandTile{TOKENS}.expand_blocks();  // each with weights on their way
+  static constexpr int kSharedBytes = ShrinkExpandTile{TOKENS}.expand_bytes();
+  static constexpr int kChunk = ShrinkExpandTile::kChunk, kBatch = ShrinkExpandTile{TOKENS}.batch();
+  using Sums = TokenSums<TOKENS>;
+
+  SHRANK_DEVICE static void run(const Params& params) {
+    const int row = arch::block_x() * ShrinkExpandTile::kExpandRows + arch::warp_index() * ShrinkExpandTile::kRows;
+    const WeightRows<T, TOKENS> weights(params.up, row, params.N, params.R, 0, params.R);
+    typename WeightRows<T, TOKENS>::Batch first, second;
+    weights.load(first, 0);
+    weights.load(second, kBatch);
+    const TokenRows<TOKENS> tokens(arch::block_y(), params.M);
+    const Ends ends(params, row, tokens);
+    arch::grid_dependency_launch();
+    arch::grid_dependency_wait();
+    const SharedAddress h = arch::dynamic_shared();
+    stage_h(params, tokens, h);
+    arch::sync_threads();
+    Sums sums;
+    const SharedAddress own = h + arch::lane_index() % 4 * 16;
+    const int stride = h_row_bytes(params.R);
+    multiply_rows<T>(sums, weights, first, second, (params.R + kChunk - 1) / kChunk, [&](int chunk, int eight, int i) {
+      return arch::load_shared_words(own + tokens.of_lane(eight) * stride + (chunk + i) * kChunk * 2);
+    });
+    ends.finish(params, sums, row, tokens);
+  }
+
+  SHRANK_DEVICE static int h_row_bytes(int rank) {
+    constexpr int kColumns = ShrinkExpandTile::kHColumns;
+    return (rank + kColumns - 1) / kColumns * kColumns * 2 + ShrinkExpandTile::kHGap;
+  }
+
+  // The rows of h, rounded, and zeros behind them up to the last chunk of a batch.
+  SHRANK_DEVICE static void stage_h(const Params& params, const TokenRows<TOKENS>& tokens, SharedAddress h) {
+    const int stride = h_row_bytes(params.R), pieces = (stride - ShrinkExpandTile::kHGap) / 16;
+    for (int i = arch::thread_index(); i < tokens.count * pieces; i += kThreads) {
+      const int m = i / pieces, piece = i % pieces;
+      arch::Pack<uint32_t, 4> words{};
+      if (piece * 8 < params.R) words = eight_of_h(params, tokens.first + m, piece * 8);
+      arch::store_shared(h + m * stride + piece * 16, words);
+    }
+  }
+
+  SHRANK_DEVICE static arch::Pack<uint32_t, 4> eight_of_h(const Params& params, int m, int column) {
+    const int64_t at = arch::multiply_wide(m, params.R) + column;
+    uint32_t* const words_of_h = reinterpret_cast<uint32_t*>(static_cast<T*>(params.h) + at);
+    if (params.splits == 1) return arch::load<uint32_t, 4>(words_of_h);
+    float sums[8] = {};
+    for (int split = 0; split < params.splits; split++) {
+      const float* const part = params.sums + static_cast<int64_t>(split) * params.M * params.R + at;
+      const arch::Pack<float, 4> low = arch::load<float, 4>(part), high = arch::load<float, 4>(part + 4);
+#pragma unroll
+      for (int i = 0; i < 4; i++) sums[i] += low.item[i], sums[i + 4] += high.item[i];
+    }
+    arch::Pack<uint32_t, 4> words;
+#pragma unroll
+    for (int i = 0; i < 4; i++) words.item[i] = arch::round_to_pair<T>(sums[2 * i], sums[2 * i + 1]);
+    if (params.h && arch::block_x() == 0) arch::store(words_of_h, words);  // for training
+    return words;
+  }
+
+  // What comes to the sums of a lane.
+  struct Ends {
+    arch::Pack<T, 1> bias[2] = {}, residual[Sums::kEights][4] = {};
+
+    SHRANK_DEVICE Ends(const Params& params, int row, const TokenRows<TOKENS>& tokens) {
+      const int g = row + arch::lane_index() / 4;
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (params.bias && g + i * 8 < params.N)
+          bias[i] = arch::load<T, 1>(static_cast<const T*>(params.bias) + g + i * 8);
+      if (!params.residual) return;
+      Sums::for_each([&](int eight, int i, int m, int r) {
+        if (m < tokens.count && row + r < params.N)
+          residual[eight][i] = arch::load<T, 1>(static_cast<const T*>(params.residual) +
+                                                at(params, tokens.first + m, row + r));
+      });
+    }
+
+    SHRANK_DEVICE static int64_t at(const Params& params, int m, int n) { return arch::multiply_wide(m, params.N) + n; }
+
+    SHRANK_DEVICE void finish(const Params& params, const Sums& sums, int row, const TokenRows<TOKENS>& tokens) const {
+      with_activation(params.activation, [&](auto kind) {
+        Sums::for_each([&](int eight, int i, int m, int r) {
+          const float z = sums.item[eight][i] + arch::widen(bias[i / 2].item[0]);
+          const float y = activate<T, decltype(kind)::value>(z) + arch::widen(residual[eight][i].item[0]);
+          if (m < tokens.count && row + r < params.N)
+            arch::store(static_cast<T*>(params.y) + at(params, tokens.first + m, row + r),
+                        arch::Pack<T, 1>{arch::round_to<T>(y)});
+        });
+      });
+    }
+  };
+};
+
+}  // namespace shrank

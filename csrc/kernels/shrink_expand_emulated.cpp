@@ -1,0 +1,86 @@
+#include "shrink_expand_emulated.h"
+
+#include <stdexcept>
+
+#include "shrink_expand.cuh"
+
+namespace shrank {
+namespace {
+
+unsigned blocks(int rows, int of_block) { return static_cast<unsigned>((rows + of_block - 1) / of_block); }
+
+// Calls visit(element, tile) with types.
+template <typename Visit>
+void with_kernel(const ShrinkExpandParams& params, const ShrinkExpandTile& tile, const Visit& visit) {
+  const auto with_element = [&](auto element) {
+    if (!with_shrink_expand_tile(tile, [&](auto known) { visit(element, known); }))
+      throw std::invalid_argument("no shrink and expand kernels have this tile");
+  };
+  if (params.dtype == Dtype::bfloat16) return with_element(arch::bfloat16{});
+  if (params.dtype == Dtype::float16) return with_element(arch::float16{});
+  throw std::invalid_argument("shrink and expand take float16 and bfloat16");
+}
+
+class Buffers {
+ public:
+  explicit Buffers(int width) : width_(width) {}
+
+  void add(const char* name, const void* base, int64_t numbers, bool writable, bool awaited, int width = 0) {
+    const std::size_t size = numbers * (width ? width : width_);
+    if (base) all.push_back({name, base, size, writable, awaited});
+  }
+
+  std::vector<emulator::Buffer> all;
+
+ private:
+  int width_;
+};
+
+}  // namespace
+
+emulator::Result emulate_shrink(const ShrinkExpandParams& p, const ShrinkExpandTile& tile,
+                                const emulator::Options& options) {
+  Buffers buffers(bytes(p.dtype));
+  buffers.add("x", p.x, int64_t{p.M} * p.K, false, true);
+  buffers.add("down", p.down, int64_t{p.R} * p.K, false, true);
+  buffers.add("sums", p.sums, int64_t{p.splits} * p.M * p.R, true, true, sizeof(float));
+  buffers.add("h", p.splits == 1 ? p.h : nullptr, int64_t{p.M} * p.R, true, true);
+  emulator::Result result;
+  with_kernel(p, tile, [&](auto element, auto known) {
+    const emulator::Index3 grid{blocks(p.R, ShrinkExpandTile::kRows), blocks(p.M, tile.tokens) * p.splits, 1};
+    result = emulator::launch<Shrink<decltype(element), known().tokens>>("shrink", grid, p, buffers.all, options, true);
+  });
+  return result;
+}
+
+// up, bias and residual may be read at once: the kernel before has waited for all that may have written them.
+emulator::Result emulate_expand(const ShrinkExpandParams& p, const ShrinkExpandTile& tile,
+                                const emulator::Options& options) {
+  Buffers buffers(bytes(p.dtype));
+  buffers.add("up", p.up, int64_t{p.N} * p.R, false, false);
+  buffers.add("bias", p.bias, p.N, false, false);
+  buffers.add("residual", p.residual, int64_t{p.M} * p.N, false, false);
+  buffers.add("sums", p.sums, int64_t{p.splits} * p.M * p.R, false, true, sizeof(float));
+  buffers.add("h", p.h, int64_t{p.M} * p.R, p.splits > 1, true);
+  buffers.add("y", p.y, int64_t{p.M} * p.N, true, true);
+  emulator::Result result;
+  with_kernel(p, tile, [&](auto element, auto known) {
+    const emulator::Index3 grid{blocks(p.N, ShrinkExpandTile::kExpandRows), blocks(p.M, tile.tokens), 1};
+    result = emulator::launch<Expand<decltype(element), known().tokens>>("expand", grid, p, buffers.all, options);
+  });
+  return result;
+}
+
+emulator::Result emulate_shrink_expand(const ShrinkExpandParams& params, const ShrinkExpandTile& tile,
+                                       const emulator::Options& options) {
+  emulator::Result both = emulate_shrink(params, tile, options);
+  const emulator::Result expand = emulate_expand(params, tile, options);
+  both.problems.insert(both.problems.end(), expand.problems.begin(), expand.problems.end());
+  both.counts.multiply_adds += expand.counts.multiply_adds;
+  both.counts.load_matrices += expand.counts.load_matrices;
+  both.counts.bank_conflicts += expand.counts.bank_conflicts;
+  both.counts.barriers += expand.counts.barriers;
+  return both;
+}
+
+}  // namespace shrank

@@ -1,0 +1,53 @@
+// The shapes in which the kernels for a few rows are compiled: what select may choose, what kernels/shrink_expand.cuh
+// takes.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+namespace shrank {
+
+// Weights are the 16-row operand of the tensor cores, and go from global memory straight to registers. A warp has kRows
+// rows of a factor.
+struct ShrinkExpandTile {
+  int tokens;  // rows of x, a multiple of 8, which is the other operand's; of more, other blocks read the weights again
+
+  static constexpr int kRows = 16;
+  static constexpr int kChunk = 32;  // columns of a weight that a warp loads at a time, 8 for each of 4 lanes
+  // Chunks that are asked for together; two batches are on their way. Beside the sums of many tokens, registers hold half.
+  constexpr int batch() const { return tokens <= 16 ? 4 : 2; }
+  constexpr int bytes_in_flight() const { return 2 * batch() * kChunk * kRows * 2; }  // of a warp
+  // The warps of a block of the first kernel share the columns of its rows, those of the second have rows of their own.
+  static constexpr int kShrinkWarps = 8, kExpandWarps = 4;
+  static constexpr int kShrinkThreads = 32 * kShrinkWarps, kExpandThreads = 32 * kExpandWarps;
+  static constexpr int kExpandRows = kRows * kExpandWarps;
+
+  // Blocks of the second kernel that registers are left for on an SM.
+  constexpr int expand_blocks() const { return tokens <= 16 ? 3 : 2; }
+
+  // h lies in shared memory, each row with zeros up to the end of two batches and a gap behind it, so that neighbouring
+  // rows are half of the banks apart.
+  static constexpr int kHColumns = 2 * 4 * kChunk, kHGap = 64;
+  constexpr int max_rank() const { return tokens <= 16 ? 2048 : 1024; }
+  constexpr int shrink_bytes() const { return kShrinkWarps * kRows * tokens * 4; }  // the sums of the warps
+  constexpr int expand_bytes() const { return tokens * (max_rank() * 2 + kHGap); }
+
+  constexpr bool operator==(const ShrinkExpandTile& other) const { return tokens == other.tokens; }
+};
+
+inline constexpr std::array<ShrinkExpandTile, 3> kShrinkExpandTiles{{{8}, {16}, {32}}};
+
+template <std::size_t I> struct ShrinkExpandTileOf {
+  constexpr ShrinkExpandTile operator()() const { return kShrinkExpandTiles[I]; }
+};
+
+// Calls visit with the tile of that array as a type; false if it has none.
+template <typename Visit, std::size_t I = 0>
+bool with_shrink_expand_tile(const ShrinkExpandTile& tile, const Visit& visit) {
+  if constexpr (I == kShrinkExpandTiles.size()) return false;
+  else if (tile == kShrinkExpandTiles[I]) return visit(ShrinkExpandTileOf<I>{}), true;
+  else return with_shrink_expand_tile<Visit, I + 1>(tile, visit);
+}
+
+}  // namespace shrank
