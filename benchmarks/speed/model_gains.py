@@ -53,6 +53,7 @@ PAGE_LINEAR = {
     "one token": (1, 4096, 4096, 256),
 }
 PATHS = {
+    "shrink_expand": "two kernels that stream the factors",
     "fused": "one kernel",
     "conv_expand": "cuDNN and one kernel",
     "two_convs_epilogue": "two convolutions and a pass",

@@ -119,7 +119,6 @@ void bind_select_linear(py::module_ m) {
   m.attr("LINEAR_TILES") = std::vector<LinearTile>(kLinearTiles.begin(), kLinearTiles.end());
   py::class_<ShrinkExpandTile>(m, "ShrinkExpandTile")
       .def_readonly("tokens", &ShrinkExpandTile::tokens)
-      .def_property_readonly("max_rank", &ShrinkExpandTile::max_rank)
       .def_property_readonly("bytes_in_flight", &ShrinkExpandTile::bytes_in_flight)
       .def_property_readonly("shrink_bytes", &ShrinkExpandTile::shrink_bytes)
       .def_property_readonly("expand_bytes", &ShrinkExpandTile::expand_bytes)

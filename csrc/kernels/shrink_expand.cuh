@@ -190,7 +190,7 @@ template <typename T, int TOKENS> struct Shrink {
 template <typename T, int TOKENS> struct Expand {
   using Params = ShrinkExpandParams;
   static constexpr int kThreads = ShrinkExpandTile::kExpandThreads;
-  static constexpr int kBlocksOfSm = ShrinkExpandTile{TOKENS}.expand_blocks();  // each with weights on their way
+  static constexpr int kBlocksOfSm = ShrinkExpandTile::kExpandBlocks;  // each with weights on their way
   static constexpr int kSharedBytes = ShrinkExpandTile{TOKENS}.expand_bytes();
   static constexpr int kChunk = ShrinkExpandTile::kChunk, kBatch = ShrinkExpandTile{TOKENS}.batch();
   using Sums = TokenSums<TOKENS>;

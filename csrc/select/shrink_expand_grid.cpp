@@ -19,7 +19,8 @@ constexpr int64_t kMaxNumber = int64_t{1} << 31;
 constexpr double kReleaseUs = 0.7;
 
 bool fits(const ShrinkExpandTile& tile, const LinearProblem& p, const Device& d) {
-  return p.R <= tile.max_rank() && tile.expand_bytes() <= d.smem_per_block && tile.shrink_bytes() <= d.smem_per_block;
+  return p.R <= ShrinkExpandTile::kMaxRank && tile.expand_bytes() <= d.smem_per_block &&
+         tile.shrink_bytes() <= d.smem_per_block;
 }
 
 int64_t chunks_of(int64_t columns) { return ceil_div(columns, ShrinkExpandTile::kChunk); }
@@ -79,7 +80,7 @@ double microseconds(const LinearProblem& p, const Device& d, const LinearGrid& g
 
 const char* why_not_any(const LinearProblem& p, const Device& d) {
   if (const char* why_not = linear_why_not(p, d, false)) return why_not;
-  if (p.M > kMaxRows) return "more than 64 rows: the kernels for a few rows read the weights again for each 32 of them";
+  if (p.M > kMaxRows) return "more than 64 rows: the kernels for a few rows read the weights again for each 16 of them";
   if (p.R * p.K >= kMaxNumber || p.N * p.R >= kMaxNumber) return "a factor has 2^31 numbers or more";
   return nullptr;
 }

@@ -15,8 +15,8 @@ struct ShrinkExpandTile {
 
   static constexpr int kRows = 16;
   static constexpr int kChunk = 32;  // columns of a weight that a warp loads at a time, 8 for each of 4 lanes
-  // Chunks that are asked for together; two batches are on their way. Beside the sums of many tokens, registers hold half.
-  constexpr int batch() const { return tokens <= 16 ? 4 : 2; }
+  // Chunks that are asked for together; two batches are on their way. Beside the rows of more tokens, registers hold half.
+  constexpr int batch() const { return tokens <= 8 ? 4 : 2; }
   constexpr int bytes_in_flight() const { return 2 * batch() * kChunk * kRows * 2; }  // of a warp
   // The warps of a block of the first kernel share the columns of its rows, those of the second have rows of their own.
   static constexpr int kShrinkWarps = 8, kExpandWarps = 4;
@@ -24,19 +24,19 @@ struct ShrinkExpandTile {
   static constexpr int kExpandRows = kRows * kExpandWarps;
 
   // Blocks of the second kernel that registers are left for on an SM.
-  constexpr int expand_blocks() const { return tokens <= 16 ? 3 : 2; }
+  static constexpr int kExpandBlocks = 3;
 
   // h lies in shared memory, each row with zeros up to the end of two batches and a gap behind it, so that neighbouring
   // rows are half of the banks apart.
   static constexpr int kHColumns = 2 * 4 * kChunk, kHGap = 64;
-  constexpr int max_rank() const { return tokens <= 16 ? 2048 : 1024; }
+  static constexpr int kMaxRank = 2048;
   constexpr int shrink_bytes() const { return kShrinkWarps * kRows * tokens * 4; }  // the sums of the warps
-  constexpr int expand_bytes() const { return tokens * (max_rank() * 2 + kHGap); }
+  constexpr int expand_bytes() const { return tokens * (kMaxRank * 2 + kHGap); }
 
   constexpr bool operator==(const ShrinkExpandTile& other) const { return tokens == other.tokens; }
 };
 
-inline constexpr std::array<ShrinkExpandTile, 3> kShrinkExpandTiles{{{8}, {16}, {32}}};
+inline constexpr std::array<ShrinkExpandTile, 2> kShrinkExpandTiles{{{8}, {16}}};
 
 template <std::size_t I> struct ShrinkExpandTileOf {
   constexpr ShrinkExpandTile operator()() const { return kShrinkExpandTiles[I]; }

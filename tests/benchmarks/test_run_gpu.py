@@ -26,11 +26,17 @@ def test_the_rehearsal_goes_through_every_step(tmp_path: Path) -> None:
     assert steps["grid"]["data"]["rows"] and steps["stacks"]["data"]["rows"] and steps["environment"]["data"]["torch"]
     tiles, table = steps["tiles"]["data"], json.loads((tmp_path / "out/tuned.json").read_text())
     assert (
-        len(tiles["families"]) == 24
+        len(tiles["families"]) == 44
         and len(tiles["tiles"]) >= 40
         and not any((tiles["families"] | tiles["tiles"]).values())
     )
-    assert {each["kernel"] for each in table["measured"]} <= {"fused", "gemm_expand", "two_gemms_epilogue", "two_gemms"}
+    assert {each["kernel"] for each in table["measured"]} <= {
+        "shrink_expand",
+        "fused",
+        "gemm_expand",
+        "two_gemms_epilogue",
+        "two_gemms",
+    }
     assert all(name in ran.stdout for name in steps)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "results.json",

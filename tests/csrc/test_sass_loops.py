@@ -147,7 +147,9 @@ def model() -> dict[str, float]:
     text = SLOTS.read_text()
     numbers = {name: float(value) for name, value in re.findall(r"(k\w+Slots) = ([\d.]+)", text)}
     numbers |= {
-        f"activation {name}": float(value) for name, value in re.findall(r"case Activation::(\w+): return (\d+);", text)
+        f"{function} {name}": float(value)
+        for function, cases in re.findall(r"double (\w+)_slots\(Activation.*?\{(.*?)\n\}", text, re.DOTALL)
+        for name, value in re.findall(r"case Activation::(\w+): return (\d+);", cases)
     }
     own, per_copy = re.search(r"kPanelStep\{([\d.]+), ([\d.]+)\}", text).groups()
     return numbers | {"own": float(own), "per_copy": float(per_copy)}

@@ -96,7 +96,7 @@ def test_keeping_what_the_backward_pass_needs_raises_the_floor_by_its_bytes(dev,
         return dev.select.floor_us(dev.select.LinearProblem(M, K, N, R, **tail), gpu) * gpu.bandwidth / 1e6
 
     assert floor(training=True) - floor() == pytest.approx(2 * M * R)
-    assert floor(training=True, activation="relu") - floor() == pytest.approx(2 * M * (R + N))
+    assert floor(training=True, activation="relu") == floor(training=True), "the pre-activation is computed anew"
     assert floor(residual=True) - floor() == pytest.approx(2 * M * N)
     assert floor(bias=True) - floor() == pytest.approx(2 * N)
 
@@ -142,9 +142,10 @@ def test_a_product_of_few_tiles_takes_up_to_twice_its_share(dev, gpu) -> None:
     assert shares == pytest.approx([2, 2, 4 / 3, 1, 1, 1], rel=0.02)
 
 
-def test_a_decoding_layer_of_768_is_no_faster_than_dense(dev, gpu) -> None:
+def test_two_calls_for_a_decoding_layer_of_768_are_slower_than_dense(dev, gpu) -> None:
     problem = dev.select.LinearProblem(1, 768, 768, 96, bias=True)
-    assert dev.select.dense_us(problem, gpu) <= dev.select.select(problem, gpu).microseconds
+    calls = {each.kernel: each.microseconds for each in dev.select.candidates(problem, gpu)}["two_gemms"]
+    assert dev.select.dense_us(problem, gpu) < calls
 
 
 @pytest.mark.parametrize(("K", "N", "R"), LAYERS)

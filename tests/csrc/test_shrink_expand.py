@@ -29,7 +29,7 @@ def test_values_are_as_good_as_pytorchs_and_no_rule_is_broken(dev, run: FewRowsR
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize(("tokens", "splits"), [(8, 3), (16, 1), (32, 2)])
+@pytest.mark.parametrize(("tokens", "splits"), [(8, 3), (16, 1), (16, 2)])
 def test_no_order_of_threads_breaks_a_rule_or_changes_a_bit(dev, tokens: int, splits: int, seed: int) -> None:
     run = FewRowsRun(tokens, splits, tokens + 3, 1032, 136, 72, True, "gelu_tanh", True, True)
     arguments = run.arguments()
