@@ -47,12 +47,28 @@ def _tiles(dtype: torch.dtype, device: str, ranks: tuple[int, ...]):
     linear, conv = (tested.definition for tested in OPS)
     for rank in ranks:
         conv_case = ConvCase((9, 7), (3, 3), 16, 136, rank, padding=(1, 1), activation="gelu", residual=True, last=True)
-        for op, case in ((linear, LinearCase((133,), 200, 264, rank, True, "gelu", True)), (conv, conv_case)):
+        many, few = (LinearCase((M,), 200, 264, rank, True, "gelu", True) for M in (133, 37))
+        for op, case in ((linear, many), (linear, few), (conv, conv_case)):
             arguments = case.tensors(dtype, device)
-            truth = Truth(op, arguments)
+            truth = Truth(op.by_pytorch, arguments)
             for way in ways(op, arguments, 1000):
+                if case is few and way.kernel != "shrink_expand":
+                    continue  # the same tiles as for many rows
                 name = f"{op.name} rank {rank} {str(dtype).removeprefix('torch.')} {way}"
                 yield name, failure(op, arguments, way, truth)
+        for probe in _backward_probes(rank):
+            yield f"{probe.name(dtype)} rank {rank} {probe.grid}", probe.failure(dtype, device)
+
+
+def _backward_probes(rank: int):
+    """The tiles of csrc/select/linear_tile.h on which a gradient of this rank may run."""
+    from shrank.ops.linear import LINEAR
+    from shrank.ops.probes import BackwardProbe
+
+    sizes = (torch.Size((133, rank)), torch.Size((264, rank)))
+    for max_rank in (0, 64, 96, 128, 256):
+        if max_rank == 0 or max_rank >= rank:
+            yield BackwardProbe(LINEAR, "backward", "fused", sizes, grid=(64, max_rank, 2))
 
 
 if __name__ == "__main__":
