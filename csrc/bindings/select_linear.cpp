@@ -119,7 +119,11 @@ void bind_select_linear(py::module_ m) {
   m.attr("LINEAR_TILES") = std::vector<LinearTile>(kLinearTiles.begin(), kLinearTiles.end());
   py::class_<ShrinkExpandTile>(m, "ShrinkExpandTile")
       .def_readonly("tokens", &ShrinkExpandTile::tokens)
-      .def_property_readonly("bytes_in_flight", &ShrinkExpandTile::bytes_in_flight)
+      .def_property_readonly_static("MAX_RANK", [](const py::object&) { return ShrinkExpandTile::kMaxRank; })
+      .def_property_readonly_static("SHRINK_THREADS",
+                                    [](const py::object&) { return ShrinkExpandTile::kShrinkThreads; })
+      .def_property_readonly_static("EXPAND_THREADS",
+                                    [](const py::object&) { return ShrinkExpandTile::kExpandThreads; })
       .def_property_readonly("shrink_bytes", &ShrinkExpandTile::shrink_bytes)
       .def_property_readonly("expand_bytes", &ShrinkExpandTile::expand_bytes)
       .def("__repr__", [](const ShrinkExpandTile& t) { return "ShrinkExpandTile(" + std::to_string(t.tokens) + ")"; });

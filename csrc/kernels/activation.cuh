@@ -18,10 +18,8 @@ SHRANK_DEVICE float over_one_plus_exp2(float z, float x) {
   return z * arch::reciprocal_approximate(1 + arch::exp2_approximate(x));
 }
 
-// gelu(z) = max(z, 0) - u P(u) with u = |z| and P(u) = erfc(u / sqrt 2) / 2, the normal distribution's tail. log2 of P is
-// smooth: a polynomial of degree 5, fitted to the least largest error of u P(u) in [0, 10], beyond which that is less
-// than 1e-22. The result is within 0.35 units of the last place of float16, and 0.18 of bfloat16, before it is rounded;
-// tests/csrc/test_activation.py tries every number of both.
+// P(u) = erfc(u / sqrt 2) / 2, the normal distribution's tail from u in [0, 10] on. Its log2 is smooth: a polynomial of
+// degree 5, fitted to the least largest error of u P(u), which is less than 1e-22 beyond.
 SHRANK_DEVICE float normal_tail(float u) {
   float log2_tail = -0.000320507126f;
   log2_tail = fmaf(log2_tail, u, 0.00582724856f);
@@ -32,6 +30,8 @@ SHRANK_DEVICE float normal_tail(float u) {
   return arch::exp2_approximate(log2_tail);
 }
 
+// gelu(z) = max(z, 0) - u P(u) with u = |z|. The result is within 0.35 units of the last place of float16, and 0.18 of
+// bfloat16, before it is rounded; tests/csrc/test_activation.py tries every number of both.
 SHRANK_DEVICE float gelu_of_16_bits(float z) {
   const float u = fminf(fabsf(z), 10.0f);
   return fmaf(-u, normal_tail(u), positive_part(z));
@@ -65,8 +65,8 @@ SHRANK_DEVICE float normal_density(float z) {
   return arch::exp2_approximate(fmaf(z * z, -half_log2_e, -log2_of_root_two_pi));
 }
 
-// grad times the activation's derivative at z. For 16 bits within 0.6 units of their last place, or 2^-12 of grad near
-// the derivative's zero; tests/csrc/test_activation.py tries every number.
+// grad times the activation's derivative at z. For 16 bits the derivative is within half a unit of the last place, or
+// 2^-12 near its zero; tests/csrc/test_activation.py tries every number.
 template <typename T, Activation kind>
 SHRANK_DEVICE arch::compute_t<T> activate_backward(arch::compute_t<T> grad, arch::compute_t<T> z) {
   using C = arch::compute_t<T>;

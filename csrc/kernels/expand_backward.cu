@@ -1,3 +1,4 @@
+#include "../select/with_tile.h"
 #include "expand_backward.cuh"
 #include "launch.cuh"
 
@@ -7,7 +8,7 @@ namespace {
 template <typename T>
 void launch_tile(const ExpandBackwardParams& params, const LinearGrid& grid, bool dependent, void* stream) {
   const dim3 blocks(static_cast<unsigned>(grid.blocks_m), static_cast<unsigned>(grid.blocks_n));
-  const bool found = with_backward_tile(grid.tile, [&](auto tile) {
+  const bool found = with_tile<kBackwardTiles>(grid.tile, [&](auto tile) {
     launch<ExpandBackward<T, tile().block_m, tile().max_rank>>("expand_backward", blocks, params, dependent, stream);
   });
   if (!found) throw std::runtime_error("shrank: expand_backward was not compiled for the tile that select chose");

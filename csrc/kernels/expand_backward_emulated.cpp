@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 
+#include "../select/with_tile.h"
 #include "expand_backward.cuh"
 
 namespace shrank {
@@ -26,7 +27,7 @@ template <typename T>
 emulator::Result emulate(const ExpandBackwardParams& params, const LinearGrid& grid, const emulator::Options& options) {
   const emulator::Index3 blocks{static_cast<unsigned>(grid.blocks_m), static_cast<unsigned>(grid.blocks_n), 1};
   emulator::Result result;
-  const bool found = with_backward_tile(grid.tile, [&](auto tile) {
+  const bool found = with_tile<kBackwardTiles>(grid.tile, [&](auto tile) {
     result = emulator::launch<ExpandBackward<T, tile().block_m, tile().max_rank>>("expand_backward", blocks, params,
                                                                                   buffers_of(params, grid), options);
   });

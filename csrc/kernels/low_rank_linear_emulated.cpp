@@ -1,8 +1,8 @@
 #include "low_rank_linear_emulated.h"
 
 #include <stdexcept>
-#include <utility>
 
+#include "../select/with_tile.h"
 #include "low_rank_linear.cuh"
 
 namespace shrank {
@@ -28,16 +28,14 @@ std::vector<emulator::Buffer> buffers_of(const LowRankLinearParams& p) {
   return buffers;
 }
 
-template <typename T, std::size_t... I>
-emulator::Result emulate(const LowRankLinearParams& params, const LinearGrid& grid, const emulator::Options& options,
-                         std::index_sequence<I...>) {
+template <typename T>
+emulator::Result emulate(const LowRankLinearParams& params, const LinearGrid& grid, const emulator::Options& options) {
   const emulator::Index3 blocks{static_cast<unsigned>(grid.blocks_m), static_cast<unsigned>(grid.blocks_n), 1};
   emulator::Result result;
-  const bool found = ((grid.tile == kLinearTiles[I] &&
-                       (result = emulator::launch<LowRankLinear<T, kLinearTiles[I].block_m, kLinearTiles[I].max_rank>>(
-                            "low_rank_linear", blocks, params, buffers_of(params), options),
-                        true)) ||
-                      ...);
+  const bool found = with_tile<kLinearTiles>(grid.tile, [&](auto tile) {
+    result = emulator::launch<LowRankLinear<T, tile().block_m, tile().max_rank>>("low_rank_linear", blocks, params,
+                                                                                 buffers_of(params), options);
+  });
   if (!found) throw std::invalid_argument("no low_rank_linear kernel has this tile");
   return result;
 }
@@ -46,9 +44,8 @@ emulator::Result emulate(const LowRankLinearParams& params, const LinearGrid& gr
 
 emulator::Result emulate_low_rank_linear(const LowRankLinearParams& params, const LinearGrid& grid,
                                          const emulator::Options& options) {
-  constexpr std::make_index_sequence<kLinearTiles.size()> tiles;
-  if (params.dtype == Dtype::bfloat16) return emulate<arch::bfloat16>(params, grid, options, tiles);
-  if (params.dtype == Dtype::float16) return emulate<arch::float16>(params, grid, options, tiles);
+  if (params.dtype == Dtype::bfloat16) return emulate<arch::bfloat16>(params, grid, options);
+  if (params.dtype == Dtype::float16) return emulate<arch::float16>(params, grid, options);
   throw std::invalid_argument("low_rank_linear takes float16 and bfloat16");
 }
 

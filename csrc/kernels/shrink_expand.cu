@@ -1,3 +1,4 @@
+#include "../select/with_tile.h"
 #include "launch.cuh"
 #include "shrink_expand.cuh"
 
@@ -6,14 +7,14 @@ namespace {
 
 template <typename T>
 void launch_tile(const ShrinkExpandParams& params, const ShrinkExpandTile& tile, bool dependent, void* stream) {
-  const bool found = with_shrink_expand_tile(tile, [&](auto known) {
+  const bool found = with_tile<kShrinkExpandTiles>(tile, [&](auto known) {
     constexpr int kTokens = known().tokens;
-    const auto blocks = [](int rows, int of_block) { return static_cast<unsigned>((rows + of_block - 1) / of_block); };
-    const unsigned groups = blocks(params.M, kTokens), splits = static_cast<unsigned>(params.splits);
-    launch<Shrink<T, kTokens>>("shrink", dim3(blocks(params.R, ShrinkExpandTile::kRows), groups * splits), params,
-                               dependent, stream);
-    launch<Expand<T, kTokens>>("expand", dim3(blocks(params.N, ShrinkExpandTile::kExpandRows), groups), params,
-                               dependent, stream);
+    const auto groups = static_cast<unsigned>(tile.groups(params.M)), splits = static_cast<unsigned>(params.splits);
+    launch<Shrink<T, kTokens>>("shrink",
+                               dim3(static_cast<unsigned>(ShrinkExpandTile::shrink_blocks(params.R)), groups * splits),
+                               params, dependent, stream);
+    launch<Expand<T, kTokens>>("expand", dim3(static_cast<unsigned>(ShrinkExpandTile::expand_blocks(params.N)), groups),
+                               params, dependent, stream);
   });
   if (!found) throw std::runtime_error("shrank: shrink and expand were not compiled for the tile that select chose");
 }

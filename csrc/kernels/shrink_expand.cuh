@@ -2,15 +2,11 @@
 // as the memory needs, and nothing between them and the tensor cores.
 #pragma once
 
-#include "../arch/matrix.cuh"
-#include "../arch/position.cuh"
-#include "../arch/sync.cuh"
 #include "activation.cuh"
 #include "shrink_expand.h"
+#include "tile.cuh"
 
 namespace shrank {
-
-using arch::SharedAddress;
 
 // 16 rows of a factor, some chunks of them in registers, as the tensor cores' 16-row operand. A lane has 8 neighbouring
 // columns of rows g and g + 8: two steps of 16 of a permuted k. The rows of x are read with the same permutation, so that
@@ -26,8 +22,8 @@ template <typename T, int TOKENS> struct WeightRows {
   SHRANK_DEVICE WeightRows(const void* factor, int row, int rows, int columns, int begin, int end) {
     const int lane = arch::lane_index(), g = lane / 4, column = begin + lane % 4 * 8, last = rows - 1;
     const T* const first = static_cast<const T*>(factor) + column;
-    low = first + arch::multiply_wide(row + g < last ? row + g : last, columns);
-    high = first + arch::multiply_wide(row + g + 8 < last ? row + g + 8 : last, columns);
+    low = first + arch::multiply_wide(min_of(row + g, last), columns);
+    high = first + arch::multiply_wide(min_of(row + g + 8, last), columns);
     left = end - column;
   }
 
@@ -43,7 +39,7 @@ template <typename T, int TOKENS> struct WeightRows {
     }
   }
 
-  // The lines of all its rows on their way to L2; each lane asks for every other row's.
+  // The lines of all its rows, of 128 bytes, on their way to L2.
   SHRANK_DEVICE void prefetch() const {
     for (int column = 0; column < left; column += 2 * kChunk) {
       arch::prefetch_if(true, low + column);
@@ -73,13 +69,10 @@ template <int TOKENS> struct TokenSums {
 template <int TOKENS> struct TokenRows {
   int first, count;
 
-  SHRANK_DEVICE TokenRows(int group, int M) : first(group * TOKENS), count(M - first < TOKENS ? M - first : TOKENS) {}
+  SHRANK_DEVICE TokenRows(int group, int M) : first(group * TOKENS), count(min_of(M - first, TOKENS)) {}
 
   // Of 8 rows, the lane's in the other operand. Rows that there are not repeat the last one.
-  SHRANK_DEVICE int of_lane(int eight) const {
-    const int row = eight * 8 + arch::lane_index() / 4;
-    return row < count ? row : count - 1;
-  }
+  SHRANK_DEVICE int of_lane(int eight) const { return min_of(eight * 8 + arch::lane_index() / 4, count - 1); }
 };
 
 // sums += the rows of a batch times rows of x, which `load(eight, chunk of the batch)` gives.
@@ -129,9 +122,8 @@ template <typename T, int TOKENS> struct Shrink {
     const int warp = arch::warp_index(), lane = arch::lane_index();
     const int row = arch::block_x() * ShrinkExpandTile::kRows, split = arch::block_y() % params.splits;
     const TokenRows<TOKENS> tokens(arch::block_y() / params.splits, params.M);
-    const int shares = params.splits * kWarps, columns = params.K + kChunk - 1;
-    const int chunks = (columns / kChunk + shares - 1) / shares, begin = (split * kWarps + warp) * chunks * kChunk;
-    const int end = begin + chunks * kChunk < params.K ? begin + chunks * kChunk : params.K;
+    const int chunks = ceil_div(ceil_div(params.K, kChunk), params.splits * kWarps);
+    const int begin = (split * kWarps + warp) * chunks * kChunk, end = min_of(begin + chunks * kChunk, params.K);
     const WeightRows<T, TOKENS> weights(params.down, row, params.R, params.K, begin, end);
     weights.prefetch();  // a hint, which may come before what writes them: L2 holds what is written last
     arch::grid_dependency_wait();
@@ -211,7 +203,7 @@ template <typename T, int TOKENS> struct Expand {
     Sums sums;
     const SharedAddress own = h + arch::lane_index() % 4 * 16;
     const int stride = h_row_bytes(params.R);
-    multiply_rows<T>(sums, weights, first, second, (params.R + kChunk - 1) / kChunk, [&](int chunk, int eight, int i) {
+    multiply_rows<T>(sums, weights, first, second, ceil_div(params.R, kChunk), [&](int chunk, int eight, int i) {
       return arch::load_shared_words(own + tokens.of_lane(eight) * stride + (chunk + i) * kChunk * 2);
     });
     ends.finish(params, sums, row, tokens);
@@ -219,7 +211,7 @@ template <typename T, int TOKENS> struct Expand {
 
   SHRANK_DEVICE static int h_row_bytes(int rank) {
     constexpr int kColumns = ShrinkExpandTile::kHColumns;
-    return (rank + kColumns - 1) / kColumns * kColumns * 2 + ShrinkExpandTile::kHGap;
+    return ceil_div(rank, kColumns) * kColumns * 2 + ShrinkExpandTile::kHGap;
   }
 
   // The rows of h, rounded, and zeros behind them up to the last chunk of a batch.

@@ -2,18 +2,21 @@
 
 #include <stdexcept>
 
+#include "../select/with_tile.h"
 #include "shrink_expand.cuh"
 
 namespace shrank {
 namespace {
 
-unsigned blocks(int rows, int of_block) { return static_cast<unsigned>((rows + of_block - 1) / of_block); }
+emulator::Index3 grid_of(int64_t blocks, int64_t groups) {
+  return {static_cast<unsigned>(blocks), static_cast<unsigned>(groups), 1};
+}
 
 // Calls visit(element, tile) with types.
 template <typename Visit>
 void with_kernel(const ShrinkExpandParams& params, const ShrinkExpandTile& tile, const Visit& visit) {
   const auto with_element = [&](auto element) {
-    if (!with_shrink_expand_tile(tile, [&](auto known) { visit(element, known); }))
+    if (!with_tile<kShrinkExpandTiles>(tile, [&](auto known) { visit(element, known); }))
       throw std::invalid_argument("no shrink and expand kernels have this tile");
   };
   if (params.dtype == Dtype::bfloat16) return with_element(arch::bfloat16{});
@@ -47,7 +50,7 @@ emulator::Result emulate_shrink(const ShrinkExpandParams& p, const ShrinkExpandT
   buffers.add("h", p.splits == 1 ? p.h : nullptr, int64_t{p.M} * p.R, true, true);
   emulator::Result result;
   with_kernel(p, tile, [&](auto element, auto known) {
-    const emulator::Index3 grid{blocks(p.R, ShrinkExpandTile::kRows), blocks(p.M, tile.tokens) * p.splits, 1};
+    const emulator::Index3 grid = grid_of(ShrinkExpandTile::shrink_blocks(p.R), tile.groups(p.M) * p.splits);
     result = emulator::launch<Shrink<decltype(element), known().tokens>>("shrink", grid, p, buffers.all, options, true);
   });
   return result;
@@ -65,7 +68,7 @@ emulator::Result emulate_expand(const ShrinkExpandParams& p, const ShrinkExpandT
   buffers.add("y", p.y, int64_t{p.M} * p.N, true, true);
   emulator::Result result;
   with_kernel(p, tile, [&](auto element, auto known) {
-    const emulator::Index3 grid{blocks(p.N, ShrinkExpandTile::kExpandRows), blocks(p.M, tile.tokens), 1};
+    const emulator::Index3 grid = grid_of(ShrinkExpandTile::expand_blocks(p.N), tile.groups(p.M));
     result = emulator::launch<Expand<decltype(element), known().tokens>>("expand", grid, p, buffers.all, options);
   });
   return result;

@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor> run(const ExpandBackward& args, const Runtime& runtim
 }  // namespace
 
 std::tuple<Tensor, Tensor> expand_backward(const ExpandBackward& args, const Runtime& runtime) {
-  return run(args, runtime, [](const LinearProblem& p, const Device& d) { return choose_backward(p, d); });
+  return run(args, runtime, [](const LinearProblem& p, const Device& d) { return recall_backward(p, d); });
 }
 
 std::tuple<Tensor, Tensor> expand_backward_as(const ExpandBackward& args, std::string_view kernel,

@@ -54,12 +54,10 @@ std::string run_few_rows(const std::smatch& name, const ShrinkExpandParams& para
   if (std::string wrong = wrong_block(shape, threads, shrinks ? tile.shrink_bytes() : tile.expand_bytes());
       !wrong.empty())
     return wrong;
-  const int rows = shrinks ? params.R : params.N;
-  const int of_block = shrinks ? ShrinkExpandTile::kRows : ShrinkExpandTile::kExpandRows;
-  const int groups = (params.M + tile.tokens - 1) / tile.tokens;
-  if (shape.grid[0] != static_cast<unsigned>((rows + of_block - 1) / of_block))
-    return "the grid does not cover the rows of the factor";
-  if (shape.grid[1] != static_cast<unsigned>(shrinks ? groups * params.splits : groups))
+  const int64_t blocks = shrinks ? ShrinkExpandTile::shrink_blocks(params.R)
+                                 : ShrinkExpandTile::expand_blocks(params.N);
+  if (shape.grid[0] != blocks) return "the grid does not cover the rows of the factor";
+  if (shape.grid[1] != tile.groups(params.M) * (shrinks ? params.splits : 1))
     return "the grid does not cover the rows of x";
   return first_of(shrinks ? emulate_shrink(params, tile, {}) : emulate_expand(params, tile, {}));
 }

@@ -11,20 +11,15 @@
 namespace shrank {
 namespace {
 
-constexpr int kMaxBlocksN = 64;
-
 double microseconds(const LinearGrid& grid, const LinearProblem& p, const Device& d) {
   const LinearTile& tile = grid.tile;
   const double M = real(p.M), N = real(p.N), R = real(p.R), width = bytes(p.dtype);
   const double tiles = real(ceil_div(ceil_div(p.N, LinearTile::kBlockN), grid.blocks_n));  // of a block that has most
-  const double rank_panels = tile.holds_h() ? tile.h_panels() : real(ceil_div(p.R, LinearTile::kPanel));
   Phase load;
-  if (tile.holds_h()) load = load_step(tile) * rank_panels;
+  if (tile.holds_h()) load = load_step(tile) * rank_panels(tile, R);
   load.l2_bytes = tile.holds_h() ? width * tile.block_m * R : 0;
   load.dram_bytes = width * tile.block_m * R;
-  Phase up = up_step(tile) * (tiles * rank_panels);
-  up.l2_bytes = width * tiles * (LinearTile::kBlockN * R + (tile.holds_h() ? 0 : tile.block_m * R));
-  up.wait_us = tiles * rank_panels * kL2LatencyUs / (tile.up_stages() - 1);
+  const Phase up = up_steps(tile, tiles, R, width);
   Phase end = backward_end_of(tile, p) * tiles;
   end.wait_us = tiles * kL2LatencyUs;  // for the gradient, which has been asked for before the products
   const double sums = 2 * 4 * real(backward_sum_rows(grid)) * N;  // written, and read to be added up
@@ -47,7 +42,7 @@ PlannedGrid grid(const LinearProblem& p, const Device& d) {
   PlannedGrid best{};
   for (const LinearTile& tile : kBackwardTiles) {
     if (shrank::why_not(tile, p, d)) continue;
-    for (int blocks_n = 1; blocks_n <= std::min<int64_t>(kMaxBlocksN, ceil_div(p.N, LinearTile::kBlockN));
+    for (int blocks_n = 1; blocks_n <= std::min<int64_t>(kMaxShares, ceil_div(p.N, LinearTile::kBlockN));
          blocks_n *= 2) {
       const LinearGrid grid = linear_grid_of(p, tile, blocks_n);
       const double cost = shrank::microseconds(grid, p, d);
@@ -99,6 +94,11 @@ BackwardChoice choose_backward(const LinearProblem& p, const Device& d) {
   return choice;
 }
 
+const BackwardChoice& recall_backward(const LinearProblem& p, const Device& d) {
+  thread_local Memory<LinearProblem, BackwardChoice> memory;
+  return memory.recall(p, p.mix(), d, choose_backward);
+}
+
 BackwardChoice backward_named(const LinearProblem& p, const Device& d, std::string_view kernel,
                               const std::vector<int64_t>& grid) {
   const auto& way = way_named(kWays, kernel, p, d);
@@ -113,8 +113,7 @@ BackwardChoice backward_named(const LinearProblem& p, const Device& d, std::stri
   if (std::find(kBackwardTiles.begin(), kBackwardTiles.end(), named.tile) == kBackwardTiles.end())
     throw std::invalid_argument("fused: no kernel is compiled for this tile");
   if (const char* reason = why_not(named.tile, p, d)) throw std::invalid_argument(std::string("fused: ") + reason);
-  if (named.shares < 1 || named.shares > kMaxBlocksN)
-    throw std::invalid_argument("fused: the shares of the columns must be 1 to 64");
+  if (named.shares < 1 || named.shares > kMaxShares) throw std::invalid_argument(std::string("fused: ") + kWrongShares);
   choice.grid = linear_grid_of(p, named.tile, static_cast<int>(named.shares));
   return choice;
 }

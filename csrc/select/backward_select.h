@@ -35,6 +35,9 @@ std::array<Candidate<BackwardKernel>, kBackwardKernelCount> backward_candidates(
 // By the model, as choose.h says.
 BackwardChoice choose_backward(const LinearProblem& p, const Device& d);
 
+// The same, remembered by the thread, as recall of linear_select.h does.
+const BackwardChoice& recall_backward(const LinearProblem& p, const Device& d);
+
 // What a caller names instead: as choice_named of linear_select.h.
 BackwardChoice backward_named(const LinearProblem& p, const Device& d, std::string_view kernel,
                               const std::vector<int64_t>& grid);

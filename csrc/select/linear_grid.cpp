@@ -12,7 +12,6 @@ namespace shrank {
 namespace {
 
 constexpr int kMaxRank = 256;  // of an h that a block holds
-constexpr int kMaxBlocksN = 64;
 
 bool fits(const LinearTile& tile, const Device& d) { return tile.shared_bytes() <= d.smem_per_block; }
 
@@ -33,19 +32,15 @@ double microseconds(const LinearGrid& grid, const LinearProblem& p, const Device
   const double M = real(p.M), K = real(p.K), N = real(p.N), R = real(p.R), width = bytes(p.dtype);
   const double tiles = real(ceil_div(ceil_div(p.N, LinearTile::kBlockN), grid.blocks_n));  // of a block that has most
   const double down_steps = fused ? real(ceil_div(p.K, LinearTile::kPanel)) : 0;
-  const double rank_panels = tile.holds_h() ? tile.h_panels() : real(ceil_div(p.R, LinearTile::kPanel));
 
   Phase down = down_step(tile) * down_steps;
-  if (!fused && tile.holds_h()) down = load_step(tile) * rank_panels;
+  if (!fused && tile.holds_h()) down = load_step(tile) * rank_panels(tile, R);
   const Phase rounding = fused ? rounding_of_h(tile) : Phase{};
   down.l2_bytes = width * (fused ? (tile.block_m + R) * K : tile.holds_h() ? tile.block_m * R : 0);
   down.dram_bytes = width * tile.block_m * (fused ? K : R);
   down.wait_us = down_steps * kDramLatencyUs / (tile.down_stages() - 1);
 
-  Phase up = up_step(tile) * (tiles * rank_panels);
-  up.l2_bytes = width * tiles * (LinearTile::kBlockN * R + (tile.holds_h() ? 0 : tile.block_m * R));
-  up.wait_us = tiles * rank_panels * kL2LatencyUs / (tile.up_stages() - 1);
-
+  const Phase up = up_steps(tile, tiles, R, width);
   const Phase end = end_of(tile, p) * tiles;
   const double read = (fused ? M * K + R * K : M * R) + N * R + bias_numbers(p) + (p.residual ? M * N : 0);
   const double moved = read + M * N + (fused && p.training ? M * R : 0);
@@ -77,7 +72,7 @@ const char* linear_why_not(const LinearProblem& p, const Device& d, bool fused, 
   if (!tile.holds_h() && fused) return "a tile that streams h cannot compute it";
   if (tile.holds_h() && tile.max_rank < p.R) return "R is above the tile's rank";
   if (!fits(tile, d)) return "the tile needs more shared memory than a block has here";
-  if (shares < 1 || shares > kMaxBlocksN) return "the shares of the columns must be 1 to 64";
+  if (shares < 1 || shares > kMaxShares) return kWrongShares;
   return nullptr;
 }
 
@@ -96,7 +91,7 @@ void for_each_grid(const LinearProblem& p, const Device& d, bool fused, const Vi
   const int64_t tiles_n = ceil_div(p.N, LinearTile::kBlockN);
   for (const LinearTile& tile : kLinearTiles) {
     if (!suits(tile, p, d, fused)) continue;
-    for (int blocks_n = 1; blocks_n <= std::min<int64_t>(kMaxBlocksN, tiles_n); blocks_n *= 2) {
+    for (int blocks_n = 1; blocks_n <= std::min<int64_t>(kMaxShares, tiles_n); blocks_n *= 2) {
       const LinearGrid grid = linear_grid_of(p, tile, blocks_n);
       const double costs[] = {microseconds(grid, inference, d, fused), microseconds(grid, training, d, fused)};
       visit(PlannedGrid{grid, costs[p.training]}, costs[0] + costs[1]);

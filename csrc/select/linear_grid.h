@@ -10,6 +10,9 @@
 
 namespace shrank {
 
+inline constexpr int kMaxShares = 64;  // of the columns of y
+inline constexpr const char* kWrongShares = "the shares of the columns must be 1 to 64";
+
 struct PlannedGrid {
   LinearGrid grid;
   double microseconds;  // of this kernel alone, in a replayed graph

@@ -22,6 +22,12 @@ struct LinearProblem {
            activation == other.activation && bias == other.bias && residual == other.residual &&
            training == other.training && aligned == other.aligned && captured == other.captured;
   }
+
+  // The same of equal problems.
+  constexpr uint64_t mix() const {
+    return static_cast<uint64_t>(M * 31 + K * 7 + N * 5 + R * 3 + static_cast<int>(activation) * 2 + training +
+                                 residual * 11);
+  }
 };
 
 }  // namespace shrank

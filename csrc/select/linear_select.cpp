@@ -146,9 +146,7 @@ LinearChoice select(const LinearProblem& p, const Device& d) {
 
 const LinearChoice& recall(const LinearProblem& p, const Device& d) {
   thread_local Memory<LinearProblem, LinearChoice> memory;
-  const auto mix = static_cast<uint64_t>(p.M * 31 + p.K * 7 + p.N * 5 + p.R * 3 + static_cast<int>(p.activation) * 2 +
-                                         p.training + p.residual * 11);
-  return memory.recall(p, mix, d, [](const LinearProblem& q, const Device& e) { return select(q, e); });
+  return memory.recall(p, p.mix(), d, [](const LinearProblem& q, const Device& e) { return select(q, e); });
 }
 
 }  // namespace shrank

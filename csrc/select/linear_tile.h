@@ -74,17 +74,6 @@ inline constexpr std::array<LinearTile, 17> kLinearTiles{{
 // Those on which the backward pass is compiled. Of 128 rows, gradients beside sums need more registers than there are.
 inline constexpr std::array<LinearTile, 5> kBackwardTiles{{{64, 0}, {64, 64}, {64, 96}, {64, 128}, {64, 256}}};
 
-template <std::size_t I> struct BackwardTile {
-  constexpr LinearTile operator()() const { return kBackwardTiles[I]; }
-};
-
-// Calls visit with the tile of that array as a type; false if it has none.
-template <typename Visit, std::size_t I = 0> bool with_backward_tile(const LinearTile& tile, const Visit& visit) {
-  if constexpr (I == kBackwardTiles.size()) return false;
-  else if (tile == kBackwardTiles[I]) return visit(BackwardTile<I>{}), true;
-  else return with_backward_tile<Visit, I + 1>(tile, visit);
-}
-
 // How a tile covers a problem: blocks_m blocks of rows, each row block shared by blocks_n blocks, which compute the
 // same h and take one run of column tiles each.
 struct LinearGrid {

@@ -46,7 +46,7 @@ double shrink_us(const LinearProblem& p, const Device& d, const LinearGrid& grid
   weights.l2_bytes += kWarps * chunks * ShrinkExpandTile::kChunk * rows * width;
   Phase sum;  // of the warps, through shared memory
   sum.slots = kWarps * tile.tokens / 8 * kWarpSumSlots;
-  const int64_t blocks = ceil_div(p.R, ShrinkExpandTile::kRows) * grid.blocks_n * grid.blocks_m;
+  const int64_t blocks = ShrinkExpandTile::shrink_blocks(p.R) * grid.blocks_n * grid.blocks_m;
   const double h = real(p.M * p.R) * (grid.blocks_n == 1 ? width : 4.0 * grid.blocks_n);
   return kernel_us(
       {blocks, ShrinkExpandTile::kShrinkThreads, tile.shrink_bytes(), width * real(p.R * p.K + p.M * p.K) + h},
@@ -64,7 +64,7 @@ double expand_us(const LinearProblem& p, const Device& d, const LinearGrid& grid
   const Phase weights = stream(tile, real(chunks_of(p.R)), kWarps);
   Phase end;
   end.slots = kWarps * tile.tokens / 8 * (kTokenEndSlots + activation_slots(p.activation) / 2);
-  const int64_t blocks = ceil_div(p.N, ShrinkExpandTile::kExpandRows) * grid.blocks_m;
+  const int64_t blocks = ShrinkExpandTile::expand_blocks(p.N) * grid.blocks_m;
   const double M = real(p.M), N = real(p.N), R = real(p.R);
   const double moved = N * R + bias_numbers(p) + M * N * (1 + p.residual) + (p.training ? M * R : 0);
   return kernel_us({blocks, ShrinkExpandTile::kExpandThreads, tile.expand_bytes(), moved * width}, {load, weights, end},
@@ -130,7 +130,7 @@ std::vector<PlannedGrid> shrink_expand_grids(const LinearProblem& p, const Devic
 
 double bytes_in_flight(const LinearProblem& p, const Device& d, const LinearGrid& grid) {
   const ShrinkExpandTile tile = shrink_expand_tile_of(grid);
-  const int64_t blocks = ceil_div(p.R, ShrinkExpandTile::kRows) * grid.blocks_n;
+  const int64_t blocks = ShrinkExpandTile::shrink_blocks(p.R) * grid.blocks_n;
   const int64_t of_sm = std::min<int64_t>(ceil_div(blocks, d.sms),
                                           resident_blocks(ShrinkExpandTile::kShrinkThreads, tile.shrink_bytes(), d));
   return real(of_sm) * ShrinkExpandTile::kShrinkWarps * tile.bytes_in_flight();

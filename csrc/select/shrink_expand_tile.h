@@ -33,21 +33,14 @@ struct ShrinkExpandTile {
   constexpr int shrink_bytes() const { return kShrinkWarps * kRows * tokens * 4; }  // the sums of the warps
   constexpr int expand_bytes() const { return tokens * (kMaxRank * 2 + kHGap); }
 
+  // Blocks of either kernel for the rows of its factor, and groups of rows of x, each of which has blocks of its own.
+  static constexpr int64_t shrink_blocks(int64_t R) { return (R + kRows - 1) / kRows; }
+  static constexpr int64_t expand_blocks(int64_t N) { return (N + kExpandRows - 1) / kExpandRows; }
+  constexpr int64_t groups(int64_t M) const { return (M + tokens - 1) / tokens; }
+
   constexpr bool operator==(const ShrinkExpandTile& other) const { return tokens == other.tokens; }
 };
 
 inline constexpr std::array<ShrinkExpandTile, 2> kShrinkExpandTiles{{{8}, {16}}};
-
-template <std::size_t I> struct ShrinkExpandTileOf {
-  constexpr ShrinkExpandTile operator()() const { return kShrinkExpandTiles[I]; }
-};
-
-// Calls visit with the tile of that array as a type; false if it has none.
-template <typename Visit, std::size_t I = 0>
-bool with_shrink_expand_tile(const ShrinkExpandTile& tile, const Visit& visit) {
-  if constexpr (I == kShrinkExpandTiles.size()) return false;
-  else if (tile == kShrinkExpandTiles[I]) return visit(ShrinkExpandTileOf<I>{}), true;
-  else return with_shrink_expand_tile<Visit, I + 1>(tile, visit);
-}
 
 }  // namespace shrank

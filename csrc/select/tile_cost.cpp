@@ -1,5 +1,8 @@
 #include "tile_cost.h"
 
+#include <cmath>
+
+#include "cost.h"
 #include "kernel_slots.h"
 
 namespace shrank {
@@ -58,6 +61,18 @@ Phase rounding_of_h(const LinearTile& tile) {
 
 Phase up_step(const LinearTile& tile) {
   return step(tile, LinearTile::kBlockN, LinearTile::kBlockN + (tile.holds_h() ? 0 : tile.block_m));
+}
+
+double rank_panels(const LinearTile& tile, double rank) {
+  return tile.holds_h() ? tile.h_panels() : std::ceil(rank / LinearTile::kPanel);
+}
+
+Phase up_steps(const LinearTile& tile, double tiles, double rank, double width) {
+  const double panels = tiles * rank_panels(tile, rank);
+  Phase phase = up_step(tile) * panels;
+  phase.l2_bytes = width * tiles * (LinearTile::kBlockN * rank + (tile.holds_h() ? 0 : tile.block_m * rank));
+  phase.wait_us = panels * kL2LatencyUs / (tile.up_stages() - 1);
+  return phase;
 }
 
 namespace {

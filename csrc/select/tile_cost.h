@@ -26,6 +26,10 @@ Phase rounding_of_h(const LinearTile& tile);
 // A panel of h and one of up into the sums of a tile of y.
 Phase up_step(const LinearTile& tile);
 
+// All of `tiles` column tiles, of a rank.
+Phase up_steps(const LinearTile& tile, double tiles, double rank, double width);
+double rank_panels(const LinearTile& tile, double rank);  // of h that meet those of up for a column tile
+
 // A tile of y from its sums: bias, activation, residual, and what training keeps.
 Phase end_of(const LinearTile& tile, const LinearProblem& p);
 

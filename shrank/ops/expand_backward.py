@@ -40,7 +40,7 @@ def expand_backward(grad: Tensor, h: Tensor, up: Tensor, bias: Tensor | None, ac
     """reference.expand_backward, by the op where there is an activation, without which there is nothing to compute."""
     if activation == "none":
         return reference.expand_backward(grad, h, up, bias, activation, needs_bias)
-    dz, dbias = torch.ops.shrank.expand_backward(grad, h, up, bias, activation, needs_bias)
+    dz, dbias = _overload(grad, h, up, bias, activation, needs_bias)
     return End(dz, dbias if needs_bias else None)
 
 
@@ -72,5 +72,6 @@ def _empty(
 
 
 define(NAME, SCHEMA)
+_overload = torch.ops.shrank.expand_backward.default
 library.impl(NAME, _by_pytorch, "CompositeExplicitAutograd")
 torch.library.register_fake(f"shrank::{NAME}", _empty, lib=library)

@@ -91,9 +91,9 @@ MISTAKES = (
     ),
     Mistake(
         "always the first tile",
-        "csrc/kernels/low_rank_linear_launch.cuh",
-        "((grid.tile == kLinearTiles[I] &&",
-        "((true &&",
+        "csrc/select/with_tile.h",
+        "else if (tile == TILES[I])",
+        "else if (true)",
     ),
     Mistake("groups of the second stage forgotten", "csrc/kernels/low_rank_conv_launch.cuh", " * params.up_groups", ""),
     Mistake(

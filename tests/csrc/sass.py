@@ -43,13 +43,14 @@ class Kernel:
 
 
 class FewRowsTile:
-    """A ShrinkExpandTile as one of its kernels uses it; its rows are tokens."""
+    """A ShrinkExpandTile as one of its kernels uses it: its rows are tokens, and its rank is no part of its name."""
 
     max_rank = 0
 
     def __init__(self, gather: str, tile: object) -> None:
         self.gather, self.block_m = gather, tile.tokens
-        self.threads = {SHRINK: 256, EXPAND: 128}[gather]
+        self.rank_limit = tile.MAX_RANK
+        self.threads = {SHRINK: tile.SHRINK_THREADS, EXPAND: tile.EXPAND_THREADS}[gather]
         self.shared_bytes = {SHRINK: tile.shrink_bytes, EXPAND: tile.expand_bytes}[gather]
 
 
@@ -174,7 +175,7 @@ def table(tiles: list) -> str:
             cells.append(f"{kernel.registers}, {blocks}" if fits else "does not fit")
         matrix = kernels("sm_90a")[name].instructions["HMMA"]
         rows.append(
-            f"| {name[0]} | {tile.block_m} | {tile.max_rank or 'any'} | {tile.threads} | "
+            f"| {name[0]} | {tile.block_m} | {tile.max_rank or getattr(tile, 'rank_limit', 'any')} | {tile.threads} | "
             f"{tile.shared_bytes / 1024:g} | {' | '.join(cells)} | {matrix} |"
         )
     return "\n".join(rows)

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from shrank.ops import expand_backward, reference
-from tests.common.ops import DTYPES
+from tests.common.ops import DTYPES, doubled, tensors_of
 from tests.common.tolerances import assert_close
 
 ACTIVATIONS = [name for name in reference.ACTIVATIONS if name != "none"]
@@ -43,18 +43,17 @@ def op(given: tuple) -> tuple[Tensor, Tensor]:
 def test_values(dtype: torch.dtype, activation: str, sizes: tuple, device: str) -> None:
     for bias, needs_bias in ((True, True), (False, False)):
         given = arguments(dtype, device, *sizes, activation, bias, needs_bias)
-        before = [each.clone() for each in given if isinstance(each, Tensor)]
+        before = [each.clone() for each in tensors_of(given)]
         dz, dbias = op(given)
         assert dz.is_contiguous() and dz.shape == given[0].shape and dz.dtype == dbias.dtype == dtype
-        exact = reference.expand_backward(*(a.double() if isinstance(a, Tensor) else a for a in given))
+        exact = reference.expand_backward(*doubled(given))
         plain = reference.expand_backward(*given)
         assert_close(dz, exact.z, plain.z)
         if needs_bias:
             assert_close(dbias, exact.bias, plain.bias)
         else:
             assert dbias.numel() == 0
-        after = [each for each in given if isinstance(each, Tensor)]
-        assert all(map(torch.equal, before, after)), "inputs stay"
+        assert all(map(torch.equal, before, tensors_of(given))), "inputs stay"
 
 
 def test_strides_do_not_matter(device: str) -> None:
@@ -66,7 +65,7 @@ def test_strides_do_not_matter(device: str) -> None:
         bias,
         *rest,
     )
-    exact = reference.expand_backward(*(a.double() if isinstance(a, Tensor) else a for a in strided))
+    exact = reference.expand_backward(*doubled(strided))
     for found, wanted, plain in zip(op(strided), exact, reference.expand_backward(*strided), strict=True):
         assert_close(found, wanted, plain)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shrank.ops import reference
+from tests.common.ops import doubled
 
 from .linear import BF16, FP16
 
@@ -94,7 +95,7 @@ def emulate(dev: ModuleType, run: BackwardRun, arguments: tuple, seed: int = 0, 
 
 def exact(arguments: tuple) -> reference.End:
     """In fp64."""
-    return reference.expand_backward(*(a.double() if isinstance(a, Tensor) else a for a in arguments))
+    return reference.expand_backward(*doubled(arguments))
 
 
 def runs() -> list[BackwardRun]:

@@ -9,9 +9,8 @@ from types import ModuleType
 import torch
 
 from shrank.ops import reference
-from tests.common.linear_cases import LinearCase
 
-from .linear import BF16, FP16, Outcome
+from .linear import BF16, FP16, Outcome, arguments_of
 
 TOKENS = (8, 16)
 
@@ -42,8 +41,7 @@ class FewRowsRun:
         return self.M * (self.K + self.N) * self.R
 
     def arguments(self) -> tuple:
-        case = LinearCase((self.M,), self.K, self.N, self.R, self.bias, self.activation, self.residual)
-        return case.tensors(self.dtype, "cpu")
+        return arguments_of(self)
 
 
 def emulate(dev: ModuleType, run: FewRowsRun, arguments: tuple, seed: int = 0) -> Outcome:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shrank.ops import reference
 from tests.common.linear_cases import LinearCase
+from tests.common.ops import doubled
 
 TILES = (
     (32, 64),
@@ -32,6 +33,12 @@ TILES = (
     (128, 256),
 )
 BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def arguments_of(run: object) -> tuple:
+    """The op's arguments for a run, of whichever kernels."""
+    case = LinearCase((run.M,), run.K, run.N, run.R, run.bias, run.activation, run.residual)
+    return case.tensors(run.dtype, "cpu")
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,7 @@ class Run:
         )
 
     def arguments(self) -> tuple:
-        case = LinearCase((self.M,), self.K, self.N, self.R, self.bias, self.activation, self.residual)
-        return case.tensors(self.dtype, "cpu")
+        return arguments_of(self)
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def emulate(dev: ModuleType, run: Run, arguments: tuple, seed: int = 0, copies_e
 
 def exact(arguments: tuple, h: Tensor | None = None) -> reference.Forward:
     """In fp64; from h, if it is given."""
-    x, down, up, bias, activation, residual = (a.double() if isinstance(a, Tensor) else a for a in arguments)
+    x, down, up, bias, activation, residual = doubled(arguments)
     h = x @ down.T if h is None else h.double()
     z = h @ up.T + (0 if bias is None else bias)
     y = reference.ACTIVATIONS[activation](z) + (0 if residual is None else residual)

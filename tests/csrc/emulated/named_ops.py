@@ -20,6 +20,7 @@ from shrank.ops.expand_backward import run_named
 from shrank.ops.linear import LINEAR
 from tests.common.conv_cases import ConvCase
 from tests.common.linear_cases import LinearCase
+from tests.common.ops import doubled
 from tests.common.tolerances import assert_close
 from tests.csrc.conftest import dev_module
 from tests.csrc.emulated.backward import BackwardRun
@@ -30,8 +31,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def held_to_pytorch(op, given: tuple, kernel: str, grid: tuple) -> None:
-    wide = tuple(each.double() if isinstance(each, torch.Tensor) else each for each in given)
-    exact, plain = op.forward(*op.packed(wide)), op.forward(*op.packed(given))
+    exact, plain = op.by_pytorch(*doubled(given)), op.by_pytorch(*given)
     for training in (False, True):
         found = op.run_named(given, kernel, grid, training)
         assert_close(found.y, exact.y, plain.y)
@@ -77,7 +77,7 @@ def test_many_rows_are_not_few() -> None:
 
 
 def gradients_held_to_pytorch(given: tuple, kernel: str, grid: tuple = ()) -> None:
-    exact = reference.expand_backward(*(a.double() if isinstance(a, torch.Tensor) else a for a in given))
+    exact = reference.expand_backward(*doubled(given))
     plain, found = reference.expand_backward(*given), run_named(given, kernel, grid)
     assert_close(found.z, exact.z, plain.z)
     if given[-1]:
