@@ -131,6 +131,17 @@ SHRANK_DEVICE int64_t multiply_wide(int a, int b) {
 #endif
 }
 
+// `from` and a * b bytes, in one instruction: a sum that the compiler does not take apart.
+SHRANK_DEVICE const char* multiply_add_wide(int a, int b, const char* from) {
+#ifdef __CUDACC__
+  const char* sum;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(sum) : "r"(a), "r"(b), "l"(from));
+  return sum;
+#else
+  return from + int64_t{a} * b;
+#endif
+}
+
 // Neighbours in memory that travel in one access; 16 bytes of them become one LDG.128 or STG.128.
 template <typename T, int Count> struct alignas(sizeof(T) * Count) Pack { T item[Count]; };
 

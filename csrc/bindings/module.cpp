@@ -5,7 +5,6 @@
 #include "conformance.h"
 #include "conv.h"
 #include "emulator.h"
-#include "hopper.h"
 #include "linear.h"
 #include "select.h"
 
@@ -19,6 +18,5 @@ PYBIND11_MODULE(shrank_dev, m) {
   shrank::bind_emulator(m.def_submodule("emulator", "kernels on a CPU, watched"));
   shrank::bind_linear(m.def_submodule("linear", "the matrix kernels in the emulator"));
   shrank::bind_conv(m.def_submodule("conv", "the convolution kernels in the emulator"));
-  shrank::bind_hopper(m.def_submodule("hopper", "kernels for sm_90a in the emulator"));
   shrank::bind_conformance(m.def_submodule("conformance", "every instruction of csrc/arch in the emulator"));
 }

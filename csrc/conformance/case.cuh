@@ -18,7 +18,6 @@ template <Inputs KIND, int THREADS, int INPUT_WORDS, int OUTPUT_WORDS, int SHARE
   static constexpr int kThreads = THREADS, kSharedBytes = SHARED_BYTES;
   static constexpr int kInputWords = INPUT_WORDS, kOutputWords = OUTPUT_WORDS;
   static constexpr int kBlocksX = 1, kBlocksY = 1;
-  static constexpr bool kHopper = false;  // needs sm_90a
 };
 
 template <typename T> SHRANK_DEVICE const T* input(const Params& params) { return static_cast<const T*>(params.input); }

@@ -3,7 +3,6 @@
 
 #include <cstdio>
 #include <stdexcept>
-#include <type_traits>
 
 #include "../kernels/launch.cuh"
 #include "results.h"
@@ -34,41 +33,21 @@ class Memory {
   void* address_ = nullptr;
 };
 
-// The input as a matrix of tiles. The driver's function is looked up at run time: the program links no driver.
-arch::TensorMap tensor_map(void* input) {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult query;
-  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &query));
-  if (query != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
-  const cuuint64_t sizes[] = {kMatrixColumns, kMatrixRows}, row_bytes[] = {kMatrixColumns * 2};
-  const cuuint32_t tile[] = {kTileColumns, kTileRows}, steps[] = {1, 1};
-  arch::TensorMap map;
-  const CUresult made = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found)(
-      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, input, sizes, row_bytes, tile, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (made != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(made));
-  return map;
-}
-
 template <typename Kernel> std::vector<uint32_t> ask(const char* name, const std::vector<uint32_t>& input) {
   std::vector<uint32_t> output(Kernel::kOutputWords, kUntouched);
   const Memory in(input), out(output);
-  typename Kernel::Params params{};
-  params.input = in.address();
-  params.output = out.address();
-  if constexpr (std::is_same_v<typename Kernel::Params, TileParams>) params.map = tensor_map(in.address());
-  launch<Kernel>(name, dim3(Kernel::kBlocksX, Kernel::kBlocksY), params, false, nullptr);
+  launch<Kernel>(name, dim3(Kernel::kBlocksX, Kernel::kBlocksY), {in.address(), out.address()}, false, nullptr);
   check_launch(cudaDeviceSynchronize(), name);
   out.fetch(output);
   return output;
 }
 
 // A kernel that fails takes the GPU's context with it: `failure` names it, and the results end before it.
-std::vector<Result> run_on_gpu(bool hopper, std::string& failure) {
+std::vector<Result> run_on_gpu(std::string& failure) {
   std::vector<Result> results;
   for_each_case([&](const char* name, auto kernel) {
     using Kernel = decltype(kernel);
-    if (!failure.empty() || (Kernel::kHopper && !hopper)) return;
+    if (!failure.empty()) return;
     const std::vector<uint32_t> input = inputs_of(Kernel::kInputs, Kernel::kInputWords);
     try {
       results.push_back({name, input, ask<Kernel>(name, input)});
@@ -99,7 +78,7 @@ int main(int count, char** arguments) try {
   if (count != 2) throw std::runtime_error("usage: conformance OUT.json");
   const Machine gpu = machine();
   std::string failure;
-  const auto results = run_on_gpu(gpu.arch == "9.0", failure);
+  const auto results = run_on_gpu(failure);
   write(arguments[1], gpu, results);
   std::printf("%zu instructions on %s\n", results.size(), gpu.device.c_str());
   if (!failure.empty()) throw std::runtime_error(failure);

@@ -1,7 +1,6 @@
 // Every instruction of arch/, once, on fixed input: what a GPU answers is what the emulator must answer.
 #pragma once
 
-#include "hopper.cuh"
 #include "matrix.cuh"
 #include "scalar.cuh"
 #include "shared.cuh"
@@ -22,6 +21,7 @@ template <typename Visit> void for_each_case(const Visit& visit) {
   visit("reciprocal_approximate", ReciprocalApproximate{});
   visit("max_or_nan", MaxOrNan{});
   visit("multiply_wide", MultiplyWide{});
+  visit("multiply_add_wide", MultiplyAddWide{});
   visit("load_word_if", LoadWordIf{});
   visit("load_words_if", LoadWordsIf<false>{});
   visit("load_once_if", LoadWordsIf<true>{});
@@ -47,12 +47,6 @@ template <typename Visit> void for_each_case(const Visit& visit) {
   visit("load_matrices_transposed", LoadMatricesTransposed{});
   visit("multiply_add<bfloat16>", MultiplyAdd<arch::bfloat16>{});
   visit("multiply_add<float16>", MultiplyAdd<arch::float16>{});
-  visit("arrive", Arrive{});
-  visit("copy_tile_async", CopyTileAsync{});
-  visit("warpgroup_multiply_add<bfloat16, 64>", WarpgroupMultiplyAdd<arch::bfloat16, 64>{});
-  visit("warpgroup_multiply_add<float16, 64>", WarpgroupMultiplyAdd<arch::float16, 64>{});
-  visit("warpgroup_multiply_add<bfloat16, 128>", WarpgroupMultiplyAdd<arch::bfloat16, 128>{});
-  visit("warpgroup_multiply_add<float16, 128>", WarpgroupMultiplyAdd<arch::float16, 128>{});
 }
 
 }  // namespace shrank::conformance

@@ -1,7 +1,6 @@
 #include "conformance_emulated.h"
 
 #include <stdexcept>
-#include <type_traits>
 
 #include "conformance.cuh"
 
@@ -13,11 +12,7 @@ std::vector<Result> run_emulated(const emulator::Options& options) {
     using Kernel = decltype(kernel);
     Result result{name, inputs_of(Kernel::kInputs, Kernel::kInputWords),
                   std::vector<uint32_t>(Kernel::kOutputWords, kUntouched)};
-    typename Kernel::Params params{};
-    params.input = result.input.data();
-    params.output = result.output.data();
-    if constexpr (std::is_same_v<typename Kernel::Params, TileParams>)
-      params.map = {params.input, kMatrixColumns, kMatrixRows, kMatrixColumns * 2, kTileColumns, kTileRows};
+    const Params params{result.input.data(), result.output.data()};
     const std::vector<emulator::Buffer> buffers{{"input", params.input, result.input.size() * 4, false, false},
                                                 {"output", params.output, result.output.size() * 4, true, false}};
     const auto watched = emulator::launch<Kernel>(name, {Kernel::kBlocksX, Kernel::kBlocksY}, params, buffers, options);

@@ -72,6 +72,19 @@ struct MultiplyWide : Case<Inputs::bits, kThreads, kNumbers, kNumbers> {
   }
 };
 
+// Of neighbours: both halves of their product and the first, as a number without sign.
+struct MultiplyAddWide : Case<Inputs::bits, kThreads, kNumbers, kNumbers> {
+  SHRANK_DEVICE static void run(const Params& params) {
+    const int* numbers = input<int>(params);
+    for (int i = arch::thread_index() * 2; i < kNumbers; i += kThreads * 2) {
+      const auto* from = reinterpret_cast<const char*>(uintptr_t{words_in(params)[i]});
+      const auto sum = reinterpret_cast<uintptr_t>(arch::multiply_add_wide(numbers[i], numbers[i + 1], from));
+      words_out(params)[i] = static_cast<uint32_t>(sum);
+      words_out(params)[i + 1] = static_cast<uint32_t>(sum >> 32);
+    }
+  }
+};
+
 // Every other word; the rest cannot be read.
 struct LoadWordIf : Case<Inputs::bits, kThreads, kNumbers, kNumbers> {
   SHRANK_DEVICE static void run(const Params& params) {

@@ -14,7 +14,7 @@ uint32_t* row(int thread) { return &clocks[static_cast<std::size_t>(thread) * wi
 }  // namespace
 
 void reset_clocks(int threads) {
-  width = threads + kCopyEngines;
+  width = threads;
   clocks.assign(static_cast<std::size_t>(width) * width, 0);
   for (int i = 0; i < width; ++i) row(i)[i] = 1;
 }
@@ -37,16 +37,6 @@ void meet(const std::vector<int>& threads) {
     ++row(thread)[thread];
     world.threads[thread].awaited = awaited;
   }
-}
-
-void release(int thread, Knowledge& to) {
-  to.resize(width);
-  for (int i = 0; i < width; ++i) to[i] = std::max(to[i], row(thread)[i]);
-  ++row(thread)[thread];
-}
-
-void acquire(int thread, const Knowledge& from) {
-  for (std::size_t i = 0; i < from.size(); ++i) row(thread)[i] = std::max(row(thread)[i], from[i]);
 }
 
 }  // namespace shrank::emulator

@@ -69,7 +69,7 @@ void report_deadlock() {
 
 void body() { world.launch->entry(world.launch->params); }
 
-void start_block(Index3 block, const std::vector<AsyncEngine>& engines) {
+void start_block(Index3 block) {
   const Launch& launch = *world.launch;
   const Index3 size = launch.block;
   const auto threads = static_cast<int>(size.x * size.y * size.z);
@@ -91,18 +91,12 @@ void start_block(Index3 block, const std::vector<AsyncEngine>& engines) {
   reset_clocks(threads);
   reset_shared(launch.shared_bytes);
   reset_meetings();
-  for (const AsyncEngine& engine : engines) engine.reset();
 }
 
-void run_block(const std::vector<AsyncEngine>& engines) {
-  const auto step_engines = [&] {
-    return std::any_of(engines.begin(), engines.end(), [](const AsyncEngine& engine) { return engine.step(); });
-  };
+void run_block() {
   while (world.alive && !world.aborted) {
-    if (world.options.seed > 1 && !engines.empty() && random_number() % 16 == 0) step_engines();
     const int next = pick();
     if (next < 0) {
-      if (step_engines()) continue;
       report_deadlock();
       world.aborted = true;
       return;
@@ -112,7 +106,7 @@ void run_block(const std::vector<AsyncEngine>& engines) {
   }
 }
 
-void end_block(const std::vector<AsyncEngine>& engines) {
+void end_block() {
   finish_counting();
   if (world.aborted) return;
   for (const Thread& thread : world.threads) {
@@ -122,7 +116,6 @@ void end_block(const std::vector<AsyncEngine>& engines) {
     if (left.empty()) continue;
     problem("copy never awaited", "copy_async", left.front().site, "by thread " + std::to_string(thread.number));
   }
-  for (const AsyncEngine& engine : engines) engine.finish();
 }
 
 std::vector<Index3> blocks_in_order() {
@@ -136,17 +129,7 @@ std::vector<Index3> blocks_in_order() {
   return blocks;
 }
 
-std::vector<AsyncEngine>& engines() {
-  static std::vector<AsyncEngine> registered;
-  return registered;
-}
-
 }  // namespace
-
-bool add_engine(const AsyncEngine& engine) {
-  engines().push_back(engine);
-  return true;
-}
 
 Result run(const Launch& launch, const std::vector<Buffer>& buffers, const Options& options) {
   world = World{};
@@ -168,9 +151,9 @@ Result run(const Launch& launch, const std::vector<Buffer>& buffers, const Optio
   }
   reset_global();
   for (const Index3& block : blocks_in_order()) {
-    start_block(block, engines());
-    run_block(engines());
-    end_block(engines());
+    start_block(block);
+    run_block();
+    end_block();
     if (world.aborted) break;
   }
   Result result{take_problems(), world.counts};

@@ -20,8 +20,8 @@ struct Buffer {
 
 struct Options {
   uint64_t seed = 0;          // order of blocks, warps and lanes
-  // Asynchronous copies land, and products of warpgroups are done, at once: shows buffers reused too soon. Otherwise
-  // only when they are awaited: shows reads that come too soon.
+  // Asynchronous copies land at once: shows buffers reused too soon. Otherwise only when they are awaited: shows reads
+  // that come too soon.
   bool copies_early = false;
 };
 

@@ -82,11 +82,6 @@ void reset_clocks(int threads);
 uint32_t clock_of(int thread);
 bool happened_before(int thread, uint32_t clock, int observer);  // the event at `clock` of `thread`
 void meet(const std::vector<int>& threads);  // each has seen what all have done
-// Beside the threads, copy engines have clocks: the numbers that follow those of the block's threads.
-inline constexpr int kCopyEngines = 8;
-using Knowledge = std::vector<uint32_t>;  // of all clocks
-void release(int thread, Knowledge& to);  // `to` has seen what the thread has done until now
-void acquire(int thread, const Knowledge& from);
 
 // ---- shared memory (shared.cpp)
 void reset_shared(std::size_t bytes);
@@ -96,12 +91,6 @@ void read_shared(int thread, uint32_t address, int bytes, const char* doing, Sit
 void write_shared(int thread, uint32_t address, int bytes, const char* doing, Site site);
 void begin_copy(int thread, uint32_t address, int bytes, const char* doing, Site site);  // in flight from now on
 void end_copy(int thread, uint32_t address, int bytes, Site site);
-struct Writer {
-  int thread;
-  uint32_t clock;
-  Site site;
-};
-Writer last_writer(uint32_t address);
 // One warp access: passes over the banks beyond the first of each phase.
 void count_conflicts(const uint32_t* addresses, uint32_t lanes, int bytes);
 // An access that the lanes make one by one: counted when all lanes of the warp have made it as often.
@@ -111,14 +100,6 @@ void finish_counting();
 // ---- global memory (global.cpp)
 void reset_global();
 void access_global(const void* address, int bytes, bool write, const char* doing, Site site);
-
-// ---- machines beside the threads: they work when nobody else can, or when the seed says so
-struct AsyncEngine {
-  void (*reset)();  // before each block
-  bool (*step)();  // one piece of queued work; false if there is none
-  void (*finish)();  // after each block: what is left is a problem
-};
-bool add_engine(const AsyncEngine& engine);
 
 // ---- warps and barriers (warp.cpp)
 void reset_meetings();

@@ -121,11 +121,6 @@ void end_copy(int thread, uint32_t address, int bytes, Site site) {
   for_cells(address, bytes, [&](Cell& cell, Readers*, std::size_t) { mark(thread, cell, Content::present, site); });
 }
 
-Writer last_writer(uint32_t address) {
-  const Cell& cell = cells[(address - kSharedBase) / kGranule];
-  return {cell.writer, cell.written, cell.write_site};
-}
-
 // ---- banks: 32 of 4 bytes; 128 bytes a pass, so that wider accesses take the lanes in phases
 
 void count_conflicts(const uint32_t* addresses, uint32_t lanes, int bytes) {

@@ -76,29 +76,27 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
   // Fills slots with the panels of up, and of h where it is streamed: through the rank, tile after tile.
   struct Walk {
     using Up = PanelLoader<T, BLOCK_N, kThreads>;
-    using H = PanelLoader<T, BLOCK_M, kThreads>;
-    const Block& block;
+    using H = PanelCompanion<T, BLOCK_M, kThreads>;
     const int rank_panels;
-    int tile, left;  // left: panels of the tile
+    int rows, left;  // of up that are left from this tile on; panels of the tile
     Up up;
     H h;
 
     SHRANK_DEVICE Walk(const Block& block, int tile, int rank_panels)
-        : block(block),
-          rank_panels(rank_panels),
-          tile(tile),
+        : rank_panels(rank_panels),
+          rows(block.params.N - tile * BLOCK_N),
           left(rank_panels),
           up(block.up(), tile * int64_t{BLOCK_N}),
           h(block.h_in_memory(), block.row) {}
 
     SHRANK_DEVICE void operator()(SharedAddress slot, bool go) {
-      if constexpr (!kHoldsH) h.load(slot, go);
+      if constexpr (!kHoldsH) h.load(slot, up, go);
       up.load(slot + kUpOffset, go);
       if (--left) return;
       left = rank_panels;
-      tile++;
-      up = Up(block.up(), tile * int64_t{BLOCK_N});
-      if constexpr (!kHoldsH) h = H(block.h_in_memory(), block.row);
+      rows -= BLOCK_N;
+      up.restart_below(rank_panels, rows);
+      if constexpr (!kHoldsH) h.restart(rank_panels);
     }
   };
 

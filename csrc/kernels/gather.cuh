@@ -47,8 +47,9 @@ SHRANK_DEVICE void find_origins(SharedAddress origins, const ConvWindow& w, int6
 }
 
 // A filter's taps, listed in shared memory: how far each lies from a window's origin, in pixels, and a bit for each of its
-// coordinates; and the windows of a block's rows, with the bits of the coordinates at which they are outside of x. The
-// taps behind the last have a bit that is outside of every window.
+// coordinates; and the windows of a block's rows, with the bits of the coordinates at which they are outside of x. An
+// axis with one tap has no bit, but for the last: a window outside of it is outside altogether. The taps behind the last
+// have a bit that is outside of every window.
 template <int BLOCK_M, int Threads> struct ListedTaps {
   static constexpr uint32_t kNowhere = 1u << kListedCoordinates;
   SharedAddress windows, list;
@@ -58,19 +59,32 @@ template <int BLOCK_M, int Threads> struct ListedTaps {
       const Origin origin = Origin::of_row(w, row + at, rows);
       uint32_t outside = kNowhere, bit = 1;
 #pragma unroll
-      for (int axis = 2; axis >= 0; axis--)
+      for (int axis = 2; axis >= 0; axis--) {
+        if (!has_bits(w, axis)) {
+          if (!origin.is_inside(axis, 0, w)) outside = ~0u;
+          continue;
+        }
         for (int tap = 0; tap < w.kernel[axis]; tap++, bit <<= 1)
           if (!origin.is_inside(axis, tap * w.dilation[axis], w)) outside |= bit;
+      }
       arch::store_shared(windows + at * 8, arch::Pack<uint32_t, 2>{{static_cast<uint32_t>(origin.pixel), outside}});
     }
     for (int i = arch::thread_index(); i < w.taps() + kPanelChunks; i += Threads) {
-      const int x = i % w.kernel[2], y = i / w.kernel[2] % w.kernel[1], z = i / w.kernel[2] / w.kernel[1];
-      const int pixels = (z * w.dilation[0] * w.in[1] + y * w.dilation[1]) * w.in[2] + x * w.dilation[2];
-      const uint32_t bits = 1u << x | 1u << (w.kernel[2] + y) | 1u << (w.kernel[2] + w.kernel[1] + z);
+      const int at[] = {i / w.kernel[2] / w.kernel[1], i / w.kernel[2] % w.kernel[1], i % w.kernel[2]};
+      const int pixels = (at[0] * w.dilation[0] * w.in[1] + at[1] * w.dilation[1]) * w.in[2] + at[2] * w.dilation[2];
+      uint32_t bits = 0;
+#pragma unroll
+      for (int axis = 2, first = 0; axis >= 0; axis--) {
+        if (!has_bits(w, axis)) continue;
+        bits |= 1u << (first + at[axis]);
+        first += w.kernel[axis];
+      }
       arch::store_shared(list + i * 8,
                          arch::Pack<uint32_t, 2>{{static_cast<uint32_t>(pixels), i < w.taps() ? bits : kNowhere}});
     }
   }
+
+  SHRANK_DEVICE static bool has_bits(const ConvWindow& w, int axis) { return axis == 2 || w.kernel[axis] > 1; }
 };
 
 // The steps of a first stage whose taps are listed: 64 columns at a time, tap after tap, of each `run_channels` channels.
@@ -104,8 +118,8 @@ template <typename T, int BLOCK_M, int MAX_RANK, int Threads> class ListedWalk {
   // Starts the copies of the next step; unless `go`, none.
   SHRANK_DEVICE void load(SharedAddress x_panel, SharedAddress down_panel, bool go) {
     const arch::Pack<uint32_t, 2> tap = arch::load_shared_pair(tap_);
-    const char* const from = reinterpret_cast<const char*>(x_ + channel_) +
-                             arch::multiply_wide(static_cast<int>(tap.item[0]), stride_);
+    const char* const from = arch::multiply_add_wide(static_cast<int>(tap.item[0]), stride_,
+                                                     reinterpret_cast<const char*>(x_ + channel_));
     const int apart = go ? stride_ : 0;  // no constant of the loop: as in PanelRows
 #pragma unroll
     for (int i = 0; i < Rows::kCopies; i++)  // neighbouring windows overlap: most of what a tap reads another has read
@@ -120,7 +134,7 @@ template <typename T, int BLOCK_M, int MAX_RANK, int Threads> class ListedWalk {
     left_ = steps_;
     channel_ = Rows::chunk() * kChunk % run_;
     tap_ = first_tap_;
-    of_filter_ = Rows::chunk() * kChunk / run_ * group_channels_ + channel_;
+    of_filter_ = Rows::chunk() * kChunk / run_ * group_channels_ + channel_ + before_;
   }
 
   SHRANK_DEVICE void advance() {
@@ -129,7 +143,8 @@ template <typename T, int BLOCK_M, int MAX_RANK, int Threads> class ListedWalk {
     of_filter_ += kPanel % run_ + kPanel / run_ * group_channels_;
     if (channel_ >= run_) channel_ -= run_, tap_ += 8, of_filter_ += group_channels_ - run_;
     if (--left_) return;
-    x_ += run_, down_ += run_;  // the next run of channels
+    x_ += run_;  // the next run of channels
+    before_ += run_;
     restart();
   }
 
@@ -140,6 +155,7 @@ template <typename T, int BLOCK_M, int MAX_RANK, int Threads> class ListedWalk {
   int pixel_[Rows::kCopies];
   uint32_t outside_[Rows::kCopies];
   int left_, channel_, of_filter_;
+  int before_ = 0;  // channels of the runs before
   SharedAddress tap_;
 };
 

@@ -84,6 +84,31 @@ template <typename T, int ROWS, int THREADS> struct PanelLoader {
     source += kPanelRow;
     left -= kPanel;
   }
+
+  // Back by so many panels, to the first columns of the ROWS rows below, of which `exist` are there.
+  SHRANK_DEVICE void restart_below(int panels, int exist) {
+    source += arch::multiply_wide(ROWS, stride) - panels * kPanelRow;
+    left += panels * kPanel;
+    rows = Rows(exist);
+  }
+};
+
+// Another matrix with as many columns, whose panels are filled at the same time.
+template <typename T, int ROWS, int THREADS> struct PanelCompanion {
+  using Rows = PanelRows<ROWS, THREADS>;
+  Rows rows;
+  const char* source;
+
+  SHRANK_DEVICE PanelCompanion(const Matrix<T>& from, int64_t row)
+      : rows(from.rows - row),
+        source(reinterpret_cast<const char*>(from.data + row * from.columns + Rows::chunk() * kChunk)) {}
+
+  // Before the other's copies of the same columns.
+  template <typename Loader> SHRANK_DEVICE void load(SharedAddress panel, const Loader& with, bool go) {
+    rows.load(panel, source, with.stride, with.left > 0, go);
+    source += kPanelRow;
+  }
+  SHRANK_DEVICE void restart(int panels) { source -= panels * kPanelRow; }
 };
 
 // Slots of shared memory that panels pass through, one after the other. `load(slot, go)` starts the copies of the next

@@ -50,12 +50,14 @@ double pixels_read(const ConvProblem& p, const ConvTile& tile, double channels, 
   return taps;
 }
 
+// 64 channels at a time: a warp has 8 of them in each of its rows.
 Phase depthwise(const ConvTile& tile, const ConvProblem& p, const Device& d) {
   const double rank = real(p.R / p.up_groups), taps = real(p.taps()), width = bytes(p.dtype);
-  const double channels = std::min(rank, double{LinearTile::kPanel}), multiply_adds = tile.tile.block_m * rank * taps;
+  const double channels = std::min(rank, double{LinearTile::kPanel}), warps = tile.tile.threads() / 32;
+  const double steps = std::ceil(rank / LinearTile::kPanel) * taps, pixels = tile.tile.block_m / (warps * 4);
   Phase phase;
-  phase.slots = multiply_adds / 32 * kDepthwiseSlots;
-  phase.l1_bytes = multiply_adds * width;
+  phase.slots = warps * steps * (kDepthwiseStep.own + kDepthwiseStep.per_copy * pixels);
+  phase.l1_bytes = tile.tile.block_m * rank * taps * width;
   phase.l2_bytes = (pixels_read(p, tile, channels, d) * rank + rank * taps) * width;
   return phase;
 }
@@ -123,7 +125,8 @@ const char* conv_why_not(const ConvProblem& p, const Device& d) {
   if (!p.is_depthwise() && p.R / p.up_groups / p.segments() % 8)
     return "the rank of each group of the first stage must be a multiple of 8";
   if (p.up_groups * kMaxBlocksN > 65535) return "the second stage has more groups than a grid has blocks";
-  if (p.is_depthwise() && p.taps() > ConvTile::kMostTaps) return "a depthwise filter has more than 256 taps";
+  if (p.is_depthwise() && !taps_are_listed(p, Gather::depthwise))
+    return "a depthwise filter has more than 256 taps, or its axes more than 31 in all";
   if (p.R / p.up_groups > (p.is_depthwise() ? kMaxDepthwiseRank : kMaxRank))
     return "h does not fit a block: at most rank 256 for each group of the second stage, 1536 if depthwise";
   for (const ConvTile& tile : kConvTiles)
@@ -134,7 +137,7 @@ const char* conv_why_not(const ConvProblem& p, const Device& d) {
 Gather gather_of(const ConvProblem& p) {
   if (p.is_depthwise()) return Gather::depthwise;
   if (p.C / p.groups % 8) return Gather::numbers;
-  return p.segments() == 1 && taps_are_listed(p) ? Gather::chunks : Gather::analytic;
+  return p.segments() == 1 && taps_are_listed(p, Gather::chunks) ? Gather::chunks : Gather::analytic;
 }
 
 const char* conv_why_not(const ConvProblem& p, const Device& d, const ConvTile& tile, int64_t shares) {

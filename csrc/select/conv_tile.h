@@ -28,28 +28,33 @@ constexpr int64_t run_channels(const ConvProblem& p) {
   return channels % LinearTile::kPanel == 0 ? int64_t{LinearTile::kPanel} : channels;
 }
 
-// The list that Gather::chunks makes of a filter's taps: each has a bit for each of its coordinates, and there is one
-// that no window has.
-inline constexpr int kListedTaps = 120, kListedCoordinates = 31;
-constexpr bool taps_are_listed(const ConvProblem& p) {
-  return p.taps() <= kListedTaps && p.kernel[0] + p.kernel[1] + p.kernel[2] <= kListedCoordinates;
+// A kernel lists a filter's taps, of which each has a bit for each of its coordinates; and there is one that no window
+// has. An axis with one tap needs no bit, but for the last.
+inline constexpr int kListedCoordinates = 31;
+
+// That the list holds; 0 where there is none.
+constexpr int most_taps(Gather gather) {
+  return gather == Gather::chunks ? 120 : gather == Gather::depthwise ? 256 : 0;
+}
+
+constexpr bool taps_are_listed(const ConvProblem& p, Gather gather) {
+  const auto of_axis = [&](std::size_t axis) { return p.kernel[axis] > 1 ? p.kernel[axis] : 0; };
+  return p.taps() <= most_taps(gather) && of_axis(0) + of_axis(1) + p.kernel[2] <= kListedCoordinates;
 }
 
 struct ConvTile {
   Gather gather;
   LinearTile tile;  // that holds h; of any rank up to 1536, where it is depthwise
 
-  // A filter's taps for 64 channels, in fp32, where panels of up come later.
-  static constexpr int kMostTaps = 256;
-
-  // Where each row's window begins, behind all else: 16 bytes, or 8 and the list of taps, 8 bytes each. A step's chunks
-  // reach up to 7 taps beyond the last.
+  // Where each row's window begins, behind all else: 8 bytes and the list of taps, 8 bytes each, or 16. A step's chunks
+  // reach up to 7 taps beyond the last. A depthwise filter's taps of 64 channels, in fp32, take the place that panels of
+  // up have later.
   constexpr int origins() const {
     return gather == Gather::depthwise ? tile.h_bytes() + tile.up_bytes() : tile.shared_bytes();
   }
   constexpr int taps() const { return origins() + tile.block_m * 8; }
   constexpr int shared_bytes() const {
-    return gather == Gather::chunks ? taps() + (kListedTaps + 8) * 8 : origins() + tile.block_m * 16;
+    return most_taps(gather) ? taps() + (most_taps(gather) + 8) * 8 : origins() + tile.block_m * 16;
   }
 
   constexpr bool operator==(const ConvTile& other) const { return gather == other.gather && tile == other.tile; }

@@ -10,8 +10,8 @@ namespace shrank {
 // A step multiplies a panel of each operand, 64 numbers of 16 bits wide. Beside its products a warp issues a number that
 // does not depend on the tile, and some for each of its copies of 16 bytes.
 struct StepSlots { double own, per_copy; };
-inline constexpr StepSlots kPanelStep{40, 2};
-inline constexpr StepSlots kListedStep{68, 3};  // convolutions: copies of x; those of the filters as of any matrix
+inline constexpr StepSlots kPanelStep{38, 2};
+inline constexpr StepSlots kListedStep{60, 3};  // convolutions: copies of x; those of the filters as of any matrix
 inline constexpr StepSlots kAnalyticStep{272, 44};  // with each place computed anew
 inline constexpr double kAnalyticFilterSlots = 6;
 inline constexpr double kNumberSlots = 24;  // of a convolution that reads number by number, for each of them
@@ -30,7 +30,7 @@ inline constexpr double kStoreSlots = 14, kBiasSlots = 12, kResidualSlots = 24;
 constexpr double activation_slots(Activation activation) {
   switch (activation) {
     case Activation::none: return 0;
-    case Activation::relu: return 2;
+    case Activation::relu: return 1.5;
     case Activation::gelu: return 72;
     case Activation::gelu_tanh: return 56;
     case Activation::silu: return 40;
@@ -56,7 +56,7 @@ constexpr double derivative_slots(Activation activation) {
 inline constexpr double kWeightSlots = 11, kTokenSlots = 11, kWarpSumSlots = 60, kStagingSlots = 30,
                         kTokenEndSlots = 60;
 
-// A filter's product with one channel of one tap, on CUDA cores.
-inline constexpr double kDepthwiseSlots = 6.1;
+// A depthwise first stage, for each tap: of each pixel of a thread 8 channels.
+inline constexpr StepSlots kDepthwiseStep{12, 21};
 
 }  // namespace shrank

@@ -106,46 +106,14 @@ def magnitude(words: Words, dtype: str) -> np.ndarray:
     return dealt(a @ b + total)
 
 
-def two_phases(words: Words) -> Words:
-    return np.concatenate(
-        [(words[::-1, None] + np.arange(4, dtype=np.uint32) + np.uint32(phase * 4)).reshape(-1) for phase in range(2)]
-    )
-
-
-def tiles(words: Words) -> Words:
-    """Two tiles of 16 rows and 64 columns, zero outside of the matrix; the chunks of 8 numbers of row r lie in the
-    order that r % 8 makes by exclusive or (PTX ISA, "128B swizzle")."""
-    padded = np.zeros((32, 128), dtype=np.uint16)
-    padded[:24, :72] = words.view(np.uint16).reshape(24, 72)
-    chunks = np.stack([padded[:16, :64], padded[16:, 64:]]).reshape(2, 16, 8, 8)
-    order = np.arange(8)[None, :] ^ (np.arange(16) % 8)[:, None]
-    return np.take_along_axis(chunks, order[None, :, :, None], axis=2).reshape(-1).view(np.uint32)
-
-
-def warpgroup_operands(words: Words, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    rows = halves(words, dtype).double().numpy().reshape(-1, 64)
-    return rows[:64], rows[64:]
-
-
-def dealt_to_warpgroup(sums: np.ndarray) -> np.ndarray:
-    """A (64, N) matrix as the threads hold it (PTX ISA, "wgmma.mma_async.m64nNk16", fragment D)."""
-    fragments = sums.reshape(4, 2, 8, -1, 4, 2)  # warp, which 8 rows, row, which 8 columns, pair, which of the pair
-    return fragments.transpose(0, 2, 4, 3, 1, 5).reshape(-1)
-
-
-def warpgroup_multiplied(words: Words, dtype: str) -> Words:
-    a, b = warpgroup_operands(words, dtype)
-    return dealt_to_warpgroup(a @ b.T).astype(np.float32).view(np.uint32)
-
-
-def warpgroup_magnitude(words: Words, dtype: str) -> np.ndarray:
-    a, b = warpgroup_operands(words, dtype)
-    return dealt_to_warpgroup(np.abs(a) @ np.abs(b).T)
-
-
 def products(words: Words) -> Words:
     pairs = words.view(np.int32).astype(np.int64).reshape(-1, 2)
     return pairs.prod(axis=1).view(np.uint32)
+
+
+def products_and_firsts(words: Words) -> Words:
+    firsts = words.reshape(-1, 2)[:, 0].astype(np.int64)
+    return (products(words).view(np.int64) + firsts).view(np.uint32)
 
 
 def larger(words: Words) -> Words:
@@ -170,6 +138,7 @@ ANSWERS: dict[str, Callable[[Words], Words]] = {
     "reciprocal_approximate": in_double(np.reciprocal),
     "max_or_nan": larger,
     "multiply_wide": products,
+    "multiply_add_wide": products_and_firsts,
     "load_word_if": even_words,
     "load_words_if": lambda words: even_words(words, 4),
     "load_once_if": lambda words: even_words(words, 4),
@@ -189,8 +158,6 @@ ANSWERS: dict[str, Callable[[Words], Words]] = {
     "sync_threads": counted_from_opposite,
     "grid_dependency": lambda words: words,
     "position": positions,
-    "arrive": two_phases,
-    "copy_tile_async": tiles,
     "load_matrices": lambda words: matrices(words, False),
     "load_matrices_transposed": lambda words: matrices(words, True),
 }
@@ -205,13 +172,6 @@ for _dtype in TYPES:
             "multiply_add": multiplied,
         }.items()
     }
-    ANSWERS |= {
-        f"warpgroup_multiply_add<{_dtype}, {n}>": lambda words, dtype=_dtype: warpgroup_multiplied(words, dtype)
-        for n in (64, 128)
-    }
-
-# Those of sm_90a: other GPUs are not asked.
-HOPPER = {name for name in ANSWERS if name.startswith(("arrive", "copy_tile", "warpgroup"))}
 
 # Where an instruction approximates: how far from the answer, and measured by what. PTX ISA: ex2 and rcp.approx err by
 # at most 2^-22 and 2^-23 of the result; a tensor core's order and rounding are not told.
@@ -220,14 +180,6 @@ BOUNDS = {
     "exp2_approximate": (2**-21, SIZE_OF_ANSWER),
     "reciprocal_approximate": (2**-21, SIZE_OF_ANSWER),
     **{f"multiply_add<{dtype}>": (2**-20, lambda words, _, dtype=dtype: magnitude(words, dtype)) for dtype in TYPES},
-    **{
-        f"warpgroup_multiply_add<{dtype}, {n}>": (
-            2**-20,
-            lambda words, _, dtype=dtype: warpgroup_magnitude(words, dtype),
-        )
-        for dtype in TYPES
-        for n in (64, 128)
-    },
 }
 
 

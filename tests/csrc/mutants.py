@@ -1,18 +1,20 @@
 """`make mutants`: breaks the matrix kernels in one place at a time; the emulated tests must notice every time.
 
-A rule rewrites one match of one line. What no test can notice, because nothing changes, is listed with the argument.
+A rule rewrites one match of one line. What no test can notice, because nothing changes, is listed with the argument. A
+mutant is compiled for a few tiles first: most are noticed there. Only what is not is compiled for all.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import re
+import resource
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,26 +25,31 @@ from shrank.ops import reference
 from tests.common.tolerances import assert_close, assert_every_element_close
 
 from .conftest import BUILD, load_module
-from .emulated import conv, linear
+from .emulated import backward, conv, few_rows, linear
 from .mutation_rules import EQUIVALENT, RULES
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build" / "mutants"
-TIMEOUT = 120
+CPU_SECONDS = 120  # of a mutant's runs: by its own time, not by the clock of a machine that others use too
 
 
 @dataclass(frozen=True)
 class Suite:
-    """The launches of one family of kernels, the smallest first, and the object that has the kernels."""
+    """The launches of one family of kernels, and the object that has the kernels.
+
+    few: C++ that says of a tile whether it is one of the few, and the same of a launch.
+    """
 
     name: str
+    target: str
     runs: Callable[[], list]
     size: Callable[[object], int]
     failure_of: Callable[[ModuleType, object, bool], str | None]
+    few: tuple[str, Callable[[object], bool]]
 
     @property
     def object(self) -> str:
-        return f"csrc/kernels/low_rank_{self.name}_emulated.cpp"
+        return f"csrc/kernels/{self.name}_emulated.cpp"
 
 
 @dataclass(frozen=True)
@@ -90,13 +97,15 @@ def commands(text: str, target: str) -> str:
     return next(line for line in listed.splitlines() if text in line)
 
 
-def build(mutant: Mutant, suite: Suite) -> Path:
-    """The developers' module with the mutant in the kernels' place."""
-    folder = WORK / f"{mutant.number}-{suite.name}"
+def build(mutant: Mutant, suite: Suite, few: bool) -> Path:
+    """The developers' module with the mutant in the kernels' place, for some tiles and one element type or for all."""
+    folder = WORK / f"{mutant.number}-{suite.name}-{few}"
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     (folder / mutant.source).write_text(mutant.text)
+    if few:
+        leave_few(folder / "csrc", suite)
     module = folder / "shrank_dev.so"
-    made = f"CMakeFiles/emulated_{suite.name}.dir/{suite.object}.o"
+    made = f"CMakeFiles/emulated_{suite.target}.dir/{suite.object}.o"
     compiled = (
         commands(f"-c {ROOT / suite.object}", made)
         .replace(str(ROOT / suite.object), str(folder / suite.object))
@@ -112,11 +121,28 @@ def build(mutant: Mutant, suite: Suite) -> Path:
     return module
 
 
-def first_failure(module: Path, suite: Suite, told) -> None:
+def leave_few(csrc: Path, suite: Suite) -> None:
+    """Takes all but the few tiles, and the second element type, out of a copy of the sources."""
+    with_tile, found = csrc / "select/with_tile.h", "else if (tile == TILES[I])"
+    passed_over = f"else if constexpr (!({suite.few[0]})) return with_tile<TILES, I + 1>(tile, visit);\n"
+    with_tile.write_text(replaced(with_tile.read_text(), found, passed_over + found))
+    kernels = csrc.parent / suite.object
+    kernels.write_text(replaced(kernels.read_text(), "arch::float16", "arch::bfloat16"))
+
+
+def replaced(text: str, what: str, instead: str) -> str:
+    if what not in text:
+        raise LookupError(f"there is no {what!r} to replace")
+    return text.replace(what, instead)
+
+
+def first_failure(module: Path, suite: Suite, few: bool, told) -> None:
     """Sends how the first run that fails does so, or None. Its own process: a mutant may do anything."""
-    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     dev = load_module(module)
     for run in sorted(suite.runs(), key=suite.size):
+        if few and not suite.few[1](run):
+            continue
         for copies_early in (False, True):
             if failure := suite.failure_of(dev, run, copies_early):
                 return told.send(f"{failure} [{run}]")
@@ -136,22 +162,89 @@ def failure_of_conv(dev: ModuleType, run: conv.ConvRun, copies_early: bool) -> s
     return mistake(outcome, conv.exact(run, arguments), conv.in_pytorch(run, arguments).y, run.training)
 
 
+def failure_of_few_rows(dev: ModuleType, run: few_rows.FewRowsRun, _copies_early: bool) -> str | None:
+    arguments = run.arguments()
+    outcome = few_rows.emulate(dev, run, arguments, 2)
+    return mistake(outcome, linear.exact(arguments), reference.low_rank_linear(*arguments), run.training)
+
+
+def failure_of_backward(dev: ModuleType, run: backward.BackwardRun, copies_early: bool) -> str | None:
+    arguments = run.arguments()
+    outcome = backward.emulate(dev, run, arguments, 2, copies_early)
+    wanted, torchs = backward.exact(arguments), reference.expand_backward(*arguments)
+    pairs = [(outcome.dz, wanted.z, torchs.z)]
+    if run.sums:
+        pairs += [(outcome.sums.to(run.dtype), wanted.bias, torchs.bias)]
+    return problem_or_conflict(outcome) or wrong_numbers(pairs)
+
+
 def mistake(outcome: linear.Outcome, wanted: reference.Forward, torchs: torch.Tensor, training: bool) -> str | None:
+    pairs = [(outcome.y, wanted.y, torchs)] + [(outcome.h, wanted.h, wanted.h)] * training
+    found = outcome.problems[0] if outcome.problems else wrong_numbers(pairs)
+    return found or (None if training else problem_or_conflict(outcome))
+
+
+def problem_or_conflict(outcome: linear.Outcome | backward.Outcome) -> str | None:
     if outcome.problems:
         return outcome.problems[0]
+    return f"{outcome.counts.bank_conflicts} bank conflicts" if outcome.counts.bank_conflicts else None
+
+
+def wrong_numbers(pairs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> str | None:
+    """Of what was found, what is right, and what PyTorch makes of it in the same precision."""
     try:
-        assert_close(outcome.y, wanted.y, torchs, strict=True)
-        for found, right in [(outcome.y, wanted.y), *[(outcome.h, wanted.h)] * training]:
+        assert_close(*pairs[0], strict=True)
+        for found, right, _ in pairs:
             assert_every_element_close(found, right)
     except AssertionError as error:
         return f"numbers: {error}"
-    if outcome.counts.bank_conflicts and not training:
-        return f"{outcome.counts.bank_conflicts} bank conflicts"
     return None
 
 
-LINEAR = Suite("linear", linear.runs, lambda run: run.M * (run.K + run.N) * run.R, failure_of_linear)
-CONV = Suite("conv", conv.runs, conv.ConvRun.multiply_adds, failure_of_conv)
+def tile_of(run: linear.Run | backward.BackwardRun) -> tuple[int, int]:
+    return run.block_m, run.max_rank
+
+
+FEW_CONV = {("chunks", 32, 64), ("analytic", 64, 64), ("numbers", 64, 64), ("depthwise", 64, 256)}
+FEW_LINEAR = "TILES[I].max_rank <= 64 && TILES[I].block_m <= 64"
+LINEAR = Suite(
+    "low_rank_linear",
+    "linear",
+    linear.runs,
+    lambda run: run.M * (run.K + run.N) * run.R,
+    failure_of_linear,
+    (FEW_LINEAR, lambda run: run.dtype == linear.BF16 and tile_of(run) in ((32, 64), (64, 64), (64, 0))),
+)
+CONV = Suite(
+    "low_rank_conv",
+    "conv",
+    conv.runs,
+    conv.ConvRun.multiply_adds,
+    failure_of_conv,
+    (
+        " || ".join(
+            f"(TILES[I].gather == Gather::{how} && TILES[I].tile == LinearTile{{{rows}, {rank}}})"
+            for how, rows, rank in sorted(FEW_CONV)
+        ),
+        lambda run: run.dtype == linear.BF16 and run.tile in FEW_CONV,
+    ),
+)
+BACKWARD = Suite(
+    "expand_backward",
+    "linear",
+    backward.runs,
+    backward.BackwardRun.multiply_adds,
+    failure_of_backward,
+    (FEW_LINEAR, lambda run: run.dtype == linear.BF16 and tile_of(run) in ((64, 64), (64, 0))),
+)
+FEW_ROWS = Suite(
+    "shrink_expand",
+    "linear",
+    few_rows.runs,
+    few_rows.FewRowsRun.multiply_adds,
+    failure_of_few_rows,
+    ("TILES[I].tokens == 8", lambda run: run.dtype == linear.BF16 and run.tokens == 8),
+)
 SOURCES = {
     "tile.cuh": (LINEAR, CONV),
     "expand.cuh": (LINEAR, CONV),
@@ -159,31 +252,34 @@ SOURCES = {
     "gather.cuh": (CONV,),
     "low_rank_conv.cuh": (CONV,),
     "depthwise.cuh": (CONV,),
+    "shrink_expand.cuh": (FEW_ROWS,),
+    "expand_backward.cuh": (BACKWARD,),
 }
 
 
 def verdict(mutant: Mutant) -> tuple[Mutant, str | None]:
     """How it was noticed, by the first suite that does; None if none did."""
-    for suite in SOURCES[Path(mutant.source).name]:
-        if noticed := noticed_by(suite, mutant):
-            return mutant, noticed
+    for few in (True, False):
+        for suite in SOURCES[Path(mutant.source).name]:
+            if noticed := noticed_by(suite, mutant, few):
+                return mutant, noticed
     return mutant, None
 
 
-def noticed_by(suite: Suite, mutant: Mutant) -> str | None:
+def noticed_by(suite: Suite, mutant: Mutant, few: bool) -> str | None:
     try:
-        module = build(mutant, suite)
+        module = build(mutant, suite, few)
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f"{mutant} does not compile: {error.stderr[:2000]}") from error
     listen, tell = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=first_failure, args=(module, suite, tell))
+    process = multiprocessing.get_context("fork").Process(target=first_failure, args=(module, suite, few, tell))
     process.start()
     tell.close()
     try:
-        noticed = listen.recv() if listen.poll(TIMEOUT) else f"no end within {TIMEOUT} s"
+        noticed = listen.recv()
     except EOFError:
-        noticed = "the process died"
-    process.kill()
+        process.join()
+        noticed = f"the process died, {process.exitcode}"
     process.join()
     shutil.rmtree(module.parent)
     return noticed
@@ -192,10 +288,11 @@ def noticed_by(suite: Suite, mutant: Mutant) -> str | None:
 def main(only: str = "") -> int:
     """`only`: of the mutants whose description holds this."""
     shutil.rmtree(WORK, ignore_errors=True)
+    torch.set_num_threads(1)  # a process that forks has one thread
     started, wrong, killed = time.monotonic(), [], 0
     missing = set(RULES) - {mutant.rule for mutant in mutants()}
     everything = [mutant for mutant in mutants() if only in str(mutant)]
-    with ThreadPoolExecutor(2) as pool:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
         for mutant, noticed in pool.map(verdict, everything):
             expected = noticed is None if mutant.equivalent else noticed is not None
             killed += noticed is not None

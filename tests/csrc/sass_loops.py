@@ -39,9 +39,13 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """What one pass issues, branches to elsewhere not taken."""
+    """What one pass issues, branches to elsewhere not taken.
+
+    skipped: how many of these a branch within the loop can pass over, such as what a pass does only now and then.
+    """
 
     body: tuple[Instruction, ...]
+    skipped: int = 0
 
     def __getitem__(self, name: str) -> int:
         return self.counts[name]
@@ -88,8 +92,14 @@ def loops(listing: str) -> list[Loop]:
         for i, each in enumerate(code)
         if each.name == "BRA" and each.target in labels and labels[each.target] <= i
     }
-    inner = [a for a in spans if not any(a[0] <= b[0] and b[1] <= a[1] and a != b for b in spans)]
-    return [Loop(tuple(code[first : last + 1])) for first, last in sorted(inner)]
+    inner = sorted(a for a in spans if not any(a[0] <= b[0] and b[1] <= a[1] and a != b for b in spans))
+
+    def skipped(first: int, last: int) -> int:
+        """Branches of the loop that lead forward within it."""
+        leaps = [(i, labels[code[i].target]) for i in range(first, last) if code[i].target in labels]
+        return len({at for i, target in leaps if i < target <= last for at in range(i + 1, target)})
+
+    return [Loop(tuple(code[first : last + 1]), skipped(first, last)) for first, last in inner]
 
 
 @cache

@@ -137,9 +137,12 @@ def test_channels_decide_how_windows_are_read(dev, C, groups, gather) -> None:
 @pytest.mark.parametrize(
     ("size", "kernel", "groups", "up_groups", "gather"),
     [
-        ((60,), (29,), 1, 1, "chunks"),
-        ((60,), (30,), 1, 1, "analytic"),
+        ((60,), (31,), 1, 1, "chunks"),
+        ((60,), (32,), 1, 1, "analytic"),
         ((28, 28), (12, 10), 1, 1, "chunks"),
+        ((28, 28, 28), (2, 2, 27), 1, 1, "chunks"),
+        ((28, 28, 28), (2, 3, 27), 1, 1, "analytic"),
+        ((28, 28, 28), (1, 3, 28), 1, 1, "chunks"),
         ((28, 28), (11, 11), 1, 1, "analytic"),
         ((28, 28), (3, 3), 4, 4, "chunks"),
         ((28, 28), (3, 3), 4, 2, "analytic"),

@@ -64,10 +64,15 @@ class ConvRun:
             f"by{self.blocks_n}-{'-'.join(end)}-{str(self.dtype)[6:]}"
         )
 
-    def has_listed_taps(self) -> bool:
-        """Whether the kernel that lists the taps may run it: conv_tile.h."""
+    def is_possible(self) -> bool:
+        """Whether the kernel that the tile names takes such taps: conv_tile.h."""
+        most = {"chunks": 120, "depthwise": 256}.get(self.tile[0])
+        if most is None:
+            return True
         kernel = self.padded(self.kernel, 1)
-        return self.groups <= self.up_groups and math.prod(kernel) <= 120 and sum(kernel) <= 31
+        coordinates = sum(taps for taps in kernel[:2] if taps > 1) + kernel[2]
+        one_segment = self.tile[0] == "depthwise" or self.groups <= self.up_groups
+        return one_segment and math.prod(kernel) <= most and coordinates <= 31
 
     def multiply_adds(self) -> int:
         """About as many as it has."""
@@ -166,7 +171,7 @@ DEPTHWISE = ("depthwise", 64, 256)
 def runs() -> list[ConvRun]:
     """Every tile in both dtypes; then from small bases every window, grouping, tail and end."""
     made = [*_every_tile(), *_windows(), *_groups(), *_tails(), *_ends(), *_of_models()]
-    return [run for run in made if run.tile[0] != "chunks" or run.has_listed_taps()]
+    return [run for run in made if run.is_possible()]
 
 
 def _every_tile() -> list[ConvRun]:
@@ -325,15 +330,18 @@ def _tails() -> list[ConvRun]:
         ConvRun(("depthwise", *tile), (20,), (3,), tile[1], 24, tile[1], 1, groups=tile[1])  # all that it holds
         for tile in ((128, 128), (64, 256))
     ]
-    ranks += [ConvRun(DEPTHWISE, (258,), (256,), 16, 24, 16, 1, groups=16)]  # the most taps
     ranks += [
         ConvRun(tile, (20,), (3,), C, 24, 48, 1, groups=groups)  # runs of 64 channels, and of all
         for C, groups in ((128, 1), (192, 3), (256, 2), (72, 1), (80, 1), (200, 1))
         for tile in ((ANALYTIC,) if groups > 1 else (TINY, ANALYTIC))
     ]
-    ranks += [  # the most coordinates, and the most taps, that a list has
-        ConvRun(TINY, (40,), (29,), 8, 24, 24, 1, begin=(14,)),
+    ranks += [  # the most coordinates, and the most taps, that a list has; windows outside of an axis with one tap
+        ConvRun(TINY, (40,), (31,), 8, 24, 24, 1, begin=(15,)),
         ConvRun(TINY, (12, 13), (12, 10), 8, 24, 24, 1, begin=(6, 5)),
+        ConvRun(TINY, (3, 2, 6), (1, 2, 3), 8, 24, 24, 1, begin=(1, 1, 2), end=(2, 0, 1)),
+        ConvRun(DEPTHWISE, (40,), (31,), 24, 24, 24, 1, begin=(15,), groups=24),
+        ConvRun(DEPTHWISE, (9, 8, 5), (8, 8, 4), 16, 24, 16, 1, begin=(1, 0, 2), groups=16),
+        ConvRun(DEPTHWISE, (3, 6, 2), (1, 3, 1), 16, 24, 16, 1, begin=(1, 2, 1), end=(2, 1, 0), groups=16),
     ]
     return steps + tiles + pixels + ranks
 

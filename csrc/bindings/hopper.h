@@ -1,9 +1,0 @@
-#pragma once
-
-#include <pybind11/pybind11.h>
-
-namespace shrank {
-
-void bind_hopper(pybind11::module_ m);
-
-}  // namespace shrank
