@@ -9,6 +9,7 @@ from .calibration.request import Calibrate
 from .compression.anchored import apply_anchored
 from .compression.apply import apply, describe, merge
 from .compression.auto_fact import auto_fact
+from .fusing import compile_pass as compile_pass
 from .healing.heal import Healing, heal
 from .healing.options import HealOptions
 from .layers.ced import CED

@@ -14,6 +14,7 @@ ROOMS = [
     "linalg",
     "ops",
     "layers",
+    "fusing",
     "model",
     "calibration",
     "data",

@@ -39,22 +39,23 @@ constexpr double activation_slots(Activation activation) {
 }
 
 // Backwards: the gradient is asked for and widened as a residual is; its product with the derivative, and sums over rows.
-inline constexpr double kRowSumSlots = 20;
+inline constexpr double kRowSumSlots = 27;
 constexpr double derivative_slots(Activation activation) {
   switch (activation) {
     case Activation::none: return 0;
-    case Activation::relu: return 0;
-    case Activation::gelu: return 144;
-    case Activation::gelu_tanh: return 100;
-    case Activation::silu: return 72;
+    case Activation::relu: return 11;
+    case Activation::gelu: return 100;
+    case Activation::gelu_tanh: return 93;
+    case Activation::silu: return 53;
   }
   return 0;
 }
 
-// A few rows (shrink_expand.cuh): a chunk of weights, of 16 rows and 32 columns, and its products with each 8 rows of x;
-// then for each 8 rows the sums of the warps, the staging of h by 16 bytes, and the end of a warp's numbers.
-inline constexpr double kWeightSlots = 11, kTokenSlots = 11, kWarpSumSlots = 60, kStagingSlots = 30,
-                        kTokenEndSlots = 60;
+// A few rows (shrink_expand.cuh): a chunk of weights, of 16 rows and 32 columns, and its products with each 8 rows of x,
+// or of h in shared memory; then for each 8 rows the sums of the warps, the staging of h by 16 bytes, and the end of a
+// warp's numbers.
+inline constexpr double kWeightSlots = 11, kTokenSlots = 19, kStagedTokenSlots = 12;
+inline constexpr double kWarpSumSlots = 60, kStagingSlots = 30, kTokenEndSlots = 60;  // not held to the SASS
 
 // A depthwise first stage, for each tap: of each pixel of a thread 8 channels.
 inline constexpr StepSlots kDepthwiseStep{12, 21};

@@ -25,11 +25,11 @@ bool fits(const ShrinkExpandTile& tile, const LinearProblem& p, const Device& d)
 
 int64_t chunks_of(int64_t columns) { return ceil_div(columns, ShrinkExpandTile::kChunk); }
 
-// Of a warp, for so many chunks of its rows.
-Phase stream(const ShrinkExpandTile& tile, double chunks, double warps) {
+// Of a warp, for so many chunks of its rows; `slots` for each 8 rows of x or h that a chunk meets.
+Phase stream(const ShrinkExpandTile& tile, double chunks, double warps, double slots) {
   const double eights = tile.tokens / 8.0, batch = tile.batch();
   Phase phase;
-  phase.slots = warps * chunks * (kWeightSlots + eights * kTokenSlots);
+  phase.slots = warps * chunks * (kWeightSlots + eights * slots);
   phase.products = warps * chunks * eights * 2 * 16 * 8 * 16;
   phase.dram_bytes = warps * chunks * ShrinkExpandTile::kRows * ShrinkExpandTile::kChunk * 2;
   phase.l2_bytes = phase.dram_bytes;
@@ -41,7 +41,7 @@ double shrink_us(const LinearProblem& p, const Device& d, const LinearGrid& grid
   const ShrinkExpandTile tile = shrink_expand_tile_of(grid);
   constexpr double kWarps = ShrinkExpandTile::kShrinkWarps;
   const double chunks = real(ceil_div(chunks_of(p.K), static_cast<int64_t>(grid.blocks_n * kWarps)));
-  Phase weights = stream(tile, chunks, kWarps);
+  Phase weights = stream(tile, chunks, kWarps, kTokenSlots);
   const double rows = std::min<double>(real(p.M), tile.tokens), width = bytes(p.dtype);
   weights.l2_bytes += kWarps * chunks * ShrinkExpandTile::kChunk * rows * width;
   Phase sum;  // of the warps, through shared memory
@@ -61,7 +61,7 @@ double expand_us(const LinearProblem& p, const Device& d, const LinearGrid& grid
   load.l2_bytes = rows * real(p.R) * (grid.blocks_n == 1 ? width : 4.0 * grid.blocks_n);
   load.slots = load.l2_bytes / 16 / 32 * kStagingSlots;
   load.wait_us = kL2LatencyUs;
-  const Phase weights = stream(tile, real(chunks_of(p.R)), kWarps);
+  const Phase weights = stream(tile, real(chunks_of(p.R)), kWarps, kStagedTokenSlots);
   Phase end;
   end.slots = kWarps * tile.tokens / 8 * (kTokenEndSlots + activation_slots(p.activation) / 2);
   const int64_t blocks = ShrinkExpandTile::expand_blocks(p.N) * grid.blocks_m;

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..linalg import FactorizationError, Factors, PivotedFactors, Shape, factorize, pivoted
+from ..ops.reference import ACTIVATIONS
 from .merged_weight import merged
 from .plain import why_no_matrix, why_not_plain
 from .seal import drop_seal
-from .two_stage import assign_bias, is_pivoted, merged_bias, run, set_stages
+from .two_stage import assign_bias, is_pivoted, is_untouched, merged_bias, run, runs_in_one_op, set_stages
 
 _NAMES = ("down", "up")
 
@@ -29,9 +30,28 @@ class LowRankLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return run(self.stages, x, self.stage_kinds, self.in_one_op)
 
-    def in_one_op(self, x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
-        """What both stages compute, one after the other, by the op of shrank."""
+    def in_one_op(
+        self,
+        x: Tensor,
+        first: nn.Module,
+        second: nn.Module,
+        activation: str = "none",
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """What both stages compute, one after the other, and what follows them, by the op of shrank."""
         raise NotImplementedError
+
+    def finished(self, x: Tensor, activation: str, residual: Tensor | None = None) -> Tensor:
+        """activation(self(x)) + residual: in one op, where the op computes the layer and its law has the residual."""
+        fits = residual is None or self.takes_residual(x, residual)
+        if fits and is_untouched(self) and runs_in_one_op(self.stages, self.stage_kinds):
+            return self.in_one_op(x, *self.stages, activation, residual)
+        y = ACTIVATIONS[activation](self(x))
+        return y if residual is None else y + residual
+
+    def takes_residual(self, x: Tensor, residual: Tensor) -> bool:
+        """Whether the op adds a residual of this shape and dtype."""
+        return False
 
     @property
     def stages(self) -> nn.Sequential:

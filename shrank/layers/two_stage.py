@@ -119,16 +119,18 @@ def run(
     they were built as, one of `kinds`, and that nobody hooked or patched. RuntimeError where the native kernels are
     insisted on and the stages are pivoted.
     """
-    native = current_backend() is Backend.NATIVE
-    if is_pivoted(stages):
-        if native:
-            raise RuntimeError(NO_PIVOTED_KERNEL)
-        return run_stages(stages, x)
-    first, second = stages
-    plain = all(type(stage) in kinds and is_untouched(stage) for stage in (first, second))
-    if plain and (native or first.weight.is_cuda):
-        return in_one_op(x, first, second)
+    if is_pivoted(stages) and current_backend() is Backend.NATIVE:
+        raise RuntimeError(NO_PIVOTED_KERNEL)
+    if runs_in_one_op(stages, kinds):
+        return in_one_op(x, *stages)
     return run_stages(stages, x)
+
+
+def runs_in_one_op(stages: nn.Sequential, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether the op computes these stages, as `run` says."""
+    if is_pivoted(stages) or not all(type(stage) in kinds and is_untouched(stage) for stage in stages):
+        return False
+    return current_backend() is Backend.NATIVE or stages[0].weight.is_cuda
 
 
 def run_stages(stages: nn.Sequential, x: Tensor) -> Tensor:

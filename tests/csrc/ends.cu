@@ -1,5 +1,6 @@
 // Kernels that know their end when they are compiled: what bias, an activation and a residual cost is the difference
 // of two straight pieces of code. For reading (tests/csrc/sass_loops.py), never for running.
+#include "../../csrc/kernels/expand_backward.cuh"
 #include "../../csrc/kernels/launch.cuh"
 #include "../../csrc/kernels/low_rank_linear.cuh"
 
@@ -37,5 +38,28 @@ const Kernel kEnds[] = {
     entry<WithEnd<BLOCK_M, Activation::silu, 0>>,
 };
 const Kernel* const kAll[] = {kEnds<64>, kEnds<128>};
+
+// The way back through the end of a layer without bias.
+template <Activation KIND, bool SUMS> struct WithGradient {
+  using Kernel = ExpandBackward<arch::bfloat16, 64, 128>;
+  using Params = ExpandBackwardParams;
+  static constexpr int kThreads = Kernel::kThreads, kSharedBytes = Kernel::kSharedBytes;
+
+  SHRANK_DEVICE static void run(const Params& given) {
+    Params params = given;
+    params.activation = KIND;
+    params.bias = nullptr;
+    if constexpr (SUMS) __builtin_assume(params.sums != nullptr);
+    else params.sums = nullptr;
+    Kernel::run(params);
+  }
+};
+
+using BackwardKernel = void (*)(ExpandBackwardParams);
+const BackwardKernel kGradients[] = {
+    entry<WithGradient<Activation::relu, false>>, entry<WithGradient<Activation::relu, true>>,
+    entry<WithGradient<Activation::gelu, false>>, entry<WithGradient<Activation::gelu_tanh, false>>,
+    entry<WithGradient<Activation::silu, false>>,
+};
 
 }  // namespace shrank

@@ -211,6 +211,15 @@ EQUIVALENT = {  # (rule, a piece of the line): why nothing changes
     ("< becomes <=", "step < kPanel / 16; step++"): "the fifth step is never below `steps`, which is at most four",
     ("< becomes <=", "in_filter(tap.at[0] < w.kernel[0])"): "x of one tap more, which meets zeros of down",
     ("filters never end", "in_filter(tap.at[0] < w.kernel[0])"): "x of taps beyond the last, which meet zeros of down",
+    (
+        "< becomes <=",
+        "        for (int panel = 0; panel < kHPanels; panel++)",
+    ): "a step of no columns multiplies nothing and brings nothing",
+    (
+        "columns beyond the matrix",
+        "                       inside ? 16 : 0);",
+    ): "finite filters meet zeros of x; others: test_a_special_filter_reaches_its_own_column_of_h",
+    ("< becomes <=", "column < left; column += 2 * kChunk"): "a hint, which reads nothing",
     ("< becomes <=", "rows < ROWS ?"): "of two equal numbers either is the smaller",
     ("< becomes <=", "left < kStagedRows ?"): "of two equal numbers either is the smaller",
     (

@@ -128,12 +128,21 @@ class End:
     residual: bool
 
 
+@dataclass(frozen=True)
+class BackwardEnd:
+    """The same of the backward kernel, of 64 rows, without bias."""
+
+    activation: str
+    sums: bool
+
+
 _END = re.compile(r"WithEndILi(\d+)ELNS_10ActivationE(\d)ELi(\d)E")
+_BACKWARD_END = re.compile(r"WithGradientILNS_10ActivationE(\d)ELb(\d)E")
 
 
 @cache
-def ends(arch: str) -> dict[End, Loop]:
-    """The loop over column tiles, its steps unrolled, of every kernel of tests/csrc/ends.cu."""
+def _tiles_of_ends(arch: str) -> dict[str, Loop]:
+    """The loop over column tiles, its steps unrolled, of every kernel of tests/csrc/ends.cu, by the kernel's name."""
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder, "ends.cubin")
         source = Path(__file__).with_name("ends.cu")
@@ -142,8 +151,25 @@ def ends(arch: str) -> dict[End, Loop]:
         listing = subprocess.run([sass.tool("nvdisasm"), "-c", made], text=True, capture_output=True, check=True).stdout
     found = {}
     for part in sass.functions(listing):
-        if named := _END.search(part.split("\n", 1)[0]):
-            options = int(named[3])
-            end = End(int(named[1]), list(ACTIVATIONS)[int(named[2])], *(bool(options & bit) for bit in (1, 2)))
-            (found[end],) = (loop for loop in loops(part) if loop["HMMA"] and loop["STG"])
+        (found[part.split("\n", 1)[0]],) = (loop for loop in loops(part) if loop["HMMA"] and loop["STG"])
     return found
+
+
+def ends(arch: str) -> dict[End, Loop]:
+    return {
+        End(int(named[1]), _activation(named[2]), *(bool(int(named[3]) & bit) for bit in (1, 2))): tile
+        for name, tile in _tiles_of_ends(arch).items()
+        if (named := _END.search(name))
+    }
+
+
+def backward_ends(arch: str) -> dict[BackwardEnd, Loop]:
+    return {
+        BackwardEnd(_activation(named[1]), named[2] == "1"): tile
+        for name, tile in _tiles_of_ends(arch).items()
+        if (named := _BACKWARD_END.search(name))
+    }
+
+
+def _activation(number: str) -> str:
+    return list(ACTIVATIONS)[int(number)]

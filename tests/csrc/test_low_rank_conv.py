@@ -102,6 +102,18 @@ def test_nan_and_inf_reach_the_windows_that_see_them(dev, special, tile, C, grou
     assert y[:4].isfinite().all() and y[7:].isfinite().all()
 
 
+@pytest.mark.parametrize("special", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("tile", "C"), [(TINY, 16), (ANALYTIC, 16), (BY_NUMBER, 3)])
+def test_a_special_filter_reaches_its_own_column_of_h(dev, special, tile, C) -> None:
+    """The last step has columns beyond the filter, which lie in the next row of the matrix."""
+    run = ConvRun(tile, (12,), (3,), C, 40, 16, 1, begin=(1,), training=True)
+    arguments = run.arguments(dev)
+    arguments["down"][1, ..., :] = special
+    outcome, torchs = emulate(dev, run, arguments), in_pytorch(run, arguments)
+    assert torch.equal(outcome.h.isfinite(), torchs.h.isfinite())
+    assert outcome.h[:, 0].isfinite().all() and outcome.h[:, 2:].isfinite().all()
+
+
 @pytest.mark.parametrize("up_groups", [1, 4])
 def test_infinity_stays_in_its_group(dev, up_groups) -> None:
     """Groups of 8 ranks share fragments of 16 with their neighbours."""

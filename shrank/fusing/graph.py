@@ -1,0 +1,89 @@
+"""Nodes of a graph of torch functions, as Dynamo records it: what they compute, and which of them may move."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+from torch.nn import functional as F
+
+_IN_PLACE = {getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")} | {
+    operator.setitem
+}
+
+
+def is_call(node: Node, *functions: Callable | str) -> bool:
+    """Whether the node calls one of these functions, or on a tensor one of the methods of these names."""
+    if node.op == "call_method":
+        return node.target in functions
+    return node.op == "call_function" and node.target in functions
+
+
+def only_user(node: Node) -> Node | None:
+    """The one node that has this node's value as one argument; None if there are several, or none."""
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    uses = [each for each in user.all_input_nodes if each is node]
+    given = [*user.args, *user.kwargs.values()]
+    return user if len(uses) == 1 and sum(each is node for each in given) == 1 else None
+
+
+def other_input(node: Node, one: Node) -> object:
+    """Of a call with two arguments, that which is not `one`."""
+    left, right = node.args
+    return right if left is one else left
+
+
+def value_of(node: object) -> Tensor | None:
+    """The fake tensor that stands for a node's value."""
+    value = node.meta.get("example_value", node.meta.get("val")) if isinstance(node, Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def are_alike(one: object, other: object) -> bool:
+    """Whether two nodes are known to have one shape, dtype and device."""
+    a, b = value_of(one), value_of(other)
+    if a is None or b is None or a.dtype != b.dtype or a.device != b.device or a.dim() != b.dim():
+        return False
+    return statically_known_true(sym_eq(tuple(a.shape), tuple(b.shape)))
+
+
+def is_identity(node: Node) -> bool:
+    """Whether the node is a dropout that drops nothing."""
+    if not is_call(node, F.dropout, torch.dropout):
+        return False
+    given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | dict(node.kwargs)
+    return given.get("training", True) is False or given.get("p", 0.5) == 0
+
+
+def can_move(node: Node, target: Node, passed: tuple[Node, ...] = ()) -> bool:
+    """Whether a node computes the same at the place of a later one: nothing between changes a tensor, or what autograd
+    and autocast do.
+
+    passed: nodes between that are known to do neither.
+    """
+    between = node.next
+    while between is not target:
+        if between not in passed and _changes_something(between):
+            return False
+        between = between.next
+    return True
+
+
+def _changes_something(node: Node) -> bool:
+    if node.op == "call_method":
+        return node.target.endswith("_") and not node.target.endswith("__")
+    if node.op != "call_function":
+        return node.op == "call_module"
+    if node.target in _IN_PLACE or node.kwargs.get("out") is not None or node.kwargs.get("inplace"):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return schema.is_mutable
+    name = getattr(node.target, "__name__", "")  # gradients, autocast and hooks are turned on and off by functions
+    return name.endswith("_") or name.startswith(("_enter", "_exit", "_set", "set_")) or node.is_impure()

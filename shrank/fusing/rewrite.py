@@ -1,0 +1,150 @@
+"""What follows a low-rank layer in a graph, and the calls of the low-rank ops that take it over."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+from torch.nn import functional as F
+
+from .activations import activation_after
+from .graph import are_alike, can_move, is_call, only_user, other_input, value_of
+from .graph import is_identity as drops_nothing
+
+_SUMS = (operator.add, torch.add, "add")
+_IN_PLACE_SUMS = (operator.iadd, "add_")
+
+
+@dataclass
+class End:
+    """What happens to a node's value and to nothing else: norm, activation, residual, in this order.
+
+    last: the node that has the result.
+    passed: nodes between that do nothing, such as dropouts.
+    """
+
+    last: Node
+    activation: str = "none"
+    residual: Node | None = None
+    norm: dict | None = None
+    passed: tuple[Node, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        node: Node,
+        with_norm: bool = False,
+        is_identity: Callable[[Node], bool] = drops_nothing,
+        alike: Callable[[object, object], bool] = are_alike,
+    ) -> End | None:
+        """As much as an op knows of what follows; None if there is nothing that it may take over.
+
+        alike: whether two nodes have one shape, dtype and device.
+        """
+        end = cls(node)
+        end._pass_by(is_identity)
+        if with_norm:
+            end._take_norm()
+        if applied := activation_after(end.last):
+            end.activation, end.last = applied
+            end._pass_by(is_identity)
+        end._take_residual(alike)
+        if end == cls(end.last, passed=end.passed) or not can_move(node, end.last, end.passed):
+            return None
+        return end
+
+    def _pass_by(self, is_identity: Callable[[Node], bool]) -> None:
+        while (user := only_user(self.last)) is not None and is_identity(user):
+            self.last = user
+            self.passed += (user,)
+
+    def _take_norm(self) -> None:
+        """A batch norm that does not learn its statistics: it scales and shifts channels."""
+        user = only_user(self.last)
+        if user is None or not is_call(user, F.batch_norm):
+            return
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        given = {"weight": None, "bias": None, "training": False, "eps": 1e-5}
+        given |= dict(zip(names, user.args, strict=False)) | dict(user.kwargs)
+        if given["input"] is self.last and given["training"] is False and given["running_mean"] is not None:
+            self.norm, self.last = given, user
+
+    def _take_residual(self, alike: Callable[[object, object], bool]) -> None:
+        user = only_user(self.last)
+        if user is None or user.kwargs or len(user.args) != 2:
+            return
+        in_place = is_call(user, *_IN_PLACE_SUMS) and user.args[0] is self.last
+        if not in_place and not is_call(user, *_SUMS):
+            return
+        residual = other_input(user, self.last)
+        if isinstance(residual, Node) and alike(self.last, residual):
+            self.residual, self.last = residual, user
+
+
+def fuse(graph: Graph) -> int:
+    """Let every low-rank op of a graph of torch functions take over the activation, the residual and the batch norm
+    that follow it, where nobody else needs what lies between; dropouts that drop nothing are passed by.
+
+    Args:
+        graph: Changed in place. Its nodes have the fake tensors that stand for their values.
+
+    Returns:
+        How many ops took something over.
+    """
+    ops, found = _ops(), 0
+    for node in list(graph.nodes):
+        op = ops.get(node.target) if node.op == "call_function" else None
+        if op is None:
+            continue
+        arguments = _arguments_of(node, op)
+        if arguments["activation"] != "none" or arguments["residual"] is not None:
+            continue
+        if end := End.of(node, with_norm=op is torch.ops.shrank.low_rank_conv.default):
+            _replace(graph, op, arguments, end)
+            found += 1
+    if found:
+        graph.eliminate_dead_code()
+    return found
+
+
+def _ops() -> dict[Callable, Callable]:
+    """Both spellings of each op, and its overload."""
+    packets = (torch.ops.shrank.low_rank_linear, torch.ops.shrank.low_rank_conv)
+    return {spelled: packet.default for packet in packets for spelled in (packet, packet.default)}
+
+
+def _arguments_of(node: Node, op: Callable) -> dict[str, object]:
+    schema = op._schema.arguments
+    given = dict(zip((each.name for each in schema), node.args, strict=False)) | dict(node.kwargs)
+    return {each.name: each.default_value for each in schema} | given
+
+
+def _replace(graph: Graph, op: Callable, arguments: dict[str, object], end: End) -> None:
+    last = end.last
+    with graph.inserting_before(last):
+        if end.norm:
+            arguments |= _folded(graph, arguments, end.norm)
+        arguments |= {"activation": end.activation, "residual": end.residual}
+        fused = graph.call_function(op, tuple(arguments.values()))
+    fused.meta = {key: last.meta[key] for key in ("example_value", "val", "stack_trace") if key in last.meta}
+    last.replace_all_uses_with(fused)
+
+
+def _folded(graph: Graph, arguments: dict[str, object], norm: dict) -> dict[str, Node]:
+    """up and bias of the scaled and shifted outputs: in the precision of the statistics, rounded once."""
+    up, bias, call = arguments["up"], arguments["bias"], graph.call_function
+    variance = call(torch.Tensor.float, (norm["running_var"],))
+    scale = call(torch.rsqrt, (call(operator.add, (variance, norm["eps"])),))
+    if norm["weight"] is not None:
+        scale = call(operator.mul, (scale, norm["weight"]))
+    mean = norm["running_mean"]
+    shift = call(operator.neg, (mean,)) if bias is None else call(operator.sub, (bias, mean))
+    shift = call(operator.mul, (shift, scale))
+    if norm["bias"] is not None:
+        shift = call(operator.add, (shift, norm["bias"]))
+    rows = call(torch.reshape, (scale, (-1, *[1] * (value_of(up).dim() - 1))))
+    scaled = call(operator.mul, (up, rows))
+    return {"up": call(torch.Tensor.type_as, (scaled, up)), "bias": call(torch.Tensor.type_as, (shift, up))}

@@ -1,0 +1,231 @@
+"""A low-rank op takes over what follows it, and only where nothing else changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shrank.fusing.rewrite import fuse
+from tests.common.tolerances import assert_close
+
+Ends = list[tuple[str, bool]]  # of each op that is left: its activation, and whether it adds a residual
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+DOWN, UP, BIAS = drawn(4, 8), drawn(8, 4), drawn(8)
+FILTERS, POINTWISE, CHANNEL_BIAS = drawn(4, 8, 3, 3), drawn(6, 4, 1, 1), drawn(6)
+
+
+def low_rank(x: Tensor) -> Tensor:
+    return torch.ops.shrank.low_rank_linear(x, DOWN, UP, BIAS)
+
+
+def low_rank_conv(x: Tensor, bias: Tensor | None = CHANNEL_BIAS) -> Tensor:
+    return torch.ops.shrank.low_rank_conv(x, FILTERS, POINTWISE, bias, [1, 1], [1, 1], [1, 1], 1, 1)
+
+
+def ends_of(graph: torch.fx.Graph) -> Ends:
+    calls = [n for n in graph.nodes if n.op == "call_function" and "shrank" in str(n.target)]
+    found = []
+    for call in calls:
+        names = [each.name for each in getattr(call.target, "default", call.target)._schema.arguments]
+        given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
+        found.append((given.get("activation", "none"), given.get("residual") is not None))
+    return found
+
+
+def fused(function: Callable, *inputs: Tensor, dynamic: bool = False) -> tuple[Ends, object]:
+    """What the pass leaves of the function's graph, and what that computes."""
+    torch._dynamo.reset()
+    ends: list[Ends] = []
+
+    def backend(module: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+        fuse(module.graph)
+        module.graph.lint()
+        module.recompile()
+        ends.append(ends_of(module.graph))
+        return module
+
+    answer = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*inputs)
+    return ends[0], answer
+
+
+def tanh_gelu(z: Tensor) -> Tensor:
+    return 0.5 * z * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * torch.pow(z, 3.0))))
+
+
+SPELLED_OUT = "gelu by tanh, spelled out"
+TAKEN = {
+    "relu": (lambda x: F.relu(low_rank(x)), ("relu", False)),
+    "a method": (lambda x: low_rank(x).relu(), ("relu", False)),
+    "in place": (lambda x: F.relu(low_rank(x), inplace=True), ("relu", False)),
+    "gelu": (lambda x: F.gelu(low_rank(x)), ("gelu", False)),
+    "gelu by tanh": (lambda x: F.gelu(low_rank(x), approximate="tanh"), ("gelu_tanh", False)),
+    SPELLED_OUT: (lambda x: tanh_gelu(low_rank(x)), ("gelu_tanh", False)),
+    "silu": (lambda x: F.silu(low_rank(x)), ("silu", False)),
+    "a residual": (lambda x: low_rank(x) + x, ("none", True)),
+    "a residual before": (lambda x: x + low_rank(x), ("none", True)),
+    "torch.add": (lambda x: torch.add(x, low_rank(x)), ("none", True)),
+    "both": (lambda x: x + F.gelu(low_rank(x)), ("gelu", True)),
+    "dropout of nothing": (lambda x: x + F.dropout(low_rank(x), 0.1, training=False), ("none", True)),
+    "dropout with p = 0": (lambda x: x + F.dropout(F.silu(low_rank(x)), 0.0, training=True), ("silu", True)),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_follows_an_op_becomes_its_end(name: str, dynamic: bool) -> None:
+    function, end = TAKEN[name]
+    if dynamic and name == SPELLED_OUT:
+        end = ("none", False)  # math.pi is a symbol then, of which nothing is known
+    x = drawn(2, 5, 8)
+    found, answer = fused(function, x, dynamic=dynamic)
+    assert found == [end]
+    assert_close(answer, function(x))
+
+
+def added_in_place(x: Tensor) -> Tensor:
+    y = low_rank(x)
+    y += x
+    return y
+
+
+def test_a_sum_in_place_is_a_residual_only_of_the_ops_own_result() -> None:
+    def into_x(x: Tensor) -> Tensor:
+        x += low_rank(x)
+        return x
+
+    assert fused(added_in_place, drawn(3, 8))[0] == [("none", True)]
+    x = drawn(3, 8)
+    found, _ = fused(into_x, x)
+    assert found == [("none", False)]
+    wanted = drawn(3, 8)
+    into_x(wanted)
+    assert torch.equal(x, wanted)
+
+
+def changed_between(x: Tensor) -> Tensor:
+    y = low_rank(x)
+    x.mul_(2)
+    return F.gelu(y)
+
+
+def item_changed_between(x: Tensor) -> Tensor:
+    y = low_rank(x)
+    x[0] = 1
+    return y + x
+
+
+def gradients_off_between(x: Tensor) -> Tensor:
+    y = low_rank(x)
+    with torch.no_grad():
+        z = F.gelu(y)
+    return z
+
+
+def autocast_between(x: Tensor) -> Tensor:
+    y = low_rank(x)
+    with torch.autocast("cpu"):
+        z = F.gelu(y)
+    return z
+
+
+LEFT = {
+    "two users": lambda x: (lambda y: F.gelu(y) * y)(low_rank(x)),
+    "used twice": lambda x: (lambda y: y + y)(low_rank(x)),
+    "returned as well": lambda x: (lambda y: (F.gelu(y), y))(low_rank(x)),
+    "an activation that the op does not have": lambda x: F.softplus(low_rank(x)),
+    "leaky": lambda x: F.leaky_relu(low_rank(x)),
+    "a number": lambda x: low_rank(x) + 1,
+    "a weighted sum": lambda x: torch.add(x, low_rank(x), alpha=2),
+    "broadcast": lambda x: low_rank(x) + x[:1],
+    "another dtype": lambda x: low_rank(x) + x.double(),
+    "dropout": lambda x: x + F.dropout(low_rank(x), 0.5, training=True),
+    "x changed between": changed_between,
+    "an item of x changed between": item_changed_between,
+    "gradients off between": gradients_off_between,
+    "autocast between": autocast_between,
+    "almost gelu by tanh": lambda x: (lambda z: 0.5 * z * (1 + torch.tanh(0.8 * (z + 0.044715 * z**3))))(low_rank(x)),
+    "half of gelu by tanh": lambda x: (lambda z: 0.4 * z * (1 + torch.tanh(0.79788456 * (z + 0.044715 * z**3))))(
+        low_rank(x)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_all_else_is_left_as_it_is(name: str) -> None:
+    x, again = drawn(3, 8), drawn(3, 8)
+    torch.manual_seed(0)
+    found, answer = fused(LEFT[name], x)
+    assert set(found) == {("none", False)}
+    torch.manual_seed(0)
+    wanted = LEFT[name](again)
+    assert_close(*(each if isinstance(each, Tensor) else each[0] for each in (answer, wanted)))
+    assert torch.equal(x, again)
+
+
+def test_an_op_that_has_an_end_gets_no_second_one() -> None:
+    def activated(x: Tensor) -> Tensor:
+        return torch.ops.shrank.low_rank_linear(x, DOWN, UP, BIAS, "relu") + x
+
+    assert fused(activated, drawn(3, 8))[0] == [("relu", False)]
+
+
+MEAN, VARIANCE, SCALE, SHIFT = drawn(6), drawn(6, 1).abs().flatten() + 0.1, drawn(6, 2)[:, 0], drawn(6, 3)[:, 0]
+
+
+def norm(x: Tensor, training: bool = False, affine: bool = True) -> Tensor:
+    return F.batch_norm(x, MEAN, VARIANCE, *((SCALE, SHIFT) if affine else (None, None)), training)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [CHANNEL_BIAS, None], ids=["bias", "no bias"])
+def test_a_batch_norm_becomes_a_part_of_a_convolutions_second_factor(bias: Tensor | None, affine: bool) -> None:
+    def block(x: Tensor, residual: Tensor) -> Tensor:
+        return F.relu(norm(low_rank_conv(x, bias), affine=affine)) + residual
+
+    x, residual = drawn(2, 8, 5, 7), drawn(2, 6, 5, 7)
+    found, answer = fused(block, x, residual)
+    assert found == [("relu", True)]
+    assert_close(answer, block(x, residual))
+
+
+def test_a_batch_norm_that_learns_is_left() -> None:
+    x = drawn(2, 8, 5, 7)
+    assert fused(lambda x: F.relu(norm(low_rank_conv(x), training=True)), x)[0] == [("none", False)]
+
+
+def test_gradients_are_those_of_the_separate_operations() -> None:
+    weights = [each.clone().requires_grad_() for each in (DOWN, UP, BIAS)]
+    x = drawn(3, 8).requires_grad_()
+
+    def block(x: Tensor) -> Tensor:
+        return x + F.gelu(torch.ops.shrank.low_rank_linear(x, *weights))
+
+    found, answer = fused(block, x)
+    assert found == [("gelu", True)]
+    for ours, wanted in zip(
+        torch.autograd.grad(answer.square().sum(), (x, *weights)),
+        torch.autograd.grad(block(x).square().sum(), (x, *weights)),
+        strict=True,
+    ):
+        assert_close(ours, wanted)
+
+
+def test_a_chain_of_layers_is_fused_layer_by_layer() -> None:
+    class Block(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + low_rank(F.silu(low_rank(x)))
+
+    x = drawn(3, 8)
+    found, answer = fused(Block(), x)
+    assert found == [("silu", False), ("none", True)]
+    assert_close(answer, Block()(x))
