@@ -10,6 +10,7 @@ from .compression.anchored import apply_anchored
 from .compression.apply import apply, describe, merge
 from .compression.auto_fact import auto_fact
 from .fusing import compile_pass as compile_pass
+from .fusing.fuse import Fused, fuse, unfuse
 from .healing.heal import Healing, heal
 from .healing.options import HealOptions
 from .layers.ced import CED
@@ -50,6 +51,7 @@ __all__ = [
     "Energy",
     "Evaluation",
     "Fraction",
+    "Fused",
     "HealOptions",
     "Healing",
     "LatencyTable",
@@ -71,6 +73,7 @@ __all__ = [
     "eligible",
     "evaluate",
     "figures",
+    "fuse",
     "heal",
     "load",
     "low_rank_conv",
@@ -82,5 +85,6 @@ __all__ = [
     "save",
     "treat_as_base",
     "tune",
+    "unfuse",
     "why_not",
 ]

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.nn import functional as F
 
 _IN_PLACE = {getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")} | {
@@ -50,6 +49,8 @@ def are_alike(one: object, other: object) -> bool:
     a, b = value_of(one), value_of(other)
     if a is None or b is None or a.dtype != b.dtype or a.device != b.device or a.dim() != b.dim():
         return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq  # imports sympy
+
     return statically_known_true(sym_eq(tuple(a.shape), tuple(b.shape)))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..linalg import FactorizationError, Factors, PivotedFactors, Shape, factorize, pivoted
-from ..ops.reference import ACTIVATIONS
+from ..ops import reference
 from .merged_weight import merged
 from .plain import why_no_matrix, why_not_plain
 from .seal import drop_seal
@@ -46,8 +46,7 @@ class LowRankLayer(nn.Module):
         fits = residual is None or self.takes_residual(x, residual)
         if fits and is_untouched(self) and runs_in_one_op(self.stages, self.stage_kinds):
             return self.in_one_op(x, *self.stages, activation, residual)
-        y = ACTIVATIONS[activation](self(x))
-        return y if residual is None else y + residual
+        return reference.finished(self(x), activation, residual)
 
     def takes_residual(self, x: Tensor, residual: Tensor) -> bool:
         """Whether the op adds a residual of this shape and dtype."""

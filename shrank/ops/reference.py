@@ -77,10 +77,11 @@ def low_rank_linear_forward(
 ) -> Forward:
     """low_rank_linear with what lies between."""
     h = F.linear(x, down)
-    return Forward(_finished(F.linear(h, up, bias), activation, residual), h)
+    return Forward(finished(F.linear(h, up, bias), activation, residual), h)
 
 
-def _finished(z: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+def finished(z: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+    """activation(z) + residual"""
     y = ACTIVATIONS[activation](z)
     return y if residual is None else y + residual
 
@@ -193,7 +194,7 @@ def low_rank_conv_forward(
     convolve = CONVOLUTIONS[down.dim() - 2]
     x, padding = padded(x, window)
     h = convolve(x, down, None, window.stride, padding, window.dilation, window.groups)
-    return Forward(_finished(convolve(h, up, bias, groups=window.up_groups), activation, residual), h)
+    return Forward(finished(convolve(h, up, bias, groups=window.up_groups), activation, residual), h)
 
 
 def padded(x: Tensor, window: Window) -> tuple[Tensor, list[int]]:

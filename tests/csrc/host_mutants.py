@@ -28,6 +28,7 @@ REGISTER, DEVICE = "csrc/ops/register_cuda.cpp", "csrc/ops/cuda_device.cpp"
 # What includes a header, as far as a mistake there needs it.
 USERS = {
     LAUNCH: ("csrc/kernels/low_rank_linear_bf16.cu", EPILOGUE),
+    "csrc/select/with_tile.h": ("csrc/kernels/low_rank_linear_bf16.cu",),
     "csrc/kernels/low_rank_linear_launch.cuh": ("csrc/kernels/low_rank_linear_bf16.cu",),
     "csrc/kernels/low_rank_conv_launch.cuh": ("csrc/kernels/low_rank_conv_bf16.cu",),
 }

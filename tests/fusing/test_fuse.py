@@ -1,0 +1,243 @@
+"""Blocks that run with fewer calls: the same numbers, the same modules, and their own forward wherever it differs."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import shrank
+from shrank.fusing.blocks import FusedForward
+from tests.common.ops import ops_of, pretend_native
+from tests.common.tolerances import assert_close
+
+
+class MLP(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.up = shrank.LED(8, 16, rank=4)
+        self.act = nn.GELU()
+        self.down = shrank.LED(16, 8, rank=4)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.down(self.act(self.up(x))))
+
+
+class Model(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.LayerNorm(8)
+        self.mlp = MLP(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm(x))
+
+
+X = torch.linspace(-2, 2, 48).reshape(2, 3, 8)
+ONE_OP_EACH = ["low_rank_linear", "low_rank_linear"]
+
+
+def fused_model(dropout: float = 0.0, training: bool = False) -> Model:
+    model = Model(dropout).train(training)
+    assert shrank.fuse(model) == shrank.Fused({"mlp": ["up", "down"]})
+    return model
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_block_computes_the_same_with_the_same_gradients(training: bool) -> None:
+    plain, model = Model().train(training), fused_model(training=training)
+    assert_close(model(X), plain(X))
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        ours, theirs = (
+            torch.autograd.grad(each(X).square().sum(), of)[0] for each, of in ((model, one), (plain, other))
+        )
+        assert_close(ours, theirs)
+
+
+def test_the_ops_get_the_activation_and_the_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_native(monkeypatch)
+    model, given = fused_model(), []
+    run = torch.ops.shrank.low_rank_linear
+    with shrank.backend("native"), torch.no_grad():
+        assert ops_of(lambda: model(X)) == ONE_OP_EACH
+        monkeypatch.setattr(torch.ops.shrank, "low_rank_linear", lambda *args: given.append(args) or run(*args))
+        model(X)
+    assert [(args[4], args[5] is not None) for args in given] == [("gelu", False), ("none", True)]
+
+
+def test_modules_parameters_and_files_stay_what_they_are() -> None:
+    plain, model = Model(), fused_model()
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
+    assert list(model.state_dict()) == list(plain.state_dict())
+    model.load_state_dict(plain.state_dict())
+
+
+def test_unfuse_gives_back_the_own_forward() -> None:
+    model = fused_model()
+    shrank.unfuse(model)
+    assert "forward" not in vars(model.mlp)
+    assert torch.equal(model(X), Model().eval()(X))
+
+
+def test_fuse_twice_is_fuse_once() -> None:
+    model = fused_model()
+    first = model.mlp.forward
+    assert shrank.fuse(model) == shrank.Fused({"mlp": ["up", "down"]})
+    assert model.mlp.forward is first
+
+
+def test_a_copy_runs_its_own_modules() -> None:
+    model = fused_model()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.mlp.up.led_unit[0].weight.zero_()
+        plain = copy.deepcopy(other)
+        shrank.unfuse(plain)
+        assert_close(other(X), plain(X))
+        assert not torch.equal(other(X), model(X))
+
+
+def test_a_pickled_model_is_fused_again() -> None:
+    model, file = fused_model(), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert isinstance(loaded.mlp.forward, FusedForward)
+    assert_close(loaded(X), model(X))
+
+
+def test_dropout_drops_in_training() -> None:
+    model, plain = fused_model(0.5, training=True), Model(0.5)
+    torch.manual_seed(1)
+    found = model(X)
+    torch.manual_seed(1)
+    assert torch.equal(found, plain(X))
+    model.eval(), plain.eval()
+    assert_close(model(X), plain(X))
+
+
+def test_hooks_on_every_module_still_see_what_they_saw() -> None:
+    seen: dict[str, list[Tensor]] = {}
+    for which, model in (("fused", fused_model()), ("plain", Model().eval())):
+        for module in (model.mlp.up, model.mlp.act, model.mlp.dropout, model.mlp.down.led_unit[0]):
+            module.register_forward_hook(lambda *given, which=which: seen.setdefault(which, []).append(given[2]))
+        model(X)
+    assert len(seen["fused"]) == len(seen["plain"]) == 4
+    for ours, theirs in zip(seen["fused"], seen["plain"], strict=True):
+        assert_close(ours, theirs)
+
+
+def test_a_merged_model_runs_its_dense_layers() -> None:
+    model, plain = fused_model(), Model().eval()
+    shrank.merge(model)
+    assert type(model.mlp.up) is nn.Linear
+    assert_close(model(X), plain(X))
+
+
+def test_an_activation_that_is_replaced_is_used() -> None:
+    model = fused_model()
+    model.mlp.act = nn.ReLU()
+    plain = Model().eval()
+    plain.mlp.act = nn.ReLU()
+    assert_close(model(X), plain(X))
+
+
+def test_a_fused_model_compiles_in_one_graph() -> None:
+    torch._dynamo.reset()
+    model = fused_model()
+    assert_close(torch.compile(model, fullgraph=True, backend="eager")(X), model(X))
+
+
+def test_arguments_that_were_not_traced_go_to_the_own_forward() -> None:
+    model = fused_model()
+    assert_close(model.mlp(x=X), Model().eval().mlp(X))
+    with pytest.raises(TypeError, match="positional"):
+        model.mlp(X, X)
+
+
+class Optional(MLP):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x) * scale
+
+
+class Branches(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+class Plain(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.softplus(self.up(x)))
+
+
+class Tuple(MLP):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.act(self.up(x)), x
+
+
+class Specialised(MLP):
+    """Its trace has the answer of the first call for ever."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Optional, "its forward has optional arguments"),
+        (Branches, "cannot be traced: TraceError"),
+        (Plain, "nothing follows its low-rank layers that they could take over"),
+        (Tuple, "it returns a tuple, not a tensor"),
+        (Specialised, "it computes something else when traced"),
+    ],
+)
+def test_a_block_that_is_left_says_why(kind: type[MLP], reason: str) -> None:
+    block = kind().eval()
+    done = shrank.fuse(nn.Sequential(block))
+    assert done.blocks == {} and reason in done.left["0"]
+    assert "forward" not in vars(block)
+
+
+def test_a_forward_that_another_tool_patched_is_left() -> None:
+    block = MLP().eval()
+    block.forward = lambda x: x
+    assert shrank.fuse(nn.ModuleList([block])).left == {"0": "its forward was patched on the instance"}
+
+
+def test_a_residual_that_is_broadcast_is_added_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broadcast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = shrank.LED(8, 8, rank=2)
+
+        def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+            return self.layer(x) + residual
+
+    pretend_native(monkeypatch)
+    block = Broadcast().eval()
+    assert shrank.fuse(block).blocks == {"": ["layer"]}
+    with shrank.backend("native"):
+        for residual in (X, X[:1], X.double()):
+            assert_close(block(X, residual), Broadcast.forward(block, X, residual))
+
+
+def test_convolutions_take_over_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_native(monkeypatch)
+    torch.manual_seed(0)
+    block = nn.Sequential(shrank.CED(4, 6, 2, (3, 3), padding=1), nn.SiLU(), nn.BatchNorm2d(6)).eval()
+    x = torch.randn(2, 4, 9, 9)
+    wanted = block(x)
+    assert shrank.fuse(block).blocks == {"": ["0"]}
+    with shrank.backend("native"), torch.no_grad():
+        assert ops_of(lambda: block(x)).count("low_rank_conv") == 1
+        assert_close(block(x), wanted)
