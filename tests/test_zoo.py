@@ -45,6 +45,7 @@ def test_family(family: str, tmp_path) -> None:
     assert all(t.isfinite().all() for t in actual)
     if family not in SHAPE_DEPENDS_ON_WEIGHTS:
         assert [t.shape for t in actual] == [t.shape for t in expected]
+    _check_fused(small, inputs, actual)
     if family not in (*DENSE_DOES_NOT_LOAD, *FAST_CALIBRATED):  # those of the latter are loaded with unequal ranks
         _check_round_trip(small, inputs, actual, tmp_path)
     _check_full_rank(family, dense, inputs, expected)
@@ -67,6 +68,14 @@ def test_family_by_data(family: str, tmp_path) -> None:
     assert all(t.isfinite().all() for t in actual)
     if family not in DENSE_DOES_NOT_LOAD:
         _check_round_trip(model, inputs, actual, tmp_path)
+
+
+def _check_fused(model: nn.Module, inputs: dict, expected: list) -> None:
+    """Blocks that run with fewer calls compute the same; the model stays fused, for all that comes after."""
+    done = shrank.fuse(model)
+    assert not done.blocks.keys() & done.left.keys()
+    for one, other in zip(outputs(model, inputs), expected, strict=True):
+        assert_close(one, other)
 
 
 def _check_full_rank(family: str, dense: nn.Module, inputs: dict, expected: list) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 from torch import Tensor, nn
-from torch.fx import Graph, Node, Tracer
+from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.fx.proxy import TraceError
 
 from ..layers.low_rank import LowRankLayer
@@ -13,8 +13,18 @@ from ..layers.two_stage import is_untouched
 from ..ops import reference
 from .rewrite import End
 
-# What a forward raises that does with the stand-ins of a trace what only tensors can do.
-_UNTRACEABLE = (TraceError, TypeError, ValueError, AttributeError, LookupError, RuntimeError, AssertionError)
+# What a forward raises that does with the stand-ins of a trace what only tensors can do, or gets inputs that do not
+# fit. NameError: of a module that is no submodule.
+DOES_NOT_RUN = (
+    TraceError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    AssertionError,
+    NameError,
+)
 
 
 class NotFusedError(Exception):
@@ -91,10 +101,7 @@ class Traced:
         places = [name.rpartition(".") for name in silent]
         owners = [(block.get_submodule(path), key) for path, _, key in places]
         self.silent = [(owner._modules, key, owner._modules[key]) for owner, key in owners]
-        code = graph.python_code("self")
-        space = dict(code.globals)
-        exec(compile(code.src, f"<fused {type(block).__name__}>", "exec"), space)
-        self.function = space["forward"]
+        self.function = type(GraphModule(block, graph)).forward  # which takes the block as its `self`
 
     def is_same(self, args: tuple[object, ...]) -> bool:
         """Whether the rewritten graph still says what the block would do."""
@@ -113,7 +120,7 @@ def traced(block: nn.Module) -> Traced:
     tracer = _BlockTracer()
     try:
         graph = tracer.trace(block)
-    except _UNTRACEABLE as error:
+    except DOES_NOT_RUN as error:
         raise NotFusedError(f"its forward cannot be traced: {type(error).__name__}: {error}") from error
     silent, names = set(tracer.looked_into), []
     for node in list(graph.nodes):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..layers.low_rank import LowRankLayer
 from ..util.closeness import distance
-from .blocks import FusedForward, NotFusedError, Traced, finish
+from .blocks import DOES_NOT_RUN, FusedForward, NotFusedError, Traced, finish
 
 
 @dataclass
@@ -87,7 +87,10 @@ def _verify(block: nn.Module, fused: FusedForward) -> None:
     """NotFusedError unless random inputs of two sizes give the outputs and gradients of the block's own forward."""
     for seed, size in enumerate(((2, 3), (1, 5))):
         inputs = _inputs(block, fused.traced, torch.Generator().manual_seed(seed), size)
-        ours, theirs = (_outcome(block, forward, inputs) for forward in (fused, type(block).forward.__get__(block)))
+        try:
+            ours, theirs = (_outcome(block, forward, inputs) for forward in (fused, type(block).forward.__get__(block)))
+        except DOES_NOT_RUN as error:
+            raise NotFusedError(f"it does not run on random inputs: {type(error).__name__}: {error}") from error
         if len(ours) != len(theirs):
             raise NotFusedError("its outputs are others when traced")
         for one, other in zip(ours, theirs, strict=True):

@@ -177,7 +177,7 @@ RULES = {  # name: (what, instead)
     "the sums of one warp": (r"of < kWarps; of", "of < 1; of"),
     "the sums of the first warp": (r"own \+ of \* kWarpBytes", "own"),
     "rows that there are not are stored": (r"m < tokens\.count && ", ""),
-    "h of the first row": (r"multiply_wide\(m, params\.R\)", "0"),
+    "h of the first row": (r"arch::multiply_wide\(m, params\.R\)", "0"),
     "sums of the first split": (r"static_cast<int64_t>\(split\) \* params\.M \* params\.R", "0"),
     "rows of the first warp": (r" \+ arch::warp_index\(\) \* ShrinkExpandTile::kRows", ""),
     "h of the first chunks": (r"\(chunk \+ i\) \* kChunk \* 2", "i * kChunk * 2"),

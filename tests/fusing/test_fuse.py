@@ -191,9 +191,27 @@ class Specialised(MLP):
         return super().forward(x) * self.calls
 
 
+class Sized(MLP):
+    """For inputs of one size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).reshape(7, 8)
+
+
+class Outside(MLP):
+    """Calls a module that is not its own."""
+
+    others = (nn.Linear(8, 8),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.others[0](super().forward(x))
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
+        (Sized, "it does not run on random inputs: RuntimeError"),
+        (Outside, "its forward cannot be traced: NameError"),
         (Optional, "its forward has optional arguments"),
         (Branches, "cannot be traced: TraceError"),
         (Plain, "nothing follows its low-rank layers that they could take over"),
