@@ -26,8 +26,8 @@ struct Options {
 };
 
 struct Counts {
-  uint64_t multiply_adds = 0;   // warp instructions
-  uint64_t load_matrices = 0;   // warp instructions
+  uint64_t multiply_adds = 0;  // warp instructions
+  uint64_t load_matrices = 0;  // warp instructions
   uint64_t bank_conflicts = 0;  // extra passes over the banks, of all warp accesses to shared memory
   uint64_t barriers = 0;
 };

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._inductor import config
+from torch.utils.checkpoint import checkpoint
 
 import shrank
 from shrank.fusing import compile_pass, rewrite
@@ -49,6 +50,29 @@ def test_a_compiled_model_computes_what_it_computed_by_fewer_ops(
         ours, theirs = (torch.autograd.grad(each.square().sum(), weights) for each in (found, wanted))
         for one, other in zip(ours, theirs, strict=True):
             assert_close(one, other)
+
+
+def test_checkpointed_parts_are_fused_as_well(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor runs the pass on the graphs that a graph calls, too."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.block, x, use_reentrant=False)
+
+    pretend_native(monkeypatch)
+    model, x = Checkpointed(), torch.randn(3, 8)
+    with shrank.backend("native"), config.patch(force_disable_caches=True):
+        wanted, found = model(x), torch.compile(model, fullgraph=True)(x)
+        assert_close(found, wanted)
+        weights = list(model.parameters())
+        ours, theirs = (torch.autograd.grad(each.square().sum(), weights) for each in (found, wanted))
+    assert sum(counted) == 1
+    for one, other in zip(ours, theirs, strict=True):
+        assert_close(one, other)
 
 
 def test_layers_that_run_as_pytorch_are_left_to_inductor(counted: list[int]) -> None:
