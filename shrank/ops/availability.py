@@ -44,6 +44,8 @@ def why_not_these(
     x: Tensor, down: Tensor | None, up: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> list[str]:
     """The reasons that hold for these tensors, and for what surrounds the call."""
+    if not torch.compiler.is_compiling() and _are_known_to_fit(x, down, up, bias, residual):
+        return _of_surroundings()
     reasons = []
     for name, tensor in (("x", x), ("down", down), ("up", up), ("bias", bias), ("residual", residual)):
         if tensor is None:
@@ -60,6 +62,29 @@ def why_not_these(
         kind = type(tensor)
         if kind is not Tensor and kind is not Parameter and is_traceable_wrapper_subclass(tensor):
             reasons.append(f"{name} is a {kind.__name__}, which may mean something else by a product")
+    if not reasons and not torch.compiler.is_compiling():
+        _fit.update(each.get_device() for each in (x, down, up, bias, residual) if each is not None)
+    return reasons + _of_surroundings()
+
+
+_fit: set[int] = set()  # devices of which nothing speaks against a tensor
+
+
+def _are_known_to_fit(*tensors: Tensor | None) -> bool:
+    """Whether these are plain tensors on such devices: every eager call asks, and a microsecond counts."""
+    for each in tensors:
+        if each is None:
+            continue
+        kind = type(each)
+        if not (kind is Tensor or kind is Parameter) or not each.is_cuda:
+            return False
+        if each.dtype not in DTYPES or each.get_device() not in _fit:
+            return False
+    return True
+
+
+def _of_surroundings() -> list[str]:
+    reasons = []
     if torch._C._are_functorch_transforms_active():
         reasons.append("torch.func transforms (vmap, grad, jvp, ...) are active")
     if forward_ad._current_level >= 0:

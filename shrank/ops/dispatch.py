@@ -111,7 +111,7 @@ def low_rank_linear(
         ValueError: The backend is unknown.
     """
     if _runs_native(LINEAR, backend, x, down, up, bias, residual):
-        return torch.ops.shrank.low_rank_linear(x, down, up, bias, activation, residual)
+        return LINEAR.call(x, down, up, bias, activation, residual)
     if _are_tensors(x, down, up, bias, residual):
         check_low_rank_linear(x, down, up, bias, activation, residual, _autocast_casts(x))
     return reference.low_rank_linear(x, down, up, bias, activation, residual)
@@ -176,7 +176,7 @@ def low_rank_conv(
         return y[0]
     window = window_of(down, stride, padding, dilation, groups, up_groups)
     if _runs_native(CONV, backend, x, down, up, bias, residual):
-        return torch.ops.shrank.low_rank_conv(x, down, up, bias, *window, activation, residual)
+        return CONV.call(x, down, up, bias, *window, activation, residual)
     if _are_tensors(x, down, up, bias, residual):
         check_low_rank_conv(x, down, up, bias, window, activation, residual, _autocast_casts(x))
     return reference.low_rank_conv(x, down, up, bias, window, activation, residual)
@@ -200,7 +200,7 @@ def _runs_native(op: Op, backend: Backend | str | None, *tensors: Tensor | None)
     of_tensors = availability.why_not_these(*tensors)
     if of_tensors and chosen is Backend.AUTO:
         return False  # tensors of a CPU are no reason to ask for CUDA devices, which would initialise the driver
-    reasons = [*availability.why_not_here(), *of_tensors] or self_check.why_not_op(op.name, tensors[0])
+    reasons = (*availability.why_not_here(), *of_tensors) or self_check.why_not_op(op.name, tensors[0])
     if reasons and chosen is Backend.NATIVE:
         raise RuntimeError("backend is native, but the native kernels cannot run:\n- " + "\n- ".join(reasons))
     return not reasons

@@ -77,6 +77,14 @@ class Op:
             raise RuntimeError(f"shrank::{name} is an op of the native extension, which is not loaded")
         return Forward(*getattr(torch.ops.shrank, name)(*self.complete(given), training, kernel, list(grid)))
 
+    def call(self, *given: object) -> Tensor:
+        """The op. Where autograd has nothing to record, its kernel, which is in Python, is passed by: 1.6 of 7 us at one
+        token (benchmarks/speed/bench_host_cost.py)."""
+        if torch.compiler.is_compiling() or _is_recorded(given):
+            return self.overload(*given)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*given)
+
     def by_pytorch(self, *given: object) -> Forward:
         return self.forward(*self.packed(given))
 
@@ -114,15 +122,22 @@ class _LowRank(torch.autograd.Function):
         return None, *grads[:4], *(None for _ in ctx.between), grads.residual
 
 
+def _is_recorded(given: tuple) -> bool:
+    """Whether autograd wants to know of a call."""
+    if torch.is_grad_enabled():
+        for each in given:
+            if isinstance(each, Tensor) and each.requires_grad:
+                return True
+    return False
+
+
 def _autograd_kernel(op: Op) -> Callable[..., Tensor]:
     """Records the op if a gradient is wanted, then calls the kernel below autograd."""
     overload = op.overload  # every call of a layer on CUDA passes here: a microsecond counts
 
     def autograd(*given: object) -> Tensor:
-        if torch.is_grad_enabled():
-            for each in given:
-                if isinstance(each, Tensor) and each.requires_grad:
-                    return _LowRank.apply(op, *op.complete(given))
+        if _is_recorded(given):
+            return _LowRank.apply(op, *op.complete(given))
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*given)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import shrank
+from shrank.ops import availability
 from shrank.ops.availability import constant
 from tests.common.linear_cases import LinearCase
 
@@ -66,6 +68,29 @@ def test_a_fake_tensor_of_a_device_that_is_elsewhere_asks_for_no_device() -> Non
         x, down, up = (torch.empty(shape, device="cuda:1") for shape in ((4, 32), (8, 32), (16, 8)))
         assert shrank.why_not(x, down, up) == shrank.why_not()
         assert shrank.low_rank_linear(x, down, up).shape == (4, 16)
+
+
+def test_what_fits_once_hides_no_reason_of_another_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices are remembered, of which nothing speaks against a tensor."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # on device -1
+    monkeypatch.setattr(availability, "_fit", set())
+    x, down, up = torch.randn(2, 8), torch.randn(4, 8), torch.randn(8, 4)
+    for _ in range(2):
+        assert availability.why_not_these(x, down, up, None, None) == []
+    assert availability._fit == {-1}
+
+    class Other(Tensor):
+        pass
+
+    assert "int64" in availability.why_not_these(x.long(), down, up, None, None)[0]
+    assert "not a tensor" in availability.why_not_these(x, down, up, 3, None)[0]
+    assert availability.why_not_these(x.as_subclass(Other), down, up, None, None) == []  # no wrapper: a plain tensor
+    with forward_ad.dual_level():
+        assert "forward-mode" in availability.why_not_these(x, down, up, None, None)[0]
+    monkeypatch.setattr(availability, "_find_too_old", lambda _: "a card that is too old")
+    monkeypatch.setattr(availability, "_fit", set())
+    assert "too old" in availability.why_not_these(x, down, up, None, None)[0]
+    assert availability._fit == set()
 
 
 def test_the_mark_of_constants_is_that_of_torch() -> None:

@@ -41,6 +41,20 @@ def test_auto_takes_the_op_where_it_may(tested, full) -> None:
     assert ops_of(lambda: tested.function(*arguments, backend="torch")) == []
 
 
+@pytest.mark.usefixtures("native")
+@each_format()
+def test_a_call_is_recorded_by_autograd_where_that_has_something_to_record(tested, full) -> None:
+    plain, training = (full.tensors(torch.float32, "cpu", requires_grad=each) for each in (False, True))
+    assert tested.function(*training).requires_grad and not tested.function(*plain).requires_grad
+    with torch.no_grad():
+        assert not tested.function(*training).requires_grad
+    with torch.inference_mode():
+        assert tested.function(*training).is_inference()
+    only_bias = [each.detach() if isinstance(each, Tensor) and i != 3 else each for i, each in enumerate(training)]
+    y = tested.function(*only_bias)
+    assert torch.autograd.grad(y.sum(), training[3])[0].isfinite().all()
+
+
 @EACH_OP
 def test_native_names_every_reason(tested) -> None:
     x, down, up, bias, *between, residual = next(iter(tested.full.values())).tensors(torch.float32, "cpu")
