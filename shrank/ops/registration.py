@@ -78,9 +78,11 @@ class Op:
         return Forward(*getattr(torch.ops.shrank, name)(*self.complete(given), training, kernel, list(grid)))
 
     def call(self, *given: object) -> Tensor:
-        """The op. Where autograd has nothing to record, its kernel, which is in Python, is passed by: 1.6 of 7 us at one
-        token (benchmarks/speed/bench_host_cost.py)."""
-        if torch.compiler.is_compiling() or _is_recorded(given):
+        """The op; where autograd has nothing to record, past its kernel, which is in Python.
+
+        That is 1.6 of 7 us at one token (benchmarks/speed/bench_host_cost.py).
+        """
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or _is_recorded(given):
             return self.overload(*given)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*given)
