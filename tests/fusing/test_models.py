@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
 import transformers
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 import shrank
@@ -19,44 +21,84 @@ from .test_rewrite import ends_of
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 TOKENS = {"input_ids": (torch.arange(10) % 7 + 3).reshape(2, 5)}
 PIXELS = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)}
-# Model, configuration, inputs, and how many ops have which end in the fused graph: activation, whether a residual is
-# added.
+SOUND = {"input_features": torch.linspace(-1, 1, 8 * 32).reshape(1, 8, 32)}
+IMAGE = {"input_tensor": torch.linspace(-1, 1, 32 * 64).reshape(1, 32, 8, 8), "temb": None}
+
+
+def of_transformers(name: str, **settings: object) -> Callable[[], nn.Module]:
+    kind = name.removesuffix("Encoder")
+    return lambda: getattr(transformers, f"{name}Model")(getattr(transformers, f"{kind}Config")(**settings))
+
+
+def whisper_encoder() -> nn.Module:
+    sizes = {f"{part}_{size}": n for part in ("encoder", "decoder") for size, n in (("layers", 1), ("ffn_dim", 48))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_source_positions": 16, "num_mel_bins": 8}
+    tokens = {"vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    return of_transformers("Whisper", d_model=32, **sizes, **heads, **tokens)().encoder
+
+
+# A model, its inputs, and how many ops have which end in the fused graph: activation, whether a residual is added.
 BARE, PLUS = ("none", False), ("none", True)
 TRANSFORMER = {BARE: 3, PLUS: 2, ("gelu", False): 1}  # q, k, v; the output and the second layer of the MLP; its first
 GATED = {BARE: 4, PLUS: 2, ("silu", False): 1}  # the same, and the factor beside the gate
-CASES = {
-    "Bert": (SMALL | {"vocab_size": 20}, TOKENS, TRANSFORMER | {BARE: 4}),  # the pooler
+WORDS = {"vocab_size": 20}
+CASES: dict[str, tuple[Callable[[], nn.Module], dict, dict[tuple[str, bool], int]]] = {
+    "Bert": (of_transformers("Bert", **SMALL, **WORDS), TOKENS, TRANSFORMER | {BARE: 4}),  # the pooler
     "ModernBert": (
-        SMALL | {"vocab_size": 20, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2},
+        of_transformers("ModernBert", **SMALL, **WORDS, pad_token_id=0, cls_token_id=1, sep_token_id=2),
         TOKENS,
         {BARE: 2, PLUS: 2},  # q, k and v in one layer, as are the gate and what it multiplies
     ),
     "GPT2": (
-        {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 20, "eos_token_id": 1},
+        of_transformers("GPT2", n_embd=32, n_layer=1, n_head=2, n_positions=16, eos_token_id=1, **WORDS),
         TOKENS,
         {BARE: 1, PLUS: 2, ("gelu_tanh", False): 1},
     ),
-    "Llama": (SMALL | {"vocab_size": 20}, TOKENS, GATED),
-    "Qwen3": (SMALL | {"vocab_size": 20, "num_key_value_heads": 1, "head_dim": 16}, TOKENS, GATED),
-    "ViT": (SMALL | {"image_size": 16, "patch_size": 8}, PIXELS, TRANSFORMER | {BARE: 5}),  # patches and pooler
+    "Llama": (of_transformers("Llama", **SMALL, **WORDS), TOKENS, GATED),
+    "Qwen3": (of_transformers("Qwen3", **SMALL, **WORDS, num_key_value_heads=1, head_dim=16), TOKENS, GATED),
+    "Gemma": (
+        of_transformers("Gemma", **SMALL, **WORDS, num_key_value_heads=1, head_dim=16),
+        TOKENS,
+        {BARE: 4, PLUS: 2, ("gelu_tanh", False): 1},
+    ),
+    "T5": (
+        of_transformers("T5Encoder", d_model=32, d_ff=48, d_kv=16, num_heads=2, num_layers=1, **WORDS),
+        TOKENS,
+        {BARE: 3, PLUS: 2, ("relu", False): 1},
+    ),
+    "Whisper": (whisper_encoder, SOUND, {BARE: 3, PLUS: 2, ("gelu", False): 3}),  # two are convolutions
+    "ViT": (of_transformers("ViT", **SMALL, image_size=16, patch_size=8), PIXELS, TRANSFORMER | {BARE: 5}),
     "ConvNext": (
-        {"hidden_sizes": [16, 24], "depths": [1, 1], "num_stages": 2},
+        of_transformers("ConvNext", hidden_sizes=[16, 24], depths=[1, 1], num_stages=2),
         PIXELS,
         {BARE: 3, ("gelu", False): 2},  # layer_scale comes before the residual
     ),
     "ResNet": (
-        {"embedding_size": 16, "hidden_sizes": [16, 24], "depths": [1, 1], "layer_type": "basic"},
+        of_transformers("ResNet", embedding_size=16, hidden_sizes=[16, 24], depths=[1, 1], layer_type="basic"),
         PIXELS,
         {BARE: 1, PLUS: 1, ("relu", False): 1},  # with their batch norms
+    ),
+    "MobileNetV2": (
+        of_transformers("MobileNetV2", depth_multiplier=0.35, image_size=16),
+        PIXELS,
+        {BARE: 19, PLUS: 9},  # relu6 is no activation of the ops
+    ),
+    "a block of a UNet": (
+        lambda: ResnetBlock2D(in_channels=32, out_channels=32, temb_channels=None, groups=8),
+        IMAGE,
+        {BARE: 1, PLUS: 1},  # norm and activation come first
     ),
 }
 
 
-def tiny(name: str) -> nn.Module:
+def compressed(name: str) -> nn.Module:
     torch.manual_seed(0)
-    settings, _, _ = CASES[name]
-    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**settings))
-    return shrank.auto_fact(model.eval(), rank=4)
+    return shrank.auto_fact(CASES[name][0]().eval(), rank=4)
+
+
+def output_of(model: nn.Module, inputs: dict) -> torch.Tensor:
+    found = model(**inputs)
+    return found if isinstance(found, torch.Tensor) else found[0]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -73,10 +115,10 @@ def test_a_models_ops_take_over_what_follows_them(name: str, monkeypatch: pytest
         after.append(ends_of(module.graph))
         return module
 
-    model, inputs, ends = tiny(name), *CASES[name][1:]
+    model, inputs, ends = compressed(name), *CASES[name][1:]
     with shrank.backend("native"), torch.no_grad():
-        wanted = model(**inputs)[0]
-        found = torch.compile(model, backend=backend)(**inputs)[0]
+        wanted = output_of(model, inputs)
+        found = output_of(torch.compile(model, backend=backend), inputs)
     assert_close(found, wanted)
     assert len(before) == 1, "one graph, as without the pass"
     assert set(before[0]) == {BARE} and len(before[0]) == len(after[0])
