@@ -10,10 +10,13 @@ import torch
 from torch.fx import Node
 from torch.nn import functional as F
 
-from .graph import is_call, only_user, other_input
+from .graph import aten, is_call, only_user, other_input
 
-_ADD, _MUL = (operator.add, torch.add, "add"), (operator.mul, torch.mul, "mul")
-_POW, _TANH = (operator.pow, torch.pow, "pow"), (torch.tanh, F.tanh, "tanh")
+_ADD = (operator.add, torch.add, "add", aten.add.Tensor)
+_MUL = (operator.mul, torch.mul, "mul", aten.mul.Tensor)
+_POW = (operator.pow, torch.pow, "pow", aten.pow.Tensor_Scalar)
+_TANH = (torch.tanh, F.tanh, "tanh", aten.tanh.default)
+_RELU = (F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_", aten.relu.default, aten.relu_.default)
 
 
 class Applied(NamedTuple):
@@ -34,11 +37,11 @@ def activation_after(node: Node) -> Applied | None:
 
 
 def _name_of(node: Node) -> str | None:
-    if is_call(node, F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"):
+    if is_call(node, *_RELU):
         return "relu"
-    if is_call(node, F.silu):
+    if is_call(node, F.silu, aten.silu.default, aten.silu_.default):
         return "silu"
-    if is_call(node, F.gelu):
+    if is_call(node, F.gelu, aten.gelu.default):
         approximate = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
     return None

@@ -11,7 +11,7 @@ from torch.fx.proxy import TraceError
 from ..layers.low_rank import LowRankLayer
 from ..layers.two_stage import is_untouched
 from ..ops import reference
-from .rewrite import End
+from .rewrite import End, take_place
 
 # What a forward raises that does with the stand-ins of a trace what only tensors can do, or gets inputs that do not
 # fit. NameError: of a module that is no submodule.
@@ -155,11 +155,4 @@ def _replace(graph: Graph, node: Node, end: End) -> None:
     with graph.inserting_before(end.last):
         layer = graph.create_node("get_attr", node.target)
         fused = graph.call_function(finish, (layer, node.args[0], end.activation, end.residual))
-    end.last.replace_all_uses_with(fused)
-    dead = end.last
-    while dead is not node:  # what lies between has no other users
-        before = dead.prev
-        if not dead.users:
-            graph.erase_node(dead)
-        dead = before
-    graph.erase_node(node)
+    take_place(graph, fused, end)

@@ -1,4 +1,7 @@
-"""Nodes of a graph of torch functions, as Dynamo records it: what they compute, and which of them may move."""
+"""Nodes of a graph: what they compute, and which of them may move.
+
+Dynamo records torch's functions and the methods of tensors; torch.export records overloads of ATen.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,19 @@ _IN_PLACE = {getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "tr
 }
 
 
+aten = torch.ops.aten
+
+
 def is_call(node: Node, *functions: Callable | str) -> bool:
     """Whether the node calls one of these functions, or on a tensor one of the methods of these names."""
     if node.op == "call_method":
         return node.target in functions
     return node.op == "call_function" and node.target in functions
+
+
+def given_to(node: Node, *names: str) -> dict[str, object]:
+    """The arguments of a call by their names, as far as it has them."""
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def only_user(node: Node) -> Node | None:
@@ -56,10 +67,11 @@ def are_alike(one: object, other: object) -> bool:
 
 def is_identity(node: Node) -> bool:
     """Whether the node is a dropout that drops nothing."""
-    if not is_call(node, F.dropout, torch.dropout):
+    if not is_call(node, F.dropout, torch.dropout, aten.dropout.default):
         return False
-    given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | dict(node.kwargs)
-    return given.get("training", True) is False or given.get("p", 0.5) == 0
+    given = given_to(node, "input", "p", "training", "inplace")
+    training = given.get("train", given.get("training", True))  # the names of ATen and of torch
+    return training is False or given.get("p", 0.5) == 0
 
 
 def can_move(node: Node, target: Node, passed: tuple[Node, ...] = ()) -> bool:

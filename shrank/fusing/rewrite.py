@@ -11,11 +11,17 @@ from torch.fx import Graph, Node
 from torch.nn import functional as F
 
 from .activations import activation_after
-from .graph import are_alike, can_move, is_call, only_user, other_input, value_of
+from .graph import are_alike, aten, can_move, given_to, is_call, only_user, other_input, value_of
 from .graph import is_identity as drops_nothing
 
-_SUMS = (operator.add, torch.add, "add")
-_IN_PLACE_SUMS = (operator.iadd, "add_")
+_SUMS = (operator.add, torch.add, "add", aten.add.Tensor)
+_IN_PLACE_SUMS = (operator.iadd, "add_", aten.add_.Tensor)
+_NORMS = {  # each has its own order of arguments
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    aten.batch_norm.default: (
+        *("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled"),
+    ),
+}
 
 
 @dataclass
@@ -64,11 +70,9 @@ class End:
     def _take_norm(self) -> None:
         """A batch norm that does not learn its statistics: it scales and shifts channels."""
         user = only_user(self.last)
-        if user is None or not is_call(user, F.batch_norm):
+        if user is None or not is_call(user, *_NORMS):
             return
-        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        given = {"weight": None, "bias": None, "training": False, "eps": 1e-5}
-        given |= dict(zip(names, user.args, strict=False)) | dict(user.kwargs)
+        given = {"weight": None, "bias": None, "training": False, "eps": 1e-5} | given_to(user, *_NORMS[user.target])
         if given["input"] is self.last and given["training"] is False and given["running_mean"] is not None:
             self.norm, self.last = given, user
 
@@ -85,7 +89,7 @@ class End:
 
 
 def fuse(graph: Graph) -> int:
-    """Let every low-rank op of a graph of torch functions take over the activation, the residual and the batch norm
+    """Let every low-rank op of a graph take over the activation, the residual and the batch norm
     that follow it, where nobody else needs what lies between; dropouts that drop nothing are passed by.
 
     Args:
@@ -105,8 +109,6 @@ def fuse(graph: Graph) -> int:
         if end := End.of(node, with_norm=op is torch.ops.shrank.low_rank_conv.default):
             _replace(graph, op, arguments, end)
             found += 1
-    if found:
-        graph.eliminate_dead_code()
     return found
 
 
@@ -118,7 +120,7 @@ def _ops() -> dict[Callable, Callable]:
 
 def _arguments_of(node: Node, op: Callable) -> dict[str, object]:
     schema = op._schema.arguments
-    given = dict(zip((each.name for each in schema), node.args, strict=False)) | dict(node.kwargs)
+    given = given_to(node, *(each.name for each in schema))
     return {each.name: each.default_value for each in schema} | given
 
 
@@ -130,7 +132,19 @@ def _replace(graph: Graph, op: Callable, arguments: dict[str, object], end: End)
         arguments |= {"activation": end.activation, "residual": end.residual}
         fused = graph.call_function(op, tuple(arguments.values()))
     fused.meta = {key: last.meta[key] for key in ("example_value", "val", "stack_trace") if key in last.meta}
-    last.replace_all_uses_with(fused)
+    take_place(graph, fused, end)
+
+
+def take_place(graph: Graph, fused: Node, end: End) -> None:
+    """Give a node all users of the end of another, and remove what nobody uses then: of that end and what led to it."""
+    end.last.replace_all_uses_with(fused)
+    unused, gone = [end.last], set()
+    while unused:
+        node = unused.pop()
+        if not node.users and node not in gone and node.op not in ("placeholder", "get_attr"):
+            unused += node.all_input_nodes
+            graph.erase_node(node)
+            gone.add(node)
 
 
 def _folded(graph: Graph, arguments: dict[str, object], norm: dict) -> dict[str, Node]:

@@ -58,6 +58,20 @@ def fused(function: Callable, *inputs: Tensor, dynamic: bool = False) -> tuple[E
     return ends[0], answer
 
 
+def exported(function: Callable, *inputs: Tensor) -> tuple[Ends, object]:
+    """The same of the graph that torch.export makes, in the vocabulary of ATen."""
+
+    class Module(nn.Module):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return function(*inputs)
+
+    module = torch.export.export(Module(), inputs).module()
+    fuse(module.graph)
+    module.graph.lint()
+    module.recompile()
+    return ends_of(module.graph), module(*inputs)
+
+
 def tanh_gelu(z: Tensor) -> Tensor:
     return 0.5 * z * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * torch.pow(z, 3.0))))
 
@@ -90,6 +104,14 @@ def test_what_follows_an_op_becomes_its_end(name: str, dynamic: bool) -> None:
     found, answer = fused(function, x, dynamic=dynamic)
     assert found == [end]
     assert_close(answer, function(x))
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_exported_graphs_are_read_as_well(name: str) -> None:
+    function, end = TAKEN[name]
+    found, answer = exported(function, drawn(2, 5, 8))
+    assert found == [end]
+    assert_close(answer, function(drawn(2, 5, 8)))
 
 
 def added_in_place(x: Tensor) -> Tensor:
@@ -160,12 +182,18 @@ LEFT = {
 }
 
 
+# torch.export makes of a change in place a new tensor, or refuses it, and keeps no other state.
+EXPORTED_ALIKE = {name for name in LEFT if not name.endswith("between")}
+
+
 @pytest.mark.parametrize("name", LEFT)
 def test_all_else_is_left_as_it_is(name: str) -> None:
     x, again = drawn(3, 8), drawn(3, 8)
     torch.manual_seed(0)
     found, answer = fused(LEFT[name], x)
     assert set(found) == {("none", False)}
+    if name in EXPORTED_ALIKE:
+        assert set(exported(LEFT[name], drawn(3, 8))[0]) == {("none", False)}
     torch.manual_seed(0)
     wanted = LEFT[name](again)
     assert_close(*(each if isinstance(each, Tensor) else each[0] for each in (answer, wanted)))
@@ -193,9 +221,10 @@ def test_a_batch_norm_becomes_a_part_of_a_convolutions_second_factor(bias: Tenso
         return F.relu(norm(low_rank_conv(x, bias), affine=affine)) + residual
 
     x, residual = drawn(2, 8, 5, 7), drawn(2, 6, 5, 7)
-    found, answer = fused(block, x, residual)
-    assert found == [("relu", True)]
-    assert_close(answer, block(x, residual))
+    for look in (fused, exported):
+        found, answer = look(block, x, residual)
+        assert found == [("relu", True)]
+        assert_close(answer, block(x, residual))
 
 
 def test_a_batch_norm_that_learns_is_left() -> None:
