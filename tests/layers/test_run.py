@@ -12,6 +12,7 @@ import shrank
 from shrank import CED, LED
 from shrank.layers.led import LEDConv1D
 from shrank.layers.low_rank import LowRankLayer
+from shrank.ops import reference
 from tests.common.models import draw, seeded
 from tests.common.ops import ops_of, pretend_native
 from tests.common.replica import replica
@@ -128,7 +129,8 @@ def test_a_compiled_layer_follows_the_backend(name: str, monkeypatch) -> None:
         graphs.append(graph)
         return graph
 
-    compiled, op = torch.compile(layer, fullgraph=True, backend=record), getattr(torch.ops.shrank, OPS[type(layer)])
+    compiled = torch.compile(layer, fullgraph=True, backend=record)
+    op = getattr(torch.ops.shrank, OPS[type(layer)]).default
     with torch.no_grad():
         expected = layer(x)
         assert_close(compiled(x), expected)
@@ -137,3 +139,26 @@ def test_a_compiled_layer_follows_the_backend(name: str, monkeypatch) -> None:
         assert_close(compiled(x), expected)
     calls = [op in {node.target for node in graph.graph.nodes} for graph in graphs]
     assert calls == ([False, False] if layer.pivoted else [False, True])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("end", ["none", "gelu"])
+@pytest.mark.parametrize("native", [False, True])
+def test_what_follows_a_layer_runs_in_its_op_or_after_it(name: str, end: str, native: bool, monkeypatch) -> None:
+    pretend_native(monkeypatch)
+    build, shape = LAYERS[name]
+    layer, x = seeded(build), draw(*shape)
+    native = native and not layer.pivoted
+    y = layer(x)
+    with shrank.backend("native" if native else "torch"), torch.no_grad():
+        for residual in (None, draw(*y.shape), draw(*y.shape).double(), draw(y.size(-1))):
+            wanted = reference.finished(layer(x), end, residual)
+            assert_close(layer.finished(x, end, residual), wanted)
+        assert len(ops_of(lambda: layer.finished(x, end))) == native
+
+
+def test_a_hook_on_the_layer_sees_its_output_before_what_follows() -> None:
+    layer, x, seen = seeded(lambda: LED(24, 20, 7)), draw(3, 24), []
+    layer.register_forward_hook(lambda _module, _args, y: seen.append(y))
+    found = layer.finished(x, "relu")
+    assert torch.equal(found, seen[0].relu())
