@@ -202,7 +202,7 @@ RULES = {  # name: (what, instead)
     "sums of the first columns": (r"to \+ n \* kChunk, sum", "to, sum"),
 }
 
-EQUIVALENT = {  # (rule, a piece of the line): why nothing changes
+EQUIVALENT = {  # (rule, a piece of `file: line`): why nothing changes
     ("< becomes <=", "below < UpSums::kRows; below += arch::kWarpSize"): "a hint, which reads nothing",
     ("< becomes <=", "arch::prefetch_if(below < left"): "a hint, which reads nothing",
     ("< becomes <=", "column < params.N ? params.M - row - first"): "a hint, which reads nothing",
@@ -217,7 +217,7 @@ EQUIVALENT = {  # (rule, a piece of the line): why nothing changes
     ): "a step of no columns multiplies nothing and brings nothing",
     (
         "columns beyond the matrix",
-        "                       inside ? 16 : 0);",
+        "gather.cuh:                        inside ? 16 : 0);",
     ): "finite filters meet zeros of x; others: test_a_special_filter_reaches_its_own_column_of_h",
     ("< becomes <=", "column < left; column += 2 * kChunk"): "a hint, which reads nothing",
     ("< becomes <=", "rows < ROWS ?"): "of two equal numbers either is the smaller",
