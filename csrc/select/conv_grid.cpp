@@ -8,6 +8,7 @@
 #include "cost.h"
 #include "integers.h"
 #include "kernel_slots.h"
+#include "linear_grid.h"
 #include "tile_cost.h"
 
 namespace shrank {
@@ -15,7 +16,6 @@ namespace {
 
 constexpr int kMaxRank = 256;  // that one block holds of the sums of h; of a depthwise h, what shared memory holds
 constexpr int kMaxDepthwiseRank = 1536;
-constexpr int kMaxBlocksN = 64;
 constexpr int64_t kTooLarge = int64_t{1} << 30;  // places in x are 32-bit numbers, and padding lies below zero
 
 // L1 and shared memory are one; a block may not have all of it (CUDA C++ Programming Guide: 192, 128, 256 KiB of an
@@ -124,7 +124,7 @@ const char* conv_why_not(const ConvProblem& p, const Device& d) {
     return "the rank and the outputs of each group of the second stage must be multiples of 8";
   if (!p.is_depthwise() && p.R / p.up_groups / p.segments() % 8)
     return "the rank of each group of the first stage must be a multiple of 8";
-  if (p.up_groups * kMaxBlocksN > 65535) return "the second stage has more groups than a grid has blocks";
+  if (p.up_groups * kMaxShares > 65535) return "the second stage has more groups than a grid has blocks";
   if (p.is_depthwise() && !taps_are_listed(p, Gather::depthwise))
     return "a depthwise filter has more than 256 taps, or its axes more than 31 in all";
   if (p.R / p.up_groups > (p.is_depthwise() ? kMaxDepthwiseRank : kMaxRank))
@@ -147,7 +147,7 @@ const char* conv_why_not(const ConvProblem& p, const Device& d, const ConvTile& 
   if (tile.gather != gather_of(p)) return "the tile reads x in another way than the problem needs";
   if (tile.tile.max_rank < p.R / p.up_groups) return "the rank of a group is above the tile's";
   if (tile.shared_bytes() > d.smem_per_block) return "the tile needs more shared memory than a block has here";
-  if (shares < 1 || shares > kMaxBlocksN) return "the shares of the columns must be 1 to 64";
+  if (shares < 1 || shares > kMaxShares) return kWrongShares;
   return nullptr;
 }
 
@@ -165,7 +165,7 @@ template <typename Visit> void for_each_grid(const ConvProblem& p, const Device&
   const int64_t tiles_n = ceil_div(p.N / p.up_groups, LinearTile::kBlockN);
   for (const ConvTile& tile : kConvTiles) {
     if (!suits(tile, p, d)) continue;
-    for (int blocks_n = 1; blocks_n <= std::min<int64_t>(kMaxBlocksN, tiles_n); blocks_n *= 2) {
+    for (int blocks_n = 1; blocks_n <= std::min<int64_t>(kMaxShares, tiles_n); blocks_n *= 2) {
       const ConvGrid grid = conv_grid_of(p, tile, blocks_n);
       const double costs[] = {microseconds(grid, inference, d), microseconds(grid, training, d)};
       visit(PlannedConv{grid, costs[p.training]}, costs[0] + costs[1]);

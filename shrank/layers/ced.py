@@ -91,14 +91,7 @@ class CED(LowRankLayer):
         fan_in = in_channels // groups * math.prod(kernel_size)
         reset_stages(self.ced_unit, fan_in=fan_in, rank=rank // self.up_groups)
 
-    def in_one_op(
-        self,
-        x: Tensor,
-        first: nn.Module,
-        second: nn.Module,
-        activation: str = "none",
-        residual: Tensor | None = None,
-    ) -> Tensor:
+    def in_one_op(self, x: Tensor, first: nn.Module, second: nn.Module, *end: str | Tensor | None) -> Tensor:
         padding = first.padding
         if first.padding_mode != "zeros":
             x, padding = F.pad(x, first._reversed_padding_repeated_twice, first.padding_mode), 0
@@ -112,8 +105,7 @@ class CED(LowRankLayer):
             first.dilation,
             first.groups,
             second.groups,
-            activation,
-            residual,
+            *end,
         )
 
     @property

@@ -106,15 +106,8 @@ class LED(LowRankLayer):
                 return run_pivots(stages["2"], h, linear(h, up, bias))
         return super().forward(x)
 
-    def in_one_op(
-        self,
-        x: Tensor,
-        first: nn.Module,
-        second: nn.Module,
-        activation: str = "none",
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        return low_rank_linear(x, first.weight, second.weight, second.bias, activation, residual)
+    def in_one_op(self, x: Tensor, first: nn.Module, second: nn.Module, *end: str | Tensor | None) -> Tensor:
+        return low_rank_linear(x, first.weight, second.weight, second.bias, *end)
 
     def takes_residual(self, x: Tensor, residual: Tensor) -> bool:
         return residual.shape == (*x.shape[:-1], self.out_features) and residual.dtype == x.dtype

@@ -30,15 +30,11 @@ class LowRankLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return run(self.stages, x, self.stage_kinds, self.in_one_op)
 
-    def in_one_op(
-        self,
-        x: Tensor,
-        first: nn.Module,
-        second: nn.Module,
-        activation: str = "none",
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """What both stages compute, one after the other, and what follows them, by the op of shrank."""
+    def in_one_op(self, x: Tensor, first: nn.Module, second: nn.Module, *end: str | Tensor | None) -> Tensor:
+        """What both stages compute, one after the other, by the op of shrank.
+
+        end: what follows them, if anything: activation and residual, as the op takes them.
+        """
         raise NotImplementedError
 
     def finished(self, x: Tensor, activation: str, residual: Tensor | None = None) -> Tensor:

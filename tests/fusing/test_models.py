@@ -12,11 +12,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 import shrank
-from shrank.fusing.rewrite import fuse
 from tests.common.ops import pretend_native
 from tests.common.tolerances import assert_close
 
-from .test_rewrite import ends_of
+from .test_rewrite import fusing
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 TOKENS = {"input_ids": (torch.arange(10) % 7 + 3).reshape(2, 5)}
@@ -106,19 +105,10 @@ def test_a_models_ops_take_over_what_follows_them(name: str, monkeypatch: pytest
     pretend_native(monkeypatch)
     torch._dynamo.reset()
     before, after = [], []
-
-    def backend(module: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
-        before.append(ends_of(module.graph))
-        fuse(module.graph)
-        module.graph.lint()
-        module.recompile()
-        after.append(ends_of(module.graph))
-        return module
-
     model, inputs, ends = compressed(name), *CASES[name][1:]
     with shrank.backend("native"), torch.no_grad():
         wanted = output_of(model, inputs)
-        found = output_of(torch.compile(model, backend=backend), inputs)
+        found = output_of(torch.compile(model, backend=fusing(before, after)), inputs)
     assert_close(found, wanted)
     assert len(before) == 1, "one graph, as without the pass"
     assert set(before[0]) == {BARE} and len(before[0]) == len(after[0])

@@ -42,20 +42,27 @@ def ends_of(graph: torch.fx.Graph) -> Ends:
     return found
 
 
-def fused(function: Callable, *inputs: Tensor, dynamic: bool = False) -> tuple[Ends, object]:
-    """What the pass leaves of the function's graph, and what that computes."""
-    torch._dynamo.reset()
-    ends: list[Ends] = []
+def fusing(before: list[Ends], after: list[Ends]) -> Callable:
+    """A backend of torch.compile that only runs the pass, and notes the ends of each graph before and after."""
 
     def backend(module: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+        before.append(ends_of(module.graph))
         fuse(module.graph)
         module.graph.lint()
         module.recompile()
-        ends.append(ends_of(module.graph))
+        after.append(ends_of(module.graph))
         return module
 
-    answer = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*inputs)
-    return ends[0], answer
+    return backend
+
+
+def fused(function: Callable, *inputs: Tensor, dynamic: bool = False) -> tuple[Ends, object]:
+    """What the pass leaves of the function's graph, and what that computes."""
+    torch._dynamo.reset()
+    before: list[Ends] = []
+    after: list[Ends] = []
+    answer = torch.compile(function, backend=fusing(before, after), fullgraph=True, dynamic=dynamic)(*inputs)
+    return after[0], answer
 
 
 def exported(function: Callable, *inputs: Tensor) -> tuple[Ends, object]:
