@@ -90,20 +90,26 @@ STEPS = (
     ),
     Step(
         "grid",
-        module("benchmarks.speed.bench_low_rank_linear", *MEASURED, "--budget", "35"),
-        50,
+        module("benchmarks.speed.bench_low_rank_linear", *MEASURED, "--budget", "28"),
+        42,
         module("benchmarks.speed.bench_low_rank_linear", *REHEARSED),
     ),
     Step(
+        "gated",
+        module("benchmarks.speed.bench_low_rank_gated", *MEASURED, "--budget", "8"),
+        18,
+        module("benchmarks.speed.bench_low_rank_gated", *REHEARSED),
+    ),
+    Step(
         "convolutions",
-        module("benchmarks.speed.bench_low_rank_conv", *MEASURED, "--budget", "15"),
-        30,
+        module("benchmarks.speed.bench_low_rank_conv", *MEASURED, "--budget", "12"),
+        26,
         module("benchmarks.speed.bench_low_rank_conv", *REHEARSED),
     ),
     Step(
         "stacks",
         module("benchmarks.speed.stacks", *MEASURED),
-        40,
+        38,
         module("benchmarks.speed.stacks", "--tiny", "--out", DATA),
     ),
     Step(

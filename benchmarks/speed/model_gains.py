@@ -52,6 +52,14 @@ PAGE_LINEAR = {
     "Llama up": (16384, 4096, 14336, 512),
     "one token": (1, 4096, 4096, 256),
 }
+# Gate and value have this rank each.
+PAGE_GATED = {
+    "Llama-8B": (4096, 4096, 14336, 256),
+    "Llama-8B, 16384": (16384, 4096, 14336, 256),
+    "Llama-8B, one token": (1, 4096, 14336, 256),
+    "SmolLM2": (4096, 576, 1536, 64),
+    "ModernBERT": (16384, 768, 1152, 96),
+}
 PATHS = {
     "shrink_expand": "two kernels that stream the factors",
     "fused": "one kernel",
@@ -75,13 +83,18 @@ def page_tables(gpu: str = "h200") -> dict[str, str]:
         [name, *map(str, sizes), *_times(explain(sizes, gpu=gpu, activation="gelu"))]
         for name, sizes in PAGE_LINEAR.items()
     ]
+    gated = [
+        [name, *map(str, sizes), *_times(explain(sizes, gpu=gpu, activation="silu", bias=False, gate=sizes[3]))]
+        for name, sizes in PAGE_GATED.items()
+    ]
     heads = {
         "convolutions": "convolution batch channels image kernel outputs rank dense two_convolutions",
         "linear": "layer tokens inputs outputs rank dense two_GEMMs_and_a_pass",
+        "gated": "layer tokens inputs outputs rank dense four_GEMMs_and_two_passes",
     }
     return {
         place: _markdown([*(head.replace("_", " ") for head in heads[place].split()), "chosen path", "its time"], rows)
-        for place, rows in (("convolutions", convolutions), ("linear", linear))
+        for place, rows in (("convolutions", convolutions), ("linear", linear), ("gated", gated))
     }
 
 

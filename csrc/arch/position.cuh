@@ -35,4 +35,13 @@ SHRANK_DEVICE int blocks_y() { return static_cast<int>(SHRANK_INDEX(gridDim).y);
 #undef SHRANK_INDEX
 #endif
 
+// The same number, unknown to the compiler: what was computed from it before is not kept in registers until it is needed
+// again.
+SHRANK_DEVICE int anew(int number) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(number));
+#endif
+  return number;
+}
+
 }  // namespace shrank::arch

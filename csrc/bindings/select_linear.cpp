@@ -23,8 +23,9 @@ namespace {
 
 LinearProblem problem(int64_t M, int64_t K, int64_t N, int64_t R, const std::string& dtype,
                       const std::string& activation, bool bias, bool residual, bool training, bool aligned,
-                      bool captured) {
-  return {M, K, N, R, parse_dtype(dtype), parse_activation(activation), bias, residual, training, aligned, captured};
+                      bool captured, int64_t gate_R) {
+  return {M,    K,        N,        R,       parse_dtype(dtype), parse_activation(activation),
+          bias, residual, training, aligned, captured,           gate_R};
 }
 
 Device from_attributes_of(const std::string& name, int major, int minor, int sms, int clock_khz, int memory_clock_khz,
@@ -52,11 +53,13 @@ void bind_choice(py::module_& m, const char* candidate, const char* choice) {
 void bind_select_linear(py::module_ m) {
   py::class_<LinearProblem>(m, "LinearProblem")
       .def(py::init(&problem), "M"_a, "K"_a, "N"_a, "R"_a, "dtype"_a = "bfloat16", "activation"_a = "none",
-           "bias"_a = false, "residual"_a = false, "training"_a = false, "aligned"_a = true, "captured"_a = false)
+           "bias"_a = false, "residual"_a = false, "training"_a = false, "aligned"_a = true, "captured"_a = false,
+           "gate_R"_a = 0)
       .def_readonly("M", &LinearProblem::M)
       .def_readonly("K", &LinearProblem::K)
       .def_readonly("N", &LinearProblem::N)
       .def_readonly("R", &LinearProblem::R)
+      .def_readonly("gate_R", &LinearProblem::gate_R)
       .def_readonly("bias", &LinearProblem::bias)
       .def_readonly("residual", &LinearProblem::residual)
       .def_readonly("training", &LinearProblem::training)
@@ -95,9 +98,11 @@ void bind_select_linear(py::module_ m) {
       .def_readonly("blocks_m", &EpilogueTile::blocks_m);
 
   py::class_<LinearTile>(m, "LinearTile")
-      .def(py::init([](int block_m, int max_rank) { return LinearTile{block_m, max_rank}; }), "block_m"_a, "max_rank"_a)
+      .def(py::init([](int block_m, int max_rank, int pairs) { return LinearTile{block_m, max_rank, pairs}; }),
+           "block_m"_a, "max_rank"_a, "pairs"_a = 1)
       .def_readonly("block_m", &LinearTile::block_m)
       .def_readonly("max_rank", &LinearTile::max_rank)
+      .def_readonly("pairs", &LinearTile::pairs)
       .def_property_readonly("holds_h", &LinearTile::holds_h)
       .def_property_readonly("threads", &LinearTile::threads)
       .def_property_readonly("down_stages", &LinearTile::down_stages)
@@ -105,7 +110,8 @@ void bind_select_linear(py::module_ m) {
       .def_property_readonly("shared_bytes", &LinearTile::shared_bytes)
       .def_property_readonly("expand_bytes", &LinearTile::expand_bytes)
       .def("__repr__", [](const LinearTile& tile) {
-    return "LinearTile(" + std::to_string(tile.block_m) + ", " + std::to_string(tile.max_rank) + ")";
+    return "LinearTile(" + std::to_string(tile.block_m) + ", " + std::to_string(tile.max_rank) +
+           (tile.pairs == 1 ? ")" : ", pairs=" + std::to_string(tile.pairs) + ")");
   });
 
   py::class_<LinearGrid>(m, "LinearGrid")
@@ -117,20 +123,27 @@ void bind_select_linear(py::module_ m) {
       .def_readonly("blocks_n", &LinearGrid::blocks_n);
 
   m.attr("LINEAR_TILES") = std::vector<LinearTile>(kLinearTiles.begin(), kLinearTiles.end());
+  m.attr("GATED_TILES") = std::vector<LinearTile>(kGatedTiles.begin(), kGatedTiles.end());
   py::class_<ShrinkExpandTile>(m, "ShrinkExpandTile")
       .def_readonly("tokens", &ShrinkExpandTile::tokens)
+      .def_readonly("pairs", &ShrinkExpandTile::pairs)
       .def_property_readonly_static("MAX_RANK", [](const py::object&) { return ShrinkExpandTile::kMaxRank; })
       .def_property_readonly_static("SHRINK_THREADS",
                                     [](const py::object&) { return ShrinkExpandTile::kShrinkThreads; })
       .def_property_readonly_static("EXPAND_THREADS",
                                     [](const py::object&) { return ShrinkExpandTile::kExpandThreads; })
       .def_property_readonly("shrink_bytes", &ShrinkExpandTile::shrink_bytes)
-      .def_property_readonly("expand_bytes", &ShrinkExpandTile::expand_bytes)
-      .def("__repr__", [](const ShrinkExpandTile& t) { return "ShrinkExpandTile(" + std::to_string(t.tokens) + ")"; });
+      .def("expand_bytes_of", &ShrinkExpandTile::expand_bytes, "rank"_a)
+      .def_property_readonly("expand_bytes", [](const ShrinkExpandTile& t) {
+    return t.expand_bytes();
+  }).def("__repr__", [](const ShrinkExpandTile& t) {
+    return "ShrinkExpandTile(" + std::to_string(t.tokens) + (t.pairs == 1 ? ")" : ", pairs=2)");
+  });
   m.attr("SHRINK_EXPAND_TILES") = std::vector<ShrinkExpandTile>(kShrinkExpandTiles.begin(), kShrinkExpandTiles.end());
   m.def("bytes_in_flight", &bytes_in_flight, "problem"_a, "device"_a, "grid"_a);
   m.def("bytes_needed_in_flight", &bytes_needed_in_flight, "problem"_a, "device"_a);
   m.attr("BACKWARD_TILES") = std::vector<LinearTile>(kBackwardTiles.begin(), kBackwardTiles.end());
+  m.attr("GATED_BACKWARD_TILES") = std::vector<LinearTile>(kGatedBackwardTiles.begin(), kGatedBackwardTiles.end());
   m.def("backward_sum_rows", &backward_sum_rows, "grid"_a);
   m.def("backward_candidates", &backward_candidates, "problem"_a, "device"_a);
   m.def("choose_backward", &choose_backward, "problem"_a, "device"_a);

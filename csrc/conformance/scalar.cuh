@@ -60,12 +60,12 @@ struct MaxOrNan : Case<Inputs::floats, kThreads, kNumbers, kNumbers> {
   }
 };
 
-// Of neighbours: both halves of the product.
+// Of neighbours: both halves of the product; the first is unknown to the compiler, and the same number.
 struct MultiplyWide : Case<Inputs::bits, kThreads, kNumbers, kNumbers> {
   SHRANK_DEVICE static void run(const Params& params) {
     const int* numbers = input<int>(params);
     for (int i = arch::thread_index() * 2; i < kNumbers; i += kThreads * 2) {
-      const int64_t product = arch::multiply_wide(numbers[i], numbers[i + 1]);
+      const int64_t product = arch::multiply_wide(arch::anew(numbers[i]), numbers[i + 1]);
       words_out(params)[i] = static_cast<uint32_t>(product);
       words_out(params)[i + 1] = static_cast<uint32_t>(product >> 32);
     }

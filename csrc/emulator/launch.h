@@ -54,10 +54,10 @@ Result run(const Launch& launch, const std::vector<Buffer>& buffers, const Optio
 // A kernel is a struct with Params, kThreads, kSharedBytes and run(const Params&), as kernels/launch.cuh has it.
 template <typename Kernel>
 Result launch(const std::string& name, Index3 grid, const typename Kernel::Params& params,
-              const std::vector<Buffer>& buffers, const Options& options, bool relied_on = false) {
+              const std::vector<Buffer>& buffers, const Options& options, bool relied_on = false,
+              std::size_t shared_bytes = Kernel::kSharedBytes) {
   const auto entry = [](const void* at) { Kernel::run(*static_cast<const typename Kernel::Params*>(at)); };
-  return run({name, grid, {Kernel::kThreads}, Kernel::kSharedBytes, entry, &params, sizeof params, relied_on}, buffers,
-             options);
+  return run({name, grid, {Kernel::kThreads}, shared_bytes, entry, &params, sizeof params, relied_on}, buffers, options);
 }
 
 }  // namespace shrank::emulator

@@ -9,7 +9,7 @@ namespace shrank {
 
 template <typename T, int BLOCK_M, int MAX_RANK> struct LowRankDepthwise {
   using Params = LowRankConvParams;
-  using Block = shrank::Block<T, BLOCK_M, MAX_RANK, Params, true>;
+  using Block = shrank::Block<T, BLOCK_M, MAX_RANK, 1, Params, true>;
   static constexpr ConvTile kTile{Gather::depthwise, {BLOCK_M, MAX_RANK}};
   static constexpr int kThreads = Block::kThreads, kSharedBytes = kTile.shared_bytes(), kOrigins = kTile.origins(),
                        kTaps = kTile.taps();
@@ -31,7 +31,7 @@ template <typename T, int BLOCK_M, int MAX_RANK> struct LowRankDepthwise {
     }
     arch::sync_threads();  // panels of up take the place of the filters
     block.template expand<false>([&] {
-      if (params.h && block.share == 0) block.save_h();
+      if (params.h && block.share == 0) block.save_h(0);
     });
   }
 

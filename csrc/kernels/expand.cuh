@@ -1,27 +1,36 @@
-// What the matrix kernels share: a block owns rows of y = activation(h up^T + bias) + residual and walks the columns.
-// Its rows of h lie in shared memory, whoever put them there; or, of any rank, they come from global memory in panels.
+// What the matrix kernels share: a block owns rows of y = activation(h up^T + bias) + residual, or of a gated layer's y,
+// and walks the columns. Its rows of h lie in shared memory, whoever put them there; or, of any rank, they come from
+// global memory in panels.
 #pragma once
 
+#include <utility>
+
 #include "activation.cuh"
+#include "pair.h"
 #include "tile.cuh"
 
 namespace shrank {
 
-// P: the kernel's parameters, with M, N, R, up, bias and h; and what its end needs: residual, y and activation. Where there are GROUPS, N and R count one
-// group's columns, whose up (N, R) follow one another; groups and column tiles share the second axis of the grid.
-template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct Block {
+// P: the kernel's parameters, with M, N and a pair of factors for each of PAIRS; and what its end needs: residual, y and
+// activation. Where there are GROUPS, N and R count one group's columns, whose up (N, R) follow one another; groups and
+// column tiles share the second axis of the grid. Of two pairs, a warp has the same columns, so that their sums meet in
+// a lane's registers.
+template <typename T, int BLOCK_M, int MAX_RANK, int PAIRS, typename P, bool GROUPS = false> struct Block {
   using Params = P;
-  static constexpr LinearTile kTile{BLOCK_M, MAX_RANK};
+  static constexpr int kPairs = PAIRS;
+  static constexpr LinearTile kTile{BLOCK_M, MAX_RANK, PAIRS};
   static constexpr bool kHoldsH = kTile.holds_h();
   static constexpr int kThreads = kTile.threads();
-  static constexpr int BLOCK_N = LinearTile::kBlockN, kWarpsN = kTile.warps_n(), kWarps = kThreads / arch::kWarpSize;
+  static constexpr int BLOCK_N = kTile.block_n(), kWarpsN = LinearTile::kWarpsN, kWarps = kThreads / arch::kWarpSize;
   static constexpr int kPanelBytes = BLOCK_M * kPanelRow;  // of BLOCK_M rows: of x, of h
   static constexpr int kHPanels = kTile.h_panels(), kHBytes = kTile.h_bytes();
-  static constexpr int kUpOffset = kHoldsH ? 0 : kPanelBytes;  // of up in a slot: behind h, where h is streamed
+  static constexpr int kUpOffset = kHoldsH ? 0
+                                           : kPairs * kPanelBytes;  // of up in a slot: behind h, where h is streamed
+  static constexpr int kUpBytes = BLOCK_N * kPanelRow;  // of a pair's up
   static constexpr int kStagingOffset = kTile.up_stages() * kTile.up_stage_bytes();
   static constexpr int kStagingBytes = kTile.staging_bytes() / kWarps;  // of a warp
 
-  static constexpr int kFragmentsM = BLOCK_M / LinearTile::kWarpsM / 16;
+  static constexpr int kWarpsM = kTile.warps_m(), kFragmentsM = BLOCK_M / kWarpsM / 16;
   using UpSums = Sums<kFragmentsM, BLOCK_N / kWarpsN / 8>;
   using UpPipeline = Pipeline<kTile.up_stages(), kTile.up_stage_bytes()>;
   using Stage = Staging<T, UpSums::kColumns>;
@@ -29,8 +38,8 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
   static_assert(UpSums::kRows % kStagedRows == 0 && kStagedRows % 16 == 0);
 
   const Params& params;
-  const int64_t row;                // the block's first
-  const int group, share;           // of columns
+  const int64_t row;  // the block's first
+  const int group, share;  // of columns
   const int warp_row, warp_column;  // the warp's place among the warps
   const SharedAddress h_panels, slots, staging;
 
@@ -61,53 +70,84 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
   SHRANK_DEVICE int of_all(int n) const { return group * params.N + n; }
   SHRANK_DEVICE int64_t at(int64_t m, int n) const { return m * (params.N * groups()) + of_all(n); }
 
-  // The copies join the group of the first panel of up, and have landed when that has.
-  SHRANK_DEVICE void load_h() const {
-    PanelLoader<T, BLOCK_M, kThreads> h(h_in_memory(), row);
-#pragma unroll
-    for (int panel = 0; panel < kHPanels; panel++) h.load(h_panels + panel * kPanelBytes);
+  SHRANK_DEVICE Pair pair(int i) const {
+    if constexpr (GROUPS) return {params.down, params.up, params.bias, params.h, params.R};
+    else return params.pair[i];
   }
 
-  SHRANK_DEVICE Matrix<T> h_in_memory() const { return {static_cast<const T*>(params.h), params.M, params.R}; }
-  SHRANK_DEVICE Matrix<T> up() const {
-    return {static_cast<const T*>(params.up) + static_cast<int64_t>(of_all(0)) * params.R, params.N, params.R};
+  // Where a pair's panels of h begin, and one of them.
+  SHRANK_DEVICE SharedAddress h_of(int i, int panel = 0) const {
+    return h_panels + (i * kHPanels + panel) * kPanelBytes;
+  }
+
+  // The copies join the group of the first panel of up, and have landed when that has.
+  SHRANK_DEVICE void load_h() const {
+#pragma unroll
+    for (int i = 0; i < kPairs; i++) {
+      PanelLoader<T, BLOCK_M, kThreads> h(h_in_memory(i), row);
+#pragma unroll
+      for (int panel = 0; panel < kHPanels; panel++) h.load(h_of(i, panel));
+    }
+  }
+
+  SHRANK_DEVICE Matrix<T> h_in_memory(int i) const { return {static_cast<const T*>(pair(i).h), params.M, pair(i).R}; }
+  SHRANK_DEVICE Matrix<T> up(int i) const {
+    const Pair of = pair(i);
+    return {static_cast<const T*>(of.up) + static_cast<int64_t>(of_all(0)) * of.R, params.N, of.R};
+  }
+  SHRANK_DEVICE int rank_panels() const {
+    int most = ceil_div(pair(0).R, kPanel);
+#pragma unroll
+    for (int i = 1; i < kPairs; i++) most = max_of(most, ceil_div(pair(i).R, kPanel));
+    return most;
   }
 
   // Fills slots with the panels of up, and of h where it is streamed: through the rank, tile after tile.
   struct Walk {
-    using Up = PanelLoader<T, BLOCK_N, kThreads>;
-    using H = PanelCompanion<T, BLOCK_M, kThreads>;
+    struct Source {
+      PanelLoader<T, BLOCK_N, kThreads> up;
+      PanelCompanion<T, BLOCK_M, kThreads> h;
+    };
     const int rank_panels;
     int rows, left;  // of up that are left from this tile on; panels of the tile
-    Up up;
-    H h;
+    Source source[kPairs];
 
     SHRANK_DEVICE Walk(const Block& block, int tile, int rank_panels)
+        : Walk(block, tile, rank_panels, std::make_integer_sequence<int, kPairs>{}) {}
+
+    template <int... I>
+    SHRANK_DEVICE Walk(const Block& block, int tile, int rank_panels, std::integer_sequence<int, I...>)
         : rank_panels(rank_panels),
           rows(block.params.N - tile * BLOCK_N),
           left(rank_panels),
-          up(block.up(), tile * int64_t{BLOCK_N}),
-          h(block.h_in_memory(), block.row) {}
+          source{{{block.up(I), tile * int64_t{BLOCK_N}}, {block.h_in_memory(I), block.row}}...} {}
 
     SHRANK_DEVICE void operator()(SharedAddress slot, bool go) {
-      if constexpr (!kHoldsH) h.load(slot, up, go);
-      up.load(slot + kUpOffset, go);
+#pragma unroll
+      for (int i = 0; i < kPairs; i++) {
+        if constexpr (!kHoldsH) source[i].h.load(slot + i * kPanelBytes, source[i].up, go);
+        source[i].up.load(slot + kUpOffset + i * kUpBytes, go);
+      }
       if (--left) return;
       left = rank_panels;
       rows -= BLOCK_N;
-      up.restart_below(rank_panels, rows);
-      if constexpr (!kHoldsH) h.restart(rank_panels);
+#pragma unroll
+      for (Source& each : source) {
+        each.up.restart_below(rank_panels, rows);
+        if constexpr (!kHoldsH) each.h.restart(rank_panels);
+      }
     }
   };
 
   // h up^T + bias and its end, one tile of columns after the other, one pipeline running through all of them.
   // `prepare_h` runs while the first panels of up are on their way; the first step's barrier shows its work to all.
   // `end` is told of a tile's first column of this warp before its products and after, when it gets the sums.
-  // WHOLE_TILE: all panels of h that the tile has are filled, if only with zeros; else those that R needs.
-  template <bool WHOLE_TILE = kHoldsH, typename PrepareH, typename End>
+  // WHOLE_TILE: all panels of h that the tile has are met, filled if only with zeros, in straight code; else those that R
+  // needs, in a loop, as of two pairs, whose steps are longer.
+  template <bool WHOLE_TILE = kHoldsH && PAIRS == 1, typename PrepareH, typename End>
   SHRANK_DEVICE void expand(const PrepareH& prepare_h, const End& end) const {
     const int first = first_tile(), last = min_of(first + tiles_of_share(), tiles());
-    const int rank_panels = WHOLE_TILE ? kHPanels : ceil_div(params.R, kPanel);
+    const int rank_panels = WHOLE_TILE ? kHPanels : this->rank_panels();
     Walk walk(*this, first, rank_panels);
     UpPipeline panels(slots, (last - first) * rank_panels, walk);
     prepare_h();
@@ -116,12 +156,16 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
       const int column = tile * BLOCK_N + warp_column * UpSums::kColumns;
       end.begin(column);
       const Bias bias(*this, column);
-      UpSums sums;
+      UpSums sums[kPairs];
       const auto multiply = [&](int panel, int steps) {
         const SharedAddress slot = panels.arrive();
-        multiply_panels<T>(sums, kHoldsH ? h_panels + panel * kPanelBytes : slot, warp_row * UpSums::kRows,
-                           slot + kUpOffset, warp_column * UpSums::kColumns, steps, AllRows{},
-                           [&] { panels.refill(slot, walk); });
+#pragma unroll
+        for (int i = 0; i < kPairs; i++) {
+          multiply_panels<T>(sums[i], kHoldsH ? h_of(i, panel) : slot + i * kPanelBytes, warp_row * UpSums::kRows,
+                             slot + kUpOffset + i * kUpBytes, warp_column * UpSums::kColumns, steps, AllRows{}, [&] {
+            if (i == 0) panels.refill(slot, walk);
+          });
+        }
       };
       if constexpr (WHOLE_TILE) {
 #pragma unroll
@@ -131,26 +175,28 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
 #pragma unroll 1
         for (int panel = 0; panel < rank_panels; panel++) multiply(panel, kPanel / 16);  // zeros beyond the rank
       }
-      if (params.bias) bias.add_to(sums);
+      bias.add_to(sums);
       end.finish(sums, column);
     }
   }
 
   // To y.
-  template <bool WHOLE_TILE = kHoldsH, typename PrepareH> SHRANK_DEVICE void expand(const PrepareH& prepare_h) const {
+  template <bool WHOLE_TILE = kHoldsH && PAIRS == 1, typename PrepareH> SHRANK_DEVICE void expand(
+      const PrepareH& prepare_h) const {
     expand<WHOLE_TILE>(prepare_h, ToOutput{*this});
   }
 
-  // Training needs h: from the panels, 16 bytes at a time.
-  SHRANK_DEVICE void save_h() const {
+  // Training needs a pair's h: from the panels, 16 bytes at a time.
+  SHRANK_DEVICE void save_h(int i) const {
+    const Pair of = pair(i);
     arch::sync_threads();
-    const int chunks = params.R / kChunk;
-    for (int i = arch::thread_index(); i < BLOCK_M * chunks; i += kThreads) {
-      const int at = i / chunks, chunk = i % chunks;
+    const int chunks = of.R / kChunk;
+    for (int each = arch::thread_index(); each < BLOCK_M * chunks; each += kThreads) {
+      const int at = each / chunks, chunk = each % chunks;
       if (row + at >= params.M) return;
-      const SharedAddress panel = h_panels + chunk / kPanelChunks * kPanelBytes;
-      const int64_t first = ((row + at) * groups() + group) * params.R;
-      arch::store(static_cast<uint32_t*>(params.h) + first / 2 + chunk * 4,
+      const SharedAddress panel = h_of(i, chunk / kPanelChunks);
+      const int64_t first = ((row + at) * groups() + group) * of.R;
+      arch::store(static_cast<uint32_t*>(of.h) + first / 2 + chunk * 4,
                   arch::load_shared_words(chunk_at(panel, at, chunk % kPanelChunks)));
     }
   }
@@ -167,58 +213,81 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
 
   // Of the lane's columns in the fragments: asked for before the products, used after them.
   struct Bias {
-    uint32_t pair[UpSums::kColumns / kChunk];
+    const Block& block;
+    uint32_t two[kPairs][UpSums::kColumns / kChunk];
 
-    SHRANK_DEVICE Bias(const Block& block, int column) {
+    SHRANK_DEVICE Bias(const Block& block, int column) : block(block) {
       const int first = block.of_all(column) + arch::lane_index() % 4 * 2;
-      const int columns = block.params.bias ? block.params.N - column : 0;
-      const char* const from = static_cast<const char*>(block.params.bias) +
-                               arch::multiply_wide(first, static_cast<int>(sizeof(T)));
 #pragma unroll
-      for (int n = 0; n < UpSums::kColumns / kChunk; n++)
-        pair[n] = arch::load_word_if(n * kChunk < columns, from + n * kChunk * sizeof(T));
+      for (int i = 0; i < kPairs; i++) {
+        const void* const bias = block.pair(i).bias;
+        const int columns = bias ? block.params.N - column : 0;
+        const char* const from = static_cast<const char*>(bias) +
+                                 arch::multiply_wide(first, static_cast<int>(sizeof(T)));
+#pragma unroll
+        for (int n = 0; n < UpSums::kColumns / kChunk; n++)
+          two[i][n] = arch::load_word_if(n * kChunk < columns, from + n * kChunk * sizeof(T));
+      }
     }
 
-    SHRANK_DEVICE void add_to(UpSums& sums) const {
+    SHRANK_DEVICE void add_to(UpSums (&sums)[kPairs]) const {
 #pragma unroll
-      for (auto& row : sums.item) {
+      for (int i = 0; i < kPairs; i++) {
+        if (!block.pair(i).bias) continue;
 #pragma unroll
-        for (int n = 0; n < UpSums::kColumns / kChunk; n++) {
-          add_pair<T>(row[n][0], row[n][1], pair[n]);
-          add_pair<T>(row[n][2], row[n][3], pair[n]);
+        for (auto& row : sums[i].item) {
+#pragma unroll
+          for (int n = 0; n < UpSums::kColumns / kChunk; n++) {
+            add_pair<T>(row[n][0], row[n][1], two[i][n]);
+            add_pair<T>(row[n][2], row[n][3], two[i][n]);
+          }
         }
       }
     }
   };
 
-  // y = activation(z) + residual, one step after the other on all of the warp's sums: none waits for the memory of
-  // another, and the activation is chosen once.
+  // y = activation(z) + residual, or activation(gate) value, one step after the other on all of the warp's sums: none
+  // waits for the memory of another, and the activation is chosen once.
   struct ToOutput {
     const Block& block;
 
     SHRANK_DEVICE void begin(int column) const {
-      if (block.params.residual) block.prefetch(block.params.residual, column);
+      if constexpr (kPairs == 1) {
+        if (block.params.residual) block.prefetch(block.params.residual, column);
+      }
     }
 
-    SHRANK_DEVICE void finish(UpSums& sums, int column) const {
+    SHRANK_DEVICE void finish(UpSums (&sums)[kPairs], int column) const {
       const Params& params = block.params;
       with_activation(params.activation, [&](auto kind) {
-#pragma unroll
-        for (auto& row : sums.item) {
-#pragma unroll
-          for (auto& fragment : row) {
-#pragma unroll
-            for (float& sum : fragment) sum = activate<T, decltype(kind)::value>(sum);
-          }
-        }
+        for_each_sum([&](int m, int n, int i) {
+          float& sum = sums[0].item[m][n][i];
+          sum = activate<T, decltype(kind)::value>(sum);
+        });
       });
-      if (params.residual) {
-        block.meet(sums, static_cast<const T*>(params.residual), column,
-                   [](float& low, float& high, uint32_t pair) { add_pair<T>(low, high, pair); });
+      if constexpr (kPairs == 2) {
+        for_each_sum([&](int m, int n, int i) { sums[0].item[m][n][i] *= sums[1].item[m][n][i]; });
+      } else if (params.residual) {
+        block.meet(static_cast<const T*>(params.residual), column, [&](int m, int n, int i, uint32_t two) {
+          float (&fragment)[4] = sums[0].item[m][n];
+          add_pair<T>(fragment[i], fragment[i + 1], two);
+        });
       }
-      block.write(static_cast<T*>(params.y), sums, column);
+      block.write(static_cast<T*>(params.y), sums[0], column);
     }
   };
+
+  // Calls visit with each of the warp's sums: fragments down and along, number.
+  template <typename Visit> SHRANK_DEVICE static void for_each_sum(const Visit& visit) {
+#pragma unroll
+    for (int m = 0; m < kFragmentsM; m++) {
+#pragma unroll
+      for (int n = 0; n < UpSums::kColumns / kChunk; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) visit(m, n, i);
+      }
+    }
+  }
 
   // The lines of `kStagedRows` rows of the warp's tile: visit gets the line's first row there, as a type, the lane's chunk
   // of it in `matrix`, (M, N) as y is, and whether that exists.
@@ -255,10 +324,10 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
     }
   }
 
-  // Calls `combine` with each pair of sums and the pair of numbers at its place in `matrix`, (M, N) as y is; zeros, where
-  // there are none.
+  // Calls `combine` with each place of two neighbouring sums, fragments down and along and number, and the two numbers
+  // there in `matrix`, (M, N) as y is; zeros, where there are none.
   template <typename Combine>
-  SHRANK_DEVICE void meet(UpSums& sums, const T* matrix, int column, const Combine& combine) const {
+  SHRANK_DEVICE void meet(const T* matrix, int column, const Combine& combine) const {
     const Stage stage{staging};
 #pragma unroll
     for (int first = 0; first < UpSums::kRows; first += kStagedRows) {
@@ -272,9 +341,16 @@ template <typename T, int BLOCK_M, int MAX_RANK, typename P, bool GROUPS> struct
       arch::sync_warp();
 #pragma unroll
       for (int m = 0; m < kStagedRows; m += 16) {
-        auto& row = sums.item[(first + m) / 16];
 #pragma unroll
-        for (int n = 0; n < UpSums::kColumns / kChunk; n += 2) stage.meet(m, n, row[n], row[n + 1], combine);
+        for (int n = 0; n < UpSums::kColumns / kChunk; n += 2) {
+          uint32_t pairs[4];
+          stage.get(pairs, m, n);
+          const int down = (first + m) / 16;
+          combine(down, n, 0, pairs[0]);
+          combine(down, n, 2, pairs[1]);
+          combine(down, n + 1, 0, pairs[2]);
+          combine(down, n + 1, 2, pairs[3]);
+        }
       }
     }
   }

@@ -5,11 +5,12 @@
 namespace shrank {
 namespace {
 
-template <typename T>
+template <typename T, const auto& TILES>
 void launch_tile(const ExpandBackwardParams& params, const LinearGrid& grid, bool dependent, void* stream) {
   const dim3 blocks(static_cast<unsigned>(grid.blocks_m), static_cast<unsigned>(grid.blocks_n));
-  const bool found = with_tile<kBackwardTiles>(grid.tile, [&](auto tile) {
-    launch<ExpandBackward<T, tile().block_m, tile().max_rank>>("expand_backward", blocks, params, dependent, stream);
+  const bool found = with_tile<TILES>(grid.tile, [&](auto tile) {
+    launch<ExpandBackward<T, tile().block_m, tile().max_rank, tile().pairs>>("expand_backward", blocks, params,
+                                                                             dependent, stream);
   });
   if (!found) throw std::runtime_error("shrank: expand_backward was not compiled for the tile that select chose");
 }
@@ -18,8 +19,13 @@ void launch_tile(const ExpandBackwardParams& params, const LinearGrid& grid, boo
 
 void launch_expand_backward(const ExpandBackwardParams& params, const LinearGrid& grid, bool dependent, void* stream) {
   if (params.M == 0 || params.N == 0) return;
-  if (params.dtype == Dtype::bfloat16) return launch_tile<arch::bfloat16>(params, grid, dependent, stream);
-  if (params.dtype == Dtype::float16) return launch_tile<arch::float16>(params, grid, dependent, stream);
+  const auto launch = [&](auto element) {
+    using T = decltype(element);
+    if (grid.tile.pairs == 1) return launch_tile<T, kBackwardTiles>(params, grid, dependent, stream);
+    return launch_tile<T, kGatedBackwardTiles>(params, grid, dependent, stream);
+  };
+  if (params.dtype == Dtype::bfloat16) return launch(arch::bfloat16{});
+  if (params.dtype == Dtype::float16) return launch(arch::float16{});
   throw std::runtime_error("shrank: expand_backward takes float16 and bfloat16, not " +
                            std::string(name_of(params.dtype)));
 }

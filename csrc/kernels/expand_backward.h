@@ -1,21 +1,21 @@
-// The way back through the end of a low-rank layer, from h: what the backward pass does instead of keeping z.
+// The way back through the end of a low-rank layer, from h: what the backward pass does instead of keeping z. Of a gated
+// layer as well.
 #pragma once
 
 #include "../select/linear_problem.h"
 #include "../select/linear_tile.h"
+#include "pair.h"
 
 namespace shrank {
 
-// All row-major, contiguous and aligned to 16 bytes; N and R are multiples of 8.
+// All row-major, contiguous and aligned to 16 bytes; N is a multiple of 8.
 struct ExpandBackwardParams {
-  const void* h;     // (M, R)
-  const void* up;    // (N, R)
-  const void* bias;  // (N) or null
+  Pair pair[2];  // the layer's, or gate and value; down is null, h is read
   const void* grad;  // (M, N), of y
-  void* dz;          // (M, N): grad times the derivative of the activation at h up^T + bias
-  float* sums;       // (backward_sum_rows, N) or null: sums of dz over the rows of a warp
+  void* dz[2];  // (M, N), of each pair: of h up^T + bias
+  float* sums[2];  // (backward_sum_rows, N), of each pair, or null: sums of dz over the rows of a warp
   int64_t M;
-  int N, R;
+  int N;
   Dtype dtype;  // float16 or bfloat16
   Activation activation;
 };

@@ -14,22 +14,25 @@ std::vector<emulator::Buffer> buffers_of(const ExpandBackwardParams& p, const Li
     if (base) buffers.push_back({name, base, static_cast<std::size_t>(rows * columns * width), writable, true});
   };
   const int width = bytes(p.dtype);
-  add("h", p.h, p.M, p.R, width, false);
-  add("up", p.up, p.N, p.R, width, false);
-  add("bias", p.bias, 1, p.N, width, false);
   add("grad", p.grad, p.M, p.N, width, false);
-  add("dz", p.dz, p.M, p.N, width, true);
-  add("sums", p.sums, backward_sum_rows(grid), p.N, sizeof(float), true);
+  for (int i = 0; i < grid.tile.pairs; i++) {
+    const Pair& of = p.pair[i];
+    add("h", of.h, p.M, of.R, width, false);
+    add("up", of.up, p.N, of.R, width, false);
+    add("bias", of.bias, 1, p.N, width, false);
+    add("dz", p.dz[i], p.M, p.N, width, true);
+    add("sums", p.sums[i], backward_sum_rows(grid), p.N, sizeof(float), true);
+  }
   return buffers;
 }
 
-template <typename T>
+template <typename T, const auto& TILES>
 emulator::Result emulate(const ExpandBackwardParams& params, const LinearGrid& grid, const emulator::Options& options) {
   const emulator::Index3 blocks{static_cast<unsigned>(grid.blocks_m), static_cast<unsigned>(grid.blocks_n), 1};
   emulator::Result result;
-  const bool found = with_tile<kBackwardTiles>(grid.tile, [&](auto tile) {
-    result = emulator::launch<ExpandBackward<T, tile().block_m, tile().max_rank>>("expand_backward", blocks, params,
-                                                                                  buffers_of(params, grid), options);
+  const bool found = with_tile<TILES>(grid.tile, [&](auto tile) {
+    result = emulator::launch<ExpandBackward<T, tile().block_m, tile().max_rank, tile().pairs>>(
+        "expand_backward", blocks, params, buffers_of(params, grid), options);
   });
   if (!found) throw std::invalid_argument("no expand_backward kernel has this tile");
   return result;
@@ -39,8 +42,13 @@ emulator::Result emulate(const ExpandBackwardParams& params, const LinearGrid& g
 
 emulator::Result emulate_expand_backward(const ExpandBackwardParams& params, const LinearGrid& grid,
                                          const emulator::Options& options) {
-  if (params.dtype == Dtype::bfloat16) return emulate<arch::bfloat16>(params, grid, options);
-  if (params.dtype == Dtype::float16) return emulate<arch::float16>(params, grid, options);
+  const auto emulate_on = [&](auto element) {
+    using T = decltype(element);
+    return grid.tile.pairs == 1 ? emulate<T, kBackwardTiles>(params, grid, options)
+                                : emulate<T, kGatedBackwardTiles>(params, grid, options);
+  };
+  if (params.dtype == Dtype::bfloat16) return emulate_on(arch::bfloat16{});
+  if (params.dtype == Dtype::float16) return emulate_on(arch::float16{});
   throw std::invalid_argument("expand_backward takes float16 and bfloat16");
 }
 

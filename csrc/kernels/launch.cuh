@@ -1,6 +1,7 @@
 // How a kernel is launched: a struct with Params, kThreads, kSharedBytes and run(const Params&). nvcc only.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <stdexcept>
@@ -28,21 +29,27 @@ inline void check_launch(cudaError_t error, const char* kernel) {
                            " kernel was not launched: " + cudaGetErrorString(error));
 }
 
-// More than 48 KiB of shared memory must be asked for, once for each device.
+// More than 48 KiB of shared memory must be asked for, once for each device: as much as the kernel may ever want, if a
+// block can have that there.
 template <typename Kernel> void allow_shared(const char* name) {
   static std::atomic<uint64_t> allowed{0};
   int device = 0;
   check_launch(cudaGetDevice(&device), name);
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
   if (allowed.load(std::memory_order_relaxed) & bit) return;
-  check_launch(cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes),
+  int most = 0;
+  check_launch(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+  check_launch(cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    std::min(most, Kernel::kSharedBytes)),
                name);
   allowed.fetch_or(bit, std::memory_order_relaxed);
 }
 
-// `dependent`: the kernel waits by itself for the grids before it, and may be launched before they end.
+// `dependent`: the kernel waits by itself for the grids before it, and may be launched before they end. shared_bytes:
+// what these parameters want of kSharedBytes.
 template <typename Kernel>
-void launch(const char* name, dim3 grid, const typename Kernel::Params& params, bool dependent, void* stream) {
+void launch(const char* name, dim3 grid, const typename Kernel::Params& params, bool dependent, void* stream,
+            int shared_bytes = Kernel::kSharedBytes) {
   allow_shared<Kernel>(name);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -50,7 +57,7 @@ void launch(const char* name, dim3 grid, const typename Kernel::Params& params, 
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(Kernel::kThreads);
-  config.dynamicSmemBytes = Kernel::kSharedBytes;
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = dependent ? 1 : 0;

@@ -9,7 +9,7 @@ namespace shrank {
 
 template <typename T, Gather HOW, int BLOCK_M, int MAX_RANK> struct LowRankConv {
   using Params = LowRankConvParams;
-  using Block = shrank::Block<T, BLOCK_M, MAX_RANK, Params, true>;
+  using Block = shrank::Block<T, BLOCK_M, MAX_RANK, 1, Params, true>;
   static constexpr ConvTile kTile{HOW, {BLOCK_M, MAX_RANK}};
   static constexpr int kThreads = Block::kThreads, kSharedBytes = kTile.shared_bytes(), kOrigins = kTile.origins(),
                        kTaps = kTile.taps();
@@ -37,7 +37,7 @@ template <typename T, Gather HOW, int BLOCK_M, int MAX_RANK> struct LowRankConv 
     block.expand([&] {
       round_into_panels<T>(block.h_panels, Block::kPanelBytes, h, block.warp_row * DownSums::kRows,
                            block.warp_column * DownSums::kColumns, params.R);
-      if (params.h && block.share == 0) block.save_h();
+      if (params.h && block.share == 0) block.save_h(0);
     });
   }
 

@@ -4,8 +4,13 @@ namespace shrank {
 
 void launch_low_rank_linear(const LowRankLinearParams& params, const LinearGrid& grid, bool dependent, void* stream) {
   if (params.M == 0 || params.N == 0) return;
-  if (params.dtype == Dtype::bfloat16) return launch_linear<arch::bfloat16>(params, grid, dependent, stream);
-  if (params.dtype == Dtype::float16) return launch_linear<arch::float16>(params, grid, dependent, stream);
+  const auto launch = [&](auto element) {
+    using T = decltype(element);
+    if (grid.tile.pairs == 1) return launch_linear<T, kLinearTiles>(params, grid, dependent, stream);
+    return launch_linear<T, kGatedTiles>(params, grid, dependent, stream);
+  };
+  if (params.dtype == Dtype::bfloat16) return launch(arch::bfloat16{});
+  if (params.dtype == Dtype::float16) return launch(arch::float16{});
   throw std::runtime_error("shrank: low_rank_linear takes float16 and bfloat16, not " +
                            std::string(name_of(params.dtype)));
 }

@@ -1,4 +1,5 @@
-// y = activation(h up^T + bias) + residual with h = x down^T: h computed from x, or given.
+// y = activation(h up^T + bias) + residual with h = x down^T: h computed from x, or given. Or of two such pairs of factors
+// activation(gate) value.
 #pragma once
 
 #include "expand.cuh"
@@ -6,9 +7,9 @@
 
 namespace shrank {
 
-template <typename T, int BLOCK_M, int MAX_RANK> struct LowRankLinear {
+template <typename T, int BLOCK_M, int MAX_RANK, int PAIRS> struct LowRankLinear {
   using Params = LowRankLinearParams;
-  using Block = shrank::Block<T, BLOCK_M, MAX_RANK, Params, false>;
+  using Block = shrank::Block<T, BLOCK_M, MAX_RANK, PAIRS, Params>;
   static constexpr LinearTile kTile = Block::kTile;
   static constexpr int kThreads = Block::kThreads, kSharedBytes = kTile.shared_bytes();
   using DownSums = Sums<Block::kFragmentsM, Block::kHoldsH ? MAX_RANK / Block::kWarpsN / 8 : 2>;
@@ -19,26 +20,45 @@ template <typename T, int BLOCK_M, int MAX_RANK> struct LowRankLinear {
     if (block.is_idle()) return;
     arch::grid_dependency_wait();
     if constexpr (!Block::kHoldsH) return block.expand([] {});
-    DownSums h;
-    if (params.x) {
-      contract(block, h);
-      arch::sync_threads();  // all are done with the panels of x and down: those of up take their place
-    } else {
-      block.load_h();
+    const auto save = [&] {
+#pragma unroll
+      for (int i = 0; i < PAIRS; i++)
+        if (params.x && block.pair(i).h && block.share == 0) block.save_h(i);
+    };
+    if constexpr (PAIRS == 1) {
+      DownSums h;
+      if (params.x) contract(block, 0, h);
+      else block.load_h();
+      block.expand([&] {
+        if (params.x) round(block, 0, h);
+        save();
+      });
+    } else {  // beside the loaders of two pairs there are no registers for sums of h
+      if (!params.x) block.load_h();
+#pragma unroll
+      for (int i = 0; i < PAIRS; i++) {
+        if (!params.x) break;
+        DownSums h;
+        contract(block, i, h);
+        round(block, i, h);
+      }
+      block.expand(save);
     }
-    block.expand([&] {
-      if (!params.x) return;
-      round_into_panels<T>(block.h_panels, Block::kPanelBytes, h, block.warp_row * DownSums::kRows,
-                           block.warp_column * DownSums::kColumns, params.R);
-      if (params.h && block.share == 0) block.save_h();
-    });
   }
 
-  // h = x down^T, this warp's part of it.
-  SHRANK_DEVICE static void contract(const Block& block, DownSums& h) {
+  SHRANK_DEVICE static void round(const Block& block, int i, const DownSums& h) {
+    const int warp_row = PAIRS > 1 ? arch::anew(block.warp_row) : block.warp_row;  // 8 addresses, for each pair
+    round_into_panels<T>(block.h_of(i), Block::kPanelBytes, h, warp_row * DownSums::kRows,
+                         block.warp_column * DownSums::kColumns, block.pair(i).R);
+  }
+
+  // h = x down^T of a pair, this warp's part of it. All are done with the panels of x and down then: others may take their
+  // place.
+  SHRANK_DEVICE static void contract(const Block& block, int i, DownSums& h) {
     const Params& params = block.params;
+    const Pair of = block.pair(i);
     PanelLoader<T, BLOCK_M, kThreads> x({static_cast<const T*>(params.x), params.M, params.K}, block.row);
-    PanelLoader<T, MAX_RANK, kThreads> down({static_cast<const T*>(params.down), params.R, params.K}, 0);
+    PanelLoader<T, MAX_RANK, kThreads> down({static_cast<const T*>(of.down), of.R, params.K}, 0);
     const auto load = [&](SharedAddress slot, bool go) {
       x.load(slot, go);
       down.load(slot + Block::kPanelBytes, go);
@@ -52,6 +72,7 @@ template <typename T, int BLOCK_M, int MAX_RANK> struct LowRankLinear {
                          block.warp_column * DownSums::kColumns, kPanel / 16, AllRows{},
                          [&] { panels.refill(slot, load); });
     }
+    arch::sync_threads();
   }
 };
 

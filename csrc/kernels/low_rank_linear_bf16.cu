@@ -1,3 +1,3 @@
 #include "low_rank_linear_launch.cuh"
 
-template void shrank::launch_linear<shrank::arch::bfloat16>(const LowRankLinearParams&, const LinearGrid&, bool, void*);
+template shrank::LaunchLinear shrank::launch_linear<shrank::arch::bfloat16, shrank::kLinearTiles>;

@@ -8,7 +8,7 @@
 namespace shrank {
 namespace {
 
-std::vector<emulator::Buffer> buffers_of(const LowRankLinearParams& p) {
+std::vector<emulator::Buffer> buffers_of(const LowRankLinearParams& p, const LinearTile& tile) {
   const auto size = [&](int64_t rows, int64_t columns) {
     return static_cast<std::size_t>(rows * columns * bytes(p.dtype));
   };
@@ -16,25 +16,26 @@ std::vector<emulator::Buffer> buffers_of(const LowRankLinearParams& p) {
   const auto add = [&](const char* name, const void* base, std::size_t bytes, bool writable) {
     if (base) buffers.push_back({name, base, bytes, writable, true});
   };
-  if (p.x) {
-    add("x", p.x, size(p.M, p.K), false);
-    add("down", p.down, size(p.R, p.K), false);
+  if (p.x) add("x", p.x, size(p.M, p.K), false);
+  for (int i = 0; i < tile.pairs; i++) {
+    const Pair& of = p.pair[i];
+    if (p.x) add("down", of.down, size(of.R, p.K), false);
+    add("up", of.up, size(p.N, of.R), false);
+    add("bias", of.bias, size(1, p.N), false);
+    add("h", of.h, size(p.M, of.R), p.x != nullptr);
   }
-  add("up", p.up, size(p.N, p.R), false);
-  add("bias", p.bias, size(1, p.N), false);
   add("residual", p.residual, size(p.M, p.N), false);
-  add("h", p.h, size(p.M, p.R), p.x != nullptr);
   add("y", p.y, size(p.M, p.N), true);
   return buffers;
 }
 
-template <typename T>
+template <typename T, const auto& TILES>
 emulator::Result emulate(const LowRankLinearParams& params, const LinearGrid& grid, const emulator::Options& options) {
   const emulator::Index3 blocks{static_cast<unsigned>(grid.blocks_m), static_cast<unsigned>(grid.blocks_n), 1};
   emulator::Result result;
-  const bool found = with_tile<kLinearTiles>(grid.tile, [&](auto tile) {
-    result = emulator::launch<LowRankLinear<T, tile().block_m, tile().max_rank>>("low_rank_linear", blocks, params,
-                                                                                 buffers_of(params), options);
+  const bool found = with_tile<TILES>(grid.tile, [&](auto tile) {
+    result = emulator::launch<LowRankLinear<T, tile().block_m, tile().max_rank, tile().pairs>>(
+        "low_rank_linear", blocks, params, buffers_of(params, tile()), options);
   });
   if (!found) throw std::invalid_argument("no low_rank_linear kernel has this tile");
   return result;
@@ -44,8 +45,13 @@ emulator::Result emulate(const LowRankLinearParams& params, const LinearGrid& gr
 
 emulator::Result emulate_low_rank_linear(const LowRankLinearParams& params, const LinearGrid& grid,
                                          const emulator::Options& options) {
-  if (params.dtype == Dtype::bfloat16) return emulate<arch::bfloat16>(params, grid, options);
-  if (params.dtype == Dtype::float16) return emulate<arch::float16>(params, grid, options);
+  const auto emulate_on = [&](auto element) {
+    using T = decltype(element);
+    return grid.tile.pairs == 1 ? emulate<T, kLinearTiles>(params, grid, options)
+                                : emulate<T, kGatedTiles>(params, grid, options);
+  };
+  if (params.dtype == Dtype::bfloat16) return emulate_on(arch::bfloat16{});
+  if (params.dtype == Dtype::float16) return emulate_on(arch::float16{});
   throw std::invalid_argument("low_rank_linear takes float16 and bfloat16");
 }
 

@@ -1,6 +1,8 @@
 // h = x down^T, then y = activation(h up^T + bias) + residual, for a few rows of x: as many bytes of weights on their way
-// as the memory needs, and nothing between them and the tensor cores.
+// as the memory needs, and nothing between them and the tensor cores. Of two pairs of factors activation(gate) value.
 #pragma once
+
+#include <utility>
 
 #include "activation.cuh"
 #include "shrink_expand.h"
@@ -11,8 +13,8 @@ namespace shrank {
 // 16 rows of a factor, some chunks of them in registers, as the tensor cores' 16-row operand. A lane has 8 neighbouring
 // columns of rows g and g + 8: two steps of 16 of a permuted k. The rows of x are read with the same permutation, so that
 // nothing is exchanged.
-template <typename T, int TOKENS> struct WeightRows {
-  static constexpr int kChunk = ShrinkExpandTile::kChunk, kBatch = ShrinkExpandTile{TOKENS}.batch();
+template <typename T, int BATCH> struct WeightRows {
+  static constexpr int kChunk = ShrinkExpandTile::kChunk, kBatch = BATCH;
   using Words = arch::Pack<uint32_t, 4>;
 
   const T *low, *high;  // the lane's first numbers of its two rows
@@ -76,10 +78,10 @@ template <int TOKENS> struct TokenRows {
 };
 
 // sums += the rows of a batch times rows of x, which `load(eight, chunk of the batch)` gives.
-template <typename T, int TOKENS, typename Load>
-SHRANK_DEVICE void multiply_batch(TokenSums<TOKENS>& sums, const typename WeightRows<T, TOKENS>::Batch& batch,
+template <typename T, int BATCH, int TOKENS, typename Load>
+SHRANK_DEVICE void multiply_batch(TokenSums<TOKENS>& sums, const typename WeightRows<T, BATCH>::Batch& batch,
                                   const Load& load) {
-  constexpr int kBatch = WeightRows<T, TOKENS>::kBatch;
+  constexpr int kBatch = BATCH;
 #pragma unroll
   for (int eight = 0; eight < TokenSums<TOKENS>::kEights; eight++) {
     arch::Pack<uint32_t, 4> x[kBatch];
@@ -94,56 +96,89 @@ SHRANK_DEVICE void multiply_batch(TokenSums<TOKENS>& sums, const typename Weight
   }
 }
 
-// All chunks of the warp, two batches on their way, of which `first` and `second` are asked for already. `load` gets
-// the number of the batch's first chunk before what multiply_batch passes.
-template <typename T, int TOKENS, typename Load>
-SHRANK_DEVICE void multiply_rows(TokenSums<TOKENS>& sums, const WeightRows<T, TOKENS>& weights,
-                                 typename WeightRows<T, TOKENS>::Batch& first,
-                                 typename WeightRows<T, TOKENS>::Batch& second, int chunks, const Load& load) {
-  constexpr int kBatch = WeightRows<T, TOKENS>::kBatch;
-#pragma unroll 1
-  for (int chunk = 0; chunk < chunks; chunk += 2 * kBatch) {
-    multiply_batch<T>(sums, first, [&](int eight, int i) { return load(chunk, eight, i); });
-    weights.load(first, chunk + 2 * kBatch);
-    multiply_batch<T>(sums, second, [&](int eight, int i) { return load(chunk + kBatch, eight, i); });
-    weights.load(second, chunk + 3 * kBatch);
-  }
-}
+// All chunks of a warp's rows of PAIRS factors, two batches of each on their way, which begin() asks for. `load` gets the
+// pair and the number of the batch's first chunk before what multiply_batch passes.
+template <typename T, int BATCH, int PAIRS> struct WeightStream {
+  using Rows = WeightRows<T, BATCH>;
+  Rows rows[PAIRS];
+  typename Rows::Batch first[PAIRS], second[PAIRS];
 
-// A block has 16 rows of down; its warps, and the blocks of the other splits, share the columns.
-template <typename T, int TOKENS> struct Shrink {
+  template <typename... Of> SHRANK_DEVICE explicit WeightStream(const Of&... of) : rows{of...} {}
+
+  SHRANK_DEVICE void begin() {
+#pragma unroll
+    for (int pair = 0; pair < PAIRS; pair++) {
+      rows[pair].load(first[pair], 0);
+      rows[pair].load(second[pair], BATCH);
+    }
+  }
+
+  template <int TOKENS, typename Load>
+  SHRANK_DEVICE void multiply(TokenSums<TOKENS> (&sums)[PAIRS], int chunks, const Load& load) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; chunk += 2 * BATCH) {
+#pragma unroll
+      for (int pair = 0; pair < PAIRS; pair++) {
+        multiply_batch<T, BATCH>(sums[pair], first[pair],
+                                 [&](int eight, int i) { return load(pair, chunk, eight, i); });
+        rows[pair].load(first[pair], chunk + 2 * BATCH);
+        multiply_batch<T, BATCH>(sums[pair], second[pair],
+                                 [&](int eight, int i) { return load(pair, chunk + BATCH, eight, i); });
+        rows[pair].load(second[pair], chunk + 3 * BATCH);
+      }
+    }
+  }
+};
+
+// A block has 16 rows of a pair's down; its warps, and the blocks of the other splits, share the columns.
+template <typename T, int TOKENS, int PAIRS> struct Shrink {
   using Params = ShrinkExpandParams;
   static constexpr int kThreads = ShrinkExpandTile::kShrinkThreads;
   static constexpr int kSharedBytes = ShrinkExpandTile{TOKENS}.shrink_bytes();
   static constexpr int kWarps = ShrinkExpandTile::kShrinkWarps, kChunk = ShrinkExpandTile::kChunk;
+  static constexpr int kBatch = ShrinkExpandTile{TOKENS}.shrink_batch();
   using Sums = TokenSums<TOKENS>;
 
+  // Where a block's rows are.
+  struct Part {
+    int row;
+    Pair pair;
+    float* sums;
+
+    SHRANK_DEVICE static Part of(const Params& params, int block) {
+      if constexpr (PAIRS == 2) {
+        const int before = ceil_div(params.pair[0].R, ShrinkExpandTile::kRows);
+        if (block >= before) return {(block - before) * ShrinkExpandTile::kRows, params.pair[1], params.sums[1]};
+      }
+      return {block * ShrinkExpandTile::kRows, params.pair[0], params.sums[0]};
+    }
+  };
+
   SHRANK_DEVICE static void run(const Params& params) {
-    const int warp = arch::warp_index(), lane = arch::lane_index();
-    const int row = arch::block_x() * ShrinkExpandTile::kRows, split = arch::block_y() % params.splits;
+    const int warp = arch::warp_index(), lane = arch::lane_index(), split = arch::block_y() % params.splits;
+    const Part part = Part::of(params, arch::block_x());
     const TokenRows<TOKENS> tokens(arch::block_y() / params.splits, params.M);
     const int chunks = ceil_div(ceil_div(params.K, kChunk), params.splits * kWarps);
     const int begin = (split * kWarps + warp) * chunks * kChunk, end = min_of(begin + chunks * kChunk, params.K);
-    const WeightRows<T, TOKENS> weights(params.down, row, params.R, params.K, begin, end);
-    weights.prefetch();  // a hint, which may come before what writes them: L2 holds what is written last
+    WeightStream<T, kBatch, 1> weights(
+        WeightRows<T, kBatch>(part.pair.down, part.row, part.pair.R, params.K, begin, end));
+    weights.rows[0].prefetch();  // a hint, which may come before what writes them: L2 holds what is written last
     arch::grid_dependency_wait();
     arch::grid_dependency_launch();  // after the wait: what is complete for this grid is complete for the next
-    typename WeightRows<T, TOKENS>::Batch first, second;
-    weights.load(first, 0);
-    weights.load(second, WeightRows<T, TOKENS>::kBatch);
-    Sums sums;
+    weights.begin();
+    Sums sums[1];
     const T* const x = static_cast<const T*>(params.x) + arch::multiply_wide(tokens.first, params.K) + begin +
                        lane % 4 * 8;
-    multiply_rows<T>(sums, weights, first, second, chunks, [&](int chunk, int eight, int i) {
+    weights.multiply(sums, chunks, [&](int, int chunk, int eight, int i) {
       const int column = (chunk + i) * kChunk;
-      return arch::load_words_if(column < weights.left,
+      return arch::load_words_if(column < weights.rows[0].left,
                                  x + arch::multiply_wide(tokens.of_lane(eight), params.K) + column);
     });
-    add_up(params, sums, row, split, tokens);
+    add_up(params, sums[0], part, split, tokens);
   }
 
   // The sums of the warps, always in the same order.
-  SHRANK_DEVICE static void add_up(const Params& params, const Sums& sums, int row, int split,
+  SHRANK_DEVICE static void add_up(const Params& params, const Sums& sums, const Part& part, int split,
                                    const TokenRows<TOKENS>& tokens) {
     const int warp = arch::warp_index();
     const SharedAddress own = arch::dynamic_shared() + arch::lane_index() * 16;
@@ -164,49 +199,61 @@ template <typename T, int TOKENS> struct Shrink {
         for (int i = 0; i < 4; i++) sum.item[i] += part.item[i];
       }
       TokenSums<8>::for_each([&](int, int i, int token, int r) {
-        const int m = eight * 8 + token, column = row + r;
-        if (m < tokens.count && column < params.R) store(params, split, tokens.first + m, column, sum.item[i]);
+        const int m = eight * 8 + token, column = part.row + r;
+        if (m < tokens.count && column < part.pair.R) store(params, part, split, tokens.first + m, column, sum.item[i]);
       });
     }
   }
 
-  SHRANK_DEVICE static void store(const Params& params, int split, int m, int column, float sum) {
-    const int64_t at = arch::multiply_wide(m, params.R) + column;
-    if (params.splits == 1) arch::store(static_cast<T*>(params.h) + at, arch::Pack<T, 1>{arch::round_to<T>(sum)});
-    else arch::store(params.sums + static_cast<int64_t>(split) * params.M * params.R + at, arch::Pack<float, 1>{sum});
+  SHRANK_DEVICE static void store(const Params& params, const Part& part, int split, int m, int column, float sum) {
+    const int64_t at = arch::multiply_wide(m, part.pair.R) + column;
+    if (params.splits == 1) arch::store(static_cast<T*>(part.pair.h) + at, arch::Pack<T, 1>{arch::round_to<T>(sum)});
+    else arch::store(part.sums + static_cast<int64_t>(split) * params.M * part.pair.R + at, arch::Pack<float, 1>{sum});
   }
 };
 
-// A warp has 16 rows of up, all columns of them. Its weights, bias and residual are asked for while the first kernel
+// A warp has 16 rows of each pair's up, all columns of them. Its weights, bias and residual are asked for while the first kernel
 // runs, which has waited for all that may have written them.
-template <typename T, int TOKENS> struct Expand {
+template <typename T, int TOKENS, int PAIRS> struct Expand {
   using Params = ShrinkExpandParams;
   static constexpr int kThreads = ShrinkExpandTile::kExpandThreads;
   static constexpr int kBlocksOfSm = ShrinkExpandTile::kExpandBlocks;  // each with weights on their way
-  static constexpr int kSharedBytes = ShrinkExpandTile{TOKENS}.expand_bytes();
-  static constexpr int kChunk = ShrinkExpandTile::kChunk, kBatch = ShrinkExpandTile{TOKENS}.batch();
+  static constexpr int kSharedBytes = ShrinkExpandTile{TOKENS, PAIRS}.expand_bytes();
+  static constexpr int kChunk = ShrinkExpandTile::kChunk, kBatch = ShrinkExpandTile{TOKENS, PAIRS}.expand_batch();
   using Sums = TokenSums<TOKENS>;
 
   SHRANK_DEVICE static void run(const Params& params) {
     const int row = arch::block_x() * ShrinkExpandTile::kExpandRows + arch::warp_index() * ShrinkExpandTile::kRows;
-    const WeightRows<T, TOKENS> weights(params.up, row, params.N, params.R, 0, params.R);
-    typename WeightRows<T, TOKENS>::Batch first, second;
-    weights.load(first, 0);
-    weights.load(second, kBatch);
+    auto weights = weights_of(params, row, std::make_integer_sequence<int, PAIRS>{});
+    weights.begin();
     const TokenRows<TOKENS> tokens(arch::block_y(), params.M);
     const Ends ends(params, row, tokens);
     arch::grid_dependency_launch();
     arch::grid_dependency_wait();
     const SharedAddress h = arch::dynamic_shared();
-    stage_h(params, tokens, h);
+    const int rank = most_of(params), stride = h_row_bytes(rank);
+#pragma unroll
+    for (int pair = 0; pair < PAIRS; pair++) stage_h(params, pair, tokens, h + pair * TOKENS * stride, stride);
     arch::sync_threads();
-    Sums sums;
+    Sums sums[PAIRS];
     const SharedAddress own = h + arch::lane_index() % 4 * 16;
-    const int stride = h_row_bytes(params.R);
-    multiply_rows<T>(sums, weights, first, second, ceil_div(params.R, kChunk), [&](int chunk, int eight, int i) {
-      return arch::load_shared_words(own + tokens.of_lane(eight) * stride + (chunk + i) * kChunk * 2);
+    weights.multiply(sums, ceil_div(rank, kChunk), [&](int pair, int chunk, int eight, int i) {
+      const int at = pair * TOKENS + tokens.of_lane(eight);
+      return arch::load_shared_words(own + at * stride + (chunk + i) * kChunk * 2);
     });
     ends.finish(params, sums, row, tokens);
+  }
+
+  template <int... I>
+  SHRANK_DEVICE static WeightStream<T, kBatch, PAIRS> weights_of(const Params& params, int row,
+                                                                 std::integer_sequence<int, I...>) {
+    return WeightStream<T, kBatch, PAIRS>(
+        WeightRows<T, kBatch>(params.pair[I].up, row, params.N, params.pair[I].R, 0, params.pair[I].R)...);
+  }
+
+  // The larger rank: rows of the other h have zeros behind them.
+  SHRANK_DEVICE static int most_of(const Params& params) {
+    return PAIRS == 1 ? params.pair[0].R : max_of(params.pair[0].R, params.pair[1].R);
   }
 
   SHRANK_DEVICE static int h_row_bytes(int rank) {
@@ -214,24 +261,26 @@ template <typename T, int TOKENS> struct Expand {
     return ceil_div(rank, kColumns) * kColumns * 2 + ShrinkExpandTile::kHGap;
   }
 
-  // The rows of h, rounded, and zeros behind them up to the last chunk of a batch.
-  SHRANK_DEVICE static void stage_h(const Params& params, const TokenRows<TOKENS>& tokens, SharedAddress h) {
-    const int stride = h_row_bytes(params.R), pieces = (stride - ShrinkExpandTile::kHGap) / 16;
+  // The rows of a pair's h, rounded, and zeros behind them up to the last chunk of a batch.
+  SHRANK_DEVICE static void stage_h(const Params& params, int pair, const TokenRows<TOKENS>& tokens, SharedAddress h,
+                                    int stride) {
+    const int pieces = (stride - ShrinkExpandTile::kHGap) / 16;
     for (int i = arch::thread_index(); i < tokens.count * pieces; i += kThreads) {
       const int m = i / pieces, piece = i % pieces;
       arch::Pack<uint32_t, 4> words{};
-      if (piece * 8 < params.R) words = eight_of_h(params, tokens.first + m, piece * 8);
+      if (piece * 8 < params.pair[pair].R) words = eight_of_h(params, pair, tokens.first + m, piece * 8);
       arch::store_shared(h + m * stride + piece * 16, words);
     }
   }
 
-  SHRANK_DEVICE static arch::Pack<uint32_t, 4> eight_of_h(const Params& params, int m, int column) {
-    const int64_t at = arch::multiply_wide(m, params.R) + column;
-    uint32_t* const words_of_h = reinterpret_cast<uint32_t*>(static_cast<T*>(params.h) + at);
+  SHRANK_DEVICE static arch::Pack<uint32_t, 4> eight_of_h(const Params& params, int pair, int m, int column) {
+    const Pair& of = params.pair[pair];
+    const int64_t at = arch::multiply_wide(m, of.R) + column;
+    uint32_t* const words_of_h = reinterpret_cast<uint32_t*>(static_cast<T*>(of.h) + at);
     if (params.splits == 1) return arch::load<uint32_t, 4>(words_of_h);
     float sums[8] = {};
     for (int split = 0; split < params.splits; split++) {
-      const float* const part = params.sums + static_cast<int64_t>(split) * params.M * params.R + at;
+      const float* const part = params.sums[pair] + static_cast<int64_t>(split) * params.M * of.R + at;
       const arch::Pack<float, 4> low = arch::load<float, 4>(part), high = arch::load<float, 4>(part + 4);
 #pragma unroll
       for (int i = 0; i < 4; i++) sums[i] += low.item[i], sums[i + 4] += high.item[i];
@@ -239,21 +288,21 @@ template <typename T, int TOKENS> struct Expand {
     arch::Pack<uint32_t, 4> words;
 #pragma unroll
     for (int i = 0; i < 4; i++) words.item[i] = arch::round_to_pair<T>(sums[2 * i], sums[2 * i + 1]);
-    if (params.h && arch::block_x() == 0) arch::store(words_of_h, words);  // for training
+    if (of.h && arch::block_x() == 0) arch::store(words_of_h, words);  // for training
     return words;
   }
 
   // What comes to the sums of a lane.
   struct Ends {
-    arch::Pack<T, 1> bias[2] = {}, residual[Sums::kEights][4] = {};
+    arch::Pack<T, 1> bias[PAIRS][2] = {}, residual[Sums::kEights][4] = {};
 
     SHRANK_DEVICE Ends(const Params& params, int row, const TokenRows<TOKENS>& tokens) {
       const int g = row + arch::lane_index() / 4;
 #pragma unroll
-      for (int i = 0; i < 2; i++)
-        if (params.bias && g + i * 8 < params.N)
-          bias[i] = arch::load<T, 1>(static_cast<const T*>(params.bias) + g + i * 8);
-      if (!params.residual) return;
+      for (int i = 0; i < PAIRS * 2; i++)
+        if (const void* const from = params.pair[i / 2].bias; from && g + i % 2 * 8 < params.N)
+          bias[i / 2][i % 2] = arch::load<T, 1>(static_cast<const T*>(from) + g + i % 2 * 8);
+      if (PAIRS == 2 || !params.residual) return;
       Sums::for_each([&](int eight, int i, int m, int r) {
         if (m < tokens.count && row + r < params.N)
           residual[eight][i] = arch::load<T, 1>(static_cast<const T*>(params.residual) +
@@ -263,11 +312,17 @@ template <typename T, int TOKENS> struct Expand {
 
     SHRANK_DEVICE static int64_t at(const Params& params, int m, int n) { return arch::multiply_wide(m, params.N) + n; }
 
-    SHRANK_DEVICE void finish(const Params& params, const Sums& sums, int row, const TokenRows<TOKENS>& tokens) const {
+    SHRANK_DEVICE void finish(const Params& params, const Sums (&sums)[PAIRS], int row,
+                              const TokenRows<TOKENS>& tokens) const {
       with_activation(params.activation, [&](auto kind) {
         Sums::for_each([&](int eight, int i, int m, int r) {
-          const float z = sums.item[eight][i] + arch::widen(bias[i / 2].item[0]);
-          const float y = activate<T, decltype(kind)::value>(z) + arch::widen(residual[eight][i].item[0]);
+          float z[PAIRS];
+#pragma unroll
+          for (int pair = 0; pair < PAIRS; pair++)
+            z[pair] = sums[pair].item[eight][i] + arch::widen(bias[pair][i / 2].item[0]);
+          float y = activate<T, decltype(kind)::value>(z[0]);
+          if constexpr (PAIRS == 2) y *= z[1];
+          else y += arch::widen(residual[eight][i].item[0]);
           if (m < tokens.count && row + r < params.N)
             arch::store(static_cast<T*>(params.y) + at(params, tokens.first + m, row + r),
                         arch::Pack<T, 1>{arch::round_to<T>(y)});

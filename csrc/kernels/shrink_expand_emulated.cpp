@@ -45,13 +45,16 @@ emulator::Result emulate_shrink(const ShrinkExpandParams& p, const ShrinkExpandT
                                 const emulator::Options& options) {
   Buffers buffers(bytes(p.dtype));
   buffers.add("x", p.x, int64_t{p.M} * p.K, false, true);
-  buffers.add("down", p.down, int64_t{p.R} * p.K, false, true);
-  buffers.add("sums", p.sums, int64_t{p.splits} * p.M * p.R, true, true, sizeof(float));
-  buffers.add("h", p.splits == 1 ? p.h : nullptr, int64_t{p.M} * p.R, true, true);
+  for (int i = 0; i < tile.pairs; i++) {
+    const Pair& of = p.pair[i];
+    buffers.add("down", of.down, int64_t{of.R} * p.K, false, true);
+    buffers.add("sums", p.sums[i], int64_t{p.splits} * p.M * of.R, true, true, sizeof(float));
+    buffers.add("h", p.splits == 1 ? of.h : nullptr, int64_t{p.M} * of.R, true, true);
+  }
   emulator::Result result;
   with_kernel(p, tile, [&](auto element, auto known) {
-    const emulator::Index3 grid = grid_of(ShrinkExpandTile::shrink_blocks(p.R), tile.groups(p.M) * p.splits);
-    result = emulator::launch<Shrink<decltype(element), known().tokens>>("shrink", grid, p, buffers.all, options, true);
+    result = emulator::launch<Shrink<decltype(element), known().tokens, known().pairs>>(
+        "shrink", grid_of(shrink_blocks(p, tile), tile.groups(p.M) * p.splits), p, buffers.all, options, true);
   });
   return result;
 }
@@ -60,16 +63,20 @@ emulator::Result emulate_shrink(const ShrinkExpandParams& p, const ShrinkExpandT
 emulator::Result emulate_expand(const ShrinkExpandParams& p, const ShrinkExpandTile& tile,
                                 const emulator::Options& options) {
   Buffers buffers(bytes(p.dtype));
-  buffers.add("up", p.up, int64_t{p.N} * p.R, false, false);
-  buffers.add("bias", p.bias, p.N, false, false);
+  for (int i = 0; i < tile.pairs; i++) {
+    const Pair& of = p.pair[i];
+    buffers.add("up", of.up, int64_t{p.N} * of.R, false, false);
+    buffers.add("bias", of.bias, p.N, false, false);
+    buffers.add("sums", p.sums[i], int64_t{p.splits} * p.M * of.R, false, true, sizeof(float));
+    buffers.add("h", of.h, int64_t{p.M} * of.R, p.splits > 1, true);
+  }
   buffers.add("residual", p.residual, int64_t{p.M} * p.N, false, false);
-  buffers.add("sums", p.sums, int64_t{p.splits} * p.M * p.R, false, true, sizeof(float));
-  buffers.add("h", p.h, int64_t{p.M} * p.R, p.splits > 1, true);
   buffers.add("y", p.y, int64_t{p.M} * p.N, true, true);
   emulator::Result result;
   with_kernel(p, tile, [&](auto element, auto known) {
     const emulator::Index3 grid = grid_of(ShrinkExpandTile::expand_blocks(p.N), tile.groups(p.M));
-    result = emulator::launch<Expand<decltype(element), known().tokens>>("expand", grid, p, buffers.all, options);
+    result = emulator::launch<Expand<decltype(element), known().tokens, known().pairs>>(
+        "expand", grid, p, buffers.all, options, false, tile.expand_bytes(most_rank(p, tile)));
   });
   return result;
 }

@@ -21,6 +21,7 @@ static_assert(kPanel * 2 == kPanelRow && kPanelChunks == 8);
 
 SHRANK_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 SHRANK_DEVICE constexpr int min_of(int a, int b) { return a < b ? a : b; }
+SHRANK_DEVICE constexpr int max_of(int a, int b) { return a < b ? b : a; }
 
 // Row-major and contiguous; the number of columns is a multiple of kChunk.
 template <typename T> struct Matrix {
@@ -259,16 +260,10 @@ template <typename T, int COLUMNS> struct Staging {
     arch::store_shared<(ROW + 8) * kRowBytes>(second, arch::round_to_pair<T>(right[2], right[3]));
   }
 
-  // The pairs of two neighbouring fragments meet what put() would have stored of theirs.
-  template <typename Combine>
-  SHRANK_DEVICE void meet(int row, int chunk, float (&left)[4], float (&right)[4], const Combine& combine) const {
+  // What put() would have stored of two neighbouring fragments: two pairs of the left one, then of the right one.
+  SHRANK_DEVICE void get(uint32_t (&pairs)[4], int row, int chunk) const {
     const int lane = arch::lane_index();
-    uint32_t pairs[4];
     arch::load_matrices(pairs, at(row + lane % 16, chunk + lane / 16));
-    combine(left[0], left[1], pairs[0]);
-    combine(left[2], left[3], pairs[1]);
-    combine(right[0], right[1], pairs[2]);
-    combine(right[2], right[3], pairs[3]);
   }
 
   // The lane's chunk of a line. The order of the chunks repeats after 8 rows: from ROW, the first of the lines that a

@@ -40,58 +40,19 @@ LinearProblem checked_problem(const ExpandBackward& args) {
   return problem;
 }
 
-// In the order of the rows, so that the same bits come out each time.
-Tensor added_up(const Tensor& sums, const Tensor& like) {
-  constexpr std::array<int64_t, 1> rows{0};
-  return torch::stable::to(torch::stable::sum(sums, rows), like.scalar_type());
-}
-
-// (rows, N) numbers in which threads sum: fp32, or fp64 for fp64.
-std::optional<Tensor> sums_for(const ExpandBackward& args, const LinearProblem& problem, int64_t rows) {
-  if (!args.needs_bias) return std::nullopt;
-  using torch::headeronly::ScalarType;
-  const auto type = problem.dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
-  return torch::stable::new_empty(args.h, std::vector<int64_t>{rows, problem.N}, type);
-}
-
-std::tuple<Tensor, Tensor> with_sums(const ExpandBackward& args, const Tensor& dz, const std::optional<Tensor>& sums) {
-  return {dz, sums ? added_up(*sums, args.h) : torch::stable::new_empty(args.h, {0})};
-}
-
 // One kernel of ours, from h.
 std::tuple<Tensor, Tensor> with_kernel(const ExpandBackward& args, const LinearProblem& problem, const LinearGrid& grid,
                                        const Runtime& runtime) {
   const Tensor dz = torch::stable::empty_like(args.grad);
-  const std::optional<Tensor> sums = sums_for(args, problem, backward_sum_rows(grid));
+  const std::optional<Tensor> sums = sums_for(args.needs_bias, args.h, backward_sum_rows(grid), problem.N);
   const int index = dz.get_device_index();
-  const ExpandBackwardParams params{args.h.const_data_ptr(),
-                                    args.up.const_data_ptr(),
-                                    data_of(args.bias),
-                                    args.grad.const_data_ptr(),
-                                    dz.mutable_data_ptr(),
-                                    static_cast<float*>(mutable_data_of(sums)),
-                                    problem.M,
-                                    static_cast<int>(problem.N),
-                                    static_cast<int>(problem.R),
-                                    problem.dtype,
-                                    problem.activation};
+  const Pair pair{nullptr, args.up.const_data_ptr(), data_of(args.bias), const_cast<void*>(args.h.const_data_ptr()),
+                  static_cast<int>(problem.R)};
+  const ExpandBackwardParams params{
+      {pair},    args.grad.const_data_ptr(),  {dz.mutable_data_ptr()}, {static_cast<float*>(mutable_data_of(sums))},
+      problem.M, static_cast<int>(problem.N), problem.dtype,           problem.activation};
   runtime.expand_backward(params, grid, runtime.device(index), index);
-  return with_sums(args, dz, sums);
-}
-
-// z by a GEMM, and in its place dz, in one pass that also sums.
-std::tuple<Tensor, Tensor> with_epilogue(const ExpandBackward& args, LinearProblem& problem, const Runtime& runtime) {
-  const Tensor dz = as_contiguous(call_aten("aten::linear", args.h, args.up, args.bias));
-  const Tensor grad = as_contiguous(args.grad);
-  problem.aligned = is_plain(dz) && is_plain(grad);
-  const int index = dz.get_device_index();
-  const EpilogueTile tile = epilogue_tile(problem, runtime.device(index));
-  const std::optional<Tensor> sums = sums_for(args, problem, tile.blocks_m * tile.threads_m);
-  const EpilogueBackwardParams params{
-      dz.const_data_ptr(), grad.const_data_ptr(), dz.mutable_data_ptr(), mutable_data_of(sums), problem.M,
-      problem.N,           problem.dtype,         problem.activation};
-  runtime.epilogue_backward(params, tile, index);
-  return with_sums(args, dz, sums);
+  return {dz, added_up(sums, args.h)};
 }
 
 // `choose` gets the problem and the device.
@@ -101,12 +62,41 @@ std::tuple<Tensor, Tensor> run(const ExpandBackward& args, const Runtime& runtim
   const BackwardChoice choice = choose(problem, runtime.device(args.h.get_device_index()));
   switch (choice.kernel) {
     case BackwardKernel::fused: return with_kernel(args, problem, choice.grid, runtime);
-    case BackwardKernel::gemm_epilogue: return with_epilogue(args, problem, runtime);
+    case BackwardKernel::gemm_epilogue:
+      return through_activation(as_contiguous(linear(args.h, args.up, args.bias)), args.grad, args.needs_bias, problem,
+                                runtime);
   }
   STD_TORCH_CHECK(false, "shrank::expand_backward: select chose an unknown kernel");
 }
 
 }  // namespace
+
+Tensor added_up(const std::optional<Tensor>& sums, const Tensor& like) {
+  if (!sums) return torch::stable::new_empty(like, {0});
+  constexpr std::array<int64_t, 1> rows{0};
+  return torch::stable::to(torch::stable::sum(*sums, rows), like.scalar_type());
+}
+
+std::optional<Tensor> sums_for(bool wanted, const Tensor& like, int64_t rows, int64_t N) {
+  if (!wanted) return std::nullopt;
+  using torch::headeronly::ScalarType;
+  const auto type = like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return torch::stable::new_empty(like, std::vector<int64_t>{rows, N}, type);
+}
+
+std::tuple<Tensor, Tensor> through_activation(const Tensor& z, const Tensor& grad, bool needs_bias,
+                                              LinearProblem problem, const Runtime& runtime) {
+  const Tensor plain = as_contiguous(grad);
+  problem.aligned = is_plain(z) && is_plain(plain);
+  const int index = z.get_device_index();
+  const EpilogueTile tile = epilogue_tile(problem, runtime.device(index));
+  const std::optional<Tensor> sums = sums_for(needs_bias, z, tile.blocks_m * tile.threads_m, problem.N);
+  const EpilogueBackwardParams params{
+      z.const_data_ptr(), plain.const_data_ptr(), z.mutable_data_ptr(), mutable_data_of(sums), problem.M,
+      problem.N,          problem.dtype,          problem.activation};
+  runtime.epilogue_backward(params, tile, index);
+  return {z, added_up(sums, z)};
+}
 
 std::tuple<Tensor, Tensor> expand_backward(const ExpandBackward& args, const Runtime& runtime) {
   return run(args, runtime, [](const LinearProblem& p, const Device& d) { return recall_backward(p, d); });

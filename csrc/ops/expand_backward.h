@@ -26,6 +26,15 @@ std::tuple<Tensor, Tensor> expand_backward(const ExpandBackward& args, const Run
 std::tuple<Tensor, Tensor> expand_backward_as(const ExpandBackward& args, std::string_view kernel,
                                               const std::vector<int64_t>& grid, const Runtime& runtime);
 
+// What the backward passes share. Sums over rows, which threads leave in fp32, or fp64 of fp64, in (rows, N), are added up
+// in the order of the rows, so that the same bits come out each time; where none are wanted, the result is empty.
+std::optional<Tensor> sums_for(bool wanted, const Tensor& like, int64_t rows, int64_t N);
+Tensor added_up(const std::optional<Tensor>& sums, const Tensor& like);
+
+// The gradients of z and of the bias from that of activation(z), in one pass, which overwrites z.
+std::tuple<Tensor, Tensor> through_activation(const Tensor& z, const Tensor& grad, bool needs_bias,
+                                              LinearProblem problem, const Runtime& runtime);
+
 // Registers both for one dispatch key: `runtime` is a constexpr Runtime.
 #define SHRANK_IMPL_EXPAND_BACKWARD(library, runtime)                                                                  \
   library.impl("expand_backward", TORCH_BOX((&::shrank::boxed::expand_backward<&runtime>)));                           \

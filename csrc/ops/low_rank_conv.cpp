@@ -199,17 +199,15 @@ Stages with_expand(const LowRankConv& args, const ConvProblem& problem, const Li
   const Tensor h = with_channels_last(first_stage(args)), y = empty_output(problem, args.x, problem.N, true);
   const LinearProblem rows = pointwise(problem);
   const int index = y.get_device_index();
+  const Pair pair{nullptr, args.up.const_data_ptr(), data_of(args.bias), h.mutable_data_ptr(),
+                  static_cast<int>(rows.R)};
   const LowRankLinearParams params{nullptr,
-                                   nullptr,
-                                   args.up.const_data_ptr(),
-                                   data_of(args.bias),
+                                   {pair},
                                    data_of(args.residual),
-                                   h.mutable_data_ptr(),
                                    y.mutable_data_ptr(),
                                    rows.M,
                                    static_cast<int>(rows.K),
                                    static_cast<int>(rows.N),
-                                   static_cast<int>(rows.R),
                                    rows.dtype,
                                    rows.activation};
   runtime.linear(params, grid, runtime.device(index), index);

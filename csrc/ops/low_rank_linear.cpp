@@ -42,22 +42,14 @@ LinearProblem checked_problem(const LowRankLinear& args, bool training) {
   return {M, K, N, R, dtype, activation_of(kOp, activation), bias.has_value(), residual.has_value(), training};
 }
 
-// By cuBLAS, with PyTorch's own choices (TF32, determinism, workspaces).
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  return call_aten("aten::linear", x, weight, bias);
-}
-
 struct Stages {
   Tensor y;
   std::optional<Tensor> h;
 };
 
-// (..., columns) like x.
-Tensor rows_like(const Tensor& x, int64_t columns) {
-  std::vector<int64_t> sizes(x.dim());
-  for (int64_t i = 0; i < x.dim(); i++) sizes[i] = x.size(i);
-  sizes.back() = columns;
-  return torch::stable::new_empty(x, sizes);
+Pair pair_of(const LowRankLinear& args, const LinearProblem& problem, const std::optional<Tensor>& h, bool from_h) {
+  return {from_h ? nullptr : args.down.const_data_ptr(), args.up.const_data_ptr(), data_of(args.bias),
+          mutable_data_of(h), static_cast<int>(problem.R)};
 }
 
 // One kernel of ours, from x; or, given h, from that.
@@ -68,16 +60,12 @@ Stages with_kernel(const LowRankLinear& args, const LinearProblem& problem, std:
   if (problem.training && !from_h) h = rows_like(args.x, problem.R);
   const int index = y.get_device_index();
   const LowRankLinearParams params{from_h ? nullptr : args.x.const_data_ptr(),
-                                   from_h ? nullptr : args.down.const_data_ptr(),
-                                   args.up.const_data_ptr(),
-                                   data_of(args.bias),
+                                   {pair_of(args, problem, h, from_h)},
                                    data_of(args.residual),
-                                   mutable_data_of(h),
                                    y.mutable_data_ptr(),
                                    problem.M,
                                    static_cast<int>(problem.K),
                                    static_cast<int>(problem.N),
-                                   static_cast<int>(problem.R),
                                    problem.dtype,
                                    problem.activation};
   runtime.linear(params, grid, runtime.device(index), index);
@@ -96,17 +84,13 @@ Stages with_few_rows(const LowRankLinear& args, const LinearProblem& problem, co
   }
   const int index = y.get_device_index();
   const ShrinkExpandParams params{args.x.const_data_ptr(),
-                                  args.down.const_data_ptr(),
-                                  args.up.const_data_ptr(),
-                                  data_of(args.bias),
+                                  {pair_of(args, problem, h, false)},
+                                  {static_cast<float*>(mutable_data_of(sums))},
                                   data_of(args.residual),
-                                  static_cast<float*>(mutable_data_of(sums)),
-                                  mutable_data_of(h),
                                   y.mutable_data_ptr(),
                                   static_cast<int>(problem.M),
                                   static_cast<int>(problem.K),
                                   static_cast<int>(problem.N),
-                                  static_cast<int>(problem.R),
                                   grid.blocks_n,
                                   problem.dtype,
                                   problem.activation};

@@ -4,7 +4,9 @@
 #include <stdexcept>
 
 #include "expand_backward.h"
+#include "gated_backward.h"
 #include "low_rank_conv.h"
+#include "low_rank_gated.h"
 #include "low_rank_linear.h"
 
 namespace shrank {
@@ -53,5 +55,7 @@ constexpr Runtime cpu{device, capturing, epilogue, epilogue_backward, linear, sh
 STABLE_TORCH_LIBRARY_IMPL(shrank, CPU, library) {
   SHRANK_IMPL_LOW_RANK_LINEAR(library, shrank::cpu);
   SHRANK_IMPL_LOW_RANK_CONV(library, shrank::cpu);
+  SHRANK_IMPL_LOW_RANK_GATED(library, shrank::cpu);
   SHRANK_IMPL_EXPAND_BACKWARD(library, shrank::cpu);
+  SHRANK_IMPL_GATED_BACKWARD(library, shrank::cpu);
 }

@@ -5,7 +5,9 @@
 #include "cuda_device.h"
 #include "current_stream.h"
 #include "expand_backward.h"
+#include "gated_backward.h"
 #include "low_rank_conv.h"
+#include "low_rank_gated.h"
 #include "low_rank_linear.h"
 
 namespace shrank {
@@ -61,5 +63,7 @@ constexpr Runtime cuda{cuda_device, capturing,     epilogue, epilogue_backward,
 STABLE_TORCH_LIBRARY_IMPL(shrank, CUDA, library) {
   SHRANK_IMPL_LOW_RANK_LINEAR(library, shrank::cuda);
   SHRANK_IMPL_LOW_RANK_CONV(library, shrank::cuda);
+  SHRANK_IMPL_LOW_RANK_GATED(library, shrank::cuda);
   SHRANK_IMPL_EXPAND_BACKWARD(library, shrank::cuda);
+  SHRANK_IMPL_GATED_BACKWARD(library, shrank::cuda);
 }

@@ -9,7 +9,9 @@
 #include "../kernels/low_rank_linear_emulated.h"
 #include "../kernels/shrink_expand_emulated.h"
 #include "expand_backward.h"
+#include "gated_backward.h"
 #include "low_rank_conv.h"
+#include "low_rank_gated.h"
 #include "low_rank_linear.h"
 
 namespace shrank {
@@ -57,5 +59,7 @@ constexpr Runtime emulated{device, capturing,     epilogue, epilogue_backward,
 STABLE_TORCH_LIBRARY_IMPL(shrank, CPU, library) {
   SHRANK_IMPL_LOW_RANK_LINEAR(library, shrank::emulated);
   SHRANK_IMPL_LOW_RANK_CONV(library, shrank::emulated);
+  SHRANK_IMPL_LOW_RANK_GATED(library, shrank::emulated);
   SHRANK_IMPL_EXPAND_BACKWARD(library, shrank::emulated);
+  SHRANK_IMPL_GATED_BACKWARD(library, shrank::emulated);
 }

@@ -39,6 +39,13 @@ std::string shape(const Tensor& tensor) {
   return shape(std::vector<int64_t>(sizes.begin(), sizes.end()));
 }
 
+Tensor rows_like(const Tensor& x, int64_t columns) {
+  std::vector<int64_t> sizes(x.dim());
+  for (int64_t i = 0; i < x.dim(); i++) sizes[i] = x.size(i);
+  sizes.back() = columns;
+  return torch::stable::new_empty(x, sizes);
+}
+
 Dtype dtype_of(const char* op, const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
     case ScalarType::Float: return Dtype::float32;

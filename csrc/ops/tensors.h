@@ -63,11 +63,27 @@ inline void* mutable_data_of(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->mutable_data_ptr() : nullptr;
 }
 
+// One of torch's operators, and which of those of its name.
+struct Operator { const char *name, *overload; };
+
 // An operator with one result through torch's dispatcher: with PyTorch's own choices, any shape and stride.
-template <typename... Arguments> Tensor call_aten(const char* name, const Arguments&... arguments) {
+template <typename... Arguments> Tensor call_aten(const Operator& of, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(of.name, of.overload, stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
+template <typename... Arguments> Tensor call_aten(const char* name, const Arguments&... arguments) {
+  return call_aten(Operator{name, ""}, arguments...);
+}
+
+// By cuBLAS, with PyTorch's own choices (TF32, determinism, workspaces).
+inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  return call_aten("aten::linear", x, weight, bias);
+}
+
+inline Tensor product(const Tensor& a, const Tensor& b) { return call_aten(Operator{"aten::mul", "Tensor"}, a, b); }
+
+// (..., columns) like x.
+Tensor rows_like(const Tensor& x, int64_t columns);
 
 }  // namespace shrank

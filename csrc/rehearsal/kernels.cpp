@@ -38,7 +38,7 @@ std::string wrong_block(const Shape& shape, int threads, int shared_bytes) {
 std::string first_of(const emulator::Result& result) { return result.problems.empty() ? "" : result.problems.front(); }
 
 std::string run_linear(const std::smatch& name, const LowRankLinearParams& params, const Shape& shape) {
-  const LinearTile tile{std::stoi(name[2]), std::stoi(name[3])};
+  const LinearTile tile{std::stoi(name[2]), std::stoi(name[3]), std::stoi(name[4])};
   if (name[1] != element(params.dtype)) return "the kernel is of another element type than the parameters";
   if (std::string wrong = wrong_block(shape, tile.threads(), tile.shared_bytes()); !wrong.empty()) return wrong;
   const LinearGrid grid{tile, shape.grid[0], static_cast<int>(shape.grid[1])};
@@ -48,14 +48,14 @@ std::string run_linear(const std::smatch& name, const LowRankLinearParams& param
 
 std::string run_few_rows(const std::smatch& name, const ShrinkExpandParams& params, const Shape& shape) {
   const bool shrinks = name[1] == "Shrink";
-  const ShrinkExpandTile tile{std::stoi(name[3])};
+  const ShrinkExpandTile tile{std::stoi(name[3]), std::stoi(name[4])};
   if (name[2] != element(params.dtype)) return "the kernel is of another element type than the parameters";
   const int threads = shrinks ? ShrinkExpandTile::kShrinkThreads : ShrinkExpandTile::kExpandThreads;
-  if (std::string wrong = wrong_block(shape, threads, shrinks ? tile.shrink_bytes() : tile.expand_bytes());
+  if (std::string wrong = wrong_block(shape, threads,
+                                      shrinks ? tile.shrink_bytes() : tile.expand_bytes(most_rank(params, tile)));
       !wrong.empty())
     return wrong;
-  const int64_t blocks = shrinks ? ShrinkExpandTile::shrink_blocks(params.R)
-                                 : ShrinkExpandTile::expand_blocks(params.N);
+  const int64_t blocks = shrinks ? shrink_blocks(params, tile) : ShrinkExpandTile::expand_blocks(params.N);
   if (shape.grid[0] != blocks) return "the grid does not cover the rows of the factor";
   if (shape.grid[1] != tile.groups(params.M) * (shrinks ? params.splits : 1))
     return "the grid does not cover the rows of x";
@@ -63,7 +63,7 @@ std::string run_few_rows(const std::smatch& name, const ShrinkExpandParams& para
 }
 
 std::string run_backward(const std::smatch& name, const ExpandBackwardParams& params, const Shape& shape) {
-  const LinearTile tile{std::stoi(name[2]), std::stoi(name[3])};
+  const LinearTile tile{std::stoi(name[2]), std::stoi(name[3]), std::stoi(name[4])};
   if (name[1] != element(params.dtype)) return "the kernel is of another element type than the parameters";
   if (std::string wrong = wrong_block(shape, tile.threads(), tile.expand_bytes()); !wrong.empty()) return wrong;
   const LinearGrid grid{tile, shape.grid[0], static_cast<int>(shape.grid[1])};
@@ -103,11 +103,11 @@ std::string run_epilogue(const std::smatch& name, const Params& params, const Sh
 
 std::string run_kernel(const std::string& name, const void* params, const unsigned (&grid)[3],
                        const unsigned (&block)[3], std::size_t shared_bytes) {
-  static const std::regex linear(R"(LowRankLinear<([\w:]+), (\d+), (\d+)>)");
+  static const std::regex linear(R"(LowRankLinear<([\w:]+), (\d+), (\d+), (\d+)>)");
   static const std::regex conv(R"(LowRankConv<([\w:]+), \(shrank::Gather\)(\d+), (\d+), (\d+)>)");
   static const std::regex depthwise(R"(LowRankDepthwise<([\w:]+), (\d+), (\d+)>)");
-  static const std::regex few_rows(R"((Shrink|Expand)<([\w:]+), (\d+)>)");
-  static const std::regex backward(R"(ExpandBackward<([\w:]+), (\d+), (\d+)>)");
+  static const std::regex few_rows(R"((Shrink|Expand)<([\w:]+), (\d+), (\d+)>)");
+  static const std::regex backward(R"(ExpandBackward<([\w:]+), (\d+), (\d+), (\d+)>)");
   static const std::regex epilogue_backward(R"(EpilogueBackward<([\w:]+), (\d+), \(shrank::Activation\)(\d+)>)");
   static const std::regex epilogue(R"(Epilogue<([\w:]+), (\d+), \(shrank::Activation\)(\d+)>)");
   const Shape shape{grid, block, shared_bytes};

@@ -140,6 +140,10 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int index) {
   if (const cudaError_t error = armed("cudaDeviceGetAttribute")) return answer("cudaDeviceGetAttribute", error);
   if (!gpu(index)) return answer("cudaDeviceGetAttribute", cudaErrorInvalidDevice);
+  if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) {
+    *value = gpu(index)->device->smem_per_block;
+    return cudaSuccess;
+  }
   if (attribute != cudaDevAttrClockRate && attribute != cudaDevAttrMemoryClockRate)
     return answer("cudaDeviceGetAttribute", cudaErrorInvalidValue, "an attribute that is not rehearsed");
   *value = 1'500'000;

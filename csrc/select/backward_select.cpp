@@ -13,23 +13,29 @@ namespace {
 
 double microseconds(const LinearGrid& grid, const LinearProblem& p, const Device& d) {
   const LinearTile& tile = grid.tile;
-  const double M = real(p.M), N = real(p.N), R = real(p.R), width = bytes(p.dtype);
-  const double tiles = real(ceil_div(ceil_div(p.N, LinearTile::kBlockN), grid.blocks_n));  // of a block that has most
+  const double M = real(p.M), N = real(p.N), R = real(p.ranks()), width = bytes(p.dtype);
+  const double tiles = real(ceil_div(ceil_div(p.N, tile.block_n()), grid.blocks_n));  // of a block that has most
   Phase load;
-  if (tile.holds_h()) load = load_step(tile) * rank_panels(tile, R);
+  if (tile.holds_h()) load = load_step(tile) * (tile.pairs * tile.h_panels());
   load.l2_bytes = tile.holds_h() ? width * tile.block_m * R : 0;
   load.dram_bytes = width * tile.block_m * R;
-  const Phase up = up_steps(tile, tiles, R, width);
+  const Phase up = up_steps(tile, tiles, real(p.most_rank()), width);
   Phase end = backward_end_of(tile, p) * tiles;
   end.wait_us = tiles * kL2LatencyUs;  // for the gradient, which has been asked for before the products
-  const double sums = 2 * 4 * real(backward_sum_rows(grid)) * N;  // written, and read to be added up
+  const double sums = tile.pairs * 2 * 4 * real(backward_sum_rows(grid)) * N;  // written, and read to be added up
   const Launch launch{grid.blocks_m * grid.blocks_n, tile.threads(), tile.expand_bytes(),
-                      width * (M * R + N * R + bias_numbers(p) + 2 * M * N) + sums};
+                      width * (M * R + N * R + bias_numbers(p) + (1 + tile.pairs) * M * N) + sums};
   return kernel_us(launch, {{0, 0, 0, 0, 0, kDramLatencyUs}, load, up, end}, d);
 }
 
+// Calls visit with each tile that is compiled for a problem's pairs.
+template <typename Visit> void for_each_tile(const LinearProblem& p, const Visit& visit) {
+  if (p.gate_R) std::for_each(kGatedBackwardTiles.begin(), kGatedBackwardTiles.end(), visit);
+  else std::for_each(kBackwardTiles.begin(), kBackwardTiles.end(), visit);
+}
+
 const char* why_not(const LinearTile& tile, const LinearProblem& p, const Device& d) {
-  if (tile.holds_h() && tile.max_rank < p.R) return "R is above the tile's rank";
+  if (tile.holds_h() && tile.max_rank < p.most_rank()) return "R is above the tile's rank";
   if (tile.expand_bytes() > d.smem_per_block) return "the tile needs more shared memory than a block has here";
   return nullptr;
 }
@@ -40,15 +46,14 @@ const char* why_not(const LinearProblem& p, const Device& d) { return linear_why
 
 PlannedGrid grid(const LinearProblem& p, const Device& d) {
   PlannedGrid best{};
-  for (const LinearTile& tile : kBackwardTiles) {
-    if (shrank::why_not(tile, p, d)) continue;
-    for (int blocks_n = 1; blocks_n <= std::min<int64_t>(kMaxShares, ceil_div(p.N, LinearTile::kBlockN));
-         blocks_n *= 2) {
+  for_each_tile(p, [&](const LinearTile& tile) {
+    if (shrank::why_not(tile, p, d)) return;
+    for (int blocks_n = 1; blocks_n <= std::min<int64_t>(kMaxShares, ceil_div(p.N, tile.block_n())); blocks_n *= 2) {
       const LinearGrid grid = linear_grid_of(p, tile, blocks_n);
       const double cost = shrank::microseconds(grid, p, d);
       if (best.grid.blocks_n == 0 || cost < best.microseconds) best = {grid, cost};
     }
-  }
+  });
   return best;
 }
 
@@ -62,8 +67,10 @@ namespace gemm_epilogue {
 
 const char* why_not(const LinearProblem&, const Device&) { return nullptr; }
 
-// The pass reads the pre-activation and the gradient, and writes one.
+// The pass reads the pre-activation and the gradient, and writes one. Of a gated layer, the gate is opened as well, and
+// PyTorch multiplies what meets gate and value.
 double microseconds(const LinearProblem& p, const Device& d) {
+  if (p.gate_R) return microseconds(p.gate(), d) + microseconds(p.value(), d) + pass_us(p, d, 2) + pass_us(p, d, 3);
   return gemm_us(real(p.M), real(p.N), real(p.R), bias_numbers(p), p.dtype, d) + pass_us(p, d, 3);
 }
 
@@ -109,9 +116,10 @@ BackwardChoice backward_named(const LinearProblem& p, const Device& d, std::stri
   }
   choice.grid = fused::grid(p, d).grid;
   if (grid.empty()) return choice;
-  const NamedGrid named(grid);
-  if (std::find(kBackwardTiles.begin(), kBackwardTiles.end(), named.tile) == kBackwardTiles.end())
-    throw std::invalid_argument("fused: no kernel is compiled for this tile");
+  const NamedGrid named(grid, p.pairs());
+  bool compiled = false;
+  for_each_tile(p, [&](const LinearTile& tile) { compiled = compiled || tile == named.tile; });
+  if (!compiled) throw std::invalid_argument("fused: no kernel is compiled for this tile");
   if (const char* reason = why_not(named.tile, p, d)) throw std::invalid_argument(std::string("fused: ") + reason);
   if (named.shares < 1 || named.shares > kMaxShares) throw std::invalid_argument(std::string("fused: ") + kWrongShares);
   choice.grid = linear_grid_of(p, named.tile, static_cast<int>(named.shares));

@@ -69,8 +69,8 @@ Phase gather(const ConvTile& tile, const ConvProblem& p, const Device& d) {
   const double steps = real(segments * runs * ceil_div(p.taps() * run, LinearTile::kPanel)), width = bytes(p.dtype);
   // Columns beyond a segment are skipped, but the warps that have them only wait.
   const auto busy = static_cast<int>(
-      std::min<int64_t>(t.max_rank / t.warps_n(), ceil_div(p.R / p.up_groups / segments, 16) * 16));
-  Phase phase = products_of(t, busy * t.warps_n());
+      std::min<int64_t>(t.max_rank / LinearTile::kWarpsN, ceil_div(p.R / p.up_groups / segments, 16) * 16));
+  Phase phase = products_of(t, busy * LinearTile::kWarpsN);
   phase.slots += window_slots(tile);
   // Copies to shared memory pass L1 once as what is read and once as what is written.
   phase.l1_bytes = 2 * width * t.block_m * LinearTile::kPanel;

@@ -43,13 +43,22 @@ double pass_us(const LinearProblem& p, const Device& d, int times) {
   return roofline_us(0, real(p.M) * real(p.N) * times, p.dtype, d) + d.node_us;
 }
 
+namespace {
+
+double product_us(const LinearProblem& p, const Device& d) { return p.gate_R ? pass_us(p, d, 3) : 0; }
+
+}  // namespace
+
 double torch_tail_us(const LinearProblem& p, const Device& d) {
-  return (p.activation != Activation::none ? pass_us(p, d, 2) : 0) + (p.residual ? pass_us(p, d, 3) : 0);
+  return (p.activation != Activation::none ? pass_us(p, d, 2) : 0) + (p.residual ? pass_us(p, d, 3) : 0) +
+         product_us(p, d);
 }
 
-double epilogue_us(const LinearProblem& p, const Device& d) { return pass_us(p, d, p.residual ? 3 : 2); }
+double epilogue_us(const LinearProblem& p, const Device& d) {
+  return pass_us(p, d, p.residual ? 3 : 2) + product_us(p, d);
+}
 
-double bias_numbers(const LinearProblem& p) { return p.bias ? real(p.N) : 0.0; }
+double bias_numbers(const LinearProblem& p) { return p.bias ? real(p.pairs() * p.N) : 0.0; }
 
 bool has_tail(const LinearProblem& p) { return p.activation != Activation::none || p.residual; }
 

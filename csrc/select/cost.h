@@ -15,10 +15,11 @@ double gemm_us(double m, double n, double k, double more, Dtype dtype, const Dev
 // An elementwise kernel that reads or writes (M, N) this many times, in DRAM: a y that is still in L2 is faster.
 double pass_us(const LinearProblem& p, const Device& d, int times);
 
-// PyTorch's own: an activation reads and writes y, a residual reads two and writes one.
+// PyTorch's own: an activation reads and writes y, a residual or a gate's product reads two and writes one.
 double torch_tail_us(const LinearProblem& p, const Device& d);
 
-// Our epilogue kernel: one read, one write, and the residual read; in place, or beside where training keeps both.
+// Our epilogue kernel: one read, one write, and the residual read; in place, or beside where training keeps both. A gate's
+// product is PyTorch's.
 double epilogue_us(const LinearProblem& p, const Device& d);
 
 double bias_numbers(const LinearProblem& p);

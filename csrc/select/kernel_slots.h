@@ -11,6 +11,7 @@ namespace shrank {
 // does not depend on the tile, and some for each of its copies of 16 bytes.
 struct StepSlots { double own, per_copy; };
 inline constexpr StepSlots kPanelStep{38, 2};
+inline constexpr double kSecondPairSlots = 14;  // of a step of two pairs: the places of their panels
 inline constexpr StepSlots kListedStep{60, 3};  // convolutions: copies of x; those of the filters as of any matrix
 inline constexpr StepSlots kAnalyticStep{272, 44};  // with each place computed anew
 inline constexpr double kAnalyticFilterSlots = 6;
@@ -26,7 +27,7 @@ constexpr double product_slots(int fragments_m, int fragments_n) {
 inline constexpr double kRoundSlots = 4;
 
 // For 8 neighbouring numbers of y: rounded and stored; and what may come to them.
-inline constexpr double kStoreSlots = 14, kBiasSlots = 12, kResidualSlots = 24;
+inline constexpr double kStoreSlots = 14, kBiasSlots = 12, kResidualSlots = 24, kProductSlots = 8;
 constexpr double activation_slots(Activation activation) {
   switch (activation) {
     case Activation::none: return 0;

@@ -1,4 +1,5 @@
-// One low-rank product as numbers: y = activation(x down^T up^T + bias) + residual.
+// One low-rank product as numbers: y = activation(x down^T up^T + bias) + residual. Or a gated layer's two, of which y is
+// the product: activation(gate) value.
 #pragma once
 
 #include <cstdint>
@@ -14,19 +15,40 @@ struct LinearProblem {
   bool bias = false;
   bool residual = false;
   bool training = false;  // h is kept for the backward pass
-  bool aligned = true;    // every tensor is contiguous and begins at a multiple of 16 bytes
+  bool aligned = true;  // every tensor is contiguous and begins at a multiple of 16 bytes
   bool captured = false;  // into a CUDA graph, where a launch costs the host nothing
+  int64_t gate_R = 0;  // the rank of the gate; R is that of the value. 0: no gate
 
   constexpr bool operator==(const LinearProblem& other) const {
     return M == other.M && K == other.K && N == other.N && R == other.R && dtype == other.dtype &&
            activation == other.activation && bias == other.bias && residual == other.residual &&
-           training == other.training && aligned == other.aligned && captured == other.captured;
+           training == other.training && aligned == other.aligned && captured == other.captured &&
+           gate_R == other.gate_R;
   }
 
   // The same of equal problems.
   constexpr uint64_t mix() const {
     return static_cast<uint64_t>(M * 31 + K * 7 + N * 5 + R * 3 + static_cast<int>(activation) * 2 + training +
-                                 residual * 11);
+                                 residual * 11 + gate_R * 13);
+  }
+
+  // Of factors, and their ranks: both together, and the larger.
+  constexpr int pairs() const { return gate_R ? 2 : 1; }
+  constexpr int64_t ranks() const { return R + gate_R; }
+  constexpr int64_t most_rank() const { return R < gate_R ? gate_R : R; }
+
+  // The layers that gate and value would be alone.
+  constexpr LinearProblem gate() const {
+    LinearProblem alone = *this;
+    alone.R = gate_R;
+    alone.gate_R = 0;
+    return alone;
+  }
+  constexpr LinearProblem value() const {
+    LinearProblem alone = *this;
+    alone.gate_R = 0;
+    alone.activation = Activation::none;
+    return alone;
   }
 };
 

@@ -60,8 +60,8 @@ namespace gemm_expand {
 const char* why_not(const LinearProblem& p, const Device& d) { return linear_why_not(p, d, false); }
 
 double microseconds(const LinearProblem& p, const Device& d) {
-  const auto M = real(p.M), K = real(p.K), R = real(p.R);
-  return gemm_us(M, R, K, 0, p.dtype, d) + linear_grid(p, d, false).microseconds;
+  const auto h_us = [&](int64_t R) { return gemm_us(real(p.M), real(R), real(p.K), 0, p.dtype, d); };
+  return h_us(p.R) + (p.gate_R ? h_us(p.gate_R) : 0) + linear_grid(p, d, false).microseconds;
 }
 
 constexpr const char* kReason = "h by cuBLAS; the second product, bias, activation and residual in one kernel of ours";
@@ -134,7 +134,8 @@ LinearChoice choice_named(const LinearProblem& p, const Device& d, std::string_v
     if (!grid.empty()) throw std::invalid_argument(std::string(kernel) + " has no grid");
     return choice;
   }
-  choice.grid = grid.empty() ? grids_of(way.kernel, p, d, 1).front().grid : grid_of(way.kernel, p, d, NamedGrid(grid));
+  choice.grid = grid.empty() ? grids_of(way.kernel, p, d, 1).front().grid
+                             : grid_of(way.kernel, p, d, NamedGrid(grid, p.pairs()));
   return choice;
 }
 

@@ -11,24 +11,29 @@ namespace shrank {
 struct LinearTile {
   int block_m;   // 32, 64 or 128
   int max_rank;  // of an h that is held: a multiple of 32, at most 256; or 0
+  int pairs = 1;  // of factors that a column of y comes from: 2 of a gated layer, each with a rank of its own
 
-  static constexpr int kBlockN = 128;  // columns of y at a time
+  static constexpr int kBlockN = 128;  // columns of h up^T at a time, of all pairs together
   static constexpr int kPanel = 64;    // numbers of a panel row: 128 bytes of 16-bit numbers
   static constexpr int kPanelRow = 128;
-  static constexpr int kWarpsM = 2;
+  static constexpr int kWarpsN = 2;
 
   constexpr bool holds_h() const { return max_rank > 0; }
+  constexpr int block_n() const { return kBlockN / pairs; }  // columns of y at a time
 
-  // A thread's sums of either stage must fit its registers: at most 128 of them.
-  constexpr int warps_n() const { return block_m == 128 && max_rank > 128 ? 4 : 2; }
-  constexpr int threads() const { return 32 * kWarpsM * warps_n(); }
+  // A thread's sums of either stage must fit its registers: at most 128 of them. A block that has an SM for itself, for its
+  // shared memory, has 8 warps.
+  constexpr int warps_m() const {
+    return (block_m == 128 && max_rank * pairs > 128) || (pairs > 1 && max_rank > 128) ? 4 : 2;
+  }
+  constexpr int threads() const { return 32 * warps_m() * kWarpsN; }
 
-  constexpr int h_panels() const { return (max_rank + kPanel - 1) / kPanel; }
-  constexpr int h_bytes() const { return h_panels() * block_m * kPanelRow; }
+  constexpr int h_panels() const { return (max_rank + kPanel - 1) / kPanel; }  // of a pair
+  constexpr int h_bytes() const { return pairs * h_panels() * block_m * kPanelRow; }
   constexpr int down_stage_bytes() const { return (block_m + max_rank) * kPanelRow; }
-  constexpr int up_stage_bytes() const { return ((holds_h() ? 0 : block_m) + kBlockN) * kPanelRow; }
-  // Sums of 16 rows per warp, in fp32, on their way to global memory.
-  constexpr int staging_bytes() const { return kWarpsM * 16 * kBlockN * 4; }
+  constexpr int up_stage_bytes() const { return ((holds_h() ? 0 : pairs * block_m) + kBlockN) * kPanelRow; }
+  // Sums on their way to global memory, rounded: of 16 rows of each warp, or of 32.
+  constexpr int staging_bytes() const { return 2 * 16 * kBlockN * 4; }
 
   // Two to four steps in flight, as many as fit the 99 KiB of an sm_89; then two blocks share the 227 KiB of an sm_90.
   constexpr int down_stages() const {
@@ -47,7 +52,7 @@ struct LinearTile {
   }
 
   constexpr bool operator==(const LinearTile& other) const {
-    return block_m == other.block_m && max_rank == other.max_rank;
+    return block_m == other.block_m && max_rank == other.max_rank && pairs == other.pairs;
   }
 };
 
@@ -71,8 +76,24 @@ inline constexpr std::array<LinearTile, 17> kLinearTiles{{
     {128, 256},
 }};
 
+// Of gated layers.
+inline constexpr std::array<LinearTile, 9> kGatedTiles{{
+    {32, 0, 2},
+    {32, 128, 2},
+    {64, 0, 2},
+    {64, 64, 2},
+    {64, 128, 2},
+    {64, 256, 2},
+    {128, 0, 2},
+    {128, 128, 2},
+    {128, 256, 2},
+}};
+
 // Those on which the backward pass is compiled. Of 128 rows, gradients beside sums need more registers than there are.
 inline constexpr std::array<LinearTile, 5> kBackwardTiles{{{64, 0}, {64, 64}, {64, 96}, {64, 128}, {64, 256}}};
+
+inline constexpr std::array<LinearTile, 5> kGatedBackwardTiles{
+    {{32, 0, 2}, {64, 0, 2}, {64, 64, 2}, {64, 128, 2}, {64, 256, 2}}};
 
 // How a tile covers a problem: blocks_m blocks of rows, each row block shared by blocks_n blocks, which compute the
 // same h and take one run of column tiles each.
@@ -83,6 +104,6 @@ struct LinearGrid {
 };
 
 // Of the sums over rows that the backward kernel leaves: one for each row of warps.
-constexpr int64_t backward_sum_rows(const LinearGrid& grid) { return grid.blocks_m * LinearTile::kWarpsM; }
+constexpr int64_t backward_sum_rows(const LinearGrid& grid) { return grid.blocks_m * grid.tile.warps_m(); }
 
 }  // namespace shrank

@@ -12,12 +12,14 @@ namespace shrank {
 // rows of a factor.
 struct ShrinkExpandTile {
   int tokens;  // rows of x, a multiple of 8, which is the other operand's; of more, other blocks read the weights again
+  int pairs = 1;  // of factors: 2 of a gated layer. A warp of the second kernel has the same rows of both
 
   static constexpr int kRows = 16;
   static constexpr int kChunk = 32;  // columns of a weight that a warp loads at a time, 8 for each of 4 lanes
   // Chunks that are asked for together; two batches are on their way. Beside the rows of more tokens, registers hold half.
-  constexpr int batch() const { return tokens <= 8 ? 4 : 2; }
-  constexpr int bytes_in_flight() const { return 2 * batch() * kChunk * kRows * 2; }  // of a warp
+  constexpr int shrink_batch() const { return tokens <= 8 ? 4 : 2; }
+  constexpr int expand_batch() const { return shrink_batch() / pairs; }  // of each pair
+  constexpr int bytes_in_flight() const { return 2 * shrink_batch() * kChunk * kRows * 2; }  // of a warp
   // The warps of a block of the first kernel share the columns of its rows, those of the second have rows of their own.
   static constexpr int kShrinkWarps = 8, kExpandWarps = 4;
   static constexpr int kShrinkThreads = 32 * kShrinkWarps, kExpandThreads = 32 * kExpandWarps;
@@ -31,16 +33,20 @@ struct ShrinkExpandTile {
   static constexpr int kHColumns = 2 * 4 * kChunk, kHGap = 64;
   static constexpr int kMaxRank = 2048;
   constexpr int shrink_bytes() const { return kShrinkWarps * kRows * tokens * 4; }  // the sums of the warps
-  constexpr int expand_bytes() const { return tokens * (kMaxRank * 2 + kHGap); }
+  constexpr int expand_bytes(int rank = kMaxRank) const {  // of two pairs the larger rank
+    return pairs * tokens * ((rank + kHColumns - 1) / kHColumns * kHColumns * 2 + kHGap);
+  }
 
   // Blocks of either kernel for the rows of its factor, and groups of rows of x, each of which has blocks of its own.
   static constexpr int64_t shrink_blocks(int64_t R) { return (R + kRows - 1) / kRows; }
   static constexpr int64_t expand_blocks(int64_t N) { return (N + kExpandRows - 1) / kExpandRows; }
   constexpr int64_t groups(int64_t M) const { return (M + tokens - 1) / tokens; }
 
-  constexpr bool operator==(const ShrinkExpandTile& other) const { return tokens == other.tokens; }
+  constexpr bool operator==(const ShrinkExpandTile& other) const {
+    return tokens == other.tokens && pairs == other.pairs;
+  }
 };
 
-inline constexpr std::array<ShrinkExpandTile, 2> kShrinkExpandTiles{{{8}, {16}}};
+inline constexpr std::array<ShrinkExpandTile, 4> kShrinkExpandTiles{{{8}, {16}, {8, 2}, {16, 2}}};
 
 }  // namespace shrank

@@ -14,23 +14,24 @@ int warps(const LinearTile& tile) { return tile.threads() / 32; }
 double copies(const LinearTile& tile, int rows) { return rows * double{LinearTile::kPanelRow / 16} / tile.threads(); }
 
 // Sums of `columns` columns, to which a panel of `rows` rows comes.
-Phase step(const LinearTile& tile, int columns, int rows) {
-  Phase phase = products_of(tile, columns);
-  phase.slots += warps(tile) * (kPanelStep.own + kPanelStep.per_copy * copies(tile, rows));
+Phase step(const LinearTile& tile, int columns, int pairs, int rows) {
+  Phase phase = products_of(tile, columns, pairs);
+  const double own = kPanelStep.own + (pairs - 1) * kSecondPairSlots;
+  phase.slots += warps(tile) * (own + kPanelStep.per_copy * copies(tile, rows));
   return phase;
 }
 
 }  // namespace
 
-Phase products_of(const LinearTile& tile, int columns) {
-  const int fragments_m = tile.block_m / LinearTile::kWarpsM / 16, fragments_n = columns / tile.warps_n() / 8;
+Phase products_of(const LinearTile& tile, int columns, int pairs) {
+  const int fragments_m = tile.block_m / tile.warps_m() / 16, fragments_n = columns / LinearTile::kWarpsN / 8 / pairs;
   Phase phase;
-  phase.slots = warps(tile) * product_slots(fragments_m, fragments_n);
+  phase.slots = warps(tile) * pairs * product_slots(fragments_m, fragments_n);
   phase.products = double{LinearTile::kPanel} * tile.block_m * columns;
   return phase;
 }
 
-Phase down_step(const LinearTile& tile) { return step(tile, tile.max_rank, tile.block_m + tile.max_rank); }
+Phase down_step(const LinearTile& tile) { return step(tile, tile.max_rank, 1, tile.block_m + tile.max_rank); }
 
 double window_slots(const ConvTile& conv) {
   const LinearTile& tile = conv.tile;
@@ -60,45 +61,52 @@ Phase rounding_of_h(const LinearTile& tile) {
 }
 
 Phase up_step(const LinearTile& tile) {
-  return step(tile, LinearTile::kBlockN, LinearTile::kBlockN + (tile.holds_h() ? 0 : tile.block_m));
+  const int rows_of_h = tile.holds_h() ? 0 : tile.pairs * tile.block_m;
+  return step(tile, LinearTile::kBlockN, tile.pairs, LinearTile::kBlockN + rows_of_h);
 }
 
 double rank_panels(const LinearTile& tile, double rank) {
-  return tile.holds_h() ? tile.h_panels() : std::ceil(rank / LinearTile::kPanel);
+  return tile.holds_h() && tile.pairs == 1 ? tile.h_panels() : std::ceil(rank / LinearTile::kPanel);
 }
 
 Phase up_steps(const LinearTile& tile, double tiles, double rank, double width) {
   const double panels = tiles * rank_panels(tile, rank);
   Phase phase = up_step(tile) * panels;
-  phase.l2_bytes = width * tiles * (LinearTile::kBlockN * rank + (tile.holds_h() ? 0 : tile.block_m * rank));
+  const int rows_of_h = tile.holds_h() ? 0 : tile.pairs * tile.block_m;
+  phase.l2_bytes = width * tiles * (LinearTile::kBlockN + rows_of_h) * rank;
   phase.wait_us = panels * kL2LatencyUs / (tile.up_stages() - 1);
   return phase;
 }
 
 namespace {
 
-// Of a thread, numbers of y by eights.
-double eights_of(const LinearTile& tile) { return tile.block_m * double{LinearTile::kBlockN} / 8 / tile.threads(); }
+// Of a tile of y.
+double numbers_of(const LinearTile& tile) { return tile.block_m * double(tile.block_n()); }
+
+// Of a thread, by eights.
+double eights_of(const LinearTile& tile) { return numbers_of(tile) / 8 / tile.threads(); }
 
 }  // namespace
 
 Phase backward_end_of(const LinearTile& tile, const LinearProblem& p) {
-  const double numbers = tile.block_m * double{LinearTile::kBlockN} * bytes(p.dtype);
+  const double moved = numbers_of(tile) * bytes(p.dtype), of_pair = kStoreSlots + p.bias * kBiasSlots + kRowSumSlots;
   Phase phase;
   phase.slots = warps(tile) * eights_of(tile) *
-                (kStoreSlots + p.bias * kBiasSlots + kResidualSlots + derivative_slots(p.activation) + kRowSumSlots);
-  phase.dram_bytes = 2 * numbers;
-  phase.l2_bytes = numbers;
+                (tile.pairs * of_pair + kResidualSlots + derivative_slots(p.activation) +
+                 (tile.pairs - 1) * (activation_slots(p.activation) + 2 * kProductSlots));
+  phase.dram_bytes = (1 + tile.pairs) * moved;
+  phase.l2_bytes = moved;
   return phase;
 }
 
 Phase end_of(const LinearTile& tile, const LinearProblem& p) {
-  const double numbers = tile.block_m * double{LinearTile::kBlockN} * bytes(p.dtype);
+  const double moved = numbers_of(tile) * bytes(p.dtype);
   Phase phase;
   phase.slots = warps(tile) * eights_of(tile) *
-                (kStoreSlots + p.bias * kBiasSlots + activation_slots(p.activation) + p.residual * kResidualSlots);
-  phase.dram_bytes = numbers * (1 + p.residual);
-  phase.l2_bytes = p.residual ? numbers : 0;
+                (kStoreSlots + tile.pairs * p.bias * kBiasSlots + activation_slots(p.activation) +
+                 p.residual * kResidualSlots + (tile.pairs - 1) * kProductSlots);
+  phase.dram_bytes = moved * (1 + p.residual);
+  phase.l2_bytes = p.residual ? moved : 0;
   return phase;
 }
 

@@ -8,8 +8,8 @@
 
 namespace shrank {
 
-// Two panels in shared memory, multiplied into sums of `columns` columns.
-Phase products_of(const LinearTile& tile, int columns);
+// Two panels in shared memory, multiplied into sums of `columns` columns; of two pairs, each has half of them.
+Phase products_of(const LinearTile& tile, int columns, int pairs = 1);
 
 // A panel of x and one of down, of 64 numbers each, into the sums of h.
 Phase down_step(const LinearTile& tile);
@@ -23,10 +23,10 @@ Phase load_step(const LinearTile& tile);
 // The sums of h, rounded into panels in shared memory.
 Phase rounding_of_h(const LinearTile& tile);
 
-// A panel of h and one of up into the sums of a tile of y.
+// A panel of each pair's h and one of its up into the sums of a tile of y.
 Phase up_step(const LinearTile& tile);
 
-// All of `tiles` column tiles, of a rank.
+// All of `tiles` column tiles, of a rank; of two pairs the larger one.
 Phase up_steps(const LinearTile& tile, double tiles, double rank, double width);
 double rank_panels(const LinearTile& tile, double rank);  // of h that meet those of up for a column tile
 

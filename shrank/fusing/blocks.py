@@ -1,4 +1,5 @@
-"""A block's forward with fewer calls: its low-rank layers take over the activations and residuals that follow them."""
+"""A block's forward with fewer calls: its low-rank layers take over the activations, residuals and products that follow
+them."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.fx.proxy import TraceError
 
+from ..layers.led import LED
 from ..layers.low_rank import LowRankLayer
 from ..layers.two_stage import is_untouched
 from ..ops import reference
@@ -36,6 +38,13 @@ def finish(layer: nn.Module, x: Tensor, activation: str, residual: Tensor | None
     if isinstance(layer, LowRankLayer):
         return layer.finished(x, activation, residual)
     return reference.finished(layer(x), activation, residual)
+
+
+def finish_gated(gate: nn.Module, value: nn.Module, x: Tensor, activation: str) -> Tensor:
+    """activation(gate(x)) * value(x), whatever has become of the layers since."""
+    if isinstance(gate, LED) and isinstance(value, LED):
+        return gate.gated(value, x, activation)
+    return finish(gate, x, activation, None) * value(x)
 
 
 class _BlockTracer(Tracer):
@@ -123,15 +132,24 @@ def traced(block: nn.Module) -> Traced:
     except DOES_NOT_RUN as error:
         raise NotFusedError(f"its forward cannot be traced: {type(error).__name__}: {error}") from error
     silent, names = set(tracer.looked_into), []
+
+    def calls(node: Node, kind: type[nn.Module]) -> bool:
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            return False
+        return isinstance(block.get_submodule(node.target), kind)
+
     for node in list(graph.nodes):
-        if node.op != "call_module" or not isinstance(block.get_submodule(node.target), LowRankLayer):
+        if not calls(node, LowRankLayer):
             continue
-        if len(node.args) != 1 or node.kwargs:
-            continue
-        end = End.of(node, is_identity=lambda user: _is_dropout(block, user), alike=lambda *_: True)
+        end = End.of(
+            node,
+            is_identity=lambda user: _is_dropout(block, user),
+            alike=lambda *_: True,
+            input_of=lambda each: each.args[0] if calls(each, LED) else None,
+        )
         if end:
+            names += [node.target, *([end.value.target] if end.value is not None else [])]
             _replace(graph, node, end)
-            names.append(node.target)
             silent.update(passed.target for passed in end.passed)
     if not names:
         raise NotFusedError("nothing follows its low-rank layers that they could take over")
@@ -153,6 +171,10 @@ def _is_dropout(block: nn.Module, node: Node) -> bool:
 
 def _replace(graph: Graph, node: Node, end: End) -> None:
     with graph.inserting_before(end.last):
-        layer = graph.create_node("get_attr", node.target)
-        fused = graph.call_function(finish, (layer, node.args[0], end.activation, end.residual))
+        layer, x = graph.create_node("get_attr", node.target), node.args[0]
+        if end.value is None:
+            fused = graph.call_function(finish, (layer, x, end.activation, end.residual))
+        else:
+            value = graph.create_node("get_attr", end.value.target)
+            fused = graph.call_function(finish_gated, (layer, value, x, end.activation))
     take_place(graph, fused, end)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..layers.low_rank import LowRankLayer
 from ..util.closeness import distance
-from .blocks import DOES_NOT_RUN, FusedForward, NotFusedError, Traced, finish
+from .blocks import DOES_NOT_RUN, FusedForward, NotFusedError, Traced, finish, finish_gated
 
 
 @dataclass
@@ -27,7 +27,8 @@ class Fused:
 
 
 def fuse(model: nn.Module) -> Fused:
-    """Let low-rank layers take over the activations and residuals that follow them in the blocks that call them.
+    """Let low-rank layers take over what follows them in the blocks that call them: activations, residuals, and the
+    product of a gate with what it lets through.
 
     A block is a module that calls low-rank layers itself, such as the MLP of a transformer. Its forward is traced, and
     replaced on the instance, where random inputs give the same outputs and gradients. Modules, parameters and their
@@ -135,6 +136,8 @@ def _shape_of(block: nn.Module, node: torch.fx.Node, size: tuple[int, int]) -> t
                 return (*size, layer.out_features)
             if user.args[1] is node and (shape := _input_of(layer, size)):
                 return shape
+        if user.op == "call_function" and user.target is finish_gated and user.args[2] is node:
+            return (*size, block.get_submodule(user.args[0].target).in_features)
     raise NotFusedError(f"the size of its input {node.target} is not known")
 
 

@@ -16,6 +16,7 @@ from .graph import is_identity as drops_nothing
 
 _SUMS = (operator.add, torch.add, "add", aten.add.Tensor)
 _IN_PLACE_SUMS = (operator.iadd, "add_", aten.add_.Tensor)
+_PRODUCTS = (operator.mul, torch.mul, "mul", aten.mul.Tensor)
 _NORMS = {  # each has its own order of arguments
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     aten.batch_norm.default: (
@@ -26,15 +27,17 @@ _NORMS = {  # each has its own order of arguments
 
 @dataclass
 class End:
-    """What happens to a node's value and to nothing else: norm, activation, residual, in this order.
+    """What happens to a node's value and to nothing else: norm, activation, residual or value, in this order.
 
     last: the node that has the result.
+    value: the node of another low-rank layer with the same input, by which the activated node, its gate, is multiplied.
     passed: nodes between that do nothing, such as dropouts.
     """
 
     last: Node
     activation: str = "none"
     residual: Node | None = None
+    value: Node | None = None
     norm: dict | None = None
     passed: tuple[Node, ...] = ()
 
@@ -45,10 +48,12 @@ class End:
         with_norm: bool = False,
         is_identity: Callable[[Node], bool] = drops_nothing,
         alike: Callable[[object, object], bool] = are_alike,
+        input_of: Callable[[Node], object] = lambda _: None,
     ) -> End | None:
         """As much as an op knows of what follows; None if there is nothing that it may take over.
 
         alike: whether two nodes have one shape, dtype and device.
+        input_of: the input of a node that is a low-rank linear layer with nothing behind it; None of others.
         """
         end = cls(node)
         end._pass_by(is_identity)
@@ -57,10 +62,13 @@ class End:
         if applied := activation_after(end.last):
             end.activation, end.last = applied
             end._pass_by(is_identity)
-        end._take_residual(alike)
-        if end == cls(end.last, passed=end.passed) or not can_move(node, end.last, end.passed):
+            end._take_value(node, alike, input_of)
+        if end.value is None:
+            end._take_residual(alike)
+        if end == cls(end.last, passed=end.passed):
             return None
-        return end
+        moved = (node,) if end.value is None else (node, end.value)
+        return end if all(can_move(each, end.last, end.passed + moved) for each in moved) else None
 
     def _pass_by(self, is_identity: Callable[[Node], bool]) -> None:
         while (user := only_user(self.last)) is not None and is_identity(user):
@@ -76,6 +84,16 @@ class End:
         if given["input"] is self.last and given["training"] is False and given["running_mean"] is not None:
             self.norm, self.last = given, user
 
+    def _take_value(
+        self, gate: Node, alike: Callable[[object, object], bool], input_of: Callable[[Node], object]
+    ) -> None:
+        user, x = only_user(self.last), input_of(gate)
+        if user is None or x is None or not is_call(user, *_PRODUCTS) or user.kwargs or len(user.args) != 2:
+            return
+        value = other_input(user, self.last)
+        if isinstance(value, Node) and only_user(value) is user and input_of(value) is x and alike(self.last, value):
+            self.value, self.last = value, user
+
     def _take_residual(self, alike: Callable[[object, object], bool]) -> None:
         user = only_user(self.last)
         if user is None or user.kwargs or len(user.args) != 2:
@@ -89,8 +107,8 @@ class End:
 
 
 def fuse(graph: Graph) -> int:
-    """Let every low-rank op of a graph take over the activation, the residual and the batch norm
-    that follow it, where nobody else needs what lies between; dropouts that drop nothing are passed by.
+    """Let every low-rank op of a graph take over the activation, the residual, the batch norm and the gated value that
+    follow it, where nobody else needs what lies between; dropouts that drop nothing are passed by.
 
     Args:
         graph: Changed in place. Its nodes have the fake tensors that stand for their values.
@@ -99,16 +117,27 @@ def fuse(graph: Graph) -> int:
         How many ops took something over.
     """
     ops, found = _ops(), 0
-    for node in list(graph.nodes):
+
+    def bare(node: Node) -> tuple[Callable, dict[str, object]] | None:
+        """The op of a node, and its arguments, if nothing is behind it yet."""
         op = ops.get(node.target) if node.op == "call_function" else None
-        if op is None:
+        arguments = op and _arguments_of(node, op)
+        return (op, arguments) if op and arguments["activation"] == "none" and arguments["residual"] is None else None
+
+    def input_of(node: Node) -> object:
+        called = bare(node)
+        return called[1]["x"] if called and called[0] is torch.ops.shrank.low_rank_linear.default else None
+
+    for node in list(graph.nodes):
+        if (called := bare(node)) is None:
             continue
-        arguments = _arguments_of(node, op)
-        if arguments["activation"] != "none" or arguments["residual"] is not None:
-            continue
-        if end := End.of(node, with_norm=op is torch.ops.shrank.low_rank_conv.default):
+        op, arguments = called
+        end = End.of(node, with_norm=op is torch.ops.shrank.low_rank_conv.default, input_of=input_of)
+        if end and end.value is not None:
+            _replace_gate(graph, arguments, _arguments_of(end.value, op), end)
+        elif end:
             _replace(graph, op, arguments, end)
-            found += 1
+        found += end is not None
     return found
 
 
@@ -131,12 +160,21 @@ def _replace(graph: Graph, op: Callable, arguments: dict[str, object], end: End)
             arguments |= _folded(graph, arguments, end.norm)
         arguments |= {"activation": end.activation, "residual": end.residual}
         fused = graph.call_function(op, tuple(arguments.values()))
-    fused.meta = {key: last.meta[key] for key in ("example_value", "val", "stack_trace") if key in last.meta}
+    take_place(graph, fused, end)
+
+
+def _replace_gate(graph: Graph, gate: dict[str, object], value: dict[str, object], end: End) -> None:
+    factors = [each[name] for each in (gate, value) for name in ("down", "up", "bias")]
+    with graph.inserting_before(end.last):
+        op = torch.ops.shrank.low_rank_gated.default
+        fused = graph.call_function(op, (gate["x"], *factors, end.activation))
     take_place(graph, fused, end)
 
 
 def take_place(graph: Graph, fused: Node, end: End) -> None:
     """Give a node all users of the end of another, and remove what nobody uses then: of that end and what led to it."""
+    last = end.last
+    fused.meta = {key: last.meta[key] for key in ("example_value", "val", "stack_trace") if key in last.meta}
     end.last.replace_all_uses_with(fused)
     unused, gone = [end.last], set()
     while unused:

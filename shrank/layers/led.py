@@ -8,9 +8,9 @@ from torch.nn import Linear
 from torch.nn.functional import linear
 
 from ..linalg import Factors, PivotedFactors, Shape
-from ..ops.dispatch import Backend, low_rank_linear, process
+from ..ops.dispatch import Backend, low_rank_gated, low_rank_linear, process
 from .low_rank import LowRankLayer
-from .two_stage import Pivots, checked_rank, reset_stages, run_pivots
+from .two_stage import Pivots, checked_rank, is_untouched, reset_stages, run_pivots, runs_in_one_op
 
 NATIVE = Backend.NATIVE
 
@@ -108,6 +108,13 @@ class LED(LowRankLayer):
 
     def in_one_op(self, x: Tensor, first: nn.Module, second: nn.Module, *end: str | Tensor | None) -> Tensor:
         return low_rank_linear(x, first.weight, second.weight, second.bias, *end)
+
+    def gated(self, value: LED, x: Tensor, activation: str) -> Tensor:
+        """activation(self(x)) * value(x): in one op, where ops compute both layers."""
+        if all(is_untouched(layer) and runs_in_one_op(layer.stages, layer.stage_kinds) for layer in (self, value)):
+            parts = [(down.weight, up.weight, up.bias) for down, up in (self.stages, value.stages)]
+            return low_rank_gated(x, *parts[0], *parts[1], activation)
+        return self.finished(x, activation) * value(x)
 
     def takes_residual(self, x: Tensor, residual: Tensor) -> bool:
         return residual.shape == (*x.shape[:-1], self.out_features) and residual.dtype == x.dtype

@@ -128,28 +128,37 @@ def explain(
     bias: bool = True,
     residual: bool = False,
     training: bool = False,
+    gate: int = 0,
 ) -> dict:
     """The decision, the alternatives and the costs of a linear layer or of a convolution with its channels last
-    (csrc/select/explain.cpp lists the keys). gpu: a name, cuda:N or cpu.
+    (csrc/select/explain.cpp lists the keys). gpu: a name, cuda:N or cpu. gate: the rank of the gate of a gated layer.
 
-    Raises ValueError on an unknown name and without a GPU to explain for, RuntimeError with the reasons where the
-    extension decides and is not loaded.
+    Raises ValueError on an unknown name, on a gate where there can be none and without a GPU to explain for,
+    RuntimeError with the reasons where the extension decides and is not loaded.
     """
     explain_plain.check_names(dtype, activation, gpu)
     if gpu is None:
         if not torch.cuda.is_available():
             raise ValueError("there is no CUDA device here: name a GPU with --gpu, such as H200, or cpu")
         gpu = f"cuda:{torch.cuda.current_device()}"
+    if gate < 0 or (gate and (residual or isinstance(shape, Conv))):
+        raise ValueError(f"gate is {gate}: the rank of a gate, of a linear layer without residual; or 0")
     end = (dtype, activation, bias, residual, training)
     if (on_cpu := explain_plain.is_cpu(gpu)) or native.problems():
-        return _without_extension(_problem(shape, *end), gpu, on_cpu)
+        return _without_extension(_problem(shape, *end, gate), gpu, on_cpu)
     if isinstance(shape, Conv):
         return json.loads(torch.ops.shrank.explain_conv(*astuple(shape), *end, True, gpu))
-    return json.loads(torch.ops.shrank.explain(*shape, *end, gpu))
+    return json.loads(torch.ops.shrank.explain(*shape, *end, gate, gpu))
 
 
 def _problem(
-    shape: tuple[int, int, int, int] | Conv, dtype: str, activation: str, bias: bool, residual: bool, training: bool
+    shape: tuple[int, int, int, int] | Conv,
+    dtype: str,
+    activation: str,
+    bias: bool,
+    residual: bool,
+    training: bool,
+    gate: int,
 ) -> dict:
     """What is asked, as the extension repeats it."""
     end = {
@@ -162,7 +171,7 @@ def _problem(
     }
     if isinstance(shape, Conv):
         return {**asdict(shape), "output": shape.output(), **end, "channels_last": True}
-    return {**dict(zip("MKNR", shape, strict=True)), **end, "aligned": True}
+    return {**dict(zip("MKNR", shape, strict=True)), **end, "aligned": True, "gate_R": gate}
 
 
 def _without_extension(problem: dict, gpu: str, on_cpu: bool) -> dict:
@@ -222,7 +231,8 @@ def _kib(size: float) -> str:
 
 def _layer(problem: dict) -> str:
     if "M" in problem:
-        return ", ".join(f"{name} {problem[name]}" for name in "MKNR")
+        gate = f", gate of R {problem['gate_R']}" if problem["gate_R"] else ""
+        return ", ".join(f"{name} {problem[name]}" for name in "MKNR") + gate
     sizes = {name: "x".join(map(str, problem[name])) for name in ("input", "kernel", "stride", "dilation")}
     padding = "x".join(f"{begin}:{end}" for begin, end in zip(problem["begin"], problem["end"], strict=True))
     return (

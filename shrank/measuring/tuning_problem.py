@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops.conv import CONV
+from ..ops.gated import GATED
 from ..ops.linear import LINEAR
 from ..ops.registration import Op
 
@@ -23,7 +24,9 @@ class Problem:
 
     @property
     def op(self) -> Op:
-        return LINEAR if "M" in self.numbers else CONV
+        if "M" not in self.numbers:
+            return CONV
+        return GATED if self.numbers.get("gate_R") else LINEAR
 
     @property
     def is_tunable(self) -> bool:
@@ -38,6 +41,13 @@ class Problem:
         def draw(*shape: int, fan_in: int = 1) -> Tensor:
             return (torch.randn(shape, device=device) / max(fan_in, 1) ** 0.5).to(dtype)
 
+        if self.op is GATED:
+            M, K, N = (n[name] for name in "MKN")
+            given = [draw(M, K)]
+            for rank in (n["gate_R"], n["R"]):
+                bias = draw(N) if n["bias"] else None
+                given += [draw(rank, K, fan_in=K), draw(N, rank, fan_in=rank), bias]
+            return (*given, n["activation"])
         if self.op is LINEAR:
             M, K, N, R = (n[name] for name in "MKNR")
             tensors, y = (draw(M, K), draw(R, K, fan_in=K), draw(N, R, fan_in=R)), (M, N)

@@ -37,17 +37,18 @@ def why_not(
     Returns:
         The reasons, one sentence each; an empty list if the native kernels can run.
     """
-    return [*why_not_here(), *(() if x is None else why_not_these(x, down, up, bias, residual))]
+    return [*why_not_here(), *(() if x is None else why_not_these((x, down, up, bias, residual), _NAMES))]
 
 
-def why_not_these(
-    x: Tensor, down: Tensor | None, up: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> list[str]:
+_NAMES = ("x", "down", "up", "bias", "residual")
+
+
+def why_not_these(tensors: tuple[Tensor | None, ...], names: tuple[str, ...]) -> list[str]:
     """The reasons that hold for these tensors, and for what surrounds the call."""
-    if not torch.compiler.is_compiling() and _are_known_to_fit(x, down, up, bias, residual):
+    if not torch.compiler.is_compiling() and _are_known_to_fit(tensors):
         return _of_surroundings()
     reasons = []
-    for name, tensor in (("x", x), ("down", down), ("up", up), ("bias", bias), ("residual", residual)):
+    for name, tensor in zip(names, tensors, strict=True):
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
@@ -63,14 +64,14 @@ def why_not_these(
         if kind is not Tensor and kind is not Parameter and is_traceable_wrapper_subclass(tensor):
             reasons.append(f"{name} is a {kind.__name__}, which may mean something else by a product")
     if not reasons and not torch.compiler.is_compiling():
-        _fit.update(each.get_device() for each in (x, down, up, bias, residual) if each is not None)
+        _fit.update(each.get_device() for each in tensors if each is not None)
     return reasons + _of_surroundings()
 
 
 _fit: set[int] = set()  # devices of which nothing speaks against a tensor
 
 
-def _are_known_to_fit(*tensors: Tensor | None) -> bool:
+def _are_known_to_fit(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether these are plain tensors on such devices: every eager call asks, and a microsecond counts."""
     for each in tensors:
         if each is None:

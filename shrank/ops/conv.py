@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import reference
+from .expand_backward import expand_backward
 from .law import check_activation, check_alike, check_bias, check_residual, refusal, shape_of
-from .reference import Forward, Window, channels_last, in_format, output_sizes
+from .reference import Forward, Grads, Window, channels_last, in_format, output_sizes
 from .registration import Op, register
 
 NAME = "low_rank_conv"
@@ -146,13 +147,17 @@ def _pack(
 
 
 CONV = Op(
-    NAME,
-    "Tensor x, Tensor down, Tensor up, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups=1,"
-    " int up_groups=1, str activation='none', Tensor? residual=None",
-    check_low_rank_conv,
-    _forward,
-    reference.low_rank_conv_backward,
-    _empty,
-    _pack,
+    name=NAME,
+    arguments="Tensor x, Tensor down, Tensor up, Tensor? bias, int[] stride, int[] padding, int[] dilation,"
+    " int groups=1, int up_groups=1, str activation='none', Tensor? residual=None",
+    outputs=Forward,
+    grads=Grads,
+    check=check_low_rank_conv,
+    forward=_forward,
+    backward=reference.low_rank_conv_backward,
+    empty=_empty,
+    end=expand_backward,
+    end_by_pytorch=reference.expand_backward,
+    pack=_pack,
 )
 register(CONV)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import availability, native, reference, self_check
 from .conv import CONV, check_low_rank_conv, window_of
+from .gated import GATED, check_low_rank_gated
 from .linear import LINEAR, check_low_rank_linear
 from .registration import Op
 
@@ -117,6 +118,49 @@ def low_rank_linear(
     return reference.low_rank_linear(x, down, up, bias, activation, residual)
 
 
+def low_rank_gated(
+    x: Tensor,
+    gate_down: Tensor,
+    gate_up: Tensor,
+    gate_bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "silu",
+    *,
+    backend: Backend | str | None = None,
+) -> Tensor:
+    """Multiply what two low-rank matrices make of x: activation(gate) * value, as the MLPs of language models do.
+
+    gate is (x @ gate_down.T) @ gate_up.T + gate_bias, value is (x @ down.T) @ up.T + bias.
+
+    Args:
+        x: (..., K).
+        gate_down: (S, K), the first factor of the gate.
+        gate_up: (N, S), the second factor of the gate.
+        gate_bias: (N,).
+        down: (R, K), the first factor of the value.
+        up: (N, R), the second factor of the value.
+        bias: (N,).
+        activation: Of the gate: none, relu, gelu (by erf), gelu_tanh or silu.
+        backend: Who computes this call; by default the process's backend decides.
+
+    Returns:
+        (..., N), in the dtype of x. The native kernels compute activation and product in fp32 and round once, PyTorch
+        rounds after each.
+
+    Raises:
+        RuntimeError: As of `low_rank_linear`.
+        ValueError: The backend is unknown.
+    """
+    given = (x, gate_down, gate_up, gate_bias, down, up, bias)
+    if _runs_native(GATED, backend, *given):
+        return GATED.call(*given, activation)
+    if _are_tensors(*given):
+        check_low_rank_gated(*given, activation, _autocast_casts(x))
+    return reference.low_rank_gated(*given, activation)
+
+
 def low_rank_conv(
     x: Tensor,
     down: Tensor,
@@ -197,7 +241,7 @@ def _runs_native(op: Op, backend: Backend | str | None, *tensors: Tensor | None)
     chosen = current_backend() if backend is None else _parse(backend, "backend")
     if chosen is Backend.TORCH:
         return False
-    of_tensors = availability.why_not_these(*tensors)
+    of_tensors = availability.why_not_these(tensors, op.names)
     if of_tensors and chosen is Backend.AUTO:
         return False  # tensors of a CPU are no reason to ask for CUDA devices, which would initialise the driver
     reasons = (*availability.why_not_here(), *of_tensors) or self_check.why_not_op(op.name, tensors[0])

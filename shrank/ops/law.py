@@ -1,4 +1,4 @@
-"""What both ops refuse in the same words: the parts of their laws that do not depend on how they move over their input.
+"""What the ops refuse in the same words: the parts of their laws that do not depend on how they move over their input.
 
 Everything that does not fit is a RuntimeError, as in torch's own functions, that names the op, what was found and what
 was wanted.
@@ -27,9 +27,9 @@ def check_activation(op: str, activation: str) -> None:
         raise refusal(op, f"activation is {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
 
 
-def check_bias(op: str, bias: Tensor | None, up: Tensor) -> None:
+def check_bias(op: str, bias: Tensor | None, up: Tensor, name: str = "bias") -> None:
     if bias is not None and (bias.dim() != 1 or bias.size(0) != up.size(0)):
-        raise refusal(op, f"bias is {shape_of(bias)}, wanted ({up.size(0)},) for up {shape_of(up)}")
+        raise refusal(op, f"{name} is {shape_of(bias)}, wanted ({up.size(0)},) for up {shape_of(up)}")
 
 
 def check_residual(op: str, residual: Tensor | None, wanted: tuple[int, ...]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import reference
+from .expand_backward import expand_backward
 from .law import check_activation, check_alike, check_bias, check_residual, refusal, shape_of
-from .reference import Forward
+from .reference import Forward, Grads
 from .registration import Op, register
 
 NAME = "low_rank_linear"
@@ -51,11 +52,15 @@ def _empty(
 
 
 LINEAR = Op(
-    NAME,
-    "Tensor x, Tensor down, Tensor up, Tensor? bias=None, str activation='none', Tensor? residual=None",
-    check_low_rank_linear,
-    _forward,
-    reference.low_rank_linear_backward,
-    _empty,
+    name=NAME,
+    arguments="Tensor x, Tensor down, Tensor up, Tensor? bias=None, str activation='none', Tensor? residual=None",
+    outputs=Forward,
+    grads=Grads,
+    check=check_low_rank_linear,
+    forward=_forward,
+    backward=reference.low_rank_linear_backward,
+    empty=_empty,
+    end=expand_backward,
+    end_by_pytorch=reference.expand_backward,
 )
 register(LINEAR)

@@ -13,6 +13,8 @@ from ..util.closeness import distance, stray_elements
 from . import reference
 from .conv import CONV
 from .expand_backward import run_named
+from .gated import GATED
+from .gated_backward import run_named as run_gated_named
 from .law import DTYPES
 from .linear import LINEAR
 from .registration import Op
@@ -25,7 +27,8 @@ Results = dict[str, str]  # of every probe: what is wrong, or ""
 class Probe:
     """A family of kernels, and a problem whose every side is ragged and that has every end.
 
-    sizes: of x, down and up; of a BackwardProbe of h and up. more: what the op takes between bias and activation.
+    sizes: of x, and of down and up or of those of gate and value; of the way back of h and up, of each pair. more: what
+    the op takes between bias and activation.
     """
 
     op: Op
@@ -85,6 +88,35 @@ class BackwardProbe(Probe):
         return Truth(reference.expand_backward, given)
 
 
+class GatedProbe(Probe):
+    """Of a gated layer: gate and value have other ranks."""
+
+    def arguments(self, dtype: torch.dtype, device: str) -> tuple:
+        draw = _drawing(dtype, device)
+        x, *pairs = self.sizes
+        given = [draw(*x)]
+        for down, up in zip(pairs[::2], pairs[1::2], strict=True):
+            given += [draw(*down, fan_in=down[1]), draw(*up, fan_in=up[1]), draw(up[0])]
+        return (*given, "silu")
+
+
+class GatedBackwardProbe(Probe):
+    """The same of gated_backward."""
+
+    def arguments(self, dtype: torch.dtype, device: str) -> tuple:
+        draw = _drawing(dtype, device)
+        given = [draw(*self.sizes[0][:-1], self.sizes[1][0])]
+        for h, up in zip(self.sizes[::2], self.sizes[1::2], strict=True):
+            given += [draw(*h), draw(*up, fan_in=up[1]), draw(up[0])]
+        return (*given, "silu", True, True)
+
+    def run(self, given: tuple) -> NamedTuple:
+        return run_gated_named(given, self.kernel, self.grid)
+
+    def truth(self, given: tuple) -> Truth:
+        return Truth(reference.gated_backward, given)
+
+
 def _drawing(dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
     """Always the same numbers, on every machine."""
     generator = torch.Generator().manual_seed(0)
@@ -117,6 +149,8 @@ def _sizes(*sizes: tuple[int, ...]) -> tuple[torch.Size, ...]:
 _LINEAR = _sizes((37, 200), (40, 200), (136, 40))
 _END = _sizes((37, 40), (136, 40))
 _CONV = _sizes((2, 16, 9, 7), (24, 16, 3, 3), (40, 24, 1, 1))
+_GATED = _sizes((37, 200), (72, 200), (136, 72), (40, 200), (136, 40))
+_GATED_END = _sizes((37, 72), (136, 72), (37, 40), (136, 40))
 _PLAIN = ([2, 1], [1, 2], [1, 1])  # stride, padding, dilation
 
 
@@ -137,6 +171,15 @@ PROBES = (
     Probe(LINEAR, "expand streamed", "gemm_expand", _LINEAR, grid=(64, 0, 1)),
     Probe(LINEAR, "epilogue", "two_gemms_epilogue", _LINEAR, dtypes=DTYPES),
     *_backward(LINEAR),
+    GatedProbe(GATED, "shrink_expand", "shrink_expand", _GATED, grid=(16, 0, 1)),
+    GatedProbe(GATED, "shrink_expand split", "shrink_expand", _GATED, grid=(8, 0, 2)),
+    GatedProbe(GATED, "fused", "fused", _GATED),
+    GatedProbe(GATED, "expand", "gemm_expand", _GATED),
+    GatedProbe(GATED, "expand streamed", "gemm_expand", _GATED, grid=(64, 0, 1)),
+    GatedProbe(GATED, "epilogue", "two_gemms_epilogue", _GATED, dtypes=DTYPES),
+    GatedBackwardProbe(GATED, "backward", "fused", _GATED_END),
+    GatedBackwardProbe(GATED, "backward streamed", "fused", _GATED_END, grid=(64, 0, 1)),
+    GatedBackwardProbe(GATED, "backward epilogue", "gemm_epilogue", _GATED_END, dtypes=DTYPES),
     Probe(CONV, "chunks", "fused", _CONV, (*_PLAIN, 1, 1)),
     Probe(
         CONV,

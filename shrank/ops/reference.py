@@ -57,6 +57,33 @@ class Grads(NamedTuple):
     residual: Tensor | None
 
 
+class GatedForward(NamedTuple):
+    """y (..., N) and, for the backward pass, h of the gate and of the value."""
+
+    y: Tensor
+    gate_h: Tensor
+    h: Tensor
+
+
+class GatedEnd(NamedTuple):
+    """The gradients of the gate before its activation, of the value and, where it is wanted, of either bias."""
+
+    gate: Tensor
+    value: Tensor
+    gate_bias: Tensor | None
+    bias: Tensor | None
+
+
+class GatedGrads(NamedTuple):
+    x: Tensor | None
+    gate_down: Tensor | None
+    gate_up: Tensor | None
+    gate_bias: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+    bias: Tensor | None
+
+
 def low_rank_linear(
     x: Tensor,
     down: Tensor,
@@ -115,15 +142,110 @@ def low_rank_linear_backward(
     end: what computes `expand_backward`.
     """
     dz, dbias = end(grad, h, up, bias, activation, bool(needs.bias))
+    dx, ddown, dup = _factors_backward(dz, x, down, up, h, needs.x, needs.down, needs.up)
+    return Grads(dx, ddown, dup, dbias, grad if needs.residual else None)
+
+
+def _factors_backward(
+    dz: Tensor, x: Tensor, down: Tensor, up: Tensor, h: Tensor, needs_x: object, needs_down: object, needs_up: object
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, down and up that are needed, from that of z = h @ up.T with h = x @ down.T."""
     flat_dz, flat_h, flat_x = map(_rows, (dz, h, x))
-    dh = flat_dz @ up if needs.x or needs.down else None
-    return Grads(
-        x=(dh @ down).reshape(x.shape) if needs.x else None,
-        down=dh.mT @ flat_x if needs.down else None,
-        up=flat_dz.mT @ flat_h if needs.up else None,
-        bias=dbias,
-        residual=grad if needs.residual else None,
+    dh = flat_dz @ up if needs_x or needs_down else None
+    return (
+        (dh @ down).reshape(x.shape) if needs_x else None,
+        dh.mT @ flat_x if needs_down else None,
+        flat_dz.mT @ flat_h if needs_up else None,
     )
+
+
+# ---- gated layers
+
+
+def low_rank_gated(
+    x: Tensor,
+    gate_down: Tensor,
+    gate_up: Tensor,
+    gate_bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """activation((x @ gate_down.T) @ gate_up.T + gate_bias) * ((x @ down.T) @ up.T + bias)
+
+    x: (..., K)  gate_down: (S, K)  gate_up: (N, S)  down: (R, K)  up: (N, R)  biases: (N,)  ->  (..., N)
+    """
+    return low_rank_gated_forward(x, gate_down, gate_up, gate_bias, down, up, bias, activation).y
+
+
+def low_rank_gated_forward(
+    x: Tensor,
+    gate_down: Tensor,
+    gate_up: Tensor,
+    gate_bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    activation: str,
+) -> GatedForward:
+    """low_rank_gated with what lies between."""
+    gate = low_rank_linear_forward(x, gate_down, gate_up, gate_bias, activation, None)
+    value = low_rank_linear_forward(x, down, up, bias, "none", None)
+    return GatedForward(gate.y * value.y, gate.h, value.h)
+
+
+def gated_backward(
+    grad: Tensor,
+    gate_h: Tensor,
+    gate_up: Tensor,
+    gate_bias: Tensor | None,
+    h: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    needs_gate_bias: bool,
+    needs_bias: bool,
+) -> GatedEnd:
+    """Through product, activation and biases: grad (..., N) of activation(z) * value, both computed anew from h."""
+    z, value = F.linear(gate_h, gate_up, gate_bias), F.linear(h, up, bias)
+    dgate, dvalue = grad * value, grad * ACTIVATIONS[activation](z)
+    if activation != "none":
+        dgate = _BACKWARD[activation](dgate, z)
+    return GatedEnd(
+        dgate,
+        dvalue,
+        _rows(dgate).sum(0) if needs_gate_bias else None,
+        _rows(dvalue).sum(0) if needs_bias else None,
+    )
+
+
+def low_rank_gated_backward(
+    grad: Tensor,
+    x: Tensor,
+    gate_down: Tensor,
+    gate_up: Tensor,
+    gate_bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    gate_h: Tensor,
+    h: Tensor,
+    activation: str,
+    needs: GatedGrads,
+    end: Callable[..., GatedEnd] = gated_backward,
+) -> GatedGrads:
+    """The gradients for which `needs` is true, from grad (..., N) of y and the forward pass's h.
+
+    end: what computes `gated_backward`.
+    """
+    of = end(grad, gate_h, gate_up, gate_bias, h, up, bias, activation, bool(needs.gate_bias), bool(needs.bias))
+    by_gate, dgate_down, dgate_up = _factors_backward(
+        of.gate, x, gate_down, gate_up, gate_h, needs.x, needs.gate_down, needs.gate_up
+    )
+    by_value, ddown, dup = _factors_backward(of.value, x, down, up, h, needs.x, needs.down, needs.up)
+    dx = by_gate + by_value if needs.x else None
+    return GatedGrads(dx, dgate_down, dgate_up, of.gate_bias, ddown, dup, of.bias)
 
 
 # ---- convolutions

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .expand_backward import expand_backward
 from .library import define, library
-from .reference import Forward, Grads
 
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCPU
@@ -27,35 +25,57 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._
 class Op:
     """An op as its file describes it.
 
-    arguments: its schema: x, down, up, bias, then what is its own, then activation and residual.
-    pack: makes of the arguments between bias and residual what the four functions take there.
+    Its arguments are tensors, of which the first is x; then what is no tensor; and at the end, maybe, a residual.
+
+    arguments: its schema.
+    pack: makes of the arguments that are no tensors what the four functions take there.
+    end: what `backward` gets to go through the end of the layer; end_by_pytorch: the same, to be differentiated again.
     """
 
     name: str
     arguments: str
-    check: Callable[..., None]  # (x, down, up, bias, *packed, residual) raises what the law forbids
-    forward: Callable[..., Forward]  # the same arguments -> y, h, laid out as the op promises
-    backward: Callable[..., Grads]  # (grad, x, down, up, bias, h, *packed, needs, end)
-    empty: Callable[..., Forward]  # as forward: new tensors, unwritten
+    outputs: type[tuple]  # y, and what the backward pass needs of the forward pass
+    grads: type[tuple]  # the gradients of the tensors, and of the residual
+    check: Callable[..., None]  # (*tensors, *packed, [residual]) raises what the law forbids
+    forward: Callable[..., NamedTuple]  # the same arguments -> outputs, laid out as the op promises
+    backward: Callable[..., tuple]  # (grad, *tensors, *outputs but y, *packed, needs, end) -> grads
+    empty: Callable[..., NamedTuple]  # as forward: new tensors, unwritten
+    end: Callable[..., tuple]
+    end_by_pytorch: Callable[..., tuple]
     pack: Callable[..., tuple] = lambda *between: between
 
     @property
     def schemas(self) -> dict[str, str]:
         """Both ops, by name."""
+        outputs = ", ".join(f"Tensor {name}" for name in self.outputs._fields)
         return {
             self.name: f"({self.arguments}) -> Tensor",
-            f"{self.name}_train": f"({self.arguments}) -> (Tensor y, Tensor h)",
+            f"{self.name}_train": f"({self.arguments}) -> ({outputs})",
         }
+
+    @cached_property
+    def takes_residual(self) -> bool:
+        return "residual" in self.grads._fields
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors among the arguments."""
+        return self.grads._fields
+
+    @cached_property
+    def tensors(self) -> int:
+        """How many arguments are tensors, without a residual."""
+        return len(self.names) - self.takes_residual
 
     @cached_property
     def overload(self) -> Callable[..., Tensor]:
         return getattr(torch.ops.shrank, self.name).default
 
     @cached_property
-    def train_overload(self) -> Callable[..., tuple[Tensor, Tensor]]:
+    def train_overload(self) -> Callable[..., tuple[Tensor, ...]]:
         return getattr(torch.ops.shrank, f"{self.name}_train").default
 
-    def run_named(self, given: tuple, kernel: str, grid: Sequence[int] = (), training: bool = False) -> Forward:
+    def run_named(self, given: tuple, kernel: str, grid: Sequence[int] = (), training: bool = False) -> NamedTuple:
         """The op by the kernel of this name, whatever select would choose, on a stated tile.
 
         Args:
@@ -64,10 +84,10 @@ class Op:
                 convolution fused, conv_expand, two_convs_epilogue, two_convs.
             grid: Of a matrix kernel: block_m, max_rank and blocks_n, of shrink_expand tokens, 0 and splits of K; empty
                 for the cheapest by the model.
-            training: Whether h is wanted; otherwise it says nothing.
+            training: Whether what is kept for gradients is wanted; otherwise it says nothing.
 
         Returns:
-            y and h.
+            y and what is kept.
 
         Raises:
             RuntimeError: No native code is loaded, or it has no such kernel for these arguments; the text says why.
@@ -75,7 +95,7 @@ class Op:
         name = f"{self.name}_as"
         if not hasattr(torch.ops.shrank, name):
             raise RuntimeError(f"shrank::{name} is an op of the native extension, which is not loaded")
-        return Forward(*getattr(torch.ops.shrank, name)(*self.complete(given), training, kernel, list(grid)))
+        return self.outputs(*getattr(torch.ops.shrank, name)(*self.complete(given), training, kernel, list(grid)))
 
     def call(self, *given: object) -> Tensor:
         """The op; where autograd has nothing to record, past its kernel, which is in Python.
@@ -87,7 +107,7 @@ class Op:
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*given)
 
-    def by_pytorch(self, *given: object) -> Forward:
+    def by_pytorch(self, *given: object) -> NamedTuple:
         return self.forward(*self.packed(given))
 
     @cached_property
@@ -100,28 +120,38 @@ class Op:
 
     def packed(self, given: tuple) -> tuple:
         """All arguments, as the four functions take them."""
-        x, down, up, bias, *between, residual = self.complete(given)
-        return x, down, up, bias, *self.pack(*between), residual
+        tensors, between, residual = self.parts(given)
+        return *tensors, *self.pack(*between), *residual
+
+    def parts(self, given: tuple) -> tuple[tuple, tuple, tuple]:
+        """All arguments: the tensors, those that are none, and the residual, if the op takes one."""
+        given, first = self.complete(given), self.tensors
+        last = len(given) - self.takes_residual
+        return given[:first], given[first:last], given[last:]
 
 
 class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op: Op, *given: object) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            y, h = op.train_overload(*given)
-        ctx.save_for_backward(*given[:4], h)
-        ctx.op, ctx.between = op, given[4:-1]
+            y, *kept = op.train_overload(*given)
+        tensors, ctx.between, _ = op.parts(given)
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.op = op
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        x, down, up, bias, h = ctx.saved_tensors
-        packed, end = ctx.op.pack(*ctx.between), expand_backward
+        op, count, saved = ctx.op, ctx.op.tensors, ctx.saved_tensors  # asked once: a checkpoint gives them once
+        tensors, kept = saved[:count], saved[count:]
+        packed, end = op.pack(*ctx.between), op.end
         if torch.is_grad_enabled():  # to be differentiated again: by PyTorch, and h must know where it comes from
-            h, end = ctx.op.forward(x, down, up, bias, *packed, None).h, reference.expand_backward
-        _, *tensors, residual = ctx.needs_input_grad
-        grads = ctx.op.backward(grad, x, down, up, bias, h, *packed, Grads(*tensors[:4], residual), end)
-        return None, *grads[:4], *(None for _ in ctx.between), grads.residual
+            _, *kept = op.forward(*tensors, *packed, *[None] * op.takes_residual)
+            end = op.end_by_pytorch
+        _, *needs = ctx.needs_input_grad
+        wanted, _, of_residual = op.parts(tuple(needs))
+        grads = op.backward(grad, *tensors, *kept, *packed, op.grads(*wanted, *of_residual), end)
+        return None, *grads[:count], *(None for _ in ctx.between), *grads[count:]
 
 
 def _is_recorded(given: tuple) -> bool:
@@ -151,13 +181,13 @@ def _autocast_kernel(op: Op) -> Callable[..., Tensor]:
     after, so that it keeps its precision."""
 
     def autocast(*given: object) -> Tensor:
-        *tensors, residual = given = op.complete(given)
+        tensors, between, residual = op.parts(given)
         dtype = torch.get_autocast_dtype(given[0].device.type)
         narrow = [each.to(dtype) if _is_wide(each) else each for each in tensors]
-        fused = residual if residual is not None and residual.dtype == narrow[0].dtype else None
+        fits = [each if each is not None and each.dtype == narrow[0].dtype else None for each in residual]
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-            y = op.overload(*narrow, fused)
-        return y if fused is residual else y + residual
+            y = op.overload(*narrow, *between, *fits)
+        return sum((each for each, fused in zip(residual, fits, strict=True) if each is not fused), y)
 
     return autocast
 
@@ -166,10 +196,10 @@ def _is_wide(given: object) -> bool:
     return isinstance(given, Tensor) and given.is_floating_point() and given.dtype != torch.float64
 
 
-def _both(op: Op, compute: Callable[..., Forward]) -> tuple[Callable[..., Tensor], Callable[..., tuple]]:
+def _both(op: Op, compute: Callable[..., NamedTuple]) -> tuple[Callable[..., Tensor], Callable[..., tuple]]:
     """What computes y, and what computes all that training needs, after a look at the law."""
 
-    def checked(*given: object) -> Forward:
+    def checked(*given: object) -> NamedTuple:
         arguments = op.packed(given)
         op.check(*arguments)
         return compute(*arguments)

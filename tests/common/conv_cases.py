@@ -71,9 +71,9 @@ class ConvCase:
         return self.B, self.N, *self._sizes()
 
     @property
-    def hidden(self) -> Sizes:
+    def kept(self) -> list[Sizes]:
         """The shape of h."""
-        return self.B, self.R, *self._sizes()
+        return [(self.B, self.R, *self._sizes())]
 
     def _sizes(self) -> list[int]:
         x, down = torch.empty(1, 1, *self.input, device="meta"), torch.empty(1, 1, *self.kernel, device="meta")

@@ -32,9 +32,9 @@ class LinearCase:
         return *self.batch, self.N
 
     @property
-    def hidden(self) -> tuple[int, ...]:
+    def kept(self) -> list[tuple[int, ...]]:
         """The shape of h."""
-        return *self.batch, self.R
+        return [(*self.batch, self.R)]
 
     def is_laid_out(self, output: Tensor, x: Tensor) -> bool:
         """Whether y or h is laid out as the op promises for x."""

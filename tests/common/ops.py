@@ -13,11 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import shrank
 from shrank.ops import availability, reference, self_check
 from shrank.ops.conv import CONV
+from shrank.ops.gated import GATED
 from shrank.ops.linear import LINEAR
 from shrank.ops.reference import Window
 from shrank.ops.registration import Op
-from tests.common import conv_cases, linear_cases
+from tests.common import conv_cases, gated_cases, linear_cases
 from tests.common.conv_cases import ConvCase
+from tests.common.gated_cases import GatedCase
 from tests.common.linear_cases import LinearCase
 from tests.common.tolerances import assert_close
 
@@ -35,11 +37,11 @@ class OpUnderTest:
     name: str
     definition: Op
     reference: Callable[..., Tensor]
-    full: dict[str, LinearCase | ConvCase]
-    small: dict[str, LinearCase | ConvCase]
-    values: list[LinearCase | ConvCase]
-    gradients: list[LinearCase | ConvCase]
-    odd: list[LinearCase | ConvCase]
+    full: dict[str, LinearCase | ConvCase | GatedCase]
+    small: dict[str, LinearCase | ConvCase | GatedCase]
+    values: list[LinearCase | ConvCase | GatedCase]
+    gradients: list[LinearCase | ConvCase | GatedCase]
+    odd: list[LinearCase | ConvCase | GatedCase]
 
     def __str__(self) -> str:
         return self.name
@@ -49,7 +51,7 @@ class OpUnderTest:
         return self.definition.overload
 
     @property
-    def op_train(self) -> Callable[..., tuple[Tensor, Tensor]]:
+    def op_train(self) -> Callable[..., tuple[Tensor, ...]]:
         return self.definition.train_overload
 
     @property
@@ -92,7 +94,23 @@ CONV_OP = OpUnderTest(
         ConvCase((3, 4, 5), (2, 2, 2), 8, 8, 8, groups=4, activation="silu", last=True),
     ],
 )
-OPS = (LINEAR_OP, CONV_OP)
+_gated = GatedCase((3, 5), 24, 40, 8, 16, activation="gelu")
+GATED_OP = OpUnderTest(
+    name="gated",
+    definition=GATED,
+    reference=reference.low_rank_gated,
+    full={"rows": _gated},
+    small={"rows": _gated},
+    values=gated_cases.ENDS + gated_cases.SHAPES + gated_cases.MATRICES,
+    gradients=gated_cases.ENDS + gated_cases.SHAPES + gated_cases.MATRICES,
+    odd=[
+        _gated,
+        GatedCase((), 8, 8, 2, 3, "gate"),
+        GatedCase((4,), 16, 7, 3, 2, "none", "none"),
+        GatedCase((0,), 16, 8, 4, 8),
+    ],
+)
+OPS = (LINEAR_OP, CONV_OP, GATED_OP)
 
 
 def each_case(of: Callable[[OpUnderTest], list]) -> pytest.MarkDecorator:

@@ -9,15 +9,15 @@ namespace shrank {
 enum End { kBias = 1, kResidual = 2 };
 
 template <int BLOCK_M, Activation KIND, int ENDS> struct WithEnd {
-  using Kernel = LowRankLinear<arch::bfloat16, BLOCK_M, 128>;
+  using Kernel = LowRankLinear<arch::bfloat16, BLOCK_M, 128, 1>;
   using Params = LowRankLinearParams;
   static constexpr int kThreads = Kernel::kThreads, kSharedBytes = Kernel::kSharedBytes;
 
   SHRANK_DEVICE static void run(const Params& given) {
     Params params = given;
     params.activation = KIND;
-    params.h = nullptr;
-    decide<(ENDS & kBias) != 0>(params.bias);
+    params.pair[0].h = nullptr;
+    decide<(ENDS & kBias) != 0>(params.pair[0].bias);
     decide<(ENDS & kResidual) != 0>(params.residual);
     __builtin_assume(params.x != nullptr);
     Kernel::run(params);
@@ -41,16 +41,16 @@ const Kernel* const kAll[] = {kEnds<64>, kEnds<128>};
 
 // The way back through the end of a layer without bias.
 template <Activation KIND, bool SUMS> struct WithGradient {
-  using Kernel = ExpandBackward<arch::bfloat16, 64, 128>;
+  using Kernel = ExpandBackward<arch::bfloat16, 64, 128, 1>;
   using Params = ExpandBackwardParams;
   static constexpr int kThreads = Kernel::kThreads, kSharedBytes = Kernel::kSharedBytes;
 
   SHRANK_DEVICE static void run(const Params& given) {
     Params params = given;
     params.activation = KIND;
-    params.bias = nullptr;
-    if constexpr (SUMS) __builtin_assume(params.sums != nullptr);
-    else params.sums = nullptr;
+    params.pair[0].bias = nullptr;
+    if constexpr (SUMS) __builtin_assume(params.sums[0] != nullptr);
+    else params.sums[0] = nullptr;
     Kernel::run(params);
   }
 };

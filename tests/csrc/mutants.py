@@ -21,7 +21,6 @@ from types import ModuleType
 
 import torch
 
-from shrank.ops import reference
 from tests.common.tolerances import assert_close, assert_every_element_close
 
 from .conftest import BUILD, load_module
@@ -152,7 +151,7 @@ def failure_of_linear(dev: ModuleType, run: linear.Run, copies_early: bool) -> s
     arguments = run.arguments()
     outcome = linear.emulate(dev, run, arguments, 2, copies_early)
     wanted = linear.exact(arguments, outcome.h if run.from_h else None)
-    return mistake(outcome, wanted, reference.low_rank_linear(*arguments), run.training)
+    return mistake(outcome, wanted, linear.in_pytorch(arguments), run.training)
 
 
 def failure_of_conv(dev: ModuleType, run: conv.ConvRun, copies_early: bool) -> str | None:
@@ -164,21 +163,25 @@ def failure_of_conv(dev: ModuleType, run: conv.ConvRun, copies_early: bool) -> s
 def failure_of_few_rows(dev: ModuleType, run: few_rows.FewRowsRun, _copies_early: bool) -> str | None:
     arguments = run.arguments()
     outcome = few_rows.emulate(dev, run, arguments, 2)
-    return mistake(outcome, linear.exact(arguments), reference.low_rank_linear(*arguments), run.training)
+    return mistake(outcome, linear.exact(arguments), linear.in_pytorch(arguments), run.training)
 
 
 def failure_of_backward(dev: ModuleType, run: backward.BackwardRun, copies_early: bool) -> str | None:
     arguments = run.arguments()
     outcome = backward.emulate(dev, run, arguments, 2, copies_early)
-    wanted, torchs = backward.exact(arguments), reference.expand_backward(*arguments)
-    pairs = [(outcome.dz, wanted.z, torchs.z)]
-    if run.sums:
-        pairs += [(outcome.sums.to(run.dtype), wanted.bias, torchs.bias)]
+    wanted, torchs = (
+        [each for each in answer if each is not None]
+        for answer in (backward.exact(arguments), backward.in_pytorch(arguments))
+    )
+    pairs = list(zip(backward.found_of(outcome, run.dtype), wanted, torchs, strict=True))
     return problem_or_conflict(outcome) or wrong_numbers(pairs)
 
 
-def mistake(outcome: linear.Outcome, wanted: reference.Forward, torchs: torch.Tensor, training: bool) -> str | None:
-    pairs = [(outcome.y, wanted.y, torchs)] + [(outcome.h, wanted.h, wanted.h)] * training
+def mistake(
+    outcome: linear.Outcome, wanted: tuple[torch.Tensor, ...], torchs: torch.Tensor, training: bool
+) -> str | None:
+    y, *h = wanted
+    pairs = [(outcome.y, y, torchs), *zip(outcome.h, h, h, strict=True)] if training else [(outcome.y, y, torchs)]
     found = outcome.problems[0] if outcome.problems else wrong_numbers(pairs)
     return found or (None if training else problem_or_conflict(outcome))
 
@@ -210,7 +213,7 @@ LINEAR = Suite(
     "low_rank_linear",
     "linear",
     linear.runs,
-    lambda run: run.M * (run.K + run.N) * run.R,
+    linear.Run.multiply_adds,
     failure_of_linear,
     (FEW_LINEAR, lambda run: run.dtype == linear.BF16 and tile_of(run) in ((32, 64), (64, 64), (64, 0))),
 )

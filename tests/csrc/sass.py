@@ -25,10 +25,12 @@ REGISTERS = 65536  # of an SM, and shared memory: CUDA C++ Programming Guide, te
 SHARED_OF_BLOCK = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90a": 227, "sm_100": 227}  # KiB
 SHARED_OF_SM = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90a": 228, "sm_100": 228}
 _KERNEL = re.compile(
-    r"\d+(?:LowRank)?(Linear|Conv|Depthwise|ExpandBackward|Shrink|Expand)INS_4arch\d+(\w+?)E(?:LNS_6GatherE(\d)E)?Li(\d+)E(?:Li(\d+)E)?E"
+    r"\d+(?:LowRank)?(Linear|Conv|Depthwise|ExpandBackward|Shrink|Expand)INS_4arch\d+(\w+?)E(?:LNS_6GatherE(\d)E)?"
+    r"((?:Li\d+E)+)E"
 )
 _GATHERS = ("chunks", "analytic", "numbers")
 LINEAR, BACKWARD, SHRINK, EXPAND = "linear", "backward", "shrink", "expand"
+GATED = "gated "  # before the kind of a kernel with two pairs of factors
 Name = tuple[str, str, int, int]  # kind: linear, or how a convolution gathers; dtype, block_m, max_rank
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -47,19 +49,18 @@ class FewRowsTile:
 
     max_rank = 0
 
-    def __init__(self, gather: str, tile: object) -> None:
-        self.gather, self.block_m = gather, tile.tokens
+    def __init__(self, kind: str, tile: object) -> None:
+        self.gather, self.block_m = GATED * (tile.pairs - 1) + kind, tile.tokens
         self.rank_limit = tile.MAX_RANK
-        self.threads = {SHRINK: tile.SHRINK_THREADS, EXPAND: tile.EXPAND_THREADS}[gather]
-        self.shared_bytes = {SHRINK: tile.shrink_bytes, EXPAND: tile.expand_bytes}[gather]
+        self.threads = {SHRINK: tile.SHRINK_THREADS, EXPAND: tile.EXPAND_THREADS}[kind]
+        self.shared_bytes = {SHRINK: tile.shrink_bytes, EXPAND: tile.expand_bytes}[kind]
 
 
 class BackwardTile:
     """A LinearTile as the backward kernel uses it: it has no first stage."""
 
-    gather = BACKWARD
-
     def __init__(self, tile: object) -> None:
+        self.gather = GATED * (tile.pairs - 1) + BACKWARD
         self.block_m, self.max_rank, self.threads = tile.block_m, tile.max_rank, tile.threads
         self.shared_bytes = tile.expand_bytes
 
@@ -107,13 +108,16 @@ def name_in(line: str) -> Name | None:
         "Shrink": SHRINK,
         "Expand": EXPAND,
     }
-    kind = kinds[named[1]]
-    return kind, named[2], int(named[4]), int(named[5] or 0)
+    kind, numbers = kinds[named[1]], [int(number) for number in re.findall(r"\d+", named[4])]
+    if kind in (LINEAR, BACKWARD, SHRINK, EXPAND):
+        kind = GATED * (numbers.pop() - 1) + kind
+    return kind, named[2], *(*numbers, 0)[:2]
 
 
 def name_of(tile: object, dtype: str) -> Name:
     """Of a LinearTile or a ConvTile."""
-    return getattr(tile, "gather", LINEAR), dtype, tile.block_m, tile.max_rank
+    kind = tile.gather if hasattr(tile, "gather") else GATED * (tile.pairs - 1) + LINEAR
+    return kind, dtype, tile.block_m, tile.max_rank
 
 
 @cache
@@ -182,8 +186,14 @@ def table(tiles: list) -> str:
 
 
 def tiles_of(dev: ModuleType) -> list:
-    return [*dev.select.LINEAR_TILES, *dev.select.CONV_TILES, *map(BackwardTile, dev.select.BACKWARD_TILES)] + [
-        FewRowsTile(kind, tile) for kind in (SHRINK, EXPAND) for tile in dev.select.SHRINK_EXPAND_TILES
+    select = dev.select
+    backward = [*select.BACKWARD_TILES, *select.GATED_BACKWARD_TILES]
+    return [
+        *select.LINEAR_TILES,
+        *select.GATED_TILES,
+        *select.CONV_TILES,
+        *map(BackwardTile, backward),
+        *(FewRowsTile(kind, tile) for kind in (SHRINK, EXPAND) for tile in select.SHRINK_EXPAND_TILES),
     ]
 
 

@@ -26,6 +26,8 @@ ADDRESSING = [("bfloat16", True), ("float16", True), ("float32", True), ("float6
         (True, dict(aligned=False), "multiple of 16 bytes"),
         (False, dict(aligned=False), "multiple of 16 bytes"),
         (True, dict(R=264), "R is above 256"),
+        (True, dict(gate_R=264), "R is above 256"),
+        (False, dict(gate_R=12), "multiples of 8"),
         (False, dict(M=0), "zero"),
         (True, dict(R=0), "zero"),
         (False, dict(M=1 << 31), r"2\^31"),
@@ -56,6 +58,22 @@ def test_the_grid_covers_the_problem_with_a_tile_that_fits(dev, gpu, fused) -> N
         assert grid.tile.shared_bytes <= gpu.smem_per_block and (grid.tile.holds_h or not fused)
         if grid.tile.holds_h:
             fitting = [t.max_rank for t in dev.select.LINEAR_TILES if t.max_rank >= R]
+            assert grid.tile.max_rank == min(fitting)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_grid_of_a_gated_layer_holds_the_larger_rank(dev, gpu, fused) -> None:
+    for (R, gate), M in product([(8, 8), (64, 72), (128, 16), (16, 200), (256, 256)], TOKENS):
+        problem = dev.select.LinearProblem(M, 768, 3072, R, activation="silu", gate_R=gate)
+        if fused and max(R, gate) > 128 and gpu.smem_per_block < 128 << 10:
+            assert "more shared memory" in dev.select.linear_why_not(problem, gpu, fused), "h of both ranks"
+            continue
+        grid = dev.select.linear_grid(problem, gpu, fused)
+        assert grid.tile.pairs == 2 and grid.tile.shared_bytes <= gpu.smem_per_block
+        assert (grid.blocks_m - 1) * grid.tile.block_m < M <= grid.blocks_m * grid.tile.block_m
+        assert 1 <= grid.blocks_n <= min(64, -(-3072 // 64)) and (grid.tile.holds_h or not fused)
+        if grid.tile.holds_h:
+            fitting = [t.max_rank for t in dev.select.GATED_TILES if t.max_rank >= max(R, gate)]
             assert grid.tile.max_rank == min(fitting)
 
 

@@ -16,6 +16,13 @@ TOKENS = (1, 2, 16, 64, 127, 128, 129, 512, 1000, 4096, 16384, 65536, 1 << 20)
 TAILS = [
     dict(activation=activation, bias=bias, residual=residual, training=training)
     for activation, bias, residual, training in product(("none", "gelu"), *[(False, True)] * 3)
+] + [
+    dict(activation=activation, bias=bias, training=training, gate_R=gate)
+    for activation, bias, training, gate in [
+        ("silu", False, False, 96),
+        ("silu", True, True, 256),
+        ("none", True, False, 8),
+    ]
 ]
 
 
@@ -87,6 +94,28 @@ def test_both_tails_fused_save_their_passes_over_y(dev, gpu) -> None:
     cost = legal_costs(dev, problem, gpu)
     saved = 2 * 16384 * 4096 * 2 / gpu.bandwidth * 1e6 + gpu.node_us
     assert cost["two_gemms"] - cost["two_gemms_epilogue"] == pytest.approx(saved)
+
+
+def test_a_gate_saves_its_passes_over_y(dev, gpu) -> None:
+    """PyTorch: 2 passes for the activation and 3 for the product; ours: 1, and x once."""
+    M, K, N, R = 65536, 768, 3072, 64
+    problem = dev.select.LinearProblem(M, K, N, R, activation="silu", gate_R=R)
+    alone = dev.select.LinearProblem(M, K, N, R)
+    cost, each = legal_costs(dev, problem, gpu), legal_costs(dev, alone, gpu)
+    passes = 5 * M * N * 2 / gpu.bandwidth * 1e6 + 2 * gpu.node_us
+    assert cost["two_gemms"] == pytest.approx(2 * each["two_gemms"] + passes)
+    assert cost["two_gemms_epilogue"] == pytest.approx(cost["two_gemms"])
+    floor = dev.select.floor_us(problem, gpu) * gpu.bandwidth / 1e6
+    assert floor == pytest.approx(2 * (M * K + 2 * R * (K + N) + M * N)), "memory-bound: y is written once"
+    assert dev.select.dense_us(problem, gpu) == pytest.approx(2 * dev.select.dense_us(alone, gpu) + passes)
+    assert min(cost[name] for name in ("fused", "gemm_expand")) * 1.5 < cost["two_gemms"]
+
+
+@pytest.mark.parametrize("M", [1, 16])
+def test_a_gate_of_a_few_rows_costs_less_than_its_two_layers(dev, gpu, M) -> None:
+    gated = dev.select.LinearProblem(M, 4096, 14336, 256, activation="silu", gate_R=256)
+    cost, alone = legal_costs(dev, gated, gpu), legal_costs(dev, dev.select.LinearProblem(M, 4096, 14336, 256), gpu)
+    assert cost["shrink_expand"] < 2 * alone["shrink_expand"]
 
 
 def test_keeping_what_the_backward_pass_needs_raises_the_floor_by_its_bytes(dev, gpu) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 
-from shrank.ops import reference
 from tests.common.tolerances import assert_close, assert_every_element_close
 
 from .emulated.few_rows import TOKENS, FewRowsRun, emulate, runs
-from .emulated.linear import BF16, exact
+from .emulated.linear import BF16, exact, in_pytorch
 
 
 def test_every_tile_that_is_compiled_is_tested(dev) -> None:
-    assert tuple(tile.tokens for tile in dev.select.SHRINK_EXPAND_TILES) == TOKENS
+    compiled = [(tile.tokens, tile.pairs) for tile in dev.select.SHRINK_EXPAND_TILES]
+    assert sorted(compiled) == sorted(product(TOKENS, (1, 2)))
 
 
 @pytest.mark.parametrize("run", runs(), ids=str)
@@ -21,27 +24,29 @@ def test_values_are_as_good_as_pytorchs_and_no_rule_is_broken(dev, run: FewRowsR
     arguments = run.arguments()
     outcome = emulate(dev, run, arguments, hash(run.M + run.N + run.K + run.R) % 8)
     assert outcome.problems == [] and outcome.counts.bank_conflicts == 0
-    wanted, torchs = exact(arguments), reference.low_rank_linear(*arguments)
-    assert_close(outcome.y, wanted.y, torchs)
-    assert_every_element_close(outcome.y, wanted.y)
-    if outcome.h is not None:
-        assert_every_element_close(outcome.h, wanted.h)
+    y, *h = exact(arguments)
+    assert_close(outcome.y, y, in_pytorch(arguments))
+    assert_every_element_close(outcome.y, y)
+    for ours, theirs in zip(outcome.h, h, strict=bool(outcome.h)):
+        assert_every_element_close(ours, theirs)
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize(("tokens", "splits"), [(8, 3), (16, 1), (16, 2)])
-def test_no_order_of_threads_breaks_a_rule_or_changes_a_bit(dev, tokens: int, splits: int, seed: int) -> None:
-    run = FewRowsRun(tokens, splits, tokens + 3, 1032, 136, 72, True, "gelu_tanh", True, True)
+@pytest.mark.parametrize(("tokens", "splits", "gate"), [(8, 3, 0), (16, 1, 0), (16, 2, 0), (8, 2, 40), (16, 1, 136)])
+def test_no_order_of_threads_breaks_a_rule_or_changes_a_bit(
+    dev, tokens: int, splits: int, gate: int, seed: int
+) -> None:
+    run = FewRowsRun(tokens, splits, tokens + 3, 1032, 136, 72, True, "gelu_tanh", not gate, True, gate=gate)
     arguments = run.arguments()
     outcome, other = emulate(dev, run, arguments, seed), emulate(dev, run, arguments)
     assert outcome.problems == []
-    assert torch.equal(outcome.y, other.y) and torch.equal(outcome.h, other.h)
+    assert all(map(torch.equal, (outcome.y, *outcome.h), (other.y, *other.h)))
 
 
 def test_training_and_inference_give_the_same_bits(dev) -> None:
-    for splits in (1, 2):
-        training = FewRowsRun(8, splits, 5, 520, 72, 40, True, "silu", True, True)
-        inference = FewRowsRun(8, splits, 5, 520, 72, 40, True, "silu", True)
+    for splits, gate in product((1, 2), (0, 24)):
+        training = FewRowsRun(8, splits, 5, 520, 72, 40, True, "silu", not gate, True, gate=gate)
+        inference = replace(training, training=False)
         arguments = training.arguments()
         assert torch.equal(emulate(dev, training, arguments).y, emulate(dev, inference, arguments).y)
 
@@ -55,15 +60,15 @@ def test_h_is_rounded_once_as_two_calls_round_it(dev, splits: int) -> None:
     run = FewRowsRun(16, splits, 9, 1048, 16, 16, training=True)
     outcome = emulate(dev, run, (x, down, up, None, "none", None))
     rounded = (x.double() @ down.double().T).to(BF16)
-    assert outcome.problems == [] and torch.equal(outcome.h, rounded) and torch.equal(outcome.y, rounded)
+    assert outcome.problems == [] and torch.equal(outcome.h[0], rounded) and torch.equal(outcome.y, rounded)
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize(("R", "splits"), [(40, 1), (40, 2), (264, 1)])
-def test_nan_and_inf_go_where_pytorch_lets_them_go(dev, special: float, R: int, splits: int) -> None:
-    run = FewRowsRun(8, splits, 5, 72, 72, R, True, "relu", True)
+@pytest.mark.parametrize(("R", "splits", "gate"), [(40, 1, 0), (40, 2, 0), (264, 1, 0), (40, 2, 16), (40, 1, 136)])
+def test_nan_and_inf_go_where_pytorch_lets_them_go(dev, special: float, R: int, splits: int, gate: int) -> None:
+    run = FewRowsRun(8, splits, 5, 72, 72, R, True, "relu", not gate, gate=gate)
     arguments = run.arguments()
     arguments[0][3, 5] = special
-    y, torchs = emulate(dev, run, arguments).y, reference.low_rank_linear(*arguments)
+    y, torchs = emulate(dev, run, arguments).y, in_pytorch(arguments)
     assert torch.equal(y.isnan(), torchs.isnan()) and torch.equal(y.isinf(), torchs.isinf())
     assert not y[:3].isnan().any() and not y[4:].isnan().any()

@@ -271,3 +271,57 @@ def test_convolutions_take_over_activations(monkeypatch: pytest.MonkeyPatch) -> 
     with shrank.backend("native"), torch.no_grad():
         assert ops_of(lambda: block(x)).count("low_rank_conv") == 1
         assert_close(block(x), wanted)
+
+
+class GatedMLP(nn.Module):
+    """As transformers' LlamaMLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate_proj = shrank.LED(8, 16, rank=3, bias=False)
+        self.up_proj = shrank.LED(8, 16, rank=5)
+        self.down_proj = shrank.LED(16, 8, rank=4)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def fused_gate() -> GatedMLP:
+    block = GatedMLP().eval()
+    assert shrank.fuse(block).blocks == {"": ["gate_proj", "up_proj"]}
+    return block
+
+
+def test_a_gate_and_its_value_are_one_op_with_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_native(monkeypatch)
+    plain, block = GatedMLP().eval(), fused_gate()
+    assert_close(block(X), plain(X))
+    with shrank.backend("native"):
+        with torch.no_grad():
+            assert ops_of(lambda: block(X)) == ["low_rank_gated", "low_rank_linear"]
+        for one, other in zip(block.parameters(), plain.parameters(), strict=True):
+            ours, theirs = (
+                torch.autograd.grad(each(X).square().sum(), of)[0] for each, of in ((block, one), (plain, other))
+            )
+            assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj"])
+def test_a_gated_block_whose_layer_has_become_another_still_computes_the_same(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_native(monkeypatch)
+    block, wanted, seen = fused_gate(), GatedMLP().eval()(X), []
+    hook = getattr(block, name).register_forward_hook(lambda *given: seen.append(given))
+    with shrank.backend("native"), torch.no_grad():
+        assert_close(block(X), wanted)
+        assert len(seen) == 1
+        hook.remove()
+        layer = getattr(block, name)
+        dense = nn.Linear(8, 16, bias=layer.bias is not None)
+        dense.load_state_dict({"weight": layer.dense_weight()} | ({} if layer.bias is None else {"bias": layer.bias}))
+        setattr(block, name, dense)
+        assert "low_rank_gated" not in ops_of(lambda: block(X))
+        assert_close(block(X), wanted)

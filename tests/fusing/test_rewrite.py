@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from shrank.fusing.rewrite import fuse
 from tests.common.tolerances import assert_close
 
-Ends = list[tuple[str, bool]]  # of each op that is left: its activation, and whether it adds a residual
+# Of each op that is left: its activation, behind "gated " where it is a gate's, and whether it adds a residual.
+Ends = list[tuple[str, bool]]
 
 
 def drawn(*shape: int) -> Tensor:
@@ -28,6 +29,13 @@ def low_rank(x: Tensor) -> Tensor:
     return torch.ops.shrank.low_rank_linear(x, DOWN, UP, BIAS)
 
 
+GATE = (drawn(3, 8), drawn(8, 3), None)
+
+
+def gate(x: Tensor) -> Tensor:
+    return torch.ops.shrank.low_rank_linear(x, *GATE)
+
+
 def low_rank_conv(x: Tensor, bias: Tensor | None = CHANNEL_BIAS) -> Tensor:
     return torch.ops.shrank.low_rank_conv(x, FILTERS, POINTWISE, bias, [1, 1], [1, 1], [1, 1], 1, 1)
 
@@ -38,7 +46,8 @@ def ends_of(graph: torch.fx.Graph) -> Ends:
     for call in calls:
         names = [each.name for each in getattr(call.target, "default", call.target)._schema.arguments]
         given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
-        found.append((given.get("activation", "none"), given.get("residual") is not None))
+        gated = "gated " * ("gated" in str(call.target))
+        found.append((gated + given.get("activation", "none"), given.get("residual") is not None))
     return found
 
 
@@ -97,6 +106,13 @@ TAKEN = {
     "torch.add": (lambda x: torch.add(x, low_rank(x)), ("none", True)),
     "both": (lambda x: x + F.gelu(low_rank(x)), ("gelu", True)),
     "dropout of nothing": (lambda x: x + F.dropout(low_rank(x), 0.1, training=False), ("none", True)),
+    "a gate": (lambda x: F.silu(gate(x)) * low_rank(x), ("gated silu", False)),
+    "a gate behind": (lambda x: low_rank(x) * F.gelu(gate(x)), ("gated gelu", False)),
+    "a gate of relu": (lambda x: torch.mul(gate(x).relu(), low_rank(x)), ("gated relu", False)),
+    "a gate with dropout of nothing": (
+        lambda x: F.dropout(F.silu(gate(x)), 0.1, training=False) * low_rank(x),
+        ("gated silu", False),
+    ),
     "dropout with p = 0": (lambda x: x + F.dropout(F.silu(low_rank(x)), 0.0, training=True), ("silu", True)),
 }
 
@@ -205,6 +221,57 @@ def test_all_else_is_left_as_it_is(name: str) -> None:
     wanted = LEFT[name](again)
     assert_close(*(each if isinstance(each, Tensor) else each[0] for each in (answer, wanted)))
     assert torch.equal(x, again)
+
+
+def gate_before_a_change(x: Tensor) -> Tensor:
+    opened, value = F.silu(gate(x)), low_rank(x)
+    x.mul_(2)
+    return opened * value
+
+
+ONE = (drawn(2, 8), drawn(1, 2), None)
+HALF_GATES = {  # what is left of each: the gate takes its activation, and no more
+    "of another input": (lambda x: F.silu(gate(x)) * low_rank(x + 1), ["silu", "none"]),
+    "whose value is used again": (lambda x: (lambda v: F.silu(gate(x)) * v + v)(low_rank(x)), ["silu", "none"]),
+    "whose value is activated": (lambda x: F.silu(gate(x)) * F.gelu(low_rank(x)), ["silu", "gelu"]),
+    "used again": (lambda x: (lambda g: g * low_rank(x) + g)(F.silu(gate(x))), ["silu", "none"]),
+    "without activation": (lambda x: gate(x) * low_rank(x), ["none", "none"]),
+    "by a number": (lambda x: F.silu(gate(x)) * 2, ["silu"]),
+    "by itself": (lambda x: (lambda g: g * g)(F.silu(gate(x))), ["silu"]),
+    "by x": (lambda x: F.silu(gate(x)) * x, ["silu"]),
+    "of a broadcast value": (
+        lambda x: F.silu(gate(x)) * torch.ops.shrank.low_rank_linear(x, *ONE),
+        ["silu", "none"],
+    ),
+    "that divides": (lambda x: low_rank(x) / F.silu(gate(x)), ["none", "silu"]),
+    "before x is changed": (gate_before_a_change, ["none", "none"]),
+}
+
+
+@pytest.mark.parametrize("name", HALF_GATES)
+def test_what_is_no_gated_layer_is_none(name: str) -> None:
+    function, ends = HALF_GATES[name]
+    found, answer = fused(function, drawn(3, 8))
+    assert sorted(end for end, _ in found) == sorted(ends)
+    assert_close(answer, function(drawn(3, 8)))
+
+
+def test_gradients_of_a_gated_layer_are_those_of_its_parts() -> None:
+    weights = [each.clone().requires_grad_() for each in (*GATE[:2], DOWN, UP, BIAS)]
+    x = drawn(3, 8).requires_grad_()
+
+    def block(x: Tensor) -> Tensor:
+        op = torch.ops.shrank.low_rank_linear
+        return F.silu(op(x, *weights[:2])) * op(x, *weights[2:])
+
+    found, answer = fused(block, x)
+    assert found == [("gated silu", False)]
+    for ours, wanted in zip(
+        torch.autograd.grad(answer.square().sum(), (x, *weights)),
+        torch.autograd.grad(block(x).square().sum(), (x, *weights)),
+        strict=True,
+    ):
+        assert_close(ours, wanted)
 
 
 def test_an_op_that_has_an_end_gets_no_second_one() -> None:

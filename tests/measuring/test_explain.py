@@ -27,6 +27,7 @@ FACTS = {
         "training": False,
         "captured": False,
         "aligned": True,
+        "gate_R": 0,
     },
     "device": {"name": "H200", "source": "measured on a Tuesday"},
     "decision": {
@@ -91,10 +92,26 @@ def test_options_reach_the_op(asked) -> None:
         == 0
     )
     assert run("--shape", "1, 2, 3, 4").exit_code == 0
+    assert run("--shape", "1,2,3,4", "--activation", "silu", "--gate", 5).exit_code == 0
     assert asked == [
-        (16384, 768, 3072, 96, "fp16", "gelu", False, True, True, "a100"),
-        (1, 2, 3, 4, "bf16", "none", True, False, False, "cuda:1"),
+        (16384, 768, 3072, 96, "fp16", "gelu", False, True, True, 0, "a100"),
+        (1, 2, 3, 4, "bf16", "none", True, False, False, 0, "cuda:1"),
+        (1, 2, 3, 4, "bf16", "silu", True, False, False, 5, "cuda:1"),
     ]
+
+
+@pytest.mark.parametrize(
+    "more", [["--gate", -1], ["--gate", 4, "--residual"], ["--gate", 4, "--conv", "2,3,8x8,3x3,4,2"]], ids=str
+)
+def test_a_gate_where_there_can_be_none_is_refused(asked, more: list) -> None:
+    shape = [] if "--conv" in more else ["--shape", "1,2,3,4"]
+    shown = run(*shape, *more)
+    assert shown.exit_code != 0 and "the rank of a gate" in shown.stderr and not asked
+
+
+def test_a_gate_is_shown(asked, monkeypatch) -> None:
+    monkeypatch.setitem(FACTS["problem"], "gate_R", 64)
+    assert "R 96, gate of R 64" in run("--shape", "1,2,3,4").stdout
 
 
 def test_the_table_holds_the_decision_and_what_it_is_compared_with(asked) -> None:

@@ -22,6 +22,7 @@ from shrank.measuring.tuning import Problem, measure
 from shrank.ops import machine, registration, tuned
 from shrank.ops.apart import NotMade
 from shrank.ops.conv import CONV
+from shrank.ops.gated import GATED
 from shrank.ops.linear import LINEAR
 from shrank.ops.tuned import Measured
 from shrank.util.cache import name_of, write_facts
@@ -61,7 +62,12 @@ CONV_PROBLEM = {
     "captured": False,
     "channels_last": True,
 }
-PROBLEMS = {"linear": Problem("a linear key", LINEAR_PROBLEM), "conv": Problem("a conv key", CONV_PROBLEM)}
+GATED_PROBLEM = LINEAR_PROBLEM | {"activation": "silu", "residual": False, "gate_R": 72}
+PROBLEMS = {
+    "linear": Problem("a linear key", LINEAR_PROBLEM),
+    "gated": Problem("a gated key", GATED_PROBLEM),
+    "conv": Problem("a conv key", CONV_PROBLEM),
+}
 WAYS = {
     LINEAR.name: [
         ("fused", [64, 64, 1]),
@@ -69,9 +75,14 @@ WAYS = {
         ("gemm_expand", [64, 0, 1]),
         ("two_gemms_epilogue", None),
     ],
+    GATED.name: [
+        ("fused", [64, 64, 1]),
+        ("gemm_expand", [64, 0, 1]),
+        ("two_gemms_epilogue", None),
+    ],
     CONV.name: [("fused", [64, 32, 1]), ("conv_expand", [64, 0, 1]), ("two_convs_epilogue", None)],
 }
-LIBRARY = {LINEAR.name: "two_gemms_epilogue", CONV.name: "two_convs_epilogue"}
+LIBRARY = {LINEAR.name: "two_gemms_epilogue", GATED.name: "two_gemms_epilogue", CONV.name: "two_convs_epilogue"}
 
 
 class Native:
@@ -118,7 +129,7 @@ def native(monkeypatch, tmp_path) -> Native:
     monkeypatch.setattr(registration.Op, "run_named", lambda op, *given: Native.run(made, op, *given))
     for name in ("remember_measured", "forget_measured", "note_problems", "noted_problems"):
         monkeypatch.setattr(torch.ops.shrank, name, getattr(made, name), raising=False)
-    for op in (LINEAR, CONV):
+    for op in (LINEAR, GATED, CONV):
         monkeypatch.setattr(torch.ops.shrank, f"{op.name}_choices", lambda *_, op=op: made.choices(op), raising=False)
     return made
 
@@ -200,7 +211,7 @@ def test_a_problem_for_which_memory_is_short_is_left_out_alone(native, monkeypat
         shrank.tune("cpu", clock=scripted({})) as done,
     ):
         pass
-    assert [each.key for each in done] == ["a conv key"] == [each.key for each in tuned.load("cpu")]
+    assert {each.key for each in done} == {"a conv key", "a gated key"} == {each.key for each in tuned.load("cpu")}
 
 
 def test_a_way_that_does_not_run_is_left_out(native) -> None:
@@ -359,10 +370,13 @@ def test_a_block_measures_what_was_asked_and_only_once(native) -> None:
     clock = scripted({"fused 64x64x1": 0.5, "fused 64x32x1": 0.5})
     with shrank.tune("cpu", clock=clock) as done:
         assert native.noting and not done
-    assert not native.noting and {each.key for each in done} == {"a linear key", "a conv key"} == native.told.keys()
+    assert (
+        not native.noting
+        and {each.key for each in done} == {each.key for each in PROBLEMS.values()} == native.told.keys()
+    )
     with shrank.tune("cpu", clock=clock) as again:
         pass
-    assert again == [] and len(tuned.load("cpu")) == 2
+    assert again == [] and len(tuned.load("cpu")) == len(PROBLEMS)
 
 
 def test_under_deterministic_algorithms_nothing_is_measured(native, monkeypatch) -> None:

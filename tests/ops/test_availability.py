@@ -16,6 +16,7 @@ from shrank.ops import availability
 from shrank.ops.availability import constant
 from tests.common.linear_cases import LinearCase
 
+NAMES = ("x", "down", "up")
 CASE = LinearCase((4,), 32, 24, 8, True, "silu", True)
 
 
@@ -76,20 +77,20 @@ def test_what_fits_once_hides_no_reason_of_another_call(monkeypatch: pytest.Monk
     monkeypatch.setattr(availability, "_fit", set())
     x, down, up = torch.randn(2, 8), torch.randn(4, 8), torch.randn(8, 4)
     for _ in range(2):
-        assert availability.why_not_these(x, down, up, None, None) == []
+        assert availability.why_not_these((x, down, up), NAMES) == []
     assert availability._fit == {-1}
 
     class Other(Tensor):
         pass
 
-    assert "int64" in availability.why_not_these(x.long(), down, up, None, None)[0]
-    assert "not a tensor" in availability.why_not_these(x, down, up, 3, None)[0]
-    assert availability.why_not_these(x.as_subclass(Other), down, up, None, None) == []  # no wrapper: a plain tensor
+    assert "int64" in availability.why_not_these((x.long(), down, up), NAMES)[0]
+    assert "not a tensor" in availability.why_not_these((x, down, 3), NAMES)[0]
+    assert availability.why_not_these((x.as_subclass(Other), down, up), NAMES) == []  # no wrapper: a plain tensor
     with forward_ad.dual_level():
-        assert "forward-mode" in availability.why_not_these(x, down, up, None, None)[0]
+        assert "forward-mode" in availability.why_not_these((x, down, up), NAMES)[0]
     monkeypatch.setattr(availability, "_find_too_old", lambda _: "a card that is too old")
     monkeypatch.setattr(availability, "_fit", set())
-    assert "too old" in availability.why_not_these(x, down, up, None, None)[0]
+    assert "too old" in availability.why_not_these((x, down, up), NAMES)[0]
     assert availability._fit == set()
 
 

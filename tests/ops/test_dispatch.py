@@ -57,10 +57,11 @@ def test_a_call_is_recorded_by_autograd_where_that_has_something_to_record(teste
 
 @EACH_OP
 def test_native_names_every_reason(tested) -> None:
-    x, down, up, bias, *between, residual = next(iter(tested.full.values())).tensors(torch.float32, "cpu")
+    arguments = next(iter(tested.full.values())).tensors(torch.float32, "cpu")
     with pytest.raises(RuntimeError, match="cannot run") as error:
-        tested.function(x, down, up, bias, *between, residual, backend="native")
-    assert all(reason in str(error.value) for reason in shrank.why_not(x, down, up, bias, residual))
+        tested.function(*arguments, backend="native")
+    of_tensors = [f"{name} is on cpu, not on a CUDA device" for name in tested.definition.names]
+    assert all(reason in str(error.value) for reason in (*shrank.why_not(), *of_tensors))
 
 
 def test_a_layer_names_every_reason() -> None:

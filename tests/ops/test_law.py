@@ -11,10 +11,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from tests.common.ops import CONV_OP, EACH_OP, LINEAR_OP, OPS, OpUnderTest
+from shrank.ops import reference
+from tests.common.ops import CONV_OP, EACH_OP, GATED_OP, LINEAR_OP, OPS, OpUnderTest
 from tests.common.tolerances import assert_close
 
 TENSORS = ("x", "down", "up", "bias", "residual")
+GATED_TENSORS = GATED_OP.definition.names
 BAD_DTYPES_DEVICES_AND_NAMES = [  # what is changed, and what the error must name
     ({name: torch.int64 for name in TENSORS}, "x is"),
     ({"x": torch.complex64}, "x is"),
@@ -47,6 +49,33 @@ BAD_LINEAR = [
     ({"residual": (16,)}, "residual"),
     ({"residual": (2, 2, 16)}, "residual"),
     *BAD_DTYPES_DEVICES_AND_NAMES,
+]
+BAD_GATED = [
+    ({"x": ()}, "x is 0-dimensional"),
+    ({"x": (4, 31)}, "gate_down"),
+    ({"gate_down": (8,)}, "gate_down"),
+    ({"gate_down": (8, 33)}, "gate_down"),
+    ({"gate_up": (16, 9)}, "gate_up"),
+    ({"gate_up": (16,)}, "gate_up"),
+    ({"gate_bias": (15,)}, "gate_bias"),
+    ({"gate_bias": (1, 16)}, "gate_bias"),
+    ({"down": (12, 31)}, "down is"),
+    ({"down": (12, 32, 1)}, "down is"),
+    ({"up": (16, 8)}, "up is"),
+    ({"up": (12, 16)}, "up is"),
+    ({"up": (24, 12), "bias": (24,)}, "up is"),
+    ({"bias": (15,)}, "bias is"),
+    ({"bias": ()}, "bias is"),
+    ({name: torch.int64 for name in GATED_TENSORS}, "x is"),
+    ({"x": torch.float64}, "gate_down is"),
+    ({"gate_up": torch.bfloat16}, "gate_up is"),
+    ({"gate_bias": torch.float16}, "gate_bias is"),
+    ({"down": torch.bfloat16}, "down is"),
+    ({"up": torch.float16}, "up is"),
+    ({"bias": torch.float64}, "bias is"),
+    ({"activation": "swish"}, "activation is"),
+    ({"gate_up": "meta"}, "gate_up is on"),
+    ({"up": "meta"}, "up is on"),
 ]
 BAD_CONV = [
     ({"x": ()}, "x is"),
@@ -115,7 +144,7 @@ class Law:
 
     good: dict[str, object]
     output: tuple[int, ...]
-    plain: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    plain: Callable[..., Tensor]
     bad: list[tuple[dict, str]]
     bad_of_function: list[tuple[dict, str]]
     bad_when_compiled: list[tuple[dict, str]]
@@ -158,6 +187,25 @@ LAWS = {
 }
 
 
+LAWS[GATED_OP.name] = Law(
+    {
+        "x": (4, 32),
+        "gate_down": (8, 32),
+        "gate_up": (16, 8),
+        "gate_bias": (16,),
+        "down": (12, 32),
+        "up": (16, 12),
+        "bias": (16,),
+        "activation": "gelu",
+    },
+    (4, 16),
+    lambda x, *pairs: reference.low_rank_gated(x, *pairs, "relu"),
+    BAD_GATED,
+    BAD_GATED,
+    [({"x": (4, 31)}, "gate_down"), ({"up": torch.bfloat16}, "up"), ({"activation": "swish"}, "activation")],
+)
+
+
 def each_bad(of: Callable[[Law], list]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         ("tested", "changes", "named"),
@@ -173,7 +221,7 @@ def arguments(tested: OpUnderTest, changes: dict, device: str) -> dict:
     made = {}
     for name, good in LAWS[tested.name].good.items():
         change = changes.get(name, good)
-        if name not in TENSORS:
+        if name not in tested.definition.names:
             made[name] = change
             continue
         made[name] = torch.zeros(
@@ -230,7 +278,9 @@ def test_the_function_refuses_alike(tested, how: str, changes: dict, named: str,
     ]
 )
 def test_without_activation_and_residual_it_is_refused_alike(tested, changes: dict, named: str, device: str) -> None:
-    made = arguments(tested, changes, device) | {"activation": "none", "residual": None}
+    made = arguments(tested, changes, device) | {"activation": "none"}
+    if tested.definition.takes_residual:
+        made["residual"] = None
     refused(tested, "auto", made, named)
 
 
@@ -255,16 +305,23 @@ def test_an_unknown_backend_is_a_value_error(tested, device: str) -> None:
 @EACH_OP
 def test_autocast_makes_dtypes_alike_and_then_they_are_no_mistake(tested, device: str) -> None:
     law, made = LAWS[tested.name], arguments(tested, {"activation": "relu"}, device)
-    x, down, up, bias, residual = (torch.randn(made[name].shape, device=device) for name in TENSORS)
-    made |= {"x": x.bfloat16(), "down": down, "up": up, "bias": bias.bfloat16(), "residual": residual}
+    names = tested.definition.names
+    made |= {name: torch.randn(made[name].shape, device=device) for name in names}
+    made |= {name: made[name].bfloat16() for name in ("x", "bias")}
+    pairs = [made[name].bfloat16() for name in names if name != "residual"]
+    wanted = law.plain(*pairs)
     with torch.autocast(torch.device(device).type, torch.bfloat16):
+        if tested.definition.takes_residual:
+            y = tested.function(**made, backend="torch")
+            assert y.dtype == torch.float32, "the residual keeps its precision"
+            assert_close(y, wanted.relu() + made.pop("residual"))
+            wanted = wanted.relu()
         y = tested.function(**made, backend="torch")
-        assert y.dtype == torch.float32, "the residual keeps its precision"
-        assert tested.function(**(made | {"residual": None}), backend="torch").dtype == torch.bfloat16
-        for wrong, named in (({"x": x.int()}, "x is torch.int32"), ({"down": down[:, 1:]}, "down is")):
+        assert y.dtype == torch.bfloat16
+        for wrong, named in (({"x": made["x"].int()}, "x is torch.int32"), ({"down": made["down"][:, 1:]}, "down is")):
             with pytest.raises(RuntimeError, match=named):
                 tested.function(**(made | wrong), backend="torch")
-    assert_close(y, law.plain(*(each.bfloat16() for each in (x, down, up, bias))).relu() + residual)
+    assert_close(y, wanted)
 
 
 @EACH_OP

@@ -16,9 +16,10 @@ import torch
 import shrank
 from shrank.ops import apart, availability, check_apart, machine, probes, reference, registration, self_check
 from shrank.ops.conv import CONV
+from shrank.ops.gated import GATED
 from shrank.ops.linear import LINEAR
-from shrank.ops.probes import PROBES, BackwardProbe, Truth, check
-from shrank.ops.reference import End, Forward
+from shrank.ops.probes import PROBES, BackwardProbe, GatedBackwardProbe, Truth, check
+from shrank.ops.reference import End, Forward, GatedEnd
 from shrank.ops.self_check import check_and_keep, file_of, kept, why_not
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -48,7 +49,12 @@ def named(monkeypatch):
         return changes.get(("backward", kernel), lambda all_: all_)(reference.expand_backward(*given))
 
     monkeypatch.setattr(registration.Op, "run_named", run)
+
+    def run_gated_backward(given, kernel, grid=()):
+        return changes.get(("gated backward", kernel), lambda all_: all_)(reference.gated_backward(*given))
+
     monkeypatch.setattr(probes, "run_named", run_backward)
+    monkeypatch.setattr(probes, "run_gated_named", run_gated_backward)
     return changes
 
 
@@ -58,17 +64,19 @@ def test_right_kernels_pass(named) -> None:
 
 
 def test_every_family_and_every_end_is_looked_at() -> None:
-    forward = [probe for probe in PROBES if not isinstance(probe, BackwardProbe)]
+    forward = [probe for probe in PROBES if not isinstance(probe, BackwardProbe | GatedBackwardProbe)]
     kernels = {(probe.op.name, probe.kernel, bool(probe.grid)) for probe in forward}
-    assert {"shrink_expand", "fused", "gemm_expand", "two_gemms_epilogue"} == {
-        k for op, k, _ in kernels if op == LINEAR.name
-    }
+    for name in (LINEAR.name, GATED.name):
+        assert {"shrink_expand", "fused", "gemm_expand", "two_gemms_epilogue"} == {
+            k for op, k, _ in kernels if op == name
+        }
+        assert (name, "gemm_expand", True) in kernels, "h is streamed only where that is asked for"
     assert {"fused", "conv_expand", "two_convs_epilogue"} == {k for op, k, _ in kernels if op == CONV.name}
-    assert (LINEAR.name, "gemm_expand", True) in kernels, "h is streamed only where that is asked for"
     for probe in forward:
-        _, down, _, bias, *_, activation, residual = probe.arguments(torch.float32, "cpu")
-        assert bias is not None and activation == "gelu" and residual is not None
-        assert down.size(0) % 64, "the rank is smaller than any tile's"
+        tensors, between, residual = probe.op.parts(probe.arguments(torch.float32, "cpu"))
+        assert between[-1] != "none" and all(each is not None for each in (*tensors, *residual))
+        downs = [each for name, each in zip(probe.op.names, tensors, strict=False) if name.endswith("down")]
+        assert all(down.size(0) % 64 for down in downs), "ranks are smaller than any tile's"
         assert torch.isfinite(Truth(probe.op.by_pytorch, probe.arguments(torch.float32, "cpu")).plain.y).all()
 
 
@@ -86,6 +94,14 @@ def test_a_wrong_gradient_forbids_both_ops(named, what: str) -> None:
     named["backward", "fused"] = lambda found: found._replace(**{what: getattr(found, what) * 1.05})
     wrong = {name: reason for name, reason in check("cpu") if reason}
     assert {" ".join(name.split()[:2]) for name in wrong} == {f"{op.name} backward" for op in (LINEAR, CONV)}
+    assert all(reason.startswith(f"{what} has ") for reason in wrong.values())
+
+
+@pytest.mark.parametrize("what", GatedEnd._fields)
+def test_a_wrong_gradient_of_a_gate_forbids_its_op(named, what: str) -> None:
+    named["gated backward", "fused"] = lambda found: found._replace(**{what: getattr(found, what) * 1.05})
+    wrong = {name: reason for name, reason in check("cpu") if reason}
+    assert {" ".join(name.split()[:2]) for name in wrong} == {f"{GATED.name} backward"}
     assert all(reason.startswith(f"{what} has ") for reason in wrong.values())
 
 

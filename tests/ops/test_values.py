@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shrank.ops import reference
 from tests.common.conv_cases import ConvCase, is_last
-from tests.common.ops import CONV_OP, DTYPES, EACH_OP, LINEAR_OP, doubled, each_case, each_format
+from tests.common.ops import CONV_OP, DTYPES, EACH_OP, GATED_OP, LINEAR_OP, doubled, each_case, each_format
 from tests.common.tolerances import assert_close
 
 LINEAR_FULL, CONV_FULL = LINEAR_OP.full["rows"], CONV_OP.full["channels_last"]
@@ -20,16 +20,17 @@ LINEAR_FULL, CONV_FULL = LINEAR_OP.full["rows"], CONV_OP.full["channels_last"]
 @each_case(lambda tested: tested.values)
 def test_values_and_memory_format(tested, case, dtype: torch.dtype, device: str) -> None:
     arguments = case.tensors(dtype, device)
-    y, (_, h) = tested.op(*arguments), tested.op_train(*arguments)
-    assert y.shape == case.output and y.dtype == dtype and h.shape == case.hidden
+    y, (_, *kept) = tested.op(*arguments), tested.op_train(*arguments)
+    assert y.shape == case.output and y.dtype == dtype and [h.shape for h in kept] == case.kept
     tested.assert_as_good_as_torch(y, arguments)
-    for output in (y, h):
+    for output in (y, *kept):
         assert case.is_laid_out(output, arguments[0])
 
 
 @each_format()
 def test_inputs_stay_and_outputs_are_new(tested, full, device: str) -> None:
-    for case in [full, replace(full, activation="none"), replace(full, activation="none", residual=False)]:
+    plain = replace(full, activation="none")
+    for case in [full, plain, *([replace(plain, residual=False)] if tested.definition.takes_residual else [])]:
         arguments = case.tensors(torch.float32, device)
         before = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
         outputs = [tested.op(*arguments), *tested.op_train(*arguments)]
@@ -95,8 +96,10 @@ def test_where_x_may_be_read_either_way_the_weights_decide(device: str) -> None:
 
 def one_number(tested, x: Tensor, activation: str, residual: Tensor | None = None) -> tuple:
     """The arguments that pass a single number x through both factors."""
-    d, between = (0, ()) if tested is LINEAR_OP else (1, ([1], [0], [1], 1, 1))
+    d, between = (1, ([1], [0], [1], 1, 1)) if tested is CONV_OP else (0, ())
     one = torch.ones(1, 1, *(1,) * d, device=x.device, dtype=x.dtype)
+    if tested is GATED_OP:
+        return x.view_as(one), one, one, None, one, one, None, activation
     return x.view_as(one), one, one, None, *between, activation, None if residual is None else residual.view_as(one)
 
 
@@ -111,7 +114,7 @@ def test_non_finite_values_as_in_torch(tested, activation: str, device: str) -> 
 
 @EACH_OP
 def test_fp16_overflows_to_infinity(tested, device: str) -> None:
-    big = torch.tensor(60000.0, dtype=torch.float16, device=device)
+    big = torch.tensor(60000.0, dtype=torch.float16, device=device)  # plus or times itself
     assert tested.op(*one_number(tested, big, "none", big)).isinf().all()
 
 
@@ -132,10 +135,12 @@ def test_training_and_inference_agree_to_the_bit(tested, full, device: str) -> N
 
 
 @each_format()
-@pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast(tested, full, residual: torch.dtype, device: str) -> None:
-    *rest, r = full.tensors(torch.float32, device, requires_grad=True)
-    arguments = (*rest, r.to(residual))
+@pytest.mark.parametrize("last", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(tested, full, last: torch.dtype, device: str) -> None:
+    """last: the dtype of the last tensor, which is the residual where there is one."""
+    arguments = list(full.tensors(torch.float32, device, requires_grad=True))
+    at = max(i for i, each in enumerate(arguments) if isinstance(each, Tensor))
+    arguments[at] = arguments[at].to(last)
     with torch.autocast(device, torch.bfloat16):
         y = tested.op(*arguments)
         baseline = tested.reference(*arguments)

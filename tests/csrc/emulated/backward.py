@@ -12,15 +12,16 @@ from torch import Tensor
 from shrank.ops import reference
 from tests.common.ops import doubled
 
-from .linear import BF16, FP16
+from .linear import BF16, FP16, addresses
 
+GATED_TILES = ((32, 0), (64, 0), (64, 64), (64, 128), (64, 256))
 TILES = ((64, 0), (64, 64), (64, 96), (64, 128), (64, 256))
 ACTIVATIONS = [name for name in reference.ACTIVATIONS if name != "none"]
 
 
 @dataclass(frozen=True)
 class BackwardRun:
-    """One launch: sizes, end of the layer, tile and grid."""
+    """One launch: sizes, end of the layer, tile and grid. gate: the rank of the gate; 0 where there is none."""
 
     block_m: int
     max_rank: int
@@ -32,70 +33,81 @@ class BackwardRun:
     sums: bool = True
     blocks_n: int = 1
     dtype: torch.dtype = BF16
+    gate: int = 0
 
     def __str__(self) -> str:
         end = [self.activation, *(name for name in ("bias", "sums") if getattr(self, name))]
+        gate = f"gate{self.gate}-" if self.gate else ""
         return (
-            f"{self.block_m}x{self.max_rank}-M{self.M}-N{self.N}-R{self.R}-by{self.blocks_n}-{'-'.join(end)}-"
+            f"{self.block_m}x{self.max_rank}-M{self.M}-N{self.N}-{gate}R{self.R}-by{self.blocks_n}-{'-'.join(end)}-"
             f"{str(self.dtype)[6:]}"
         )
 
     def multiply_adds(self) -> int:
-        return self.M * self.N * self.R
+        return self.M * self.N * (self.R + self.gate)
 
     def arguments(self) -> tuple:
-        """Of expand_backward; z has about unit variance."""
+        """Of expand_backward, or of gated_backward; gate and value have about unit variance."""
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(self.dtype)
 
-        bias = draw(self.N) if self.bias else None
-        return (
-            draw(self.M, self.N),
-            draw(self.M, self.R),
-            draw(self.N, self.R, scale=self.R**-0.5),
-            bias,
-            self.activation,
-            self.sums,
-        )
+        ranks = [self.gate, self.R] if self.gate else [self.R]
+        given = [draw(self.M, self.N)]
+        for rank in ranks:
+            bias = draw(self.N) if self.bias else None
+            given += [draw(self.M, rank), draw(self.N, rank, scale=rank**-0.5), bias]
+        return (*given, self.activation, *[self.sums] * len(ranks))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """sums: over all rows, in the order in which the op adds them up."""
+    """Of each pair. sums: over all rows, in the order in which the op adds them up."""
 
-    dz: Tensor
-    sums: Tensor | None
+    dz: list[Tensor]
+    sums: list[Tensor]
     problems: list[str]
     counts: object
 
 
 def emulate(dev: ModuleType, run: BackwardRun, arguments: tuple, seed: int = 0, copies_early: bool = False) -> Outcome:
-    grad, h, up, bias, activation, _ = arguments
-    grid = dev.select.LinearGrid(
-        dev.select.LinearTile(run.block_m, run.max_rank), -(-run.M // run.block_m), run.blocks_n
-    )
-    dz = torch.full_like(grad, torch.nan)
-    sums = torch.full((dev.select.backward_sum_rows(grid), run.N), torch.nan) if run.sums else None
-    tensors = {"h": h, "up": up, "bias": bias, "grad": grad, "dz": dz, "sums": sums}
+    grad, *of_pairs = arguments[: -2 if run.gate else -1]
+    *of_pairs, activation = of_pairs
+    pairs = [of_pairs[i : i + 3] for i in range(0, len(of_pairs), 3)]
+    tile = dev.select.LinearTile(run.block_m, run.max_rank, len(pairs))
+    grid = dev.select.LinearGrid(tile, -(-run.M // run.block_m), run.blocks_n)
+    dz = [torch.full_like(grad, torch.nan) for _ in pairs]
+    sums = [torch.full((dev.select.backward_sum_rows(grid), run.N), torch.nan) for _ in pairs]
     result = dev.linear.emulate_backward(
         grid,
         run.M,
         run.N,
-        run.R,
+        [
+            addresses(h=h, up=up, bias=bias, dz=a_dz, sums=a_sum if run.sums else None) | {"R": up.size(1)}
+            for (h, up, bias), a_dz, a_sum in zip(pairs, dz, sums, strict=True)
+        ],
         str(run.dtype)[6:],
         activation,
+        grad.data_ptr(),
         seed=seed,
         copies_early=copies_early,
-        **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
     )
-    return Outcome(dz, None if sums is None else sums.sum(0), result.problems, result.counts)
+    return Outcome(dz, [each.sum(0) for each in sums] if run.sums else [], result.problems, result.counts)
 
 
-def exact(arguments: tuple) -> reference.End:
+def in_pytorch(arguments: tuple) -> reference.End | reference.GatedEnd:
+    return (reference.expand_backward if len(arguments) == 6 else reference.gated_backward)(*arguments)
+
+
+def exact(arguments: tuple) -> reference.End | reference.GatedEnd:
     """In fp64."""
-    return reference.expand_backward(*doubled(arguments))
+    return in_pytorch(doubled(arguments))
+
+
+def found_of(outcome: Outcome, dtype: torch.dtype) -> list[Tensor]:
+    """As in_pytorch orders them: the gradients, then those of biases, as far as they are wanted."""
+    return [*outcome.dz, *(each.to(dtype) for each in outcome.sums)]
 
 
 def runs() -> list[BackwardRun]:
@@ -115,6 +127,32 @@ def runs() -> list[BackwardRun]:
     ends = [
         BackwardRun(64, 64, 37, 72, 40, activation, bias, sums, dtype=dtype)
         for activation, bias, sums in product(ACTIVATIONS, (False, True), (False, True))
+        for dtype in (BF16, FP16)
+    ]
+    return every_tile + rows + ranks + columns + ends + _gated_runs()
+
+
+def _gated_runs() -> list[BackwardRun]:
+    """The same edges of gated layers, whose tiles have 64 columns: gate and value of other ranks, either the larger."""
+    every_tile = [
+        BackwardRun(
+            block_m, max_rank, block_m + 3, 136, max(max_rank - 8, 40), "silu", blocks_n=2, dtype=dtype, gate=24
+        )
+        for (block_m, max_rank), dtype in product(GATED_TILES, (BF16, FP16))
+    ]
+    rows = [BackwardRun(64, rank, M, 72, 24, gate=40) for rank in (64, 256, 0) for M in (1, 16, 33, 64, 65, 133)]
+    ranks = [
+        BackwardRun(64, rank, 20, 72, R, gate=gate)
+        for rank, R, gate in [(64, 8, 64), (128, 104, 8), (256, 200, 256), (0, 8, 72), (0, 136, 64)]
+    ]
+    columns = [
+        BackwardRun(64, rank, 33, N, 40, blocks_n=blocks, gate=16)
+        for rank in (64, 0)
+        for N, blocks in [(8, 1), (64, 1), (72, 1), (200, 1), (264, 2), (448, 7)]
+    ]
+    ends = [
+        BackwardRun(64, 64, 37, 72, 40, activation, bias, sums, dtype=dtype, gate=32)
+        for activation, bias, sums in product(reference.ACTIVATIONS, (False, True), (False, True))
         for dtype in (BF16, FP16)
     ]
     return every_tile + rows + ranks + columns + ends

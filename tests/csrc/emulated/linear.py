@@ -1,15 +1,18 @@
-"""The matrix kernels in the emulator, as functions of tensors, and the cases that show each of their edges."""
+"""The matrix kernels in the emulator, as functions of tensors, and the cases that show each of their edges: of layers
+with one pair of factors and of gated ones."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shrank.ops import reference
+from tests.common.gated_cases import GatedCase
 from tests.common.linear_cases import LinearCase
 from tests.common.ops import doubled
 
@@ -32,18 +35,56 @@ TILES = (
     (128, 192),
     (128, 256),
 )
+GATED_TILES = ((32, 0), (32, 128), (64, 0), (64, 64), (64, 128), (64, 256), (128, 0), (128, 128), (128, 256))
 BF16, FP16 = torch.bfloat16, torch.float16
+
+
+class Pair(NamedTuple):
+    """A pair of factors and its bias."""
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor | None
+
+
+class Given(NamedTuple):
+    """An op's arguments: one pair of factors, or gate and value."""
+
+    x: Tensor
+    pairs: list[Pair]
+    activation: str
+    residual: Tensor | None
+
+    @classmethod
+    def of(cls, arguments: tuple) -> Given:
+        x, *pairs, activation, residual = arguments if len(arguments) == 6 else (*arguments, None)
+        return cls(x, [Pair(*pairs[i : i + 3]) for i in range(0, len(pairs), 3)], activation, residual)
 
 
 def arguments_of(run: object) -> tuple:
     """The op's arguments for a run, of whichever kernels."""
+    if run.gate:
+        bias = "both" if run.bias else "none"
+        return GatedCase((run.M,), run.K, run.N, run.gate, run.R, bias, run.activation).tensors(run.dtype, "cpu")
     case = LinearCase((run.M,), run.K, run.N, run.R, run.bias, run.activation, run.residual)
     return case.tensors(run.dtype, "cpu")
 
 
+def in_pytorch(arguments: tuple) -> Tensor:
+    """The op's y as PyTorch rounds it."""
+    return (reference.low_rank_linear if len(arguments) == 6 else reference.low_rank_gated)(*arguments)
+
+
+def addresses(**tensors: Tensor | None) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}
+
+
 @dataclass(frozen=True)
 class Run:
-    """One launch: sizes, end of the layer, tile and grid. From x, or from h, as a tile of max_rank 0 always."""
+    """One launch: sizes, end of the layer, tile and grid. From x, or from h, as a tile of max_rank 0 always.
+
+    gate: the rank of the gate; 0 where there is none.
+    """
 
     block_m: int
     max_rank: int
@@ -58,63 +99,71 @@ class Run:
     blocks_n: int = 1
     dtype: torch.dtype = BF16
     from_h: bool = False
+    gate: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "from_h", self.from_h or self.max_rank == 0)
 
     def __str__(self) -> str:
         end = [self.activation] + [name for name in ("bias", "residual", "training") if getattr(self, name)]
+        gate = f"gate{self.gate}-" if self.gate else ""
         return (
-            f"{self.block_m}x{self.max_rank}{'-from-h' * self.from_h}-M{self.M}-K{self.K}-N{self.N}-R{self.R}-"
+            f"{self.block_m}x{self.max_rank}{'-from-h' * self.from_h}-M{self.M}-K{self.K}-N{self.N}-{gate}R{self.R}-"
             f"by{self.blocks_n}-{'-'.join(end)}-{str(self.dtype)[6:]}"
         )
 
     def arguments(self) -> tuple:
         return arguments_of(self)
 
+    def multiply_adds(self) -> int:
+        return self.M * (self.K + self.N) * (self.R + self.gate)
+
 
 @dataclass(frozen=True)
 class Outcome:
+    """h: of each pair; none where the run leaves none."""
+
     y: Tensor
-    h: Tensor
+    h: list[Tensor]
     problems: list[str]
     counts: object
 
 
 def emulate(dev: ModuleType, run: Run, arguments: tuple, seed: int = 0, copies_early: bool = False) -> Outcome:
-    x, down, up, bias, activation, residual = arguments
-    h = x @ down.T if run.from_h else torch.full((run.M, run.R), torch.nan, dtype=run.dtype)
+    given = Given.of(arguments)
+    h = [
+        given.x @ down.T if run.from_h else torch.full((run.M, len(down)), torch.nan, dtype=run.dtype)
+        for down, *_ in given.pairs
+    ]
     y = torch.full((run.M, run.N), torch.nan, dtype=run.dtype)
-    tensors = {"up": up, "bias": bias, "residual": residual, "y": y}
-    if run.from_h:
-        tensors |= {"h": h}
-    else:
-        tensors |= {"x": x, "down": down, "h": h if run.training else None}
-    grid = dev.select.LinearGrid(
-        dev.select.LinearTile(run.block_m, run.max_rank), -(-run.M // run.block_m), run.blocks_n
-    )
+    pairs = [
+        addresses(down=None if run.from_h else down, up=up, bias=bias, h=an_h if run.from_h or run.training else None)
+        | {"R": len(down)}
+        for (down, up, bias), an_h in zip(given.pairs, h, strict=True)
+    ]
+    tile = dev.select.LinearTile(run.block_m, run.max_rank, len(pairs))
     result = dev.linear.emulate(
-        grid,
+        dev.select.LinearGrid(tile, -(-run.M // run.block_m), run.blocks_n),
         run.M,
         run.K,
         run.N,
-        run.R,
+        pairs,
         str(run.dtype)[6:],
-        activation,
+        given.activation,
         seed=seed,
         copies_early=copies_early,
-        **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
+        **addresses(x=None if run.from_h else given.x, residual=given.residual, y=y),
     )
-    return Outcome(y, h, result.problems, result.counts)
+    return Outcome(y, h if run.from_h or run.training else [], result.problems, result.counts)
 
 
-def exact(arguments: tuple, h: Tensor | None = None) -> reference.Forward:
-    """In fp64; from h, if it is given."""
-    x, down, up, bias, activation, residual = doubled(arguments)
-    h = x @ down.T if h is None else h.double()
-    z = h @ up.T + (0 if bias is None else bias)
-    y = reference.ACTIVATIONS[activation](z) + (0 if residual is None else residual)
-    return reference.Forward(y, h)
+def exact(arguments: tuple, h: list[Tensor] | None = None) -> tuple[Tensor, ...]:
+    """y and h in fp64; from h, if they are given."""
+    x, pairs, activation, residual = Given.of(doubled(arguments))
+    h = [x @ down.T for down, *_ in pairs] if h is None else [each.double() for each in h]
+    z, *value = [an_h @ up.T + (0 if bias is None else bias) for an_h, (_, up, bias) in zip(h, pairs, strict=True)]
+    y = reference.ACTIVATIONS[activation](z)
+    return (y * value[0] if value else y + (0 if residual is None else residual)), *h
 
 
 def runs() -> list[Run]:
@@ -168,5 +217,48 @@ def runs() -> list[Run]:
         for max_rank, dtype in [(64, BF16), (64, FP16)]
     ]
     expanding_ends = [replace(run, block_m=64, max_rank=0, from_h=True) for run in ends if run.bias != run.residual]
+    gated = _gated_runs()
     holding = [replace(run, from_h=True) for run in every_tile + steps_of_up + rows + ranks if run.max_rank]
-    return every_tile + steps_of_down + steps_of_up + rows + ranks + columns + ends + expanding_ends + holding
+    return every_tile + steps_of_down + steps_of_up + rows + ranks + columns + ends + expanding_ends + holding + gated
+
+
+def _gated_runs() -> list[Run]:
+    """The same edges of gated layers, whose tiles have 64 columns: gate and value of other ranks, either the larger."""
+    every_tile = [
+        Run(block_m, max_rank, block_m + 3, 136, 136, R, True, "silu", False, True, 2, dtype, gate=gate)
+        for (block_m, max_rank), dtype in product(GATED_TILES, (BF16, FP16))
+        for R, gate in [(max(max_rank - 8, 40), 24)] + [(16, max_rank or 72)] * (dtype == BF16)
+    ]
+    steps_of_down = [Run(64, 64, 33, 64 * steps - 8 * (steps % 3), 64, 32, gate=40) for steps in range(1, 10)]
+    steps_of_up = [
+        Run(64, max_rank, 17, 72, 64 * tiles - 8 * (tiles % 2), R, blocks_n=blocks, gate=gate)
+        for max_rank, R, gate in [(128, 104, 56), (0, 56, 136)]
+        for tiles, blocks in [(1, 1), (2, 1), (3, 1), (5, 1), (5, 2), (6, 4), (7, 7)]
+    ]
+    rows = [
+        Run(block_m, max_rank, M, 72, 72, 24, bias=True, gate=40)
+        for block_m, max_rank in [(32, 128), (64, 64), (64, 256), (128, 0)]
+        for M in (1, 15, block_m - 1, block_m, block_m + 1, 2 * block_m + 5)
+    ]
+    ranks = [
+        Run(64, max_rank, 20, 72, 72, R, training=max_rank > 0, gate=gate)
+        for max_rank, R, gate in [
+            (64, 8, 64),
+            (64, 56, 8),
+            (128, 72, 128),
+            (128, 128, 64),
+            (256, 136, 200),
+            (256, 256, 8),
+            (0, 8, 72),
+            (0, 200, 64),
+            (0, 128, 128),
+        ]
+    ]
+    ends = [
+        Run(64, max_rank, 37, 72, 72, 40, bias, activation, False, training, dtype=dtype, gate=24)
+        for activation, bias, training in product(reference.ACTIVATIONS, *[(False, True)] * 2)
+        for max_rank, dtype in [(64, BF16), (64, FP16), (0, BF16)]
+        if not (training and max_rank == 0)
+    ]
+    made = every_tile + steps_of_down + steps_of_up + rows + ranks + ends
+    return made + [replace(run, from_h=True) for run in every_tile + steps_of_up + ranks if run.max_rank]

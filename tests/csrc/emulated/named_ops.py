@@ -14,11 +14,13 @@ import torch
 import shrank
 from shrank.measuring import tuning
 from shrank.measuring.timing import Timing
-from shrank.ops import reference, self_check, tuned
+from shrank.ops import gated_backward, reference, self_check, tuned
 from shrank.ops.conv import CONV
 from shrank.ops.expand_backward import run_named
+from shrank.ops.gated import GATED
 from shrank.ops.linear import LINEAR
 from tests.common.conv_cases import ConvCase
+from tests.common.gated_cases import GatedCase
 from tests.common.linear_cases import LinearCase
 from tests.common.ops import doubled
 from tests.common.tolerances import assert_close
@@ -34,9 +36,8 @@ def held_to_pytorch(op, given: tuple, kernel: str, grid: tuple) -> None:
     exact, plain = op.by_pytorch(*doubled(given)), op.by_pytorch(*given)
     for training in (False, True):
         found = op.run_named(given, kernel, grid, training)
-        assert_close(found.y, exact.y, plain.y)
-        if training:
-            assert_close(found.h, exact.h, plain.h)
+        for ours, right, theirs in list(zip(found, exact, plain, strict=True))[: None if training else 1]:
+            assert_close(ours, right, theirs)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -46,6 +47,22 @@ def test_every_tile_of_linear_layers(tile, dtype: torch.dtype) -> None:
     given = LinearCase((37,), 72, 264, rank, True, "silu", True).tensors(dtype, "cpu")
     for kernel in ("fused", "gemm_expand") if tile.holds_h else ("gemm_expand",):
         held_to_pytorch(LINEAR, given, kernel, (tile.block_m, tile.max_rank, 2))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tile", DEV.select.GATED_TILES, ids=repr)
+def test_every_tile_of_gated_layers(tile, dtype: torch.dtype) -> None:
+    rank = tile.max_rank - 8 if tile.holds_h else 40
+    given = GatedCase((37,), 72, 264, 24, rank).tensors(dtype, "cpu")
+    for kernel in ("fused", "gemm_expand") if tile.holds_h else ("gemm_expand",):
+        held_to_pytorch(GATED, given, kernel, (tile.block_m, tile.max_rank, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_gated_layers_by_gemms(dtype: torch.dtype, activation: str) -> None:
+    given = GatedCase((6,), 32, 37, 8, 5, "gate", activation).tensors(dtype, "cpu")
+    held_to_pytorch(GATED, given, "two_gemms" if activation == "none" else "two_gemms_epilogue", ())
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -62,9 +79,12 @@ def test_every_tile_of_convolutions(tile, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("tile", DEV.select.SHRINK_EXPAND_TILES, ids=repr)
 def test_every_tile_for_a_few_rows(tile, dtype: torch.dtype) -> None:
-    given = LinearCase((37,), 520, 136, 72, True, "silu", True).tensors(dtype, "cpu")
+    op, case = {
+        1: (LINEAR, LinearCase((37,), 520, 136, 72, True, "silu", True)),
+        2: (GATED, GatedCase((37,), 520, 136, 72, 40)),
+    }[tile.pairs]
     for splits in (1, 2):
-        held_to_pytorch(LINEAR, given, "shrink_expand", (tile.tokens, 0, splits))
+        held_to_pytorch(op, case.tensors(dtype, "cpu"), "shrink_expand", (tile.tokens, 0, splits))
 
 
 def test_many_rows_are_not_few() -> None:
@@ -77,18 +97,22 @@ def test_many_rows_are_not_few() -> None:
 
 
 def gradients_held_to_pytorch(given: tuple, kernel: str, grid: tuple = ()) -> None:
-    exact = reference.expand_backward(*doubled(given))
-    plain, found = reference.expand_backward(*given), run_named(given, kernel, grid)
-    assert_close(found.z, exact.z, plain.z)
-    if given[-1]:
-        assert_close(found.bias, exact.bias, plain.bias)
+    gated = len(given) > 6
+    plainly, named = (
+        (reference.gated_backward, gated_backward.run_named) if gated else (reference.expand_backward, run_named)
+    )
+    for ours, right, theirs in zip(named(given, kernel, grid), plainly(*doubled(given)), plainly(*given), strict=True):
+        if right is None:
+            assert ours.numel() == 0
+        else:
+            assert_close(ours, right, theirs)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("tile", DEV.select.BACKWARD_TILES, ids=repr)
+@pytest.mark.parametrize("tile", [*DEV.select.BACKWARD_TILES, *DEV.select.GATED_BACKWARD_TILES], ids=repr)
 def test_every_tile_of_gradients(tile, dtype: torch.dtype) -> None:
-    rank = tile.max_rank - 8 if tile.holds_h else 40
-    run = BackwardRun(tile.block_m, tile.max_rank, 137, 264, rank, "silu", dtype=dtype)
+    rank, gate = tile.max_rank - 8 if tile.holds_h else 40, 24 * (tile.pairs - 1)
+    run = BackwardRun(tile.block_m, tile.max_rank, 137, 264, rank, "silu", dtype=dtype, gate=gate)
     for sums in (False, True):
         given = replace(run, sums=sums).arguments()
         gradients_held_to_pytorch(given, "fused", (tile.block_m, tile.max_rank, 2))
@@ -97,7 +121,14 @@ def test_every_tile_of_gradients(tile, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
 @pytest.mark.parametrize(("M", "N"), [(6, 64), (6, 37), (300, 72)])
 def test_gradients_by_a_gemm_and_one_pass(dtype: torch.dtype, M: int, N: int) -> None:
-    gradients_held_to_pytorch(BackwardRun(0, 0, M, N, 8, "gelu", dtype=dtype).arguments(), "gemm_epilogue")
+    for gate, sums in ((0, True), (5, True), (5, False)):
+        run = BackwardRun(0, 0, M, N, 8, "gelu", sums=sums, dtype=dtype, gate=gate)
+        gradients_held_to_pytorch(run.arguments(), "gemm_epilogue")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_gate_without_activation(dtype: torch.dtype) -> None:
+    gradients_held_to_pytorch(BackwardRun(0, 0, 6, 37, 8, "none", dtype=dtype, gate=5).arguments(), "gemm_epilogue")
 
 
 @pytest.mark.parametrize(

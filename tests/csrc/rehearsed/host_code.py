@@ -54,7 +54,17 @@ def run(kernel: str = "fused", grid: tuple = TILE):
 @pytest.mark.parametrize("tile", DEV.select.LINEAR_TILES, ids=repr)
 def test_every_tile_of_linear_layers_is_launched(machine, tile, dtype) -> None:
     named_ops.test_every_tile_of_linear_layers(tile, dtype)
-    name = f"LowRankLinear<shrank::arch::{str(dtype).removeprefix('torch.')}, {tile.block_m}, {tile.max_rank}>"
+    name = f"LowRankLinear<shrank::arch::{str(dtype).removeprefix('torch.')}, {tile.block_m}, {tile.max_rank}, 1>"
+    asked = f"grid {-(-37 // tile.block_m)}x2 block {tile.threads}x1 shared {tile.shared_bytes} "
+    assert all(name in launch and asked in launch for launch in machine.launches)
+    assert len(machine.launches) == (4 if tile.holds_h else 2)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tile", DEV.select.GATED_TILES, ids=repr)
+def test_every_tile_of_gated_layers_is_launched(machine, tile, dtype) -> None:
+    named_ops.test_every_tile_of_gated_layers(tile, dtype)
+    name = f"LowRankLinear<shrank::arch::{str(dtype).removeprefix('torch.')}, {tile.block_m}, {tile.max_rank}, 2>"
     asked = f"grid {-(-37 // tile.block_m)}x2 block {tile.threads}x1 shared {tile.shared_bytes} "
     assert all(name in launch and asked in launch for launch in machine.launches)
     assert len(machine.launches) == (4 if tile.holds_h else 2)
@@ -88,19 +98,20 @@ def test_every_tile_for_a_few_rows_is_launched(machine, tile, dtype) -> None:
     named_ops.test_every_tile_for_a_few_rows(tile, dtype)
     groups = -(-37 // tile.tokens)
     for i, launch in enumerate(machine.launches):  # of one split and of two, each in training and not
-        name, factor_blocks = ("Shrink", 5) if i % 2 == 0 else ("Expand", 3)
+        name, factor_blocks = ("Shrink", 5 + 3 * (tile.pairs - 1)) if i % 2 == 0 else ("Expand", 3)
         splits = (1, 1, 2, 2)[i // 2] if name == "Shrink" else 1
-        assert f"{name}<shrank::arch::{str(dtype).removeprefix('torch.')}, {tile.tokens}>" in launch
+        assert f"{name}<shrank::arch::{str(dtype).removeprefix('torch.')}, {tile.tokens}, {tile.pairs}>" in launch
         assert f"grid {factor_blocks}x{groups * splits} " in launch
         assert launch.endswith("dependent"), "the second kernel starts while the first one runs"
     assert len(machine.launches) == 8
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("tile", DEV.select.BACKWARD_TILES, ids=repr)
+@pytest.mark.parametrize("tile", [*DEV.select.BACKWARD_TILES, *DEV.select.GATED_BACKWARD_TILES], ids=repr)
 def test_every_tile_of_gradients_is_launched(machine, tile, dtype) -> None:
     named_ops.test_every_tile_of_gradients(tile, dtype)
-    name = f"ExpandBackward<shrank::arch::{str(dtype).removeprefix('torch.')}, {tile.block_m}, {tile.max_rank}>"
+    tiles = f"{tile.block_m}, {tile.max_rank}, {tile.pairs}"
+    name = f"ExpandBackward<shrank::arch::{str(dtype).removeprefix('torch.')}, {tiles}>"
     asked = f"grid {-(-137 // tile.block_m)}x2 block {tile.threads}x1 shared {tile.expand_bytes} "
     assert len(machine.launches) == 2
     assert all(name in launch and asked in launch for launch in machine.launches)
@@ -110,8 +121,9 @@ def test_every_tile_of_gradients_is_launched(machine, tile, dtype) -> None:
 @pytest.mark.parametrize(("M", "N"), [(6, 64), (6, 37), (300, 72)])
 def test_the_backward_epilogue_is_launched_for_every_element(machine, dtype, M: int, N: int) -> None:
     named_ops.test_gradients_by_a_gemm_and_one_pass(dtype, M, N)
-    (launch,) = machine.launches
-    assert "EpilogueBackward<" in launch
+    # The first is of a layer with one pair of factors; then, twice, the gate is opened, and its gradient goes back.
+    kinds = ["EpilogueBackward<" if "EpilogueBackward<" in each else "Epilogue<" for each in machine.launches]
+    assert kinds == ["EpilogueBackward<", *["Epilogue<", "EpilogueBackward<"] * 2]
 
 
 # ---- what a launch asks of the device
