@@ -22,7 +22,7 @@ from .measuring.tuning import tune, tune_this_process
 from .model import peft_hook as peft_hook
 from .model.subclasses import treat_as_base
 from .ops.availability import why_not
-from .ops.dispatch import Backend, backend, low_rank_conv, low_rank_gated, low_rank_linear
+from .ops.dispatch import Backend, backend, low_rank_conv, low_rank_gated, low_rank_linear, low_rank_linear_multi
 from .planning.budget import Budget
 from .planning.latency import LatencyTable
 from .planning.make_plan import eligible, make_plan
@@ -79,6 +79,7 @@ __all__ = [
     "low_rank_conv",
     "low_rank_gated",
     "low_rank_linear",
+    "low_rank_linear_multi",
     "make_plan",
     "measure_errors",
     "merge",

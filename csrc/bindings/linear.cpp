@@ -29,13 +29,14 @@ void* pointer(const Given& given, const char* name) {
   return found == given.end() ? nullptr : pointer(found->second);
 }
 
+Pair pair_of(const Given& given) {
+  return {pointer(given, "down"), pointer(given, "up"), pointer(given, "bias"), pointer(given, "h"),
+          static_cast<int>(given.at("R"))};
+}
+
 // One, or gate and value.
 void read(const std::vector<Given>& given, Pair (&pairs)[2]) {
-  for (std::size_t i = 0; i < given.size(); i++) {
-    const Given& of = given[i];
-    pairs[i] = {pointer(of, "down"), pointer(of, "up"), pointer(of, "bias"), pointer(of, "h"),
-                static_cast<int>(of.at("R"))};
-  }
+  for (std::size_t i = 0; i < given.size(); i++) pairs[i] = pair_of(given[i]);
 }
 
 emulator::Result emulate(const LinearGrid& grid, int64_t M, int K, int N, const std::vector<Given>& pairs,
@@ -59,23 +60,28 @@ emulator::Result emulate_backward(const LinearGrid& grid, int64_t M, int N, cons
   return emulate_expand_backward(params, grid, {seed, copies_early});
 }
 
-emulator::Result emulate_few_rows(int tokens, int splits, int M, int K, int N, const std::vector<Given>& pairs,
+// Each pair has N, y and splits: those of its layer, of which there are `layers`.
+emulator::Result emulate_few_rows(int tokens, int M, int K, const std::vector<Given>& pairs, int layers,
                                   const std::string& dtype, const std::string& activation, Address x, Address residual,
-                                  Address y, uint64_t seed) {
-  ShrinkExpandParams params{pointer(x),
-                            {},
-                            {},
-                            pointer(residual),
-                            pointer(y),
-                            M,
-                            K,
-                            N,
-                            splits,
-                            parse_dtype(dtype),
-                            parse_activation(activation)};
-  read(pairs, params.pair);
-  for (std::size_t i = 0; i < pairs.size(); i++) params.sums[i] = static_cast<float*>(pointer(pairs[i], "sums"));
-  return emulate_shrink_expand(params, {tokens, static_cast<int>(pairs.size())}, {seed, false});
+                                  uint64_t seed) {
+  ShrinkExpandParams params{};
+  params.x = pointer(x);
+  params.residual = pointer(residual);
+  params.M = M;
+  params.K = K;
+  params.dtype = parse_dtype(dtype);
+  params.activation = parse_activation(activation);
+  const int pairs_of_layer = static_cast<int>(pairs.size()) / layers;
+  for (std::size_t i = 0; i < pairs.size(); i++) {
+    const Given& of = pairs[i];
+    static_cast<Pair&>(params.pair[i]) = pair_of(of);
+    params.pair[i].sums = static_cast<float*>(pointer(of, "sums"));
+    params.pair[i].splits = static_cast<int>(of.at("splits"));
+    params.y[i / pairs_of_layer] = pointer(of, "y");
+    params.N[i / pairs_of_layer] = static_cast<int>(of.at("N"));
+  }
+  const ShrinkExpandTile tile{tokens, pairs_of_layer, layers > 1 ? ShrinkExpandTile::kMostLayers : 1};
+  return emulate_shrink_expand(params, tile, {seed, false});
 }
 
 }  // namespace
@@ -83,8 +89,8 @@ emulator::Result emulate_few_rows(int tokens, int splits, int M, int K, int N, c
 void bind_linear(py::module_ m) {
   m.def("emulate", &emulate, "grid"_a, "M"_a, "K"_a, "N"_a, "pairs"_a, "dtype"_a, "activation"_a, "x"_a = 0,
         "residual"_a = 0, "y"_a, "seed"_a = 0, "copies_early"_a = false);
-  m.def("emulate_few_rows", &emulate_few_rows, "tokens"_a, "splits"_a, "M"_a, "K"_a, "N"_a, "pairs"_a, "dtype"_a,
-        "activation"_a, "x"_a, "residual"_a = 0, "y"_a, "seed"_a = 0);
+  m.def("emulate_few_rows", &emulate_few_rows, "tokens"_a, "M"_a, "K"_a, "pairs"_a, "layers"_a, "dtype"_a,
+        "activation"_a, "x"_a, "residual"_a = 0, "seed"_a = 0);
   m.def("emulate_backward", &emulate_backward, "grid"_a, "M"_a, "N"_a, "pairs"_a, "dtype"_a, "activation"_a, "grad"_a,
         "seed"_a = 0, "copies_early"_a = false);
 }

@@ -127,6 +127,7 @@ void bind_select_linear(py::module_ m) {
   py::class_<ShrinkExpandTile>(m, "ShrinkExpandTile")
       .def_readonly("tokens", &ShrinkExpandTile::tokens)
       .def_readonly("pairs", &ShrinkExpandTile::pairs)
+      .def_readonly("layers", &ShrinkExpandTile::layers)
       .def_property_readonly_static("MAX_RANK", [](const py::object&) { return ShrinkExpandTile::kMaxRank; })
       .def_property_readonly_static("SHRINK_THREADS",
                                     [](const py::object&) { return ShrinkExpandTile::kShrinkThreads; })
@@ -137,7 +138,10 @@ void bind_select_linear(py::module_ m) {
       .def_property_readonly("expand_bytes", [](const ShrinkExpandTile& t) {
     return t.expand_bytes();
   }).def("__repr__", [](const ShrinkExpandTile& t) {
-    return "ShrinkExpandTile(" + std::to_string(t.tokens) + (t.pairs == 1 ? ")" : ", pairs=2)");
+    return "ShrinkExpandTile(" + std::to_string(t.tokens) +
+           (t.pairs > 1    ? ", pairs=2)"
+            : t.layers > 1 ? ", layers=3)"
+                           : ")");
   });
   m.attr("SHRINK_EXPAND_TILES") = std::vector<ShrinkExpandTile>(kShrinkExpandTiles.begin(), kShrinkExpandTiles.end());
   m.def("bytes_in_flight", &bytes_in_flight, "problem"_a, "device"_a, "grid"_a);

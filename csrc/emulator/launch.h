@@ -57,7 +57,8 @@ Result launch(const std::string& name, Index3 grid, const typename Kernel::Param
               const std::vector<Buffer>& buffers, const Options& options, bool relied_on = false,
               std::size_t shared_bytes = Kernel::kSharedBytes) {
   const auto entry = [](const void* at) { Kernel::run(*static_cast<const typename Kernel::Params*>(at)); };
-  return run({name, grid, {Kernel::kThreads}, shared_bytes, entry, &params, sizeof params, relied_on}, buffers, options);
+  return run({name, grid, {Kernel::kThreads}, shared_bytes, entry, &params, sizeof params, relied_on}, buffers,
+             options);
 }
 
 }  // namespace shrank::emulator

@@ -8,13 +8,13 @@ namespace {
 template <typename T>
 void launch_tile(const ShrinkExpandParams& params, const ShrinkExpandTile& tile, bool dependent, void* stream) {
   const bool found = with_tile<kShrinkExpandTiles>(tile, [&](auto known) {
-    constexpr int kTokens = known().tokens, kPairs = known().pairs;
-    const auto groups = static_cast<unsigned>(tile.groups(params.M)), splits = static_cast<unsigned>(params.splits);
-    launch<Shrink<T, kTokens, kPairs>>(
-        "shrink", dim3(static_cast<unsigned>(shrink_blocks(params, tile)), groups * splits), params, dependent, stream);
-    launch<Expand<T, kTokens, kPairs>>("expand",
-                                       dim3(static_cast<unsigned>(ShrinkExpandTile::expand_blocks(params.N)), groups),
-                                       params, dependent, stream, tile.expand_bytes(most_rank(params, tile)));
+    constexpr int kTokens = known().tokens, kPairs = known().pairs, kLayers = known().layers;
+    const FewRowsLaunch of(params, tile);
+    const auto count = [](int64_t blocks) { return static_cast<unsigned>(blocks); };
+    launch<Shrink<T, kTokens, kPairs, kLayers>>(
+        "shrink", dim3(count(of.shrink_blocks), count(tile.groups(params.M) * of.splits)), params, dependent, stream);
+    launch<Expand<T, kTokens, kPairs, kLayers>>("expand", dim3(count(of.expand_blocks), count(tile.groups(params.M))),
+                                                params, dependent, stream, tile.expand_bytes(of.rank));
   });
   if (!found) throw std::runtime_error("shrank: shrink and expand were not compiled for the tile that select chose");
 }

@@ -1,5 +1,6 @@
 // h = x down^T, then y = activation(h up^T + bias) + residual, for a few rows of x: as many bytes of weights on their way
-// as the memory needs, and nothing between them and the tensor cores. Of two pairs of factors activation(gate) value.
+// as the memory needs, and nothing between them and the tensor cores. Of two pairs of factors activation(gate) value; of
+// several layers of one x a y each.
 #pragma once
 
 #include <utility>
@@ -130,8 +131,23 @@ template <typename T, int BATCH, int PAIRS> struct WeightStream {
   }
 };
 
+// The blocks of a launch are dealt to its parts, one part after the other: which is a block's, and which of that part's
+// blocks it is.
+template <int PARTS> struct Share {
+  int part = 0, block;
+
+  // A block has `each` of the rows of a factor, of which a part has rows_of(part).
+  template <typename RowsOf> SHRANK_DEVICE Share(int each, const RowsOf& rows_of) : block(arch::block_x()) {
+#pragma unroll
+    for (int i = 0; i < PARTS - 1; i++) {
+      const int blocks = ceil_div(rows_of(i), each);
+      if (part == i && block >= blocks) part++, block -= blocks;
+    }
+  }
+};
+
 // A block has 16 rows of a pair's down; its warps, and the blocks of the other splits, share the columns.
-template <typename T, int TOKENS, int PAIRS> struct Shrink {
+template <typename T, int TOKENS, int PAIRS, int LAYERS> struct Shrink {
   using Params = ShrinkExpandParams;
   static constexpr int kThreads = ShrinkExpandTile::kShrinkThreads;
   static constexpr int kSharedBytes = ShrinkExpandTile{TOKENS}.shrink_bytes();
@@ -141,24 +157,26 @@ template <typename T, int TOKENS, int PAIRS> struct Shrink {
 
   // Where a block's rows are.
   struct Part {
+    FewRowsPair pair;
     int row;
-    Pair pair;
-    float* sums;
 
-    SHRANK_DEVICE static Part of(const Params& params, int block) {
-      if constexpr (PAIRS == 2) {
-        const int before = ceil_div(params.pair[0].R, ShrinkExpandTile::kRows);
-        if (block >= before) return {(block - before) * ShrinkExpandTile::kRows, params.pair[1], params.sums[1]};
-      }
-      return {block * ShrinkExpandTile::kRows, params.pair[0], params.sums[0]};
+    SHRANK_DEVICE static Part here(const Params& params) {
+      const Share<PAIRS * LAYERS> share(ShrinkExpandTile::kRows, [&](int part) { return params.pair[part].R; });
+      Part part{params.pair[0], share.block * ShrinkExpandTile::kRows};
+#pragma unroll
+      for (int i = 1; i < PAIRS * LAYERS; i++)
+        if (share.part == i) part.pair = params.pair[i];
+      return part;
     }
   };
 
   SHRANK_DEVICE static void run(const Params& params) {
-    const int warp = arch::warp_index(), lane = arch::lane_index(), split = arch::block_y() % params.splits;
-    const Part part = Part::of(params, arch::block_x());
-    const TokenRows<TOKENS> tokens(arch::block_y() / params.splits, params.M);
-    const int chunks = ceil_div(ceil_div(params.K, kChunk), params.splits * kWarps);
+    const int warp = arch::warp_index(), lane = arch::lane_index(), groups = ceil_div(params.M, TOKENS);
+    const Part part = Part::here(params);
+    const int split = arch::block_y() / groups;
+    if (LAYERS > 1 && split >= part.pair.splits) return arch::grid_dependency_wait();  // another layer has more splits
+    const TokenRows<TOKENS> tokens(arch::block_y() % groups, params.M);
+    const int chunks = ceil_div(ceil_div(params.K, kChunk), part.pair.splits * kWarps);
     const int begin = (split * kWarps + warp) * chunks * kChunk, end = min_of(begin + chunks * kChunk, params.K);
     WeightStream<T, kBatch, 1> weights(
         WeightRows<T, kBatch>(part.pair.down, part.row, part.pair.R, params.K, begin, end));
@@ -207,14 +225,16 @@ template <typename T, int TOKENS, int PAIRS> struct Shrink {
 
   SHRANK_DEVICE static void store(const Params& params, const Part& part, int split, int m, int column, float sum) {
     const int64_t at = arch::multiply_wide(m, part.pair.R) + column;
-    if (params.splits == 1) arch::store(static_cast<T*>(part.pair.h) + at, arch::Pack<T, 1>{arch::round_to<T>(sum)});
-    else arch::store(part.sums + static_cast<int64_t>(split) * params.M * part.pair.R + at, arch::Pack<float, 1>{sum});
+    if (part.pair.splits == 1) arch::store(static_cast<T*>(part.pair.h) + at, arch::Pack<T, 1>{arch::round_to<T>(sum)});
+    else
+      arch::store(part.pair.sums + static_cast<int64_t>(split) * params.M * part.pair.R + at,
+                  arch::Pack<float, 1>{sum});
   }
 };
 
 // A warp has 16 rows of each pair's up, all columns of them. Its weights, bias and residual are asked for while the first kernel
 // runs, which has waited for all that may have written them.
-template <typename T, int TOKENS, int PAIRS> struct Expand {
+template <typename T, int TOKENS, int PAIRS, int LAYERS> struct Expand {
   using Params = ShrinkExpandParams;
   static constexpr int kThreads = ShrinkExpandTile::kExpandThreads;
   static constexpr int kBlocksOfSm = ShrinkExpandTile::kExpandBlocks;  // each with weights on their way
@@ -222,18 +242,43 @@ template <typename T, int TOKENS, int PAIRS> struct Expand {
   static constexpr int kChunk = ShrinkExpandTile::kChunk, kBatch = ShrinkExpandTile{TOKENS, PAIRS}.expand_batch();
   using Sums = TokenSums<TOKENS>;
 
+  // What a block computes: rows of a layer's up, from `first` on.
+  struct Layer {
+    FewRowsPair pair[PAIRS];
+    void* y;
+    int N, first;
+
+    SHRANK_DEVICE static Layer here(const Params& params) {
+      const Share<LAYERS> share(ShrinkExpandTile::kExpandRows, [&](int layer) { return params.N[layer]; });
+      Layer layer{{}, params.y[0], params.N[0], share.block * ShrinkExpandTile::kExpandRows};
+#pragma unroll
+      for (int pair = 0; pair < PAIRS; pair++) layer.pair[pair] = params.pair[pair];
+#pragma unroll
+      for (int i = 1; i < LAYERS; i++)
+        if (share.part == i) layer.pair[0] = params.pair[i], layer.y = params.y[i], layer.N = params.N[i];
+      return layer;
+    }
+
+    // Of two pairs the larger one: rows of the other h have zeros behind them.
+    SHRANK_DEVICE int rank() const { return PAIRS == 1 ? pair[0].R : max_of(pair[0].R, pair[PAIRS - 1].R); }
+
+    SHRANK_DEVICE int64_t at(int m, int n) const { return arch::multiply_wide(m, N) + n; }
+  };
+
   SHRANK_DEVICE static void run(const Params& params) {
-    const int row = arch::block_x() * ShrinkExpandTile::kExpandRows + arch::warp_index() * ShrinkExpandTile::kRows;
-    auto weights = weights_of(params, row, std::make_integer_sequence<int, PAIRS>{});
+    const Layer layer = Layer::here(params);
+    const int row = layer.first + arch::warp_index() * ShrinkExpandTile::kRows;
+    auto weights = weights_of(layer, row, std::make_integer_sequence<int, PAIRS>{});
     weights.begin();
     const TokenRows<TOKENS> tokens(arch::block_y(), params.M);
-    const Ends ends(params, row, tokens);
+    const Ends ends(params, layer, row, tokens);
     arch::grid_dependency_launch();
     arch::grid_dependency_wait();
     const SharedAddress h = arch::dynamic_shared();
-    const int rank = most_of(params), stride = h_row_bytes(rank);
+    const int rank = layer.rank(), stride = h_row_bytes(rank);
 #pragma unroll
-    for (int pair = 0; pair < PAIRS; pair++) stage_h(params, pair, tokens, h + pair * TOKENS * stride, stride);
+    for (int pair = 0; pair < PAIRS; pair++)
+      stage_h(params, layer, layer.pair[pair], tokens, h + pair * TOKENS * stride, stride);
     arch::sync_threads();
     Sums sums[PAIRS];
     const SharedAddress own = h + arch::lane_index() % 4 * 16;
@@ -241,19 +286,14 @@ template <typename T, int TOKENS, int PAIRS> struct Expand {
       const int at = pair * TOKENS + tokens.of_lane(eight);
       return arch::load_shared_words(own + at * stride + (chunk + i) * kChunk * 2);
     });
-    ends.finish(params, sums, row, tokens);
+    ends.finish(params, layer, sums, row, tokens);
   }
 
   template <int... I>
-  SHRANK_DEVICE static WeightStream<T, kBatch, PAIRS> weights_of(const Params& params, int row,
+  SHRANK_DEVICE static WeightStream<T, kBatch, PAIRS> weights_of(const Layer& layer, int row,
                                                                  std::integer_sequence<int, I...>) {
     return WeightStream<T, kBatch, PAIRS>(
-        WeightRows<T, kBatch>(params.pair[I].up, row, params.N, params.pair[I].R, 0, params.pair[I].R)...);
-  }
-
-  // The larger rank: rows of the other h have zeros behind them.
-  SHRANK_DEVICE static int most_of(const Params& params) {
-    return PAIRS == 1 ? params.pair[0].R : max_of(params.pair[0].R, params.pair[1].R);
+        WeightRows<T, kBatch>(layer.pair[I].up, row, layer.N, layer.pair[I].R, 0, layer.pair[I].R)...);
   }
 
   SHRANK_DEVICE static int h_row_bytes(int rank) {
@@ -262,25 +302,25 @@ template <typename T, int TOKENS, int PAIRS> struct Expand {
   }
 
   // The rows of a pair's h, rounded, and zeros behind them up to the last chunk of a batch.
-  SHRANK_DEVICE static void stage_h(const Params& params, int pair, const TokenRows<TOKENS>& tokens, SharedAddress h,
-                                    int stride) {
+  SHRANK_DEVICE static void stage_h(const Params& params, const Layer& layer, const FewRowsPair& pair,
+                                    const TokenRows<TOKENS>& tokens, SharedAddress h, int stride) {
     const int pieces = (stride - ShrinkExpandTile::kHGap) / 16;
     for (int i = arch::thread_index(); i < tokens.count * pieces; i += kThreads) {
       const int m = i / pieces, piece = i % pieces;
       arch::Pack<uint32_t, 4> words{};
-      if (piece * 8 < params.pair[pair].R) words = eight_of_h(params, pair, tokens.first + m, piece * 8);
+      if (piece * 8 < pair.R) words = eight_of_h(params, layer, pair, tokens.first + m, piece * 8);
       arch::store_shared(h + m * stride + piece * 16, words);
     }
   }
 
-  SHRANK_DEVICE static arch::Pack<uint32_t, 4> eight_of_h(const Params& params, int pair, int m, int column) {
-    const Pair& of = params.pair[pair];
+  SHRANK_DEVICE static arch::Pack<uint32_t, 4> eight_of_h(const Params& params, const Layer& layer,
+                                                          const FewRowsPair& of, int m, int column) {
     const int64_t at = arch::multiply_wide(m, of.R) + column;
     uint32_t* const words_of_h = reinterpret_cast<uint32_t*>(static_cast<T*>(of.h) + at);
-    if (params.splits == 1) return arch::load<uint32_t, 4>(words_of_h);
+    if (of.splits == 1) return arch::load<uint32_t, 4>(words_of_h);
     float sums[8] = {};
-    for (int split = 0; split < params.splits; split++) {
-      const float* const part = params.sums[pair] + static_cast<int64_t>(split) * params.M * of.R + at;
+    for (int split = 0; split < of.splits; split++) {
+      const float* const part = of.sums + static_cast<int64_t>(split) * params.M * of.R + at;
       const arch::Pack<float, 4> low = arch::load<float, 4>(part), high = arch::load<float, 4>(part + 4);
 #pragma unroll
       for (int i = 0; i < 4; i++) sums[i] += low.item[i], sums[i + 4] += high.item[i];
@@ -288,7 +328,7 @@ template <typename T, int TOKENS, int PAIRS> struct Expand {
     arch::Pack<uint32_t, 4> words;
 #pragma unroll
     for (int i = 0; i < 4; i++) words.item[i] = arch::round_to_pair<T>(sums[2 * i], sums[2 * i + 1]);
-    if (of.h && arch::block_x() == 0) arch::store(words_of_h, words);  // for training
+    if (of.h && layer.first == 0) arch::store(words_of_h, words);  // for training
     return words;
   }
 
@@ -296,23 +336,21 @@ template <typename T, int TOKENS, int PAIRS> struct Expand {
   struct Ends {
     arch::Pack<T, 1> bias[PAIRS][2] = {}, residual[Sums::kEights][4] = {};
 
-    SHRANK_DEVICE Ends(const Params& params, int row, const TokenRows<TOKENS>& tokens) {
+    SHRANK_DEVICE Ends(const Params& params, const Layer& layer, int row, const TokenRows<TOKENS>& tokens) {
       const int g = row + arch::lane_index() / 4;
 #pragma unroll
       for (int i = 0; i < PAIRS * 2; i++)
-        if (const void* const from = params.pair[i / 2].bias; from && g + i % 2 * 8 < params.N)
+        if (const void* const from = layer.pair[i / 2].bias; from && g + i % 2 * 8 < layer.N)
           bias[i / 2][i % 2] = arch::load<T, 1>(static_cast<const T*>(from) + g + i % 2 * 8);
-      if (PAIRS == 2 || !params.residual) return;
+      if (PAIRS * LAYERS > 1 || !params.residual) return;
       Sums::for_each([&](int eight, int i, int m, int r) {
-        if (m < tokens.count && row + r < params.N)
+        if (m < tokens.count && row + r < layer.N)
           residual[eight][i] = arch::load<T, 1>(static_cast<const T*>(params.residual) +
-                                                at(params, tokens.first + m, row + r));
+                                                layer.at(tokens.first + m, row + r));
       });
     }
 
-    SHRANK_DEVICE static int64_t at(const Params& params, int m, int n) { return arch::multiply_wide(m, params.N) + n; }
-
-    SHRANK_DEVICE void finish(const Params& params, const Sums (&sums)[PAIRS], int row,
+    SHRANK_DEVICE void finish(const Params& params, const Layer& layer, const Sums (&sums)[PAIRS], int row,
                               const TokenRows<TOKENS>& tokens) const {
       with_activation(params.activation, [&](auto kind) {
         Sums::for_each([&](int eight, int i, int m, int r) {
@@ -323,8 +361,8 @@ template <typename T, int TOKENS, int PAIRS> struct Expand {
           float y = activate<T, decltype(kind)::value>(z[0]);
           if constexpr (PAIRS == 2) y *= z[1];
           else y += arch::widen(residual[eight][i].item[0]);
-          if (m < tokens.count && row + r < params.N)
-            arch::store(static_cast<T*>(params.y) + at(params, tokens.first + m, row + r),
+          if (m < tokens.count && row + r < layer.N)
+            arch::store(static_cast<T*>(layer.y) + layer.at(tokens.first + m, row + r),
                         arch::Pack<T, 1>{arch::round_to<T>(y)});
         });
       });

@@ -45,16 +45,17 @@ emulator::Result emulate_shrink(const ShrinkExpandParams& p, const ShrinkExpandT
                                 const emulator::Options& options) {
   Buffers buffers(bytes(p.dtype));
   buffers.add("x", p.x, int64_t{p.M} * p.K, false, true);
-  for (int i = 0; i < tile.pairs; i++) {
-    const Pair& of = p.pair[i];
+  for (int i = 0; i < tile.parts(); i++) {
+    const FewRowsPair& of = p.pair[i];
     buffers.add("down", of.down, int64_t{of.R} * p.K, false, true);
-    buffers.add("sums", p.sums[i], int64_t{p.splits} * p.M * of.R, true, true, sizeof(float));
-    buffers.add("h", p.splits == 1 ? of.h : nullptr, int64_t{p.M} * of.R, true, true);
+    buffers.add("sums", of.sums, int64_t{of.splits} * p.M * of.R, true, true, sizeof(float));
+    buffers.add("h", of.splits == 1 ? of.h : nullptr, int64_t{p.M} * of.R, true, true);
   }
+  const FewRowsLaunch of(p, tile);
   emulator::Result result;
   with_kernel(p, tile, [&](auto element, auto known) {
-    result = emulator::launch<Shrink<decltype(element), known().tokens, known().pairs>>(
-        "shrink", grid_of(shrink_blocks(p, tile), tile.groups(p.M) * p.splits), p, buffers.all, options, true);
+    result = emulator::launch<Shrink<decltype(element), known().tokens, known().pairs, known().layers>>(
+        "shrink", grid_of(of.shrink_blocks, tile.groups(p.M) * of.splits), p, buffers.all, options, true);
   });
   return result;
 }
@@ -63,20 +64,22 @@ emulator::Result emulate_shrink(const ShrinkExpandParams& p, const ShrinkExpandT
 emulator::Result emulate_expand(const ShrinkExpandParams& p, const ShrinkExpandTile& tile,
                                 const emulator::Options& options) {
   Buffers buffers(bytes(p.dtype));
-  for (int i = 0; i < tile.pairs; i++) {
-    const Pair& of = p.pair[i];
-    buffers.add("up", of.up, int64_t{p.N} * of.R, false, false);
-    buffers.add("bias", of.bias, p.N, false, false);
-    buffers.add("sums", p.sums[i], int64_t{p.splits} * p.M * of.R, false, true, sizeof(float));
-    buffers.add("h", of.h, int64_t{p.M} * of.R, p.splits > 1, true);
+  for (int i = 0; i < tile.parts(); i++) {
+    const FewRowsPair& of = p.pair[i];
+    const int N = p.N[i / tile.pairs];
+    buffers.add("up", of.up, int64_t{N} * of.R, false, false);
+    buffers.add("bias", of.bias, N, false, false);
+    buffers.add("sums", of.sums, int64_t{of.splits} * p.M * of.R, false, true, sizeof(float));
+    buffers.add("h", of.h, int64_t{p.M} * of.R, of.splits > 1, true);
   }
-  buffers.add("residual", p.residual, int64_t{p.M} * p.N, false, false);
-  buffers.add("y", p.y, int64_t{p.M} * p.N, true, true);
+  buffers.add("residual", p.residual, int64_t{p.M} * p.N[0], false, false);
+  for (int i = 0; i < tile.layers; i++) buffers.add("y", p.y[i], int64_t{p.M} * p.N[i], true, true);
+  const FewRowsLaunch of(p, tile);
   emulator::Result result;
   with_kernel(p, tile, [&](auto element, auto known) {
-    const emulator::Index3 grid = grid_of(ShrinkExpandTile::expand_blocks(p.N), tile.groups(p.M));
-    result = emulator::launch<Expand<decltype(element), known().tokens, known().pairs>>(
-        "expand", grid, p, buffers.all, options, false, tile.expand_bytes(most_rank(p, tile)));
+    result = emulator::launch<Expand<decltype(element), known().tokens, known().pairs, known().layers>>(
+        "expand", grid_of(of.expand_blocks, tile.groups(p.M)), p, buffers.all, options, false,
+        tile.expand_bytes(of.rank));
   });
   return result;
 }

@@ -5,6 +5,7 @@
 #include "../select/explain.h"
 #include "../select/linear_select.h"
 #include "../select/shrink_expand_grid.h"
+#include "few_rows.h"
 
 namespace shrank {
 namespace {
@@ -103,32 +104,14 @@ Stages with_kernel(const LowRankGated& args, const LinearProblem& problem, std::
 // Two kernels of ours that stream the factors past a few rows.
 Stages with_few_rows(const LowRankGated& args, const LinearProblem& problem, const LinearGrid& grid,
                      const Runtime& runtime) {
-  const Two two(args);
-  const Tensor y = rows_like(args.x, problem.N);
-  std::optional<Tensor> gate_h, h, gate_sums, sums;
-  if (grid.blocks_n == 1 || problem.training) {
-    gate_h = rows_like(args.x, problem.gate_R);
-    h = rows_like(args.x, problem.R);
-  }
-  const auto new_sums = [&](int64_t R) {
-    return torch::stable::new_empty(args.x, std::vector<int64_t>{grid.blocks_n, problem.M, R},
-                                    torch::headeronly::ScalarType::Float);
+  FewRows few(args.x, problem);
+  const Tensor y = few.add_layer(problem.N);
+  const auto add = [&](const Factors& of) {
+    return few.add_pair(of.down, of.up, of.bias, grid.blocks_n, problem.training);
   };
-  if (grid.blocks_n > 1) gate_sums = new_sums(problem.gate_R), sums = new_sums(problem.R);
-  const int index = y.get_device_index();
-  const ShrinkExpandParams params{
-      args.x.const_data_ptr(),
-      {pair_of(two.gate, gate_h, false), pair_of(two.value, h, false)},
-      {static_cast<float*>(mutable_data_of(gate_sums)), static_cast<float*>(mutable_data_of(sums))},
-      nullptr,
-      y.mutable_data_ptr(),
-      static_cast<int>(problem.M),
-      static_cast<int>(problem.K),
-      static_cast<int>(problem.N),
-      grid.blocks_n,
-      problem.dtype,
-      problem.activation};
-  runtime.shrink_expand(params, shrink_expand_tile_of(grid), runtime.device(index), index);
+  const Two two(args);
+  const std::optional<Tensor> gate_h = add(two.gate), h = add(two.value);
+  few.run(shrink_expand_tile_of(grid), runtime);
   return {y, gate_h, h};
 }
 

@@ -5,6 +5,7 @@
 #include "../select/explain.h"
 #include "../select/linear_select.h"
 #include "../select/shrink_expand_grid.h"
+#include "few_rows.h"
 
 namespace shrank {
 namespace {
@@ -75,26 +76,11 @@ Stages with_kernel(const LowRankLinear& args, const LinearProblem& problem, std:
 // Two kernels of ours that stream the factors past a few rows.
 Stages with_few_rows(const LowRankLinear& args, const LinearProblem& problem, const LinearGrid& grid,
                      const Runtime& runtime) {
-  const Tensor y = rows_like(args.x, problem.N);
-  std::optional<Tensor> h, sums;
-  if (grid.blocks_n == 1 || problem.training) h = rows_like(args.x, problem.R);
-  if (grid.blocks_n > 1) {
-    sums = torch::stable::new_empty(args.x, std::vector<int64_t>{grid.blocks_n, problem.M, problem.R},
-                                    torch::headeronly::ScalarType::Float);
-  }
-  const int index = y.get_device_index();
-  const ShrinkExpandParams params{args.x.const_data_ptr(),
-                                  {pair_of(args, problem, h, false)},
-                                  {static_cast<float*>(mutable_data_of(sums))},
-                                  data_of(args.residual),
-                                  y.mutable_data_ptr(),
-                                  static_cast<int>(problem.M),
-                                  static_cast<int>(problem.K),
-                                  static_cast<int>(problem.N),
-                                  grid.blocks_n,
-                                  problem.dtype,
-                                  problem.activation};
-  runtime.shrink_expand(params, shrink_expand_tile_of(grid), runtime.device(index), index);
+  FewRows few(args.x, problem);
+  const Tensor y = few.add_layer(problem.N);
+  const std::optional<Tensor> h = few.add_pair(args.down, args.up, args.bias, grid.blocks_n, problem.training);
+  few.add_residual(args.residual);
+  few.run(shrink_expand_tile_of(grid), runtime);
   return {y, h};
 }
 
@@ -114,14 +100,6 @@ Stages with_epilogue(const LowRankLinear& args, LinearProblem& problem, const Te
   const int index = y.get_device_index();
   runtime.epilogue(params, epilogue_tile(problem, runtime.device(index)), index);
   return {y, h};
-}
-
-LinearProblem problem_of(const LowRankLinear& args, bool training, const Runtime& runtime) {
-  LinearProblem problem = checked_problem(args, training);
-  problem.aligned = is_plain(args.x) && is_plain(args.down) && is_plain(args.up) && is_plain(args.bias) &&
-                    is_plain(args.residual);
-  problem.captured = runtime.capturing(args.x.get_device_index());
-  return problem;
 }
 
 LinearChoice recalled(const LinearProblem& p, const Device& d) { return recall(p, d); }
@@ -152,6 +130,14 @@ std::tuple<Tensor, Tensor> all_of(const Stages& stages) {
 }
 
 }  // namespace
+
+LinearProblem problem_of(const LowRankLinear& args, bool training, const Runtime& runtime) {
+  LinearProblem problem = checked_problem(args, training);
+  problem.aligned = is_plain(args.x) && is_plain(args.down) && is_plain(args.up) && is_plain(args.bias) &&
+                    is_plain(args.residual);
+  problem.captured = runtime.capturing(args.x.get_device_index());
+  return problem;
+}
 
 Tensor low_rank_linear(const LowRankLinear& args, const Runtime& runtime) {
   return run(args, false, runtime, recalled).y;

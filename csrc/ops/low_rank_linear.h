@@ -19,6 +19,9 @@ struct LowRankLinear {
   const std::optional<Tensor>& residual;
 };
 
+// After a look at the law.
+LinearProblem problem_of(const LowRankLinear& args, bool training, const Runtime& runtime);
+
 Tensor low_rank_linear(const LowRankLinear& args, const Runtime& runtime);
 std::tuple<Tensor, Tensor> low_rank_linear_train(const LowRankLinear& args, const Runtime& runtime);
 

@@ -14,6 +14,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(shrank, library) {
       "expand_backward_as(Tensor grad, Tensor h, Tensor up, Tensor? bias, str activation, bool needs_bias, str kernel, "
       "int[] grid) -> (Tensor z, Tensor bias)");
   library.def(
+      "low_rank_linear_multi_as(Tensor x, Tensor[] down, Tensor[] up, Tensor?[] bias, int tokens, int[] splits) -> "
+      "Tensor[]");
+  library.def(
       "low_rank_gated_as(Tensor x, Tensor gate_down, Tensor gate_up, Tensor? gate_bias, Tensor down, Tensor up, "
       "Tensor? bias, str activation, bool training, str kernel, int[] grid) -> (Tensor y, Tensor gate_h, Tensor h)");
   library.def(

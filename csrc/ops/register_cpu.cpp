@@ -8,6 +8,7 @@
 #include "low_rank_conv.h"
 #include "low_rank_gated.h"
 #include "low_rank_linear.h"
+#include "low_rank_linear_multi.h"
 
 namespace shrank {
 namespace {
@@ -54,6 +55,7 @@ constexpr Runtime cpu{device, capturing, epilogue, epilogue_backward, linear, sh
 
 STABLE_TORCH_LIBRARY_IMPL(shrank, CPU, library) {
   SHRANK_IMPL_LOW_RANK_LINEAR(library, shrank::cpu);
+  SHRANK_IMPL_LOW_RANK_LINEAR_MULTI(library, shrank::cpu);
   SHRANK_IMPL_LOW_RANK_CONV(library, shrank::cpu);
   SHRANK_IMPL_LOW_RANK_GATED(library, shrank::cpu);
   SHRANK_IMPL_EXPAND_BACKWARD(library, shrank::cpu);

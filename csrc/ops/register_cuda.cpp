@@ -9,6 +9,7 @@
 #include "low_rank_conv.h"
 #include "low_rank_gated.h"
 #include "low_rank_linear.h"
+#include "low_rank_linear_multi.h"
 
 namespace shrank {
 namespace {
@@ -62,6 +63,7 @@ constexpr Runtime cuda{cuda_device, capturing,     epilogue, epilogue_backward,
 
 STABLE_TORCH_LIBRARY_IMPL(shrank, CUDA, library) {
   SHRANK_IMPL_LOW_RANK_LINEAR(library, shrank::cuda);
+  SHRANK_IMPL_LOW_RANK_LINEAR_MULTI(library, shrank::cuda);
   SHRANK_IMPL_LOW_RANK_CONV(library, shrank::cuda);
   SHRANK_IMPL_LOW_RANK_GATED(library, shrank::cuda);
   SHRANK_IMPL_EXPAND_BACKWARD(library, shrank::cuda);

@@ -13,6 +13,7 @@
 #include "low_rank_conv.h"
 #include "low_rank_gated.h"
 #include "low_rank_linear.h"
+#include "low_rank_linear_multi.h"
 
 namespace shrank {
 namespace {
@@ -58,6 +59,7 @@ constexpr Runtime emulated{device, capturing,     epilogue, epilogue_backward,
 
 STABLE_TORCH_LIBRARY_IMPL(shrank, CPU, library) {
   SHRANK_IMPL_LOW_RANK_LINEAR(library, shrank::emulated);
+  SHRANK_IMPL_LOW_RANK_LINEAR_MULTI(library, shrank::emulated);
   SHRANK_IMPL_LOW_RANK_CONV(library, shrank::emulated);
   SHRANK_IMPL_LOW_RANK_GATED(library, shrank::emulated);
   SHRANK_IMPL_EXPAND_BACKWARD(library, shrank::emulated);

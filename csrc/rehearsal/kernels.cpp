@@ -48,16 +48,16 @@ std::string run_linear(const std::smatch& name, const LowRankLinearParams& param
 
 std::string run_few_rows(const std::smatch& name, const ShrinkExpandParams& params, const Shape& shape) {
   const bool shrinks = name[1] == "Shrink";
-  const ShrinkExpandTile tile{std::stoi(name[3]), std::stoi(name[4])};
+  const ShrinkExpandTile tile{std::stoi(name[3]), std::stoi(name[4]), std::stoi(name[5])};
   if (name[2] != element(params.dtype)) return "the kernel is of another element type than the parameters";
+  const FewRowsLaunch of(params, tile);
   const int threads = shrinks ? ShrinkExpandTile::kShrinkThreads : ShrinkExpandTile::kExpandThreads;
-  if (std::string wrong = wrong_block(shape, threads,
-                                      shrinks ? tile.shrink_bytes() : tile.expand_bytes(most_rank(params, tile)));
+  if (std::string wrong = wrong_block(shape, threads, shrinks ? tile.shrink_bytes() : tile.expand_bytes(of.rank));
       !wrong.empty())
     return wrong;
-  const int64_t blocks = shrinks ? shrink_blocks(params, tile) : ShrinkExpandTile::expand_blocks(params.N);
+  const int64_t blocks = shrinks ? of.shrink_blocks : of.expand_blocks;
   if (shape.grid[0] != blocks) return "the grid does not cover the rows of the factor";
-  if (shape.grid[1] != tile.groups(params.M) * (shrinks ? params.splits : 1))
+  if (shape.grid[1] != tile.groups(params.M) * (shrinks ? of.splits : 1))
     return "the grid does not cover the rows of x";
   return first_of(shrinks ? emulate_shrink(params, tile, {}) : emulate_expand(params, tile, {}));
 }
@@ -106,7 +106,7 @@ std::string run_kernel(const std::string& name, const void* params, const unsign
   static const std::regex linear(R"(LowRankLinear<([\w:]+), (\d+), (\d+), (\d+)>)");
   static const std::regex conv(R"(LowRankConv<([\w:]+), \(shrank::Gather\)(\d+), (\d+), (\d+)>)");
   static const std::regex depthwise(R"(LowRankDepthwise<([\w:]+), (\d+), (\d+)>)");
-  static const std::regex few_rows(R"((Shrink|Expand)<([\w:]+), (\d+), (\d+)>)");
+  static const std::regex few_rows(R"((Shrink|Expand)<([\w:]+), (\d+), (\d+), (\d+)>)");
   static const std::regex backward(R"(ExpandBackward<([\w:]+), (\d+), (\d+), (\d+)>)");
   static const std::regex epilogue_backward(R"(EpilogueBackward<([\w:]+), (\d+), \(shrank::Activation\)(\d+)>)");
   static const std::regex epilogue(R"(Epilogue<([\w:]+), (\d+), \(shrank::Activation\)(\d+)>)");

@@ -19,7 +19,7 @@ constexpr int64_t kMaxNumber = int64_t{1} << 31;
 constexpr double kReleaseUs = 0.7;
 
 bool fits(const ShrinkExpandTile& tile, const LinearProblem& p, const Device& d) {
-  return tile.pairs == p.pairs() && p.most_rank() <= ShrinkExpandTile::kMaxRank &&
+  return tile.pairs == p.pairs() && tile.layers == 1 && p.most_rank() <= ShrinkExpandTile::kMaxRank &&
          tile.expand_bytes(static_cast<int>(p.most_rank())) <= d.smem_per_block &&
          tile.shrink_bytes() <= d.smem_per_block;
 }

@@ -13,6 +13,10 @@ namespace shrank {
 struct ShrinkExpandTile {
   int tokens;  // rows of x, a multiple of 8, which is the other operand's; of more, other blocks read the weights again
   int pairs = 1;  // of factors: 2 of a gated layer. A warp of the second kernel has the same rows of both
+  int layers = 1;  // of one x, each with blocks of its own
+
+  static constexpr int kMostLayers = 3;
+  constexpr int parts() const { return pairs * layers; }
 
   static constexpr int kRows = 16;
   static constexpr int kChunk = 32;  // columns of a weight that a warp loads at a time, 8 for each of 4 lanes
@@ -43,10 +47,11 @@ struct ShrinkExpandTile {
   constexpr int64_t groups(int64_t M) const { return (M + tokens - 1) / tokens; }
 
   constexpr bool operator==(const ShrinkExpandTile& other) const {
-    return tokens == other.tokens && pairs == other.pairs;
+    return tokens == other.tokens && pairs == other.pairs && layers == other.layers;
   }
 };
 
-inline constexpr std::array<ShrinkExpandTile, 4> kShrinkExpandTiles{{{8}, {16}, {8, 2}, {16, 2}}};
+inline constexpr std::array<ShrinkExpandTile, 6> kShrinkExpandTiles{
+    {{8}, {16}, {8, 2}, {16, 2}, {8, 1, ShrinkExpandTile::kMostLayers}, {16, 1, ShrinkExpandTile::kMostLayers}}};
 
 }  // namespace shrank

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from .graph import is_identity as drops_nothing
 
 _SUMS = (operator.add, torch.add, "add", aten.add.Tensor)
 _IN_PLACE_SUMS = (operator.iadd, "add_", aten.add_.Tensor)
+_LINEAR = torch.ops.shrank.low_rank_linear
+_FACTORS = ("down", "up", "bias")
 _PRODUCTS = (operator.mul, torch.mul, "mul", aten.mul.Tensor)
 _NORMS = {  # each has its own order of arguments
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
@@ -67,8 +69,7 @@ class End:
             end._take_residual(alike)
         if end == cls(end.last, passed=end.passed):
             return None
-        moved = (node,) if end.value is None else (node, end.value)
-        return end if all(can_move(each, end.last, end.passed + moved) for each in moved) else None
+        return end if end.value is not None or can_move(node, end.last, end.passed) else None
 
     def _pass_by(self, is_identity: Callable[[Node], bool]) -> None:
         while (user := only_user(self.last)) is not None and is_identity(user):
@@ -91,7 +92,9 @@ class End:
         if user is None or x is None or not is_call(user, *_PRODUCTS) or user.kwargs or len(user.args) != 2:
             return
         value = other_input(user, self.last)
-        if isinstance(value, Node) and only_user(value) is user and input_of(value) is x and alike(self.last, value):
+        if not isinstance(value, Node) or only_user(value) is not user or input_of(value) is not x:
+            return
+        if alike(self.last, value) and all(can_move(each, user, (*self.passed, gate, value)) for each in (gate, value)):
             self.value, self.last = value, user
 
     def _take_residual(self, alike: Callable[[object, object], bool]) -> None:
@@ -108,13 +111,14 @@ class End:
 
 def fuse(graph: Graph) -> int:
     """Let every low-rank op of a graph take over the activation, the residual, the batch norm and the gated value that
-    follow it, where nobody else needs what lies between; dropouts that drop nothing are passed by.
+    follow it, where nobody else needs what lies between; dropouts that drop nothing are passed by. Linear layers of one
+    input that take nothing over become one op.
 
     Args:
         graph: Changed in place. Its nodes have the fake tensors that stand for their values.
 
     Returns:
-        How many ops took something over.
+        How many ops took something over, or stand for several layers.
     """
     ops, found = _ops(), 0
 
@@ -126,7 +130,7 @@ def fuse(graph: Graph) -> int:
 
     def input_of(node: Node) -> object:
         called = bare(node)
-        return called[1]["x"] if called and called[0] is torch.ops.shrank.low_rank_linear.default else None
+        return called[1]["x"] if called and called[0] is _LINEAR.default else None
 
     for node in list(graph.nodes):
         if (called := bare(node)) is None:
@@ -138,12 +142,48 @@ def fuse(graph: Graph) -> int:
         elif end:
             _replace(graph, op, arguments, end)
         found += end is not None
-    return found
+    return found + _join_siblings(graph, input_of)
+
+
+def _join_siblings(graph: Graph, input_of: Callable[[Node], object]) -> int:
+    """Let linear layers of one input be one op, if they took nothing over; how many ops are several layers now."""
+    siblings: dict[Node, list[Node]] = {}
+    for node in graph.nodes:
+        if isinstance(x := input_of(node), Node):
+            siblings.setdefault(x, []).append(node)
+    return sum(_join(graph, x, nodes) for x, nodes in siblings.items() if len(nodes) > 1)
+
+
+def _join(graph: Graph, x: Node, nodes: list[Node]) -> bool:
+    """At the place of the first, of all whose factors are there by then, and that compute there what they compute."""
+    first, *others = nodes
+    before = {node for node in _until(graph, first)}
+    joined = [first]
+    for node in others:
+        arguments = _arguments_of(node, _LINEAR.default)
+        if all(arguments[part] is None or arguments[part] in before for part in _FACTORS):
+            joined += [node] if can_move(first, node, tuple(nodes)) else []
+    if len(joined) == 1:
+        return False
+    lists = [[_arguments_of(node, _LINEAR.default)[part] for node in joined] for part in _FACTORS]
+    with graph.inserting_before(first):
+        together = graph.call_function(torch.ops.shrank.low_rank_linear_multi.default, (x, *lists))
+        outputs = [graph.call_function(operator.getitem, (together, i)) for i in range(len(joined))]
+    for node, output in zip(joined, outputs, strict=True):
+        take_place(graph, output, End(node))
+    return True
+
+
+def _until(graph: Graph, last: Node) -> Iterator[Node]:
+    for node in graph.nodes:
+        if node is last:
+            return
+        yield node
 
 
 def _ops() -> dict[Callable, Callable]:
     """Both spellings of each op, and its overload."""
-    packets = (torch.ops.shrank.low_rank_linear, torch.ops.shrank.low_rank_conv)
+    packets = (_LINEAR, torch.ops.shrank.low_rank_conv)
     return {spelled: packet.default for packet in packets for spelled in (packet, packet.default)}
 
 
@@ -164,7 +204,7 @@ def _replace(graph: Graph, op: Callable, arguments: dict[str, object], end: End)
 
 
 def _replace_gate(graph: Graph, gate: dict[str, object], value: dict[str, object], end: End) -> None:
-    factors = [each[name] for each in (gate, value) for name in ("down", "up", "bias")]
+    factors = [each[name] for each in (gate, value) for name in _FACTORS]
     with graph.inserting_before(end.last):
         op = torch.ops.shrank.low_rank_gated.default
         fused = graph.call_function(op, (gate["x"], *factors, end.activation))

@@ -10,10 +10,11 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from . import availability, native, reference, self_check
+from . import availability, multi, native, reference, self_check
 from .conv import CONV, check_low_rank_conv, window_of
 from .gated import GATED, check_low_rank_gated
 from .linear import LINEAR, check_low_rank_linear
+from .multi import Multi, check_low_rank_linear_multi
 from .registration import Op
 
 
@@ -116,6 +117,41 @@ def low_rank_linear(
     if _are_tensors(x, down, up, bias, residual):
         check_low_rank_linear(x, down, up, bias, activation, residual, _autocast_casts(x))
     return reference.low_rank_linear(x, down, up, bias, activation, residual)
+
+
+def low_rank_linear_multi(
+    x: Tensor,
+    down: Sequence[Tensor],
+    up: Sequence[Tensor],
+    bias: Sequence[Tensor | None] | None = None,
+    *,
+    backend: Backend | str | None = None,
+) -> list[Tensor]:
+    """Multiply by several low-rank matrices: (x @ down[i].T) @ up[i].T + bias[i], as query, key and value are.
+
+    Args:
+        x: (..., K).
+        down: (R, K) of each layer, the first factors; every R is its own.
+        up: (N, R) of each layer, the second factors; every N is its own.
+        bias: (N,) or None of each layer; None where no layer has one.
+        backend: Who computes this call; by default the process's backend decides.
+
+    Returns:
+        (..., N) of each layer, with the bits that `low_rank_linear` gives. On few rows of x, the native kernels compute
+        up to three layers with the launches of one.
+
+    Raises:
+        RuntimeError: As of `low_rank_linear`; also the numbers of factors differ.
+        ValueError: The backend is unknown.
+    """
+    bias = [None] * len(down) if bias is None else bias
+    tensors = (x, *down, *up, *bias)
+    counts_fit = len(down) == len(up) == len(bias)
+    if counts_fit and _runs_native(Multi(len(down)), backend, *tensors):
+        return multi.call(x, down, up, bias)
+    if _are_tensors(*tensors):
+        check_low_rank_linear_multi(x, down, up, bias, _autocast_casts(x))
+    return [reference.low_rank_linear(x, *each) for each in zip(down, up, bias, strict=True)]
 
 
 def low_rank_gated(
@@ -236,7 +272,7 @@ def _autocast_casts(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def _runs_native(op: Op, backend: Backend | str | None, *tensors: Tensor | None) -> bool:
+def _runs_native(op: Op | Multi, backend: Backend | str | None, *tensors: Tensor | None) -> bool:
     """Whether the op runs, and not PyTorch; RuntimeError with every reason if it was insisted on and cannot."""
     chosen = current_backend() if backend is None else _parse(backend, "backend")
     if chosen is Backend.TORCH:

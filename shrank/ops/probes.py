@@ -17,6 +17,7 @@ from .gated import GATED
 from .gated_backward import run_named as run_gated_named
 from .law import DTYPES
 from .linear import LINEAR
+from .multi import Multi, run_together
 from .registration import Op
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -31,7 +32,7 @@ class Probe:
     the op takes between bias and activation.
     """
 
-    op: Op
+    op: Op | Multi
     family: str
     kernel: str
     sizes: tuple[torch.Size, ...]
@@ -117,6 +118,35 @@ class GatedBackwardProbe(Probe):
         return Truth(reference.gated_backward, given)
 
 
+class MultiProbe(Probe):
+    """Of several layers of one input, by the kernels for a few rows. grid: tokens, and the splits of each layer."""
+
+    def arguments(self, dtype: torch.dtype, device: str) -> tuple:
+        draw = _drawing(dtype, device)
+        x, *pairs = self.sizes
+        down = [draw(*size, fan_in=size[1]) for size in pairs[::2]]
+        up = [draw(*size, fan_in=size[1]) for size in pairs[1::2]]
+        return draw(*x), down, up, [draw(len(each)) for each in up]
+
+    def run(self, given: tuple) -> NamedTuple:
+        tokens, *splits = self.grid
+        return _Three(*run_together(given, tokens, splits))
+
+    def truth(self, given: tuple) -> Truth:
+        x, *lists = given
+        return Truth(_three_by_pytorch, (x, *(each for pair in zip(*lists, strict=True) for each in pair)))
+
+
+class _Three(NamedTuple):
+    first: Tensor
+    second: Tensor
+    third: Tensor
+
+
+def _three_by_pytorch(x: Tensor, *factors: Tensor) -> _Three:
+    return _Three(*(reference.low_rank_linear(x, *factors[i : i + 3]) for i in range(0, len(factors), 3)))
+
+
 def _drawing(dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
     """Always the same numbers, on every machine."""
     generator = torch.Generator().manual_seed(0)
@@ -151,6 +181,7 @@ _END = _sizes((37, 40), (136, 40))
 _CONV = _sizes((2, 16, 9, 7), (24, 16, 3, 3), (40, 24, 1, 1))
 _GATED = _sizes((37, 200), (72, 200), (136, 72), (40, 200), (136, 40))
 _GATED_END = _sizes((37, 72), (136, 72), (37, 40), (136, 40))
+_MULTI = _sizes((37, 200), (40, 200), (136, 40), (72, 200), (72, 72), (8, 200), (200, 8))
 _PLAIN = ([2, 1], [1, 2], [1, 1])  # stride, padding, dilation
 
 
@@ -171,6 +202,8 @@ PROBES = (
     Probe(LINEAR, "expand streamed", "gemm_expand", _LINEAR, grid=(64, 0, 1)),
     Probe(LINEAR, "epilogue", "two_gemms_epilogue", _LINEAR, dtypes=DTYPES),
     *_backward(LINEAR),
+    MultiProbe(Multi(3), "shrink_expand", "shrink_expand", _MULTI, grid=(16, 1, 2, 1)),
+    MultiProbe(Multi(3), "shrink_expand of 8", "shrink_expand", _MULTI, grid=(8, 2, 1, 4)),
     GatedProbe(GATED, "shrink_expand", "shrink_expand", _GATED, grid=(16, 0, 1)),
     GatedProbe(GATED, "shrink_expand split", "shrink_expand", _GATED, grid=(8, 0, 2)),
     GatedProbe(GATED, "fused", "fused", _GATED),

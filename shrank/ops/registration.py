@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .library import define, library
 
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C.DispatchKeySet(
+NO_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCPU
 )
 
@@ -102,7 +102,7 @@ class Op:
 
         That is 1.6 of 7 us at one token (benchmarks/speed/bench_host_cost.py).
         """
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or _is_recorded(given):
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or is_recorded(given):
             return self.overload(*given)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*given)
@@ -154,7 +154,7 @@ class _LowRank(torch.autograd.Function):
         return None, *grads[:count], *(None for _ in ctx.between), *grads[count:]
 
 
-def _is_recorded(given: tuple) -> bool:
+def is_recorded(given: tuple) -> bool:
     """Whether autograd wants to know of a call."""
     if torch.is_grad_enabled():
         for each in given:
@@ -168,7 +168,7 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensor]:
     overload = op.overload  # every call of a layer on CUDA passes here: a microsecond counts
 
     def autograd(*given: object) -> Tensor:
-        if _is_recorded(given):
+        if is_recorded(given):
             return _LowRank.apply(op, *op.complete(given))
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*given)
@@ -183,17 +183,19 @@ def _autocast_kernel(op: Op) -> Callable[..., Tensor]:
     def autocast(*given: object) -> Tensor:
         tensors, between, residual = op.parts(given)
         dtype = torch.get_autocast_dtype(given[0].device.type)
-        narrow = [each.to(dtype) if _is_wide(each) else each for each in tensors]
+        narrow = [narrowed(each, dtype) for each in tensors]
         fits = [each if each is not None and each.dtype == narrow[0].dtype else None for each in residual]
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        with torch._C._ExcludeDispatchKeyGuard(NO_AUTOCAST):
             y = op.overload(*narrow, *between, *fits)
         return sum((each for each, fused in zip(residual, fits, strict=True) if each is not fused), y)
 
     return autocast
 
 
-def _is_wide(given: object) -> bool:
-    return isinstance(given, Tensor) and given.is_floating_point() and given.dtype != torch.float64
+def narrowed(given: object, dtype: torch.dtype) -> object:
+    """As autocast changes an argument."""
+    wide = isinstance(given, Tensor) and given.is_floating_point() and given.dtype != torch.float64
+    return given.to(dtype) if wide else given
 
 
 def _both(op: Op, compute: Callable[..., NamedTuple]) -> tuple[Callable[..., Tensor], Callable[..., tuple]]:

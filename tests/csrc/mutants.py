@@ -160,8 +160,15 @@ def failure_of_conv(dev: ModuleType, run: conv.ConvRun, copies_early: bool) -> s
     return mistake(outcome, conv.exact(run, arguments), conv.in_pytorch(run, arguments).y, run.training)
 
 
-def failure_of_few_rows(dev: ModuleType, run: few_rows.FewRowsRun, _copies_early: bool) -> str | None:
+def failure_of_few_rows(
+    dev: ModuleType, run: few_rows.FewRowsRun | few_rows.MultiRun, _copies_early: bool
+) -> str | None:
     arguments = run.arguments()
+    if isinstance(run, few_rows.MultiRun):
+        for given, outcome in zip(arguments, few_rows.emulate_multi(dev, run, arguments, 2), strict=True):
+            if found := mistake(outcome, linear.exact(given), linear.in_pytorch(given), False):
+                return found
+        return None
     outcome = few_rows.emulate(dev, run, arguments, 2)
     return mistake(outcome, linear.exact(arguments), linear.in_pytorch(arguments), run.training)
 
@@ -242,8 +249,8 @@ BACKWARD = Suite(
 FEW_ROWS = Suite(
     "shrink_expand",
     "linear",
-    few_rows.runs,
-    few_rows.FewRowsRun.multiply_adds,
+    lambda: [*few_rows.runs(), *few_rows.multi_runs()],
+    lambda run: run.multiply_adds(),
     failure_of_few_rows,
     ("TILES[I].tokens == 8", lambda run: run.dtype == linear.BF16 and run.tokens == 8),
 )

@@ -30,7 +30,7 @@ _KERNEL = re.compile(
 )
 _GATHERS = ("chunks", "analytic", "numbers")
 LINEAR, BACKWARD, SHRINK, EXPAND = "linear", "backward", "shrink", "expand"
-GATED = "gated "  # before the kind of a kernel with two pairs of factors
+GATED, MULTI = "gated ", "multi "  # before the kind of a kernel with two pairs of factors, or for several layers
 Name = tuple[str, str, int, int]  # kind: linear, or how a convolution gathers; dtype, block_m, max_rank
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -50,7 +50,7 @@ class FewRowsTile:
     max_rank = 0
 
     def __init__(self, kind: str, tile: object) -> None:
-        self.gather, self.block_m = GATED * (tile.pairs - 1) + kind, tile.tokens
+        self.gather, self.block_m = (MULTI if tile.layers > 1 else GATED * (tile.pairs - 1)) + kind, tile.tokens
         self.rank_limit = tile.MAX_RANK
         self.threads = {SHRINK: tile.SHRINK_THREADS, EXPAND: tile.EXPAND_THREADS}[kind]
         self.shared_bytes = {SHRINK: tile.shrink_bytes, EXPAND: tile.expand_bytes}[kind]
@@ -109,8 +109,9 @@ def name_in(line: str) -> Name | None:
         "Expand": EXPAND,
     }
     kind, numbers = kinds[named[1]], [int(number) for number in re.findall(r"\d+", named[4])]
+    several = kind in (SHRINK, EXPAND) and numbers.pop() > 1
     if kind in (LINEAR, BACKWARD, SHRINK, EXPAND):
-        kind = GATED * (numbers.pop() - 1) + kind
+        kind = (MULTI if several else "") + GATED * (numbers.pop() - 1) + kind
     return kind, named[2], *(*numbers, 0)[:2]
 
 

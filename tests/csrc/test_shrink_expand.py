@@ -10,13 +10,13 @@ import torch
 
 from tests.common.tolerances import assert_close, assert_every_element_close
 
-from .emulated.few_rows import TOKENS, FewRowsRun, emulate, runs
+from .emulated.few_rows import TOKENS, FewRowsRun, Layer, MultiRun, emulate, emulate_multi, multi_runs, runs
 from .emulated.linear import BF16, exact, in_pytorch
 
 
 def test_every_tile_that_is_compiled_is_tested(dev) -> None:
-    compiled = [(tile.tokens, tile.pairs) for tile in dev.select.SHRINK_EXPAND_TILES]
-    assert sorted(compiled) == sorted(product(TOKENS, (1, 2)))
+    compiled = [(tile.tokens, tile.pairs, tile.layers) for tile in dev.select.SHRINK_EXPAND_TILES]
+    assert sorted(compiled) == sorted((tokens, *of) for tokens in TOKENS for of in ((1, 1), (2, 1), (1, 3)))
 
 
 @pytest.mark.parametrize("run", runs(), ids=str)
@@ -72,3 +72,23 @@ def test_nan_and_inf_go_where_pytorch_lets_them_go(dev, special: float, R: int, 
     y, torchs = emulate(dev, run, arguments).y, in_pytorch(arguments)
     assert torch.equal(y.isnan(), torchs.isnan()) and torch.equal(y.isinf(), torchs.isinf())
     assert not y[:3].isnan().any() and not y[4:].isnan().any()
+
+
+@pytest.mark.parametrize("run", multi_runs(), ids=str)
+def test_layers_of_one_input_get_the_bits_that_they_get_alone(dev, run: MultiRun) -> None:
+    arguments = run.arguments()
+    together = emulate_multi(dev, run, arguments, hash(run.M + run.K) % 8)
+    assert together[0].problems == [] and together[0].counts.bank_conflicts == 0
+    for layer, given, found in zip(run.alone(), arguments, together, strict=True):
+        alone = emulate(dev, layer, given)
+        assert torch.equal(found.y, alone.y) and found.y.isfinite().all()
+        assert_every_element_close(found.y, exact(given)[0])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_order_of_threads_breaks_a_rule_of_several_layers(dev, seed: int) -> None:
+    run = MultiRun(8, 11, 520, (Layer(136, 72, 2), Layer(40, 24, 3), Layer(72, 40)))
+    arguments = run.arguments()
+    first, other = emulate_multi(dev, run, arguments, seed), emulate_multi(dev, run, arguments)
+    assert first[0].problems == []
+    assert all(torch.equal(one.y, two.y) for one, two in zip(first, other, strict=True))

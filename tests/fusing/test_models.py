@@ -37,12 +37,12 @@ def whisper_encoder() -> nn.Module:
 
 
 # A model, its inputs, and how many ops have which end in the fused graph: activation, whether a residual is added.
-BARE, PLUS = ("none", False), ("none", True)
-TRANSFORMER = {BARE: 3, PLUS: 2, ("gelu", False): 1}  # q, k, v; the output and the second layer of the MLP; its first
-GATED = {BARE: 3, PLUS: 2, ("gated silu", False): 1}  # the same, with a gated MLP
+BARE, PLUS, MULTI = ("none", False), ("none", True), ("multi", False)
+TRANSFORMER = {MULTI: 3, PLUS: 2, ("gelu", False): 1}  # q, k, v; the output and the second layer of the MLP; its first
+GATED = {MULTI: 3, PLUS: 2, ("gated silu", False): 1}  # the same, with a gated MLP
 WORDS = {"vocab_size": 20}
 CASES: dict[str, tuple[Callable[[], nn.Module], dict, dict[tuple[str, bool], int]]] = {
-    "Bert": (of_transformers("Bert", **SMALL, **WORDS), TOKENS, TRANSFORMER | {BARE: 4}),  # the pooler
+    "Bert": (of_transformers("Bert", **SMALL, **WORDS), TOKENS, TRANSFORMER | {BARE: 1}),  # the pooler
     "ModernBert": (
         of_transformers("ModernBert", **SMALL, **WORDS, pad_token_id=0, cls_token_id=1, sep_token_id=2),
         TOKENS,
@@ -58,15 +58,15 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict, dict[tuple[str, bool], int
     "Gemma": (
         of_transformers("Gemma", **SMALL, **WORDS, num_key_value_heads=1, head_dim=16),
         TOKENS,
-        {BARE: 3, PLUS: 2, ("gated gelu_tanh", False): 1},
+        {MULTI: 3, PLUS: 2, ("gated gelu_tanh", False): 1},
     ),
     "T5": (
         of_transformers("T5Encoder", d_model=32, d_ff=48, d_kv=16, num_heads=2, num_layers=1, **WORDS),
         TOKENS,
-        {BARE: 3, PLUS: 2, ("relu", False): 1},
+        {MULTI: 3, PLUS: 2, ("relu", False): 1},
     ),
-    "Whisper": (whisper_encoder, SOUND, {BARE: 3, PLUS: 2, ("gelu", False): 3}),  # two are convolutions
-    "ViT": (of_transformers("ViT", **SMALL, image_size=16, patch_size=8), PIXELS, TRANSFORMER | {BARE: 5}),
+    "Whisper": (whisper_encoder, SOUND, {MULTI: 3, PLUS: 2, ("gelu", False): 3}),  # two are convolutions
+    "ViT": (of_transformers("ViT", **SMALL, image_size=16, patch_size=8), PIXELS, TRANSFORMER | {BARE: 2}),
     "ConvNext": (
         of_transformers("ConvNext", hidden_sizes=[16, 24], depths=[1, 1], num_stages=2),
         PIXELS,

@@ -41,12 +41,16 @@ def low_rank_conv(x: Tensor, bias: Tensor | None = CHANNEL_BIAS) -> Tensor:
 
 
 def ends_of(graph: torch.fx.Graph) -> Ends:
+    """Several layers in one op are that many times "multi"."""
     calls = [n for n in graph.nodes if n.op == "call_function" and "shrank" in str(n.target)]
     found = []
     for call in calls:
         names = [each.name for each in getattr(call.target, "default", call.target)._schema.arguments]
         given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
         gated = "gated " * ("gated" in str(call.target))
+        if "multi" in str(call.target):
+            found += [("multi", False)] * len(given["down"])
+            continue
         found.append((gated + given.get("activation", "none"), given.get("residual") is not None))
     return found
 
@@ -235,7 +239,7 @@ HALF_GATES = {  # what is left of each: the gate takes its activation, and no mo
     "whose value is used again": (lambda x: (lambda v: F.silu(gate(x)) * v + v)(low_rank(x)), ["silu", "none"]),
     "whose value is activated": (lambda x: F.silu(gate(x)) * F.gelu(low_rank(x)), ["silu", "gelu"]),
     "used again": (lambda x: (lambda g: g * low_rank(x) + g)(F.silu(gate(x))), ["silu", "none"]),
-    "without activation": (lambda x: gate(x) * low_rank(x), ["none", "none"]),
+    "without activation": (lambda x: gate(x) * low_rank(x), ["multi", "multi"]),
     "by a number": (lambda x: F.silu(gate(x)) * 2, ["silu"]),
     "by itself": (lambda x: (lambda g: g * g)(F.silu(gate(x))), ["silu"]),
     "by x": (lambda x: F.silu(gate(x)) * x, ["silu"]),
@@ -244,7 +248,7 @@ HALF_GATES = {  # what is left of each: the gate takes its activation, and no mo
         ["silu", "none"],
     ),
     "that divides": (lambda x: low_rank(x) / F.silu(gate(x)), ["none", "silu"]),
-    "before x is changed": (gate_before_a_change, ["none", "none"]),
+    "before x is changed": (gate_before_a_change, ["silu", "none"]),
 }
 
 
@@ -272,6 +276,78 @@ def test_gradients_of_a_gated_layer_are_those_of_its_parts() -> None:
         strict=True,
     ):
         assert_close(ours, wanted)
+
+
+KEY = (drawn(2, 8), drawn(6, 2), drawn(6))
+
+
+def key(x: Tensor) -> Tensor:
+    return torch.ops.shrank.low_rank_linear(x, *KEY)
+
+
+def siblings(x: Tensor) -> Tensor:
+    return low_rank(x) * 2, key(x) + 1, gate(x).sin()
+
+
+def siblings_with_ends(x: Tensor) -> Tensor:
+    return low_rank(x) + x, key(x) + 1, gate(x).sin()
+
+
+def of_two_inputs(x: Tensor) -> Tensor:
+    other = x.cos()
+    return low_rank(x), key(other), gate(x), gate(other)
+
+
+def changed_between_siblings(x: Tensor) -> Tensor:
+    y = low_rank(x) * 2
+    x.mul_(2)
+    return y, key(x)
+
+
+def factor_made_between(x: Tensor) -> Tensor:
+    y = low_rank(x)
+    return y * 2, torch.ops.shrank.low_rank_linear(x, KEY[0] * y.mean(), *KEY[1:])
+
+
+SIBLINGS = {
+    "three": (siblings, ["multi"] * 3),
+    "with an end": (siblings_with_ends, ["none", "multi", "multi"]),
+    "of two inputs": (of_two_inputs, ["multi"] * 4),
+    "with a change between": (changed_between_siblings, ["none"] * 2),
+    "with a factor that is made between": (factor_made_between, ["none"] * 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "look"),  # torch.export makes of a change in place a new tensor
+    [
+        (name, look)
+        for name in SIBLINGS
+        for look in (fused, exported)
+        if (name, look) != ("with a change between", exported)
+    ],
+)
+def test_layers_of_one_input_become_one_op(name: str, look: Callable) -> None:
+    function, ends = SIBLINGS[name]
+    found, answer = look(function, drawn(3, 8))
+    assert sorted(end for end, _ in found) == sorted(ends)
+    for ours, right in zip(answer, function(drawn(3, 8)), strict=True):
+        assert_close(ours, right)
+
+
+def test_gradients_of_siblings_are_those_of_the_layers() -> None:
+    weights = [each.clone().requires_grad_() for each in (DOWN, UP, BIAS, *KEY)]
+    x = drawn(3, 8).requires_grad_()
+
+    def block(x: Tensor) -> Tensor:
+        op = torch.ops.shrank.low_rank_linear
+        return op(x, *weights[:3]).square().sum() + op(x, *weights[3:]).sin().sum()
+
+    found, answer = fused(block, x)
+    assert found == [("multi", False)] * 2
+    ours, wanted = (torch.autograd.grad(each, (x, *weights)) for each in (answer, block(x)))
+    for one, other in zip(ours, wanted, strict=True):
+        assert_close(one, other)
 
 
 def test_an_op_that_has_an_end_gets_no_second_one() -> None:

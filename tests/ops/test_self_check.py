@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import shrank
-from shrank.ops import apart, availability, check_apart, machine, probes, reference, registration, self_check
+from shrank.ops import apart, availability, check_apart, machine, multi, probes, reference, registration, self_check
 from shrank.ops.conv import CONV
 from shrank.ops.gated import GATED
 from shrank.ops.linear import LINEAR
-from shrank.ops.probes import PROBES, BackwardProbe, GatedBackwardProbe, Truth, check
+from shrank.ops.probes import PROBES, BackwardProbe, GatedBackwardProbe, MultiProbe, Truth, check
 from shrank.ops.reference import End, Forward, GatedEnd
 from shrank.ops.self_check import check_and_keep, file_of, kept, why_not
 
@@ -55,6 +55,12 @@ def named(monkeypatch):
 
     monkeypatch.setattr(probes, "run_named", run_backward)
     monkeypatch.setattr(probes, "run_gated_named", run_gated_backward)
+
+    def run_together(given, tokens, splits):
+        found = [reference.low_rank_linear(given[0], *each) for each in zip(*given[1:], strict=True)]
+        return changes.get((multi.NAME, "shrink_expand"), lambda all_: all_)(found)
+
+    monkeypatch.setattr(probes, "run_together", run_together)
     return changes
 
 
@@ -64,7 +70,8 @@ def test_right_kernels_pass(named) -> None:
 
 
 def test_every_family_and_every_end_is_looked_at() -> None:
-    forward = [probe for probe in PROBES if not isinstance(probe, BackwardProbe | GatedBackwardProbe)]
+    others = BackwardProbe | GatedBackwardProbe | MultiProbe
+    forward = [probe for probe in PROBES if not isinstance(probe, others)]
     kernels = {(probe.op.name, probe.kernel, bool(probe.grid)) for probe in forward}
     for name in (LINEAR.name, GATED.name):
         assert {"shrink_expand", "fused", "gemm_expand", "two_gemms_epilogue"} == {
@@ -103,6 +110,13 @@ def test_a_wrong_gradient_of_a_gate_forbids_its_op(named, what: str) -> None:
     wrong = {name: reason for name, reason in check("cpu") if reason}
     assert {" ".join(name.split()[:2]) for name in wrong} == {f"{GATED.name} backward"}
     assert all(reason.startswith(f"{what} has ") for reason in wrong.values())
+
+
+def test_one_wrong_layer_of_several_forbids_their_op(named) -> None:
+    named[multi.NAME, "shrink_expand"] = lambda found: [*found[:2], found[2] * 1.05]
+    wrong = {name: reason for name, reason in check("cpu") if reason}
+    assert {name.split()[0] for name in wrong} == {multi.NAME}
+    assert all(reason.startswith("third has ") for reason in wrong.values())
 
 
 def test_one_wrong_number_of_a_tail_is_noticed(named) -> None:

@@ -141,7 +141,7 @@ def emulate(
         copies_early=copies_early,
         **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
     )
-    return Outcome(y, h, result.problems, result.counts)
+    return Outcome(y, [h], result.problems, result.counts)
 
 
 def in_pytorch(run: ConvRun, arguments: dict[str, Tensor | None]) -> reference.Forward:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -51,23 +52,85 @@ def emulate(dev: ModuleType, run: FewRowsRun, arguments: tuple, seed: int = 0) -
     h = [torch.full((run.M, len(down)), torch.nan, dtype=run.dtype) for down, *_ in given.pairs]
     sums = [torch.full((run.splits, run.M, len(down)), torch.nan) for down, *_ in given.pairs]
     pairs = [
-        addresses(**pair._asdict(), h=an_h if kept else None, sums=parts if run.splits > 1 else None)
-        | {"R": len(pair.down)}
+        addresses(**pair._asdict(), h=an_h if kept else None, sums=parts if run.splits > 1 else None, y=y)
+        | {"R": len(pair.down), "N": run.N, "splits": run.splits}
         for pair, an_h, parts in zip(given.pairs, h, sums, strict=True)
     ]
     result = dev.linear.emulate_few_rows(
         run.tokens,
-        run.splits,
         run.M,
         run.K,
-        run.N,
         pairs,
+        1,
         str(run.dtype)[6:],
         given.activation,
         seed=seed,
-        **addresses(x=given.x, residual=given.residual, y=y),
+        **addresses(x=given.x, residual=given.residual),
     )
     return Outcome(y, h if kept else [], result.problems, result.counts)
+
+
+class Layer(NamedTuple):
+    """One of several layers of an input: outputs, rank, splits of K, and whether it has a bias."""
+
+    N: int
+    R: int
+    splits: int = 1
+    bias: bool = True
+
+
+@dataclass(frozen=True)
+class MultiRun:
+    """A launch of each kernel for several layers of one input."""
+
+    tokens: int
+    M: int
+    K: int
+    layers: tuple[Layer, ...]
+    dtype: torch.dtype = BF16
+
+    def __str__(self) -> str:
+        layers = "-".join(f"N{n}R{r}by{splits}{'b' * bias}" for n, r, splits, bias in self.layers)
+        return f"{self.tokens}-M{self.M}-K{self.K}-{layers}-{str(self.dtype)[6:]}"
+
+    def multiply_adds(self) -> int:
+        return self.M * sum((self.K + layer.N) * layer.R for layer in self.layers)
+
+    def alone(self) -> list[FewRowsRun]:
+        """The same layers one by one."""
+        return [
+            FewRowsRun(self.tokens, layer.splits, self.M, self.K, layer.N, layer.R, layer.bias, dtype=self.dtype)
+            for layer in self.layers
+        ]
+
+    def arguments(self) -> list[tuple]:
+        """Of low_rank_linear, for each layer, with one x."""
+        given = [run.arguments() for run in self.alone()]
+        return [(given[0][0], *each[1:]) for each in given]
+
+
+def emulate_multi(dev: ModuleType, run: MultiRun, arguments: list[tuple], seed: int = 0) -> list[Outcome]:
+    """What each layer gives; the problems and the counts are those of the launches, and stand with every layer."""
+    made, kept = [], []
+    for layer, (_, down, up, bias, *_) in zip(run.layers, arguments, strict=True):
+        y = torch.full((run.M, layer.N), torch.nan, dtype=run.dtype)
+        between = (
+            torch.full((run.M, layer.R), torch.nan, dtype=run.dtype)
+            if layer.splits == 1
+            else torch.full((layer.splits, run.M, layer.R), torch.nan)
+        )
+        name = "h" if layer.splits == 1 else "sums"
+        made.append(
+            addresses(down=down, up=up, bias=bias, y=y, **{name: between})
+            | {"R": layer.R, "N": layer.N, "splits": layer.splits}
+        )
+        kept.append((y, between))
+    x = arguments[0][0]
+    dtype = str(run.dtype)[6:]
+    result = dev.linear.emulate_few_rows(
+        run.tokens, run.M, run.K, made, len(made), dtype, "none", x.data_ptr(), seed=seed
+    )
+    return [Outcome(y, [], result.problems, result.counts) for y, _ in kept]
 
 
 def runs() -> list[FewRowsRun]:
@@ -123,3 +186,17 @@ def _gated_runs() -> list[FewRowsRun]:
         for splits in (1, 2)
     ]
     return every_tile + tokens + ranks + outputs + ends
+
+
+def multi_runs() -> list[MultiRun]:
+    """Two and three layers: every tile in both dtypes, layers of one block and of many, splits that differ, groups."""
+    qkv = (Layer(136, 72), Layer(40, 24, 2), Layer(72, 40, 1, False))
+    every_tile = [MultiRun(tokens, tokens + 3, 520, qkv, dtype) for tokens, dtype in product(TOKENS, (BF16, FP16))]
+    two = [MultiRun(8, M, 264, (Layer(72, 40, 2), Layer(64, 16))) for M in (1, 8, 9)]
+    edges = [
+        MultiRun(8, 3, 264, (Layer(8, 8), Layer(200, 8), Layer(64, 16))),
+        MultiRun(8, 3, 264, (Layer(64, 16), Layer(8, 264), Layer(128, 32, 3))),
+        MultiRun(8, 19, 1032, (Layer(72, 8, 4), Layer(72, 24, 1), Layer(72, 16, 2))),
+        MultiRun(16, 37, 72, (Layer(264, 136, 1, False), Layer(72, 8, 1, False), Layer(8, 520))),
+    ]
+    return every_tile + two + edges

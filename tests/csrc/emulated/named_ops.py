@@ -19,6 +19,7 @@ from shrank.ops.conv import CONV
 from shrank.ops.expand_backward import run_named
 from shrank.ops.gated import GATED
 from shrank.ops.linear import LINEAR
+from shrank.ops.multi import run_together
 from tests.common.conv_cases import ConvCase
 from tests.common.gated_cases import GatedCase
 from tests.common.linear_cases import LinearCase
@@ -79,6 +80,15 @@ def test_every_tile_of_convolutions(tile, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("tile", DEV.select.SHRINK_EXPAND_TILES, ids=repr)
 def test_every_tile_for_a_few_rows(tile, dtype: torch.dtype) -> None:
+    if tile.layers > 1:
+        layers = [LinearCase((37,), 520, N, R).tensors(dtype, "cpu")[:4] for N, R in ((136, 72), (40, 24), (72, 40))]
+        x, lists = layers[0][0], [list(each) for each in zip(*(given[1:] for given in layers), strict=True)]
+        for splits in ((1, 1, 1), (2, 1, 3)):
+            found = run_together((x, *lists), tile.tokens, splits)
+            for y, (_, *factors), each in zip(found, layers, splits, strict=True):
+                alone = LINEAR.run_named((x, *factors), "shrink_expand", (tile.tokens, 0, each))
+                assert torch.equal(y, alone.y)
+        return
     op, case = {
         1: (LINEAR, LinearCase((37,), 520, 136, 72, True, "silu", True)),
         2: (GATED, GatedCase((37,), 520, 136, 72, 40)),

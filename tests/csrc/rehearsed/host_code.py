@@ -97,10 +97,17 @@ def test_the_epilogue_is_launched_for_every_element(machine, dtype, N) -> None:
 def test_every_tile_for_a_few_rows_is_launched(machine, tile, dtype) -> None:
     named_ops.test_every_tile_for_a_few_rows(tile, dtype)
     groups = -(-37 // tile.tokens)
+    if tile.layers > 1:  # the layers together, and each of them alone
+        together = [launch for launch in machine.launches if f"{tile.tokens}, 1, {tile.layers}>" in launch]
+        blocks = [(5 + 2 + 3, groups), (3 + 1 + 2, groups), (5 + 2 + 3, 3 * groups), (3 + 1 + 2, groups)]
+        assert all(f"grid {x}x{y} " in launch for (x, y), launch in zip(blocks, together, strict=True))
+        assert len(machine.launches) == 16
+        return
     for i, launch in enumerate(machine.launches):  # of one split and of two, each in training and not
         name, factor_blocks = ("Shrink", 5 + 3 * (tile.pairs - 1)) if i % 2 == 0 else ("Expand", 3)
         splits = (1, 1, 2, 2)[i // 2] if name == "Shrink" else 1
-        assert f"{name}<shrank::arch::{str(dtype).removeprefix('torch.')}, {tile.tokens}, {tile.pairs}>" in launch
+        element = f"shrank::arch::{str(dtype).removeprefix('torch.')}"
+        assert f"{name}<{element}, {tile.tokens}, {tile.pairs}, 1>" in launch
         assert f"grid {factor_blocks}x{groups * splits} " in launch
         assert launch.endswith("dependent"), "the second kernel starts while the first one runs"
     assert len(machine.launches) == 8
@@ -124,6 +131,18 @@ def test_the_backward_epilogue_is_launched_for_every_element(machine, dtype, M: 
     # The first is of a layer with one pair of factors; then, twice, the gate is opened, and its gradient goes back.
     kinds = ["EpilogueBackward<" if "EpilogueBackward<" in each else "Epilogue<" for each in machine.launches]
     assert kinds == ["EpilogueBackward<", *["Epilogue<", "EpilogueBackward<"] * 2]
+
+
+@pytest.mark.parametrize(("rows", "launches"), [(1, 4), (65, 0)])
+def test_layers_of_one_input_share_the_launches_for_a_few_rows(machine, rows: int, launches: int) -> None:
+    """Four layers of a language model: three together, and one."""
+    x = LinearCase((rows,), 2048, 8, 8).tensors(torch.bfloat16, "cpu")[0]
+    layers = [LinearCase((1,), 2048, N, 256, False).tensors(torch.bfloat16, "cpu") for N in (2048, 512, 512, 1024)]
+    down, up = ([layer[i] for layer in layers] for i in (1, 2))
+    found = torch.ops.shrank.low_rank_linear_multi(x, down, up, [None] * 4)
+    assert len([line for line in machine.launches if "Shrink<" in line or "Expand<" in line]) == launches
+    for y, a, b in zip(found, down, up, strict=True):
+        assert torch.equal(y, LINEAR.overload(x, a, b))
 
 
 # ---- what a launch asks of the device
