@@ -13,13 +13,15 @@ import shrank
 from shrank.measuring.explain import explain
 from shrank.ops import reference
 from tests.common.conv_cases import ConvCase
+from tests.common.gated_cases import GatedCase
 from tests.common.linear_cases import LinearCase
-from tests.common.ops import CONV_OP, EACH_OP, LINEAR_OP, doubled, ops_of
+from tests.common.ops import CONV_OP, EACH_OP, GATED_OP, LINEAR_OP, doubled, ops_of, tensors_of
 from tests.common.tolerances import assert_close, assert_every_element_close
 
 pytestmark = pytest.mark.gpu
 CASES = {
     "linear": LinearCase((64,), 256, 384, 32, True, "gelu", True),
+    "gated": GatedCase((64,), 256, 384, 32, 48),
     "conv": ConvCase((28, 30), (3, 3), 64, 96, 32, B=4, padding=(1, 1), activation="gelu", residual=True, last=True),
 }
 # Tokens are those of batches, single and full.
@@ -52,15 +54,28 @@ CONV_MODELS = [  # by chunks, by numbers, depthwise, grouped; 1d, 2d, 3d
     ConvCase((56, 56), (7, 7), 96, 384, 96, padding=(3, 3), groups=96, last=True),
     ConvCase((2048,), (4,), 1536, 80, 1536, padding=(3, 0), groups=1536, last=True),
 ]
-MODELS = [(LINEAR_OP, case, case) for case in LINEAR_MODELS] + [
-    (CONV_OP, case, replace(case, last=False)) for case in CONV_MODELS
+GATED_MODELS = [
+    GatedCase((M,), K, N, S, R, bias)
+    for M in (1, 33, 1000, 4096)
+    for K, N, S, R, bias in [
+        (576, 1536, 64, 96, "none"),
+        (768, 1152, 128, 128, "both"),
+        (4096, 14336, 256, 200, "none"),
+        (2048, 5632, 320, 64, "gate"),
+    ]
 ]
+MODELS = (
+    [(LINEAR_OP, case, case) for case in LINEAR_MODELS]
+    + [(GATED_OP, case, case) for case in GATED_MODELS]
+    + [(CONV_OP, case, replace(case, last=False)) for case in CONV_MODELS]
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("tested", "case", "other"), MODELS, ids=[f"{tested}-{case}" for tested, case, _ in MODELS])
 def test_the_layers_of_models(tested, case, other, dtype: torch.dtype) -> None:
-    for end in (case, replace(case, activation="gelu", residual=True), replace(other, activation="silu")):
+    full = {"activation": "gelu"} | ({"residual": True} if tested.definition.takes_residual else {})
+    for end in (case, replace(case, **full), replace(other, activation="silu")):
         arguments = end.tensors(dtype, "cuda")
         wanted, torchs = tested.reference(*doubled(arguments)), tested.reference(*arguments)
         for y in (tested.op(*arguments), tested.op_train(*arguments)[0]):
@@ -71,7 +86,7 @@ def test_the_layers_of_models(tested, case, other, dtype: torch.dtype) -> None:
 
 @EACH_OP
 def test_the_native_kernels_run_here(tested) -> None:
-    assert shrank.why_not(*CASES[tested.name].tensors(torch.bfloat16, "cuda")[:4]) == []
+    assert shrank.why_not(*tensors_of(CASES[tested.name].tensors(torch.bfloat16, "cuda"))[:4]) == []
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"shrank::{tested.definition.name}", "CUDA")
 
 
@@ -85,7 +100,7 @@ def gradients(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return torch.autograd.grad(layer(x).float().square().mean(), [x, *layer.parameters()])
 
 
-@EACH_OP
+@pytest.mark.parametrize("tested", [LINEAR_OP, CONV_OP], ids=str)
 def test_a_layer_is_one_op_and_trains(tested) -> None:
     layer, name = LAYERS[tested.name]().to(memory_format=torch.channels_last), tested.definition.name
     x = CASES[tested.name].tensors(torch.bfloat16, "cuda")[0].requires_grad_()
@@ -106,8 +121,18 @@ def test_led_computes_in_fp32() -> None:
         assert_close(layer(x), reference.low_rank_linear(x, layer.down, layer.up, layer.bias))
 
 
+@pytest.mark.parametrize("M", [1, 16, 64, 300])
+def test_several_layers_get_the_bits_that_they_get_alone(M: int) -> None:
+    layers = [LinearCase((M,), 4096, N, R).tensors(torch.bfloat16, "cuda")[:4] for N, R in ((4096, 256), (1024, 128))]
+    x, lists = layers[0][0], [[*each, each[0]] for each in zip(*(layer[1:] for layer in layers), strict=True)]
+    found = shrank.low_rank_linear_multi(x, *lists, backend="native")
+    for y, each in zip(found, zip(*lists, strict=True), strict=True):
+        assert torch.equal(y, LINEAR_OP.op(x, *each))
+
+
 CAPTURED = [
     *((LINEAR_OP, replace(CASES["linear"], activation=each), torch.bfloat16) for each in reference.ACTIVATIONS),
+    *((GATED_OP, replace(CASES["gated"], batch=(M,)), torch.bfloat16) for M in (4, 256)),
     *((CONV_OP, CASES["conv"], dtype) for dtype in (torch.bfloat16, torch.float32)),
 ]
 
