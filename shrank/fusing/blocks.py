@@ -13,7 +13,8 @@ from ..layers.led import LED
 from ..layers.low_rank import LowRankLayer
 from ..layers.two_stage import is_untouched
 from ..ops import reference
-from .rewrite import End, take_place
+from .graph import take_place
+from .rewrite import End
 
 # What a forward raises that does with the stand-ins of a trace what only tensors can do, or gets inputs that do not
 # fit. NameError: of a module that is no submodule.
@@ -177,4 +178,4 @@ def _replace(graph: Graph, node: Node, end: End) -> None:
         else:
             value = graph.create_node("get_attr", end.value.target)
             fused = graph.call_function(finish_gated, (layer, value, x, end.activation))
-    take_place(graph, fused, end)
+    take_place(graph, fused, end.last)

@@ -10,8 +10,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.nn import functional as F
+
+from ..ops import self_check
 
 _IN_PLACE = {getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")} | {
     operator.setitem
@@ -100,3 +102,29 @@ def _changes_something(node: Node) -> bool:
         return schema.is_mutable
     name = getattr(node.target, "__name__", "")  # gradients, autocast and hooks are turned on and off by functions
     return name.endswith("_") or name.startswith(("_enter", "_exit", "_set", "set_")) or node.is_impure()
+
+
+def arguments_of(node: Node, op: Callable) -> dict[str, object]:
+    """All arguments of a call of an op by their names."""
+    schema = op._schema.arguments
+    given = given_to(node, *(each.name for each in schema))
+    return {each.name: each.default_value for each in schema} | given
+
+
+def is_right(op: str, x: object) -> bool:
+    """Whether the kernels of another op than the model called may run: they were not found wrong on the card of x."""
+    value = value_of(x)
+    return value is None or not value.is_cuda or not self_check.why_not_op(op, value)
+
+
+def take_place(graph: Graph, fused: Node, last: Node) -> None:
+    """Give a node all users of another, and remove what nobody uses then: that one, and what led to it."""
+    fused.meta = {key: last.meta[key] for key in ("example_value", "val", "stack_trace") if key in last.meta}
+    last.replace_all_uses_with(fused)
+    unused, gone = [last], set()
+    while unused:
+        node = unused.pop()
+        if not node.users and node not in gone and node.op not in ("placeholder", "get_attr"):
+            unused += node.all_input_nodes
+            graph.erase_node(node)
+            gone.add(node)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,21 @@ from torch.fx import Graph, Node
 from torch.nn import functional as F
 
 from .activations import activation_after
-from .graph import are_alike, aten, can_move, given_to, is_call, only_user, other_input, value_of
+from .graph import (
+    are_alike,
+    arguments_of,
+    aten,
+    can_move,
+    given_to,
+    is_call,
+    is_right,
+    only_user,
+    other_input,
+    take_place,
+    value_of,
+)
 from .graph import is_identity as drops_nothing
+from .siblings import join_siblings
 
 _SUMS = (operator.add, torch.add, "add", aten.add.Tensor)
 _IN_PLACE_SUMS = (operator.iadd, "add_", aten.add_.Tensor)
@@ -94,6 +107,8 @@ class End:
         value = other_input(user, self.last)
         if not isinstance(value, Node) or only_user(value) is not user or input_of(value) is not x:
             return
+        if not is_right("low_rank_gated", x):
+            return
         if alike(self.last, value) and all(can_move(each, user, (*self.passed, gate, value)) for each in (gate, value)):
             self.value, self.last = value, user
 
@@ -125,7 +140,7 @@ def fuse(graph: Graph) -> int:
     def bare(node: Node) -> tuple[Callable, dict[str, object]] | None:
         """The op of a node, and its arguments, if nothing is behind it yet."""
         op = ops.get(node.target) if node.op == "call_function" else None
-        arguments = op and _arguments_of(node, op)
+        arguments = op and arguments_of(node, op)
         return (op, arguments) if op and arguments["activation"] == "none" and arguments["residual"] is None else None
 
     def input_of(node: Node) -> object:
@@ -138,59 +153,17 @@ def fuse(graph: Graph) -> int:
         op, arguments = called
         end = End.of(node, with_norm=op is torch.ops.shrank.low_rank_conv.default, input_of=input_of)
         if end and end.value is not None:
-            _replace_gate(graph, arguments, _arguments_of(end.value, op), end)
+            _replace_gate(graph, arguments, arguments_of(end.value, op), end)
         elif end:
             _replace(graph, op, arguments, end)
         found += end is not None
-    return found + _join_siblings(graph, input_of)
-
-
-def _join_siblings(graph: Graph, input_of: Callable[[Node], object]) -> int:
-    """Let linear layers of one input be one op, if they took nothing over; how many ops are several layers now."""
-    siblings: dict[Node, list[Node]] = {}
-    for node in graph.nodes:
-        if isinstance(x := input_of(node), Node):
-            siblings.setdefault(x, []).append(node)
-    return sum(_join(graph, x, nodes) for x, nodes in siblings.items() if len(nodes) > 1)
-
-
-def _join(graph: Graph, x: Node, nodes: list[Node]) -> bool:
-    """At the place of the first, of all whose factors are there by then, and that compute there what they compute."""
-    first, *others = nodes
-    before = {node for node in _until(graph, first)}
-    joined = [first]
-    for node in others:
-        arguments = _arguments_of(node, _LINEAR.default)
-        if all(arguments[part] is None or arguments[part] in before for part in _FACTORS):
-            joined += [node] if can_move(first, node, tuple(nodes)) else []
-    if len(joined) == 1:
-        return False
-    lists = [[_arguments_of(node, _LINEAR.default)[part] for node in joined] for part in _FACTORS]
-    with graph.inserting_before(first):
-        together = graph.call_function(torch.ops.shrank.low_rank_linear_multi.default, (x, *lists))
-        outputs = [graph.call_function(operator.getitem, (together, i)) for i in range(len(joined))]
-    for node, output in zip(joined, outputs, strict=True):
-        take_place(graph, output, End(node))
-    return True
-
-
-def _until(graph: Graph, last: Node) -> Iterator[Node]:
-    for node in graph.nodes:
-        if node is last:
-            return
-        yield node
+    return found + join_siblings(graph, input_of)
 
 
 def _ops() -> dict[Callable, Callable]:
     """Both spellings of each op, and its overload."""
     packets = (_LINEAR, torch.ops.shrank.low_rank_conv)
     return {spelled: packet.default for packet in packets for spelled in (packet, packet.default)}
-
-
-def _arguments_of(node: Node, op: Callable) -> dict[str, object]:
-    schema = op._schema.arguments
-    given = given_to(node, *(each.name for each in schema))
-    return {each.name: each.default_value for each in schema} | given
 
 
 def _replace(graph: Graph, op: Callable, arguments: dict[str, object], end: End) -> None:
@@ -200,7 +173,7 @@ def _replace(graph: Graph, op: Callable, arguments: dict[str, object], end: End)
             arguments |= _folded(graph, arguments, end.norm)
         arguments |= {"activation": end.activation, "residual": end.residual}
         fused = graph.call_function(op, tuple(arguments.values()))
-    take_place(graph, fused, end)
+    take_place(graph, fused, end.last)
 
 
 def _replace_gate(graph: Graph, gate: dict[str, object], value: dict[str, object], end: End) -> None:
@@ -208,21 +181,7 @@ def _replace_gate(graph: Graph, gate: dict[str, object], value: dict[str, object
     with graph.inserting_before(end.last):
         op = torch.ops.shrank.low_rank_gated.default
         fused = graph.call_function(op, (gate["x"], *factors, end.activation))
-    take_place(graph, fused, end)
-
-
-def take_place(graph: Graph, fused: Node, end: End) -> None:
-    """Give a node all users of the end of another, and remove what nobody uses then: of that end and what led to it."""
-    last = end.last
-    fused.meta = {key: last.meta[key] for key in ("example_value", "val", "stack_trace") if key in last.meta}
-    end.last.replace_all_uses_with(fused)
-    unused, gone = [end.last], set()
-    while unused:
-        node = unused.pop()
-        if not node.users and node not in gone and node.op not in ("placeholder", "get_attr"):
-            unused += node.all_input_nodes
-            graph.erase_node(node)
-            gone.add(node)
+    take_place(graph, fused, end.last)
 
 
 def _folded(graph: Graph, arguments: dict[str, object], norm: dict) -> dict[str, Node]:

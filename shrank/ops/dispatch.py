@@ -280,7 +280,9 @@ def _runs_native(op: Op | Multi, backend: Backend | str | None, *tensors: Tensor
     of_tensors = availability.why_not_these(tensors, op.names)
     if of_tensors and chosen is Backend.AUTO:
         return False  # tensors of a CPU are no reason to ask for CUDA devices, which would initialise the driver
-    reasons = (*availability.why_not_here(), *of_tensors) or self_check.why_not_op(op.name, tensors[0])
+    reasons = (*availability.why_not_here(), *of_tensors)
+    for name in op.relies_on:
+        reasons = reasons or self_check.why_not_op(name, tensors[0])
     if reasons and chosen is Backend.NATIVE:
         raise RuntimeError("backend is native, but the native kernels cannot run:\n- " + "\n- ".join(reasons))
     return not reasons

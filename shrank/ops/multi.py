@@ -27,6 +27,7 @@ class Multi(NamedTuple):
 
     layers: int
     name: str = NAME
+    relies_on: tuple[str, ...] = (NAME, LINEAR.name)  # the ops whose kernels may run
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -44,6 +44,11 @@ class Op:
     end_by_pytorch: Callable[..., tuple]
     pack: Callable[..., tuple] = lambda *between: between
 
+    @cached_property
+    def relies_on(self) -> tuple[str, ...]:
+        """The ops whose kernels may run."""
+        return (self.name,)
+
     @property
     def schemas(self) -> dict[str, str]:
         """Both ops, by name."""

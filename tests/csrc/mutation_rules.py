@@ -233,6 +233,7 @@ EQUIVALENT = {  # (rule, a piece of `file: line`): why nothing changes
     ("< becomes <=", "column < params.N ? params.M - row - first"): "a hint, which reads nothing",
     ("rows of one group", "arch::prefetch_if"): "a hint, which reads nothing",
     ("< becomes <=", "return a < b ? a : b;"): "of two equal numbers either is the smaller",
+    ("< becomes <=", "return a < b ? b : a;"): "of two equal numbers either is the larger",
     ("< becomes <=", "step < kPanel / 16; step++"): "the fifth step is never below `steps`, which is at most four",
     ("< becomes <=", "in_filter(tap.at[0] < w.kernel[0])"): "x of one tap more, which meets zeros of down",
     ("filters never end", "in_filter(tap.at[0] < w.kernel[0])"): "x of taps beyond the last, which meet zeros of down",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._inductor import config
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import shrank
@@ -131,3 +132,38 @@ def test_the_pass_is_part_of_the_configuration_that_is_saved() -> None:
     assert compile_pass.is_wanted()
     with config.patch(force_disable_caches=True):
         assert isinstance(config.save_config_portable(), dict)
+
+
+class Attention(nn.Module):
+    """Query, key and value of one input, and a gated MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key, self.value = (shrank.LED(8, n, rank=3) for n in (8, 4, 4))
+        self.gate, self.up = (shrank.LED(8, 12, rank=2, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.query(x) @ torch.cat((self.key(x), self.value(x)), -1).mT
+        return scores, F.silu(self.gate(x)) * self.up(x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_siblings_and_gates_go_through_the_whole_compiler(
+    training: bool, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_native(monkeypatch)
+    torch._dynamo.reset()
+    model, x = Attention(), torch.randn(3, 8)
+    with shrank.backend("native"), config.patch(force_disable_caches=True), torch.set_grad_enabled(training):
+        found, wanted = torch.compile(model, fullgraph=True)(x), model(x)
+        for one, other in zip(found, wanted, strict=True):
+            assert_close(one, other)
+        if training:
+            weights = list(model.parameters())
+            ours, theirs = (
+                torch.autograd.grad(sum(each.square().sum() for each in both), weights) for both in (found, wanted)
+            )
+            for one, other in zip(ours, theirs, strict=True):
+                assert_close(one, other)
+    assert counted == [2]

@@ -8,8 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from shrank.fusing import graph as nodes
 from shrank.fusing.rewrite import fuse
 from tests.common.tolerances import assert_close
 
@@ -348,6 +350,36 @@ def test_gradients_of_siblings_are_those_of_the_layers() -> None:
     ours, wanted = (torch.autograd.grad(each, (x, *weights)) for each in (answer, block(x)))
     for one, other in zip(ours, wanted, strict=True):
         assert_close(one, other)
+
+
+@pytest.mark.parametrize("wrong", [None, "low_rank_gated", "low_rank_linear_multi"])
+def test_no_op_is_brought_in_that_was_found_wrong_on_the_card(wrong: str | None, monkeypatch) -> None:
+    """Of a model on a GPU, as its graph is when it is compiled."""
+    monkeypatch.setattr(nodes.self_check, "why_not_op", lambda op, x: (op,) * (op == wrong and x.is_cuda))
+    graph = torch.fx.Graph()
+    with FakeTensorMode():
+        tensors = {"x": (3, 8), "down": (4, 8), "up": (8, 4), "gate_down": (2, 8), "gate_up": (8, 2)}
+        made = {name: torch.empty(shape, device="cuda") for name, shape in tensors.items()}
+        x, down, up, gate_down, gate_up = (graph.placeholder(name) for name in made)
+        y = torch.empty(3, 8, device="cuda")
+    for node, value in zip((x, down, up, gate_down, gate_up), made.values(), strict=True):
+        node.meta["val"] = value
+
+    def call(function: Callable, *arguments: torch.fx.Node) -> torch.fx.Node:
+        node = graph.call_function(function, arguments)
+        node.meta["val"] = y
+        return node
+
+    op = torch.ops.shrank.low_rank_linear.default
+    product = call(torch.mul, call(F.silu, call(op, x, gate_down, gate_up)), call(op, x, down, up))
+    graph.output((product, call(op, x, down, up), call(op, x, gate_down, gate_up)))
+    fuse(graph)
+    expected = {
+        None: ["gated silu", "multi", "multi"],
+        "low_rank_gated": ["silu", "multi", "multi", "multi"],  # the value is a sibling then
+        "low_rank_linear_multi": ["gated silu", "none", "none"],
+    }
+    assert sorted(end for end, _ in ends_of(graph)) == sorted(expected[wrong])
 
 
 def test_an_op_that_has_an_end_gets_no_second_one() -> None:
