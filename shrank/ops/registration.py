@@ -44,7 +44,7 @@ class Op:
     end_by_pytorch: Callable[..., tuple]
     pack: Callable[..., tuple] = lambda *between: between
 
-    @cached_property
+    @property
     def relies_on(self) -> tuple[str, ...]:
         """The ops whose kernels may run."""
         return (self.name,)
@@ -58,16 +58,16 @@ class Op:
             f"{self.name}_train": f"({self.arguments}) -> ({outputs})",
         }
 
-    @cached_property
+    @property
     def takes_residual(self) -> bool:
         return "residual" in self.grads._fields
 
-    @cached_property
+    @property
     def names(self) -> tuple[str, ...]:
         """Of all tensors among the arguments."""
         return self.grads._fields
 
-    @cached_property
+    @property
     def tensors(self) -> int:
         """How many arguments are tensors, without a residual."""
         return len(self.names) - self.takes_residual
