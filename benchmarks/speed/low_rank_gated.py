@@ -65,14 +65,15 @@ def dense(inputs: Inputs, activation: str) -> Tensor:
 
 def four_calls(inputs: Inputs, activation: str) -> Tensor:
     """What people write: two calls of F.linear for each of gate and value, activation and product after them."""
-    return reference.low_rank_gated(*_factors(inputs), activation)
+    return reference.low_rank_gated(*factors(inputs), activation)
 
 
 def native(inputs: Inputs, activation: str) -> Tensor:
-    return shrank.low_rank_gated(*_factors(inputs), activation, backend="native")
+    return shrank.low_rank_gated(*factors(inputs), activation, backend="native")
 
 
-def _factors(inputs: Inputs) -> tuple[Tensor | None, ...]:
+def factors(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """As the op takes them."""
     return inputs.x, inputs.gate_down, inputs.gate_up, None, inputs.down, inputs.up, None
 
 

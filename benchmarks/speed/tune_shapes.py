@@ -38,23 +38,37 @@ def main() -> int:
     given = parser.parse_args()
     if given.library:
         torch.ops.load_library(str(given.library))
-    from benchmarks.speed import shapes
-    from benchmarks.speed.low_rank_linear import draw
+    from benchmarks.speed import low_rank_gated, low_rank_linear, shapes
     from shrank.measuring.timing import time_in_turns
     from shrank.measuring.tuning import tune
     from shrank.ops import machine
+    from shrank.ops.gated import GATED
     from shrank.ops.linear import LINEAR
 
-    cases = [shapes.Case(case.layer, case.M, case.R, "bfloat16") for case in shapes.tiny()]
-    cases = cases if given.tiny else shapes.grid("bfloat16")
+    def ask_linear(case: shapes.Case) -> None:
+        inputs = low_rank_linear.draw(case, given.device)
+        x, down, up = inputs.x, inputs.down, inputs.up
+        LINEAR.overload(x, down, up, inputs.bias, case.layer.activation, inputs.residual)
+
+    def ask_gated(case: shapes.Case) -> None:
+        inputs = low_rank_gated.draw(case, given.device)
+        GATED.overload(*low_rank_gated.factors(inputs), case.layer.activation)
+
+    def listed(module, tiny: list) -> list[shapes.Case]:
+        if given.tiny:
+            return [shapes.Case(case.layer, case.M, case.R, "bfloat16") for case in tiny]
+        return module.grid("bfloat16")
+
+    linear, gated = listed(shapes, shapes.tiny()), listed(low_rank_gated, low_rank_gated.tiny())
+    # Gated layers after each model's own layers, and before all else.
+    cases = [(ask_linear, case) for case in linear[: len(shapes.LAYERS)]] + [(ask_gated, case) for case in gated]
+    cases += [(ask_linear, case) for case in linear[len(shapes.LAYERS) :]]
     started, done = time.monotonic(), []
-    for case in cases:
+    for ask, case in cases:
         if time.monotonic() - started > given.budget:
             break
         with tune(given.device, one_call if given.tiny else time_in_turns) as measured:
-            inputs = draw(case, given.device)
-            x, down, up = inputs.x, inputs.down, inputs.up
-            LINEAR.overload(x, down, up, inputs.bias, case.layer.activation, inputs.residual)
+            ask(case)
         done += measured
         for each in measured:
             print(f"{each.key}: {each.kernel} {each.grid} {each.microseconds:.1f} us, PyTorch {each.library_us:.1f} us")
