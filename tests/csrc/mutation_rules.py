@@ -206,7 +206,6 @@ RULES = {  # name: (what, instead)
     "the smaller rank of two": (r"most = max_of\(most, ", "most = min_of(most, "),
     "the copies of a step twice": (r"if \(i == 0\) panels\.refill", "panels.refill"),
     "a bias of the other layer": (r"block\.pair\(i\)\.bias;", "block.pair(0).bias;"),
-    "a bias that one of two does not have": (r"if \(!block\.pair\(i\)\.bias\) continue;", ""),
     "the gate alone": (r"item\[m\]\[n\]\[i\] \*= sums\[1\]\.item\[m\]\[n\]\[i\];", "item[m][n][i] *= 1;"),
     "the gate's gradient without the value": (r"grad \* value, z", "grad, z"),
     "the value's gradient without the gate": (r"value = grad \* opened", "value = grad"),
