@@ -174,7 +174,7 @@ template <typename T, int TOKENS, int PAIRS, int LAYERS> struct Shrink {
     const int warp = arch::warp_index(), lane = arch::lane_index(), groups = ceil_div(params.M, TOKENS);
     const Part part = Part::here(params);
     const int split = arch::block_y() / groups;
-    if (LAYERS > 1 && split >= part.pair.splits) return arch::grid_dependency_wait();  // another layer has more splits
+    if (LAYERS > 1 && split >= part.pair.splits) return;  // another layer has more splits, and its blocks wait
     const TokenRows<TOKENS> tokens(arch::block_y() % groups, params.M);
     const int chunks = ceil_div(ceil_div(params.K, kChunk), part.pair.splits * kWarps);
     const int begin = (split * kWarps + warp) * chunks * kChunk, end = min_of(begin + chunks * kChunk, params.K);

@@ -218,7 +218,6 @@ RULES = {  # name: (what, instead)
     "the first layer's y": (r"layer\.y = params\.y\[i\], ", ""),
     "the first layer's columns": (r", layer\.N = params\.N\[i\];", ";"),
     "splits that a layer does not have": (r"if \(LAYERS > 1 && split >= part\.pair\.splits\)", "if (false)"),
-    "an idle block does not wait": (r"return arch::grid_dependency_wait\(\);", "return;"),
     "the rank of the gate": (r"max_of\(pair\[0\]\.R, pair\[PAIRS - 1\]\.R\)", "pair[0].R"),
     "rows of both h in one place": (r"h \+ pair \* TOKENS \* stride", "h"),
     "h of the gate for both": (r"pair \* TOKENS \+ tokens", "tokens"),
