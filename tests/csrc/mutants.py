@@ -176,12 +176,13 @@ def failure_of_few_rows(
 def failure_of_backward(dev: ModuleType, run: backward.BackwardRun, copies_early: bool) -> str | None:
     arguments = run.arguments()
     outcome = backward.emulate(dev, run, arguments, 2, copies_early)
-    wanted, torchs = (
-        [each for each in answer if each is not None]
-        for answer in (backward.exact(arguments), backward.in_pytorch(arguments))
-    )
-    pairs = list(zip(backward.found_of(outcome, run.dtype), wanted, torchs, strict=True))
-    return problem_or_conflict(outcome) or wrong_numbers(pairs)
+    if found := problem_or_conflict(outcome):
+        return found
+    try:
+        pairs = backward.compared(outcome, run, arguments)
+    except AssertionError as error:
+        return f"numbers: {error}"
+    return wrong_numbers(pairs)
 
 
 def mistake(

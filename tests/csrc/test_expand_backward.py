@@ -7,7 +7,7 @@ import torch
 
 from tests.common.tolerances import assert_close, assert_every_element_close
 
-from .emulated.backward import GATED_TILES, TILES, BackwardRun, emulate, exact, found_of, in_pytorch, runs
+from .emulated.backward import GATED_TILES, TILES, BackwardRun, compared, emulate, exact, found_of, runs
 
 BOTH = pytest.mark.parametrize("copies_early", [False, True], ids=["copies_late", "copies_early"])
 
@@ -23,10 +23,7 @@ def test_values_are_as_good_as_pytorchs_and_no_rule_is_broken(dev, run: Backward
     arguments = run.arguments()
     outcome = emulate(dev, run, arguments, hash(run.M + run.N + run.R) % 8, copies_early)
     assert outcome.problems == [] and outcome.counts.bank_conflicts == 0
-    wanted, torchs = (
-        [each for each in answer if each is not None] for answer in (exact(arguments), in_pytorch(arguments))
-    )
-    for ours, right, theirs in zip(found_of(outcome, run.dtype), wanted, torchs, strict=True):
+    for ours, right, theirs in compared(outcome, run, arguments):
         assert_close(ours, right, theirs, strict=ours.dim() > 1)
         assert_every_element_close(ours, right)
 

@@ -21,7 +21,11 @@ ACTIVATIONS = [name for name in reference.ACTIVATIONS if name != "none"]
 
 @dataclass(frozen=True)
 class BackwardRun:
-    """One launch: sizes, end of the layer, tile and grid. gate: the rank of the gate; 0 where there is none."""
+    """One launch: sizes, end of the layer, tile and grid.
+
+    gate: the rank of the gate; 0 where there is none. infinite: in the last row, which those beyond it repeat, the gate
+    is infinite.
+    """
 
     block_m: int
     max_rank: int
@@ -34,9 +38,10 @@ class BackwardRun:
     blocks_n: int = 1
     dtype: torch.dtype = BF16
     gate: int = 0
+    infinite: bool = False
 
     def __str__(self) -> str:
-        end = [self.activation, *(name for name in ("bias", "sums") if getattr(self, name))]
+        end = [self.activation, *(name for name in ("bias", "sums", "infinite") if getattr(self, name))]
         gate = f"gate{self.gate}-" if self.gate else ""
         return (
             f"{self.block_m}x{self.max_rank}-M{self.M}-N{self.N}-{gate}R{self.R}-by{self.blocks_n}-{'-'.join(end)}-"
@@ -58,6 +63,8 @@ class BackwardRun:
         for rank in ranks:
             bias = draw(self.N) if self.bias else None
             given += [draw(self.M, rank), draw(self.N, rank, scale=rank**-0.5), bias]
+        if self.infinite:
+            given[1][-1, 5] = torch.inf
         return (*given, self.activation, *[self.sums] * len(ranks))
 
 
@@ -103,6 +110,19 @@ def in_pytorch(arguments: tuple) -> reference.End | reference.GatedEnd:
 def exact(arguments: tuple) -> reference.End | reference.GatedEnd:
     """In fp64."""
     return in_pytorch(doubled(arguments))
+
+
+def compared(outcome: Outcome, run: BackwardRun, arguments: tuple) -> list[tuple[Tensor, ...]]:
+    """What was found, what is right and what PyTorch makes of it, of all numbers that are finite; AssertionError where
+    others are not those that must be."""
+    wanted, torchs = (
+        [each for each in answer if each is not None] for answer in (exact(arguments), in_pytorch(arguments))
+    )
+    parts = []
+    for ours, right, theirs in zip(found_of(outcome, run.dtype), wanted, torchs, strict=True):
+        assert torch.equal(ours.isnan(), right.isnan()) and torch.equal(ours.isinf(), right.isinf())
+        parts.append(tuple(torch.where(right.isfinite(), each, 0) for each in (ours, right, theirs)))
+    return parts
 
 
 def found_of(outcome: Outcome, dtype: torch.dtype) -> list[Tensor]:
@@ -155,4 +175,7 @@ def _gated_runs() -> list[BackwardRun]:
         for activation, bias, sums in product(reference.ACTIVATIONS, (False, True), (False, True))
         for dtype in (BF16, FP16)
     ]
-    return every_tile + rows + ranks + columns + ends
+    infinite = [
+        BackwardRun(64, 64, M, 72, 40, "relu", gate=16, infinite=True) for M in (4, 8, 12, 16, 20, 28, 36, 44, 52, 60)
+    ]
+    return every_tile + rows + ranks + columns + ends + infinite
