@@ -1,4 +1,5 @@
-"""What one call of the op costs on the host beyond the two F.linear that it replaces: M=1, K=N=64, R=16.
+"""What one call of the op costs on the host beyond the two F.linear that it replaces: M=1, K=N=64, R=16. And what one
+op of a gated layer, or of three layers of one input, costs beside the calls of the layers one by one.
 
 On a CPU the C++ implementation must be loaded before shrank, so a process of its own measures:
 
@@ -22,7 +23,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
 ROOT = Path(__file__).parents[2]  # that of benchmarks.provenance, which imports shrank: the library must come before
 LIBRARY = ROOT / "build" / "cmake" / "libshrank.so"
@@ -32,7 +33,8 @@ MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": 
 
 
 def measure(device: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Per mode, in microseconds per call: two F.linear, and what the op and shrank.low_rank_linear cost above them.
+    """Per mode, in microseconds per call: two F.linear, and what the op and shrank.low_rank_linear cost above them; a
+    gated layer and three layers, by their own op and by those of the layers.
 
     On CUDA the clock stops when the device is done, which at this size waits for the host.
     """
@@ -43,10 +45,18 @@ def measure(device: str, rounds: int) -> dict[str, dict[str, float]]:
     x = torch.randn(1, 64, device=device)
     down, up, bias = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((16, 64), (64, 16), (64,)))
     op = torch.ops.shrank.low_rank_linear
-    calls: dict[str, Callable[[], Tensor]] = {
+
+    def layer() -> Tensor:
+        return shrank.low_rank_linear(x, down, up, bias, backend="native")
+
+    calls: dict[str, Callable[[], object]] = {
         "two_linears": lambda: linear(linear(x, down), up, bias),
         "op": lambda: op(x, down, up, bias),
-        "api": lambda: shrank.low_rank_linear(x, down, up, bias, backend="native"),
+        "api": layer,
+        "gated_by_layers": lambda: silu(layer()) * layer(),
+        "gated": lambda: shrank.low_rank_gated(x, down, up, bias, down, up, bias, backend="native"),
+        "three_by_layers": lambda: (layer(), layer(), layer()),
+        "three": lambda: shrank.low_rank_linear_multi(x, [down] * 3, [up] * 3, [bias] * 3, backend="native"),
     }
     costs = {}
     for name, mode in MODES.items():
@@ -56,6 +66,7 @@ def measure(device: str, rounds: int) -> dict[str, dict[str, float]]:
         costs[name] = {
             "two_linears_us": 1e6 * base,
             **{f"{each}_above_us": 1e6 * (found[each].seconds - base) for each in ("op", "api")},
+            **{f"{each}_us": 1e6 * found[each].seconds for each in calls if each.startswith(("gated", "three"))},
         }
     return costs
 
@@ -69,7 +80,8 @@ def _taken_for_cuda(device: str) -> Iterator[None]:
 
     from shrank.ops import availability, self_check  # not before the library is loaded
 
-    found_right = {("low_rank_linear", "cuda:-1", torch.float32)}  # as after the first call on a card
+    names = ("low_rank_linear", "low_rank_linear_multi", "low_rank_gated")
+    found_right = {(name, "cuda:-1", torch.float32) for name in names}  # as after the first call on a card
 
     with (
         patch.object(torch.Tensor, "is_cuda", True),
@@ -106,6 +118,10 @@ def bench_host_cost(mode: str, benchmark, report) -> None:
     report("microseconds, two F.linear", costs["two_linears_us"], "-")
     report("microseconds above them, the op", costs["op_above_us"], f"<= {BAR_US:g}")
     report("microseconds above them, low_rank_linear", costs["api_above_us"], "-")
+    for name in ("gated", "three"):
+        report(
+            f"microseconds, {name}, by its op over by layers", costs[f"{name}_us"] / costs[f"{name}_by_layers_us"], "-"
+        )
 
 
 def main() -> None:
