@@ -76,7 +76,7 @@ WAYS = {
         ("two_gemms_epilogue", None),
     ],
     GATED.name: [
-        ("fused", [64, 64, 1]),
+        ("fused", [64, 128, 1]),
         ("gemm_expand", [64, 0, 1]),
         ("two_gemms_epilogue", None),
     ],
@@ -162,9 +162,9 @@ def test_arguments_are_those_of_the_problem(name: str) -> None:
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_fastest_right_way_wins(native, name: str) -> None:
     problem = PROBLEMS[name]
-    clock = scripted({"fused 64x64x1": 0.5, "fused 64x32x1": 0.5})
+    clock = scripted({"fused 64x64x1": 0.5, "fused 64x32x1": 0.5, "fused 64x128x1": 0.5})
     found = measure(problem, "cpu", clock)
-    assert found.kernel == "fused" and found.grid in ((64, 64, 1), (64, 32, 1))
+    assert found.kernel == "fused" and found.grid in ((64, 64, 1), (64, 32, 1), (64, 128, 1))
     assert (found.microseconds, found.library_us) == (0.5e6, 1e6)
     assert [graphs for _, graphs, _ in clock.asked] == [problem.numbers["captured"]] * 2
     assert all(held >= 2 for *_, held in clock.asked), "no cache holds the tensors"
@@ -367,7 +367,7 @@ def test_writers_at_a_time_leave_whole_files(entry) -> None:
 def test_a_block_measures_what_was_asked_and_only_once(native) -> None:
     native.asked = {problem.key: problem.numbers for problem in PROBLEMS.values()}
     native.asked["unaligned"] = {**LINEAR_PROBLEM, "aligned": False}
-    clock = scripted({"fused 64x64x1": 0.5, "fused 64x32x1": 0.5})
+    clock = scripted({"fused 64x64x1": 0.5, "fused 64x32x1": 0.5, "fused 64x128x1": 0.5})
     with shrank.tune("cpu", clock=clock) as done:
         assert native.noting and not done
     assert (
