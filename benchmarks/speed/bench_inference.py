@@ -1,15 +1,12 @@
-"""CPU inference: the overhead of a low-rank layer, and MiniLM dense against compressed."""
+"""CPU inference: the overhead of a low-rank layer."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
 from torch.nn.functional import linear
 
 import shrank
-from benchmarks.data.models import minilm
 from benchmarks.speed.turns import in_turns
 
 CALLS = 2000
@@ -34,16 +31,3 @@ def bench_layer_overhead(grad: bool, benchmark, report) -> None:
         report("microseconds, two F.linear", 1e6 * seconds["bare"] / CALLS, "-")
         report("relative cost", seconds["low-rank"] / seconds["bare"], "<= 1.1")
         benchmark(low_rank)
-
-
-def bench_minilm(benchmark, report) -> None:
-    """Tokens/s of MiniLM at keep 0.5, batch 32 x 128."""
-    dense = minilm()
-    small = shrank.auto_fact(copy.deepcopy(dense), 0.5)
-    ids = torch.randint(1000, 20000, (32, 128))
-    with torch.inference_mode():
-        seconds = in_turns({"dense": lambda: dense(ids), "low-rank": lambda: small(ids)}, 9)
-        report("tokens/s, dense", ids.numel() / seconds["dense"], "-")
-        report("tokens/s, low-rank", ids.numel() / seconds["low-rank"], "-")
-        report("times faster", seconds["dense"] / seconds["low-rank"], ">= 1.4")
-        benchmark.pedantic(lambda: small(ids), rounds=3)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..linalg import Factors, PivotedFactors, Shape
-from ..ops.dispatch import low_rank_conv
 from .low_rank import LowRankLayer
 from .plain import CONVOLUTIONS
 from .two_stage import Pivots, checked_rank, memory_format, reset_stages
@@ -91,11 +91,13 @@ class CED(LowRankLayer):
         fan_in = in_channels // groups * math.prod(kernel_size)
         reset_stages(self.ced_unit, fan_in=fan_in, rank=rank // self.up_groups)
 
-    def in_one_op(self, x: Tensor, first: nn.Module, second: nn.Module, *end: str | Tensor | None) -> Tensor:
+    def in_one_op(
+        self, ops: ModuleType, x: Tensor, first: nn.Module, second: nn.Module, *end: str | Tensor | None
+    ) -> Tensor:
         padding = first.padding
         if first.padding_mode != "zeros":
             x, padding = F.pad(x, first._reversed_padding_repeated_twice, first.padding_mode), 0
-        return low_rank_conv(
+        return ops.low_rank_conv(
             x,
             first.weight,
             second.weight,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.nn import Linear
 from torch.nn.functional import linear
 
 from ..linalg import Factors, PivotedFactors, Shape
-from ..ops.dispatch import Backend, low_rank_gated, low_rank_linear, process
+from ..ops import onednn
+from ..ops.dispatch import Backend, low_rank_linear, process
 from .low_rank import LowRankLayer
-from .two_stage import Pivots, checked_rank, is_untouched, reset_stages, run_pivots, runs_in_one_op
+from .two_stage import Pivots, checked_rank, factors_of, is_untouched, ops_of, reset_stages, run_pivots
 
-NATIVE = Backend.NATIVE
+AUTO, NATIVE = Backend.AUTO, Backend.NATIVE
+FEWEST_INPUTS = onednn.FEWEST_INPUTS
 
 
 class LED(LowRankLayer):
@@ -97,23 +101,37 @@ class LED(LowRankLayer):
             )
         ):
             down, up, bias = own["weight"], others["weight"], others["bias"]
+            backend = process.backend
+            by_onednn = (
+                self.in_features >= FEWEST_INPUTS
+                and not is_grad_enabled()
+                and backend is AUTO
+                and onednn.is_faster(x, down, up, bias)
+            )
             if len(stages) == 2:
-                if down.is_cuda or process.backend is NATIVE:
+                if by_onednn:
+                    return onednn.low_rank_linear(x, down, up, bias)
+                if down.is_cuda or backend is NATIVE:
                     return low_rank_linear(x, down, up, bias)
                 return linear(linear(x, down), up, bias)  # as low_rank_linear would, without the cost of asking
-            if process.backend is not NATIVE:
-                h = linear(x, down)
-                return run_pivots(stages["2"], h, linear(h, up, bias))
+            if backend is not NATIVE:
+                product = onednn.product if by_onednn else linear
+                h = product(x, down)
+                return run_pivots(stages["2"], h, product(h, up, bias))
         return super().forward(x)
 
-    def in_one_op(self, x: Tensor, first: nn.Module, second: nn.Module, *end: str | Tensor | None) -> Tensor:
-        return low_rank_linear(x, first.weight, second.weight, second.bias, *end)
+    def in_one_op(
+        self, ops: ModuleType, x: Tensor, first: nn.Module, second: nn.Module, *end: str | Tensor | None
+    ) -> Tensor:
+        return ops.low_rank_linear(x, first.weight, second.weight, second.bias, *end)
 
     def gated(self, value: LED, x: Tensor, activation: str) -> Tensor:
         """activation(self(x)) * value(x): in one op, where ops compute both layers."""
-        if all(is_untouched(layer) and runs_in_one_op(layer.stages, layer.stage_kinds) for layer in (self, value)):
-            parts = [(down.weight, up.weight, up.bias) for down, up in (self.stages, value.stages)]
-            return low_rank_gated(x, *parts[0], *parts[1], activation)
+        if is_untouched(self) and is_untouched(value):
+            gate = factors_of(self.stages, self.stage_kinds)
+            factors = factors_of(value.stages, value.stage_kinds)
+            if gate and factors and (ops := ops_of(x, *factors, *gate)):
+                return ops.low_rank_gated(x, *gate, *factors, activation)
         return self.finished(x, activation) * value(x)
 
     def takes_residual(self, x: Tensor, residual: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from ..ops import reference
 from .merged_weight import merged
 from .plain import why_no_matrix, why_not_plain
 from .seal import drop_seal
-from .two_stage import assign_bias, is_pivoted, is_untouched, merged_bias, run, runs_in_one_op, set_stages
+from .two_stage import assign_bias, is_pivoted, is_untouched, merged_bias, ops_for, run, set_stages
 
 _NAMES = ("down", "up")
 
@@ -30,8 +31,10 @@ class LowRankLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return run(self.stages, x, self.stage_kinds, self.in_one_op)
 
-    def in_one_op(self, x: Tensor, first: nn.Module, second: nn.Module, *end: str | Tensor | None) -> Tensor:
-        """What both stages compute, one after the other, by the op of shrank.
+    def in_one_op(
+        self, ops: ModuleType, x: Tensor, first: nn.Module, second: nn.Module, *end: str | Tensor | None
+    ) -> Tensor:
+        """What both stages compute, one after the other, by the op that the module `ops` has for them.
 
         end: what follows them, if anything: activation and residual, as the op takes them.
         """
@@ -40,8 +43,8 @@ class LowRankLayer(nn.Module):
     def finished(self, x: Tensor, activation: str, residual: Tensor | None = None) -> Tensor:
         """activation(self(x)) + residual: in one op, where the op computes the layer and its law has the residual."""
         fits = residual is None or self.takes_residual(x, residual)
-        if fits and is_untouched(self) and runs_in_one_op(self.stages, self.stage_kinds):
-            return self.in_one_op(x, *self.stages, activation, residual)
+        if fits and is_untouched(self) and (ops := ops_for(self.stages, self.stage_kinds, x)):
+            return self.in_one_op(ops, x, *self.stages, activation, residual)
         return reference.finished(self(x), activation, residual)
 
     def takes_residual(self, x: Tensor, residual: Tensor) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
+from ..ops import dispatch, onednn
 from ..ops.dispatch import Backend, current_backend
 
 UNITS = ("led_unit", "ced_unit")  # what the sequence of stages is called, in attributes and checkpoints
@@ -111,26 +113,50 @@ def run(
     stages: nn.Sequential,
     x: Tensor,
     kinds: tuple[type[nn.Module], ...],
-    in_one_op: Callable[[Tensor, nn.Module, nn.Module], Tensor],
+    in_one_op: Callable[[ModuleType, Tensor, nn.Module, nn.Module], Tensor],
 ) -> Tensor:
-    """Decides who computes a low-rank layer: the stages one by one, or `in_one_op` of x and the two stages.
+    """Decides who computes a low-rank layer: the stages one by one, or `in_one_op` of the ops, x and the two stages.
 
-    The op computes where its kernels may run, that is on CUDA, or where they are insisted on; of stages that are what
-    they were built as, one of `kinds`, and that nobody hooked or patched. RuntimeError where the native kernels are
-    insisted on and the stages are pivoted.
+    RuntimeError where the native kernels are insisted on and the stages are pivoted.
     """
     if is_pivoted(stages) and current_backend() is Backend.NATIVE:
         raise RuntimeError(NO_PIVOTED_KERNEL)
-    if runs_in_one_op(stages, kinds):
-        return in_one_op(x, *stages)
-    return run_stages(stages, x)
+    ops = ops_for(stages, kinds, x)
+    return in_one_op(ops, x, *stages) if ops else run_stages(stages, x)
 
 
-def runs_in_one_op(stages: nn.Sequential, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Whether the op computes these stages, as `run` says."""
-    if is_pivoted(stages) or not all(type(stage) in kinds and is_untouched(stage) for stage in stages):
-        return False
-    return current_backend() is Backend.NATIVE or stages[0].weight.is_cuda
+def ops_for(stages: nn.Sequential, kinds: tuple[type[nn.Module], ...], x: Tensor) -> ModuleType | None:
+    """The module whose op computes these stages of x at once; None where they run one by one."""
+    factors = factors_of(stages, kinds)
+    return ops_of(x, *factors) if factors else None
+
+
+def factors_of(
+    stages: nn.Sequential, kinds: tuple[type[nn.Module], ...]
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """down, up and bias of stages that are all that a layer does; None of others.
+
+    Such stages are what they were built as, one of `kinds`, without pivots, and nobody hooked or patched them.
+    """
+    first, second, *others = stages._modules.values()  # iterating over a Sequential takes a microsecond a stage
+    if others or type(first) not in kinds or type(second) not in kinds:
+        return None
+    if not (is_untouched(first) and is_untouched(second)):
+        return None
+    own, its = first._parameters, second._parameters
+    if "weight" in own and len(its) == 2:
+        return own["weight"], its["weight"], its["bias"]
+    return first.weight, second.weight, second.bias  # of DataParallel and FSDP: tensors in place of the parameters
+
+
+def ops_of(x: Tensor, down: Tensor, up: Tensor, *others: Tensor | None) -> ModuleType | None:
+    """`dispatch` where native kernels may run, that is on CUDA, or where they are insisted on; `onednn` on a CPU, where
+    it is faster; else None."""
+    backend = current_backend()
+    if backend is Backend.NATIVE or down.is_cuda:
+        return dispatch
+    is_linear = down.dim() == 2
+    return onednn if is_linear and backend is Backend.AUTO and onednn.is_faster(x, down, up, *others) else None
 
 
 def run_stages(stages: nn.Sequential, x: Tensor) -> Tensor:

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import availability, multi, native, reference, self_check
+from . import availability, multi, native, onednn, reference, self_check
 from .conv import CONV, check_low_rank_conv, window_of
 from .gated import GATED, check_low_rank_gated
 from .linear import LINEAR, check_low_rank_linear
@@ -22,8 +23,9 @@ class Backend(Enum):
     """Who computes low-rank layers.
 
     Attributes:
-        AUTO: The native kernels where they may run, else PyTorch. The default.
-        TORCH: PyTorch.
+        AUTO: The native kernels where they may run, else PyTorch; on a CPU with the products of oneDNN that also apply
+            bias, activation and residual, where those are faster. The default.
+        TORCH: PyTorch, one call for each step.
         NATIVE: The native kernels. A call that they cannot run raises a RuntimeError with every reason.
     """
 
@@ -116,7 +118,8 @@ def low_rank_linear(
         return LINEAR.call(x, down, up, bias, activation, residual)
     if _are_tensors(x, down, up, bias, residual):
         check_low_rank_linear(x, down, up, bias, activation, residual, _autocast_casts(x))
-    return reference.low_rank_linear(x, down, up, bias, activation, residual)
+    torch_ops = _by_pytorch(backend, x, down, up, bias, residual)
+    return torch_ops.low_rank_linear(x, down, up, bias, activation, residual)
 
 
 def low_rank_linear_multi(
@@ -151,7 +154,8 @@ def low_rank_linear_multi(
         return multi.call(x, down, up, bias)
     if _are_tensors(*tensors):
         check_low_rank_linear_multi(x, down, up, bias, _autocast_casts(x))
-    return [reference.low_rank_linear(x, *each) for each in zip(down, up, bias, strict=True)]
+    layers = zip(down, up, bias, strict=True)
+    return [_by_pytorch(backend, x, *each).low_rank_linear(x, *each) for each in layers]
 
 
 def low_rank_gated(
@@ -194,7 +198,8 @@ def low_rank_gated(
         return GATED.call(*given, activation)
     if _are_tensors(*given):
         check_low_rank_gated(*given, activation, _autocast_casts(x))
-    return reference.low_rank_gated(*given, activation)
+    torch_ops = _by_pytorch(backend, x, down, up, bias, gate_down, gate_up, gate_bias)
+    return torch_ops.low_rank_gated(*given, activation)
 
 
 def low_rank_conv(
@@ -272,9 +277,18 @@ def _autocast_casts(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+def _chosen(backend: Backend | str | None) -> Backend:
+    return current_backend() if backend is None else _parse(backend, "backend")
+
+
+def _by_pytorch(backend: Backend | str | None, x: Tensor, *others: Tensor | None) -> ModuleType:
+    """The ops in PyTorch for these tensors, of which the first two others are down and up."""
+    return onednn if _chosen(backend) is Backend.AUTO and onednn.is_faster(x, *others) else reference
+
+
 def _runs_native(op: Op | Multi, backend: Backend | str | None, *tensors: Tensor | None) -> bool:
     """Whether the op runs, and not PyTorch; RuntimeError with every reason if it was insisted on and cannot."""
-    chosen = current_backend() if backend is None else _parse(backend, "backend")
+    chosen = _chosen(backend)
     if chosen is Backend.TORCH:
         return False
     of_tensors = availability.why_not_these(tensors, op.names)
