@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import reference
+from . import onednn, reference
 from .gated_backward import gated_backward
 from .law import check_activation, check_alike, check_bias, refusal, shape_of
 from .reference import GatedForward, GatedGrads
@@ -48,8 +48,19 @@ def check_low_rank_gated(
     )
 
 
-def _forward(*given: object) -> GatedForward:
-    return GatedForward(*(each.contiguous() for each in reference.low_rank_gated_forward(*given)))
+def _forward(
+    x: Tensor,
+    gate_down: Tensor,
+    gate_up: Tensor,
+    gate_bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    activation: str,
+) -> GatedForward:
+    given = (gate_down, gate_up, gate_bias, down, up, bias)
+    by = onednn if onednn.is_faster(x, *given[3:], *given[:3]) else reference
+    return GatedForward(*(each.contiguous() for each in by.low_rank_gated_forward(x, *given, activation)))
 
 
 def _empty(

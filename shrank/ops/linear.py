@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import reference
+from . import onednn, reference
 from .expand_backward import expand_backward
 from .law import check_activation, check_alike, check_bias, check_residual, refusal, shape_of
 from .reference import Forward, Grads
@@ -41,7 +41,8 @@ def check_low_rank_linear(
 def _forward(
     x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
 ) -> Forward:
-    outputs = reference.low_rank_linear_forward(x, down, up, bias, activation, residual)
+    by = onednn if onednn.is_faster(x, down, up, bias, residual) else reference
+    outputs = by.low_rank_linear_forward(x, down, up, bias, activation, residual)
     return Forward(*(each.contiguous() for each in outputs))
 
 

@@ -14,6 +14,8 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn.functional import silu
 
+from .reference import Forward, GatedForward
+
 # Where they win, measured for nine layers of 128 to 4096 inputs and 1 to 4096 rows (benchmarks/speed/bench_onednn.py):
 # from so many multiply-adds, as a call of oneDNN costs 10 us more than one of MKL; and where as many weights are read
 # for a few rows, at twice the rate.
@@ -55,6 +57,18 @@ def is_faster(x: Tensor, down: Tensor, up: Tensor, *others: Tensor | None) -> bo
     return _IS_HERE and _nobody_looks_on() and all(map(_is_plain, (x, down, up, *others)))
 
 
+def is_faster_in_a_graph(x: Tensor, down: Tensor, up: Tensor) -> bool:
+    """Whether a graph that is being compiled shall have the op, which computes so, in place of the products.
+
+    Inductor's own products are those of MKL. Of a few rows they are faster than a call of the op, which is in Python.
+    """
+    if is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    if not (x.is_cpu and x.dtype is torch.float32 and down.is_cpu and down.dtype is torch.float32 and _IS_HERE):
+        return False
+    return (down.numel() + up.numel()) * x.numel() >= FEWEST_PRODUCTS * down.shape[1]
+
+
 def _nobody_looks_on() -> bool:
     return (
         torch._C._get_mkldnn_enabled()
@@ -83,15 +97,30 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: s
     return silu(y, inplace=True) if activation == "silu" else y
 
 
-def low_rank_linear(
-    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str = "none", residual: Tensor | None = None
-) -> Tensor:
+def low_rank_linear(*given: object) -> Tensor:
     """As `reference.low_rank_linear`."""
-    y = product(product(x, down), up, bias, activation)
-    return y if residual is None else y.add_(residual)
+    return low_rank_linear_forward(*given).y
 
 
-def low_rank_gated(
+def low_rank_linear_forward(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Forward:
+    h = product(x, down)
+    y = product(h, up, bias, activation)
+    return Forward(y if residual is None else y.add_(residual), h)
+
+
+def low_rank_gated(*given: object) -> Tensor:
+    """As `reference.low_rank_gated`."""
+    return low_rank_gated_forward(*given).y
+
+
+def low_rank_gated_forward(
     x: Tensor,
     gate_down: Tensor,
     gate_up: Tensor,
@@ -100,7 +129,7 @@ def low_rank_gated(
     up: Tensor,
     bias: Tensor | None = None,
     activation: str = "silu",
-) -> Tensor:
-    """As `reference.low_rank_gated`."""
-    gate = low_rank_linear(x, gate_down, gate_up, gate_bias, activation)
-    return gate.mul_(low_rank_linear(x, down, up, bias))
+) -> GatedForward:
+    gate_h = product(x, gate_down)
+    h = gate_h if down is gate_down else product(x, down)  # of two halves of one layer
+    return GatedForward(product(gate_h, gate_up, gate_bias, activation).mul_(product(h, up, bias)), gate_h, h)

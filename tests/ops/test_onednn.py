@@ -21,6 +21,8 @@ from tests.common.linear_cases import LinearCase
 from tests.common.models import draw, seeded
 from tests.common.tolerances import assert_close
 
+# Of C++ programs, whose library may be what is tested, the ops on a CPU are not these.
+OP_IS_PYTHON = not torch._C._dispatch_has_kernel_for_dispatch_key("shrank::low_rank_linear", "CPU")
 LARGE = LinearCase((7,), 384, 500, 160, True, "gelu", True)  # as many weights as make it worth while for any rows
 LARGE_GATE = GatedCase((7,), 384, 500, 180, 160)
 
@@ -263,3 +265,68 @@ def test_fused_blocks_take_them(block: str, products: list[Tensor]) -> None:
     with torch.no_grad():
         assert_close(model(x), wanted)
     assert len(products) == (6 if block == "gated" else 4)
+
+
+def graph_of(layer: LED, x: Tensor, grad: bool = False) -> torch.fx.Graph:
+    """What Dynamo records of a layer."""
+    graphs = []
+
+    def record(module: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+        graphs.append(module.graph)
+        return module
+
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(grad):
+        wanted = layer(x)
+        assert_close(torch.compile(layer, backend=record, fullgraph=True)(x), wanted)
+    return graphs[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "grad", "dtype", "has_op"),
+    [
+        (300, False, torch.float32, True),
+        (3, False, torch.float32, False),  # as few are faster by a product of Inductor's than by a call in Python
+        (300, True, torch.float32, False),
+        (300, False, torch.float64, False),
+    ],
+)
+def test_a_compiled_graph_has_the_op_where_it_is_faster(
+    rows: int, grad: bool, dtype: torch.dtype, has_op: bool, products: list[Tensor]
+) -> None:
+    layer, _ = layer_and_input()
+    graph = graph_of(layer.to(dtype), draw(rows, 384, dtype=dtype), grad)
+    op = torch.ops.shrank.low_rank_linear.default
+    assert (op in {node.target for node in graph.nodes}) is has_op
+    if OP_IS_PYTHON:
+        assert len(products) == (4 if has_op else 2 * (not grad and dtype is torch.float32)), (
+            "twice, eager and compiled"
+        )
+
+
+def test_the_whole_compiler_runs_blocks_by_them(products: list[Tensor]) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.value, self.out = LED(384, 500, 160), LED(384, 500, 170), LED(500, 384, 150)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.out(nn.functional.silu(self.gate(x)) * self.value(x))
+
+    torch._dynamo.reset()
+    model, x = seeded(Block), draw(300, 384)
+    with torch.no_grad():
+        wanted = model(x)
+        compiled = torch.compile(model, fullgraph=True)
+        assert_close(compiled(x), wanted)
+        products.clear()
+        assert_close(compiled(x), wanted)
+    assert len(products) == 6 * OP_IS_PYTHON
+
+
+def test_two_halves_of_one_layer_share_h(products: list[Tensor]) -> None:
+    x, down, up, *_ = LARGE.tensors(torch.float32, "cpu")
+    halves = up.chunk(2)
+    found = onednn.low_rank_gated(x, down, halves[0], None, down, halves[1], None)
+    assert len(products) == 3
+    assert_close(found, reference.low_rank_gated(x, down, halves[0], None, down, halves[1], None))
