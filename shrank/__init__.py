@@ -22,7 +22,15 @@ from .measuring.tuning import tune, tune_this_process
 from .model import peft_hook as peft_hook
 from .model.subclasses import treat_as_base
 from .ops.availability import why_not
-from .ops.dispatch import Backend, backend, low_rank_conv, low_rank_gated, low_rank_linear, low_rank_linear_multi
+from .ops.dispatch import (
+    Backend,
+    backend,
+    low_rank_conv,
+    low_rank_gated,
+    low_rank_linear,
+    low_rank_linear_multi,
+    low_rank_pivoted,
+)
 from .planning.budget import Budget
 from .planning.latency import LatencyTable
 from .planning.make_plan import eligible, make_plan
@@ -80,6 +88,7 @@ __all__ = [
     "low_rank_gated",
     "low_rank_linear",
     "low_rank_linear_multi",
+    "low_rank_pivoted",
     "make_plan",
     "measure_errors",
     "merge",

@@ -42,20 +42,29 @@ def _tiles(dtype: torch.dtype, device: str, ranks: tuple[int, ...]):
     from shrank.ops.conv import CONV
     from shrank.ops.gated import GATED
     from shrank.ops.linear import LINEAR
+    from shrank.ops.pivoted import PIVOTED
     from shrank.ops.probes import Truth
     from tests.common.conv_cases import ConvCase
     from tests.common.gated_cases import GatedCase
     from tests.common.linear_cases import LinearCase
+    from tests.common.pivoted_cases import PivotedCase
 
     for rank in ranks:
         conv_case = ConvCase((9, 7), (3, 3), 16, 136, rank, padding=(1, 1), activation="gelu", residual=True, last=True)
         many, few = (LinearCase((M,), 200, 264, rank, True, "gelu", True) for M in (133, 37))
         many_gated, few_gated = (GatedCase((M,), 200, 264, rank - 16, rank) for M in (133, 37))
-        for op, case in ((LINEAR, many), (LINEAR, few), (GATED, many_gated), (GATED, few_gated), (CONV, conv_case)):
+        many_pivoted, few_pivoted = (PivotedCase((M,), 200, 264, rank, "both", "gelu", True) for M in (133, 37))
+        cases = {
+            LINEAR: (many, few),
+            GATED: (many_gated, few_gated),
+            PIVOTED: (many_pivoted, few_pivoted),
+            CONV: (conv_case,),
+        }
+        for op, case in ((op, case) for op, of_op in cases.items() for case in of_op):
             arguments = case.tensors(dtype, device)
             truth = Truth(op.by_pytorch, arguments)
             for way in ways(op, arguments, 1000):
-                if case in (few, few_gated) and way.kernel != "shrink_expand":
+                if case in (few, few_gated, few_pivoted) and way.kernel != "shrink_expand":
                     continue  # the same tiles as for many rows
                 name = f"{op.name} rank {rank} {str(dtype).removeprefix('torch.')} {way}"
                 yield name, failure(op, arguments, way, truth)
@@ -67,8 +76,10 @@ def _backward_probes(rank: int):
     """The tiles of csrc/select/linear_tile.h on which a gradient of this rank may run."""
     from shrank.ops.gated import GATED
     from shrank.ops.linear import LINEAR
-    from shrank.ops.probes import BackwardProbe, GatedBackwardProbe
+    from shrank.ops.pivoted import PIVOTED
+    from shrank.ops.probes import BackwardProbe, GatedBackwardProbe, PivotedBackwardProbe
 
+    pivoted = (torch.Size((133, 200)), torch.Size((rank, 200)), torch.Size((264 - rank, rank)))
     sizes = (torch.Size((133, rank)), torch.Size((264, rank)))
     gate = (torch.Size((133, rank - 16)), torch.Size((264, rank - 16)))
     for max_rank in (0, 64, 96, 128, 256):
@@ -76,6 +87,7 @@ def _backward_probes(rank: int):
             yield BackwardProbe(LINEAR, "backward", "fused", sizes, grid=(64, max_rank, 2))
             if max_rank != 96:
                 yield GatedBackwardProbe(GATED, "backward", "fused", gate + sizes, grid=(64, max_rank, 2))
+                yield PivotedBackwardProbe(PIVOTED, "backward", "fused", pivoted, grid=(64, max_rank, 2))
 
 
 if __name__ == "__main__":

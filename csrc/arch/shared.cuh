@@ -119,12 +119,13 @@ SHRANK_DEVICE void copy_async_reused_if(bool go, SharedAddress to, const void* f
 #endif
 }
 
-SHRANK_DEVICE Pack<uint32_t, 2> load_shared_pair(SharedAddress address) {
+template <int OFFSET = 0> SHRANK_DEVICE Pack<uint32_t, 2> load_shared_pair(SharedAddress address) {
   Pack<uint32_t, 2> value;
 #ifdef __CUDACC__
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.item[0]), "=r"(value.item[1]) : "r"(address) : "memory");
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2+%3];" : "=r"(value.item[0]),
+                                                       "=r"(value.item[1]) : "r"(address), "n"(OFFSET) : "memory");
 #else
-  emulator::load_shared(&value, address, sizeof value);
+  emulator::load_shared(&value, address + OFFSET, sizeof value);
 #endif
   return value;
 }

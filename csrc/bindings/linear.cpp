@@ -30,8 +30,13 @@ void* pointer(const Given& given, const char* name) {
 }
 
 Pair pair_of(const Given& given) {
-  return {pointer(given, "down"), pointer(given, "up"), pointer(given, "bias"), pointer(given, "h"),
-          static_cast<int>(given.at("R"))};
+  return {pointer(given, "down"),
+          pointer(given, "up"),
+          pointer(given, "bias"),
+          pointer(given, "h"),
+          static_cast<int>(given.at("R")),
+          pointer(given, "pivot_bias"),
+          static_cast<const int32_t*>(pointer(given, "order"))};
 }
 
 // One, or gate and value.
@@ -80,7 +85,8 @@ emulator::Result emulate_few_rows(int tokens, int M, int K, const std::vector<Gi
     params.y[i / pairs_of_layer] = pointer(of, "y");
     params.N[i / pairs_of_layer] = static_cast<int>(of.at("N"));
   }
-  const ShrinkExpandTile tile{tokens, pairs_of_layer, layers > 1 ? ShrinkExpandTile::kMostLayers : 1};
+  const Form form = pairs_of_layer == 2 ? Form::gated : params.pair[0].order ? Form::pivoted : Form::plain;
+  const ShrinkExpandTile tile{tokens, form, layers > 1 ? ShrinkExpandTile::kMostLayers : 1};
   return emulate_shrink_expand(params, tile, {seed, false});
 }
 

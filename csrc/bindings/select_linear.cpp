@@ -23,9 +23,9 @@ namespace {
 
 LinearProblem problem(int64_t M, int64_t K, int64_t N, int64_t R, const std::string& dtype,
                       const std::string& activation, bool bias, bool residual, bool training, bool aligned,
-                      bool captured, int64_t gate_R) {
-  return {M,    K,        N,        R,       parse_dtype(dtype), parse_activation(activation),
-          bias, residual, training, aligned, captured,           gate_R};
+                      bool captured, int64_t gate_R, bool pivoted) {
+  return {M,       K,        N,      R,      parse_dtype(dtype), parse_activation(activation), bias, residual, training,
+          aligned, captured, gate_R, pivoted};
 }
 
 Device from_attributes_of(const std::string& name, int major, int minor, int sms, int clock_khz, int memory_clock_khz,
@@ -54,12 +54,13 @@ void bind_select_linear(py::module_ m) {
   py::class_<LinearProblem>(m, "LinearProblem")
       .def(py::init(&problem), "M"_a, "K"_a, "N"_a, "R"_a, "dtype"_a = "bfloat16", "activation"_a = "none",
            "bias"_a = false, "residual"_a = false, "training"_a = false, "aligned"_a = true, "captured"_a = false,
-           "gate_R"_a = 0)
+           "gate_R"_a = 0, "pivoted"_a = false)
       .def_readonly("M", &LinearProblem::M)
       .def_readonly("K", &LinearProblem::K)
       .def_readonly("N", &LinearProblem::N)
       .def_readonly("R", &LinearProblem::R)
       .def_readonly("gate_R", &LinearProblem::gate_R)
+      .def_readonly("pivoted", &LinearProblem::pivoted)
       .def_readonly("bias", &LinearProblem::bias)
       .def_readonly("residual", &LinearProblem::residual)
       .def_readonly("training", &LinearProblem::training)
@@ -98,11 +99,14 @@ void bind_select_linear(py::module_ m) {
       .def_readonly("blocks_m", &EpilogueTile::blocks_m);
 
   py::class_<LinearTile>(m, "LinearTile")
-      .def(py::init([](int block_m, int max_rank, int pairs) { return LinearTile{block_m, max_rank, pairs}; }),
-           "block_m"_a, "max_rank"_a, "pairs"_a = 1)
+      .def(py::init([](int block_m, int max_rank, int form) {
+    return LinearTile{block_m, max_rank, static_cast<Form>(form)};
+  }),
+           "block_m"_a, "max_rank"_a, "form"_a = number_of(Form::plain))
       .def_readonly("block_m", &LinearTile::block_m)
       .def_readonly("max_rank", &LinearTile::max_rank)
-      .def_readonly("pairs", &LinearTile::pairs)
+      .def_property_readonly("form", [](const LinearTile& tile) { return number_of(tile.form); })
+      .def_property_readonly("pairs", &LinearTile::pairs)
       .def_property_readonly("holds_h", &LinearTile::holds_h)
       .def_property_readonly("threads", &LinearTile::threads)
       .def_property_readonly("down_stages", &LinearTile::down_stages)
@@ -111,7 +115,7 @@ void bind_select_linear(py::module_ m) {
       .def_property_readonly("expand_bytes", &LinearTile::expand_bytes)
       .def("__repr__", [](const LinearTile& tile) {
     return "LinearTile(" + std::to_string(tile.block_m) + ", " + std::to_string(tile.max_rank) +
-           (tile.pairs == 1 ? ")" : ", pairs=" + std::to_string(tile.pairs) + ")");
+           (tile.form == Form::plain ? ")" : ", form=" + std::to_string(number_of(tile.form)) + ")");
   });
 
   py::class_<LinearGrid>(m, "LinearGrid")
@@ -123,10 +127,14 @@ void bind_select_linear(py::module_ m) {
       .def_readonly("blocks_n", &LinearGrid::blocks_n);
 
   m.attr("LINEAR_TILES") = std::vector<LinearTile>(kLinearTiles.begin(), kLinearTiles.end());
+  m.attr("PIVOTED_TILES") = std::vector<LinearTile>(kPivotedTiles.begin(), kPivotedTiles.end());
+  m.attr("PIVOTED_BACKWARD_TILES") = std::vector<LinearTile>(kPivotedBackwardTiles.begin(),
+                                                             kPivotedBackwardTiles.end());
   m.attr("GATED_TILES") = std::vector<LinearTile>(kGatedTiles.begin(), kGatedTiles.end());
   py::class_<ShrinkExpandTile>(m, "ShrinkExpandTile")
       .def_readonly("tokens", &ShrinkExpandTile::tokens)
-      .def_readonly("pairs", &ShrinkExpandTile::pairs)
+      .def_property_readonly("form", [](const ShrinkExpandTile& tile) { return number_of(tile.form); })
+      .def_property_readonly("pairs", &ShrinkExpandTile::pairs)
       .def_readonly("layers", &ShrinkExpandTile::layers)
       .def_property_readonly_static("MAX_RANK", [](const py::object&) { return ShrinkExpandTile::kMaxRank; })
       .def_property_readonly_static("SHRINK_THREADS",
@@ -139,9 +147,9 @@ void bind_select_linear(py::module_ m) {
     return t.expand_bytes();
   }).def("__repr__", [](const ShrinkExpandTile& t) {
     return "ShrinkExpandTile(" + std::to_string(t.tokens) +
-           (t.pairs > 1    ? ", pairs=2)"
-            : t.layers > 1 ? ", layers=3)"
-                           : ")");
+           (t.form != Form::plain ? ", form=" + std::to_string(number_of(t.form)) + ")"
+            : t.layers > 1        ? ", layers=3)"
+                                  : ")");
   });
   m.attr("SHRINK_EXPAND_TILES") = std::vector<ShrinkExpandTile>(kShrinkExpandTiles.begin(), kShrinkExpandTiles.end());
   m.def("bytes_in_flight", &bytes_in_flight, "problem"_a, "device"_a, "grid"_a);

@@ -3,6 +3,7 @@
 // global memory in panels.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "activation.cuh"
@@ -11,14 +12,15 @@
 
 namespace shrank {
 
-// P: the kernel's parameters, with M, N and a pair of factors for each of PAIRS; and what its end needs: residual, y and
+// FORM: the number of a Form. P: the kernel's parameters, with M, N and as many pairs of factors as the form has; and what its end needs: residual, y and
 // activation. Where there are GROUPS, N and R count one group's columns, whose up (N, R) follow one another; groups and
 // column tiles share the second axis of the grid. Of two pairs, a warp has the same columns, so that their sums meet in
 // a lane's registers.
-template <typename T, int BLOCK_M, int MAX_RANK, int PAIRS, typename P, bool GROUPS = false> struct Block {
+template <typename T, int BLOCK_M, int MAX_RANK, int FORM, typename P, bool GROUPS = false> struct Block {
   using Params = P;
-  static constexpr int kPairs = PAIRS;
-  static constexpr LinearTile kTile{BLOCK_M, MAX_RANK, PAIRS};
+  static constexpr LinearTile kTile{BLOCK_M, MAX_RANK, static_cast<Form>(FORM)};
+  static constexpr int kPairs = kTile.pairs();
+  static constexpr bool kPivoted = kTile.form == Form::pivoted;
   static constexpr bool kHoldsH = kTile.holds_h();
   static constexpr int kThreads = kTile.threads();
   static constexpr int BLOCK_N = kTile.block_n(), kWarpsN = LinearTile::kWarpsN, kWarps = kThreads / arch::kWarpSize;
@@ -93,7 +95,8 @@ template <typename T, int BLOCK_M, int MAX_RANK, int PAIRS, typename P, bool GRO
   SHRANK_DEVICE Matrix<T> h_in_memory(int i) const { return {static_cast<const T*>(pair(i).h), params.M, pair(i).R}; }
   SHRANK_DEVICE Matrix<T> up(int i) const {
     const Pair of = pair(i);
-    return {static_cast<const T*>(of.up) + static_cast<int64_t>(of_all(0)) * of.R, params.N, of.R};
+    if constexpr (kPivoted) return {static_cast<const T*>(of.up), params.N - of.R, of.R};
+    else return {static_cast<const T*>(of.up) + static_cast<int64_t>(of_all(0)) * of.R, params.N, of.R};
   }
   SHRANK_DEVICE int rank_panels() const {
     int most = ceil_div(pair(0).R, kPanel);
@@ -102,10 +105,16 @@ template <typename T, int BLOCK_M, int MAX_RANK, int PAIRS, typename P, bool GRO
     return most;
   }
 
+  using UpLoader = std::conditional_t<kPivoted, PlacedLoader<T, BLOCK_N, kThreads>, PanelLoader<T, BLOCK_N, kThreads>>;
+  SHRANK_DEVICE UpLoader up_loader(int i, int tile) const {
+    if constexpr (kPivoted) return {up(i), pair(i).order + tile * BLOCK_N, params.N - tile * BLOCK_N};
+    else return {up(i), tile * int64_t{BLOCK_N}};
+  }
+
   // Fills slots with the panels of up, and of h where it is streamed: through the rank, tile after tile.
   struct Walk {
     struct Source {
-      PanelLoader<T, BLOCK_N, kThreads> up;
+      UpLoader up;
       PanelCompanion<T, BLOCK_M, kThreads> h;
     };
     const int rank_panels;
@@ -120,7 +129,7 @@ template <typename T, int BLOCK_M, int MAX_RANK, int PAIRS, typename P, bool GRO
         : rank_panels(rank_panels),
           rows(block.params.N - tile * BLOCK_N),
           left(rank_panels),
-          source{{{block.up(I), tile * int64_t{BLOCK_N}}, {block.h_in_memory(I), block.row}}...} {}
+          source{{block.up_loader(I, tile), {block.h_in_memory(I), block.row}}...} {}
 
     SHRANK_DEVICE void operator()(SharedAddress slot, bool go) {
 #pragma unroll
@@ -144,7 +153,7 @@ template <typename T, int BLOCK_M, int MAX_RANK, int PAIRS, typename P, bool GRO
   // `end` is told of a tile's first column of this warp before its products and after, when it gets the sums.
   // WHOLE_TILE: all panels of h that the tile has are met, filled if only with zeros, in straight code; else those that R
   // needs, in a loop, as of two pairs, whose steps are longer.
-  template <bool WHOLE_TILE = kHoldsH && PAIRS == 1, typename PrepareH, typename End>
+  template <bool WHOLE_TILE = kHoldsH && kPairs == 1, typename PrepareH, typename End>
   SHRANK_DEVICE void expand(const PrepareH& prepare_h, const End& end) const {
     const int first = first_tile(), last = min_of(first + tiles_of_share(), tiles());
     const int rank_panels = WHOLE_TILE ? kHPanels : this->rank_panels();
@@ -155,7 +164,7 @@ template <typename T, int BLOCK_M, int MAX_RANK, int PAIRS, typename P, bool GRO
     for (int tile = first; tile < last; tile++) {
       const int column = tile * BLOCK_N + warp_column * UpSums::kColumns;
       end.begin(column);
-      const Bias bias(*this, column);
+      const std::conditional_t<kPivoted, Places, Bias> bias(*this, column);
       UpSums sums[kPairs];
       const auto multiply = [&](int panel, int steps) {
         const SharedAddress slot = panels.arrive();
@@ -181,7 +190,7 @@ template <typename T, int BLOCK_M, int MAX_RANK, int PAIRS, typename P, bool GRO
   }
 
   // To y.
-  template <bool WHOLE_TILE = kHoldsH && PAIRS == 1, typename PrepareH> SHRANK_DEVICE void expand(
+  template <bool WHOLE_TILE = kHoldsH && kPairs == 1, typename PrepareH> SHRANK_DEVICE void expand(
       const PrepareH& prepare_h) const {
     expand<WHOLE_TILE>(prepare_h, ToOutput{*this});
   }
@@ -243,6 +252,72 @@ template <typename T, int BLOCK_M, int MAX_RANK, int PAIRS, typename P, bool GRO
           }
         }
       }
+    }
+  };
+
+  // Of pivoted factors, whose columns know their places too late to ask for anything before the products: h, where a column
+  // is a pivot, in place of a sum; and the bias of either kind.
+  struct Places {
+    const Block& block;
+    const int column;
+
+    SHRANK_DEVICE Places(const Block& block, int column) : block(block), column(column) {}
+
+    SHRANK_DEVICE void add_to(UpSums (&sums)[kPairs]) const {
+      const Pair of = block.pair(0);
+      const int lane = arch::lane_index();
+#pragma unroll
+      for (int n = 0; n < UpSums::kColumns / kChunk; n++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const int at = column + n * kChunk + lane % 4 * 2 + i;
+          const bool exists = at < block.params.N;
+          const int place = static_cast<int>(arch::load_word_if(exists, of.order + at));
+          const bool is_pivot = exists && place < of.R;
+          if (is_pivot) {  // a branch keeps what comes from h out of the registers of other columns
+            const ColumnOfH h(block, place);
+            for_constants<kRows>([&](auto m) {
+              constexpr int kRow = decltype(m)::value;
+              sums[0].item[kRow / 2][n][kRow % 2 * 2 + i] = h.template number<kRow * 8>();
+            });
+          }
+          if (!of.bias && !of.pivot_bias) continue;
+          const T* const bias = static_cast<const T*>(is_pivot ? of.pivot_bias : of.bias);
+          if (!exists || !bias) continue;
+          const float added = arch::widen(arch::load<T, 1>(bias + (is_pivot ? place : place - of.R)).item[0]);
+#pragma unroll
+          for (int m = 0; m < kRows; m++) sums[0].item[m / 2][n][m % 2 * 2 + i] += added;
+        }
+      }
+    }
+
+    static constexpr int kRows = 2 * kFragmentsM;  // of the lane, 8 apart
+  };
+
+  // A column of h in the lane's rows of the fragments: from the panels, or where h is streamed from memory.
+  struct ColumnOfH {
+    const T* from = nullptr;
+    SharedAddress place = 0;
+    int stride, left, within;
+
+    SHRANK_DEVICE ColumnOfH(const Block& block, int column) : within(column % 4) {
+      const int first = block.warp_row * UpSums::kRows + arch::lane_index() / 4;
+      if constexpr (kHoldsH) {
+        place = chunk_at(block.h_of(0) + column / kPanel * kPanelBytes, first, column % kPanel / kChunk) +
+                column % kChunk / 4 * 8;
+      } else {
+        const Matrix<T> h = block.h_in_memory(0);
+        const int64_t rows = h.rows - block.row - first;
+        stride = h.columns, left = rows < BLOCK_M ? static_cast<int>(rows) : BLOCK_M;
+        from = h.data + (block.row + first) * h.columns + column;
+      }
+    }
+
+    // Of the row that is ROW, a multiple of 8, below the first.
+    template <int ROW> SHRANK_DEVICE float number() const {
+      if constexpr (kHoldsH) return number_of_pair<T>(arch::load_shared_pair<ROW * kPanelRow>(place), within);
+      else if (ROW >= left) return 0;
+      else return arch::widen(arch::load<T, 1>(from + arch::multiply_wide(stride, ROW)).item[0]);
     }
   };
 

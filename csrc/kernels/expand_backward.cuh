@@ -8,11 +8,11 @@
 
 namespace shrank {
 
-template <typename T, int BLOCK_M, int MAX_RANK, int PAIRS> struct ExpandBackward {
+template <typename T, int BLOCK_M, int MAX_RANK, int FORM> struct ExpandBackward {
   using Params = ExpandBackwardParams;
-  using Block = shrank::Block<T, BLOCK_M, MAX_RANK, PAIRS, Params>;
+  using Block = shrank::Block<T, BLOCK_M, MAX_RANK, FORM, Params>;
   using Sums = typename Block::UpSums;
-  static constexpr int kThreads = Block::kThreads, kSharedBytes = Block::kTile.expand_bytes();
+  static constexpr int kPairs = Block::kPairs, kThreads = Block::kThreads, kSharedBytes = Block::kTile.expand_bytes();
 
   SHRANK_DEVICE static void run(const Params& params) {
     const Block block = Block::here(params);
@@ -27,7 +27,7 @@ template <typename T, int BLOCK_M, int MAX_RANK, int PAIRS> struct ExpandBackwar
 
     SHRANK_DEVICE void begin(int column) const { block.prefetch(block.params.grad, column); }
 
-    SHRANK_DEVICE void finish(Sums (&sums)[PAIRS], int column) const {
+    SHRANK_DEVICE void finish(Sums (&sums)[kPairs], int column) const {
       const Params& params = block.params;
       with_activation(params.activation, [&](auto kind) {
         block.meet(static_cast<const T*>(params.grad), column, [&](int m, int n, int i, uint32_t two) {
@@ -37,7 +37,7 @@ template <typename T, int BLOCK_M, int MAX_RANK, int PAIRS> struct ExpandBackwar
         });
       });
 #pragma unroll
-      for (int i = 0; i < PAIRS; i++) {
+      for (int i = 0; i < kPairs; i++) {
         if (params.sums[i]) sum_rows(params.sums[i], sums[i], column);
         block.write(static_cast<T*>(params.dz[i]), sums[i], column);
       }
@@ -45,9 +45,9 @@ template <typename T, int BLOCK_M, int MAX_RANK, int PAIRS> struct ExpandBackwar
 
     // In place of the sums at one place: of y = activation(z) + residual, or of activation(gate) value.
     template <Activation kind>
-    SHRANK_DEVICE static void to_gradients(Sums (&sums)[PAIRS], int m, int n, int i, float grad) {
+    SHRANK_DEVICE static void to_gradients(Sums (&sums)[kPairs], int m, int n, int i, float grad) {
       float& z = sums[0].item[m][n][i];
-      if constexpr (PAIRS == 1) {
+      if constexpr (kPairs == 1) {
         z = activate_backward<T, kind>(grad, z);
       } else {
         float& value = sums[1].item[m][n][i];
@@ -69,7 +69,7 @@ template <typename T, int BLOCK_M, int MAX_RANK, int PAIRS> struct ExpandBackwar
         arch::Pack<float, 2> sum{};
 #pragma unroll
         for (int m = 0; m < Block::kFragmentsM; m++) {
-          const bool upper = PAIRS == 1 || m * 16 < left, lower = PAIRS == 1 || m * 16 + 8 < left;
+          const bool upper = kPairs == 1 || m * 16 < left, lower = kPairs == 1 || m * 16 + 8 < left;
           const float (&fragment)[4] = sums.item[m][n];
 #pragma unroll
           for (int i = 0; i < 2; i++) sum.item[i] += (upper ? fragment[i] : 0) + (lower ? fragment[i + 2] : 0);

@@ -15,11 +15,14 @@ std::vector<emulator::Buffer> buffers_of(const ExpandBackwardParams& p, const Li
   };
   const int width = bytes(p.dtype);
   add("grad", p.grad, p.M, p.N, width, false);
-  for (int i = 0; i < grid.tile.pairs; i++) {
+  for (int i = 0; i < grid.tile.pairs(); i++) {
     const Pair& of = p.pair[i];
     add("h", of.h, p.M, of.R, width, false);
-    add("up", of.up, p.N, of.R, width, false);
-    add("bias", of.bias, 1, p.N, width, false);
+    const int others = grid.tile.form == Form::pivoted ? p.N - of.R : p.N;
+    add("up", of.up, others, of.R, width, false);
+    add("bias", of.bias, 1, others, width, false);
+    add("pivot_bias", of.pivot_bias, 1, of.R, width, false);
+    add("order", of.order, 1, p.N, sizeof(int32_t), false);
     add("dz", p.dz[i], p.M, p.N, width, true);
     add("sums", p.sums[i], backward_sum_rows(grid), p.N, sizeof(float), true);
   }
@@ -31,7 +34,7 @@ emulator::Result emulate(const ExpandBackwardParams& params, const LinearGrid& g
   const emulator::Index3 blocks{static_cast<unsigned>(grid.blocks_m), static_cast<unsigned>(grid.blocks_n), 1};
   emulator::Result result;
   const bool found = with_tile<TILES>(grid.tile, [&](auto tile) {
-    result = emulator::launch<ExpandBackward<T, tile().block_m, tile().max_rank, tile().pairs>>(
+    result = emulator::launch<ExpandBackward<T, tile().block_m, tile().max_rank, number_of(tile().form)>>(
         "expand_backward", blocks, params, buffers_of(params, grid), options);
   });
   if (!found) throw std::invalid_argument("no expand_backward kernel has this tile");
@@ -44,8 +47,12 @@ emulator::Result emulate_expand_backward(const ExpandBackwardParams& params, con
                                          const emulator::Options& options) {
   const auto emulate_on = [&](auto element) {
     using T = decltype(element);
-    return grid.tile.pairs == 1 ? emulate<T, kBackwardTiles>(params, grid, options)
-                                : emulate<T, kGatedBackwardTiles>(params, grid, options);
+    switch (grid.tile.form) {
+      case Form::plain: return emulate<T, kBackwardTiles>(params, grid, options);
+      case Form::gated: return emulate<T, kGatedBackwardTiles>(params, grid, options);
+      case Form::pivoted: return emulate<T, kPivotedBackwardTiles>(params, grid, options);
+    }
+    throw std::invalid_argument("no expand_backward kernel has this form");
   };
   if (params.dtype == Dtype::bfloat16) return emulate_on(arch::bfloat16{});
   if (params.dtype == Dtype::float16) return emulate_on(arch::float16{});

@@ -9,7 +9,7 @@ namespace shrank {
 
 template <typename T, Gather HOW, int BLOCK_M, int MAX_RANK> struct LowRankConv {
   using Params = LowRankConvParams;
-  using Block = shrank::Block<T, BLOCK_M, MAX_RANK, 1, Params, true>;
+  using Block = shrank::Block<T, BLOCK_M, MAX_RANK, number_of(Form::plain), Params, true>;
   static constexpr ConvTile kTile{HOW, {BLOCK_M, MAX_RANK}};
   static constexpr int kThreads = Block::kThreads, kSharedBytes = kTile.shared_bytes(), kOrigins = kTile.origins(),
                        kTaps = kTile.taps();

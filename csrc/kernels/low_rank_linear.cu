@@ -6,8 +6,11 @@ void launch_low_rank_linear(const LowRankLinearParams& params, const LinearGrid&
   if (params.M == 0 || params.N == 0) return;
   const auto launch = [&](auto element) {
     using T = decltype(element);
-    if (grid.tile.pairs == 1) return launch_linear<T, kLinearTiles>(params, grid, dependent, stream);
-    return launch_linear<T, kGatedTiles>(params, grid, dependent, stream);
+    switch (grid.tile.form) {
+      case Form::plain: return launch_linear<T, kLinearTiles>(params, grid, dependent, stream);
+      case Form::gated: return launch_linear<T, kGatedTiles>(params, grid, dependent, stream);
+      case Form::pivoted: return launch_linear<T, kPivotedTiles>(params, grid, dependent, stream);
+    }
   };
   if (params.dtype == Dtype::bfloat16) return launch(arch::bfloat16{});
   if (params.dtype == Dtype::float16) return launch(arch::float16{});

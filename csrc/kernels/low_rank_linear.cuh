@@ -1,5 +1,5 @@
 // y = activation(h up^T + bias) + residual with h = x down^T: h computed from x, or given. Or of two such pairs of factors
-// activation(gate) value.
+// activation(gate) value. Or of pivoted factors.
 #pragma once
 
 #include "expand.cuh"
@@ -7,11 +7,11 @@
 
 namespace shrank {
 
-template <typename T, int BLOCK_M, int MAX_RANK, int PAIRS> struct LowRankLinear {
+template <typename T, int BLOCK_M, int MAX_RANK, int FORM> struct LowRankLinear {
   using Params = LowRankLinearParams;
-  using Block = shrank::Block<T, BLOCK_M, MAX_RANK, PAIRS, Params>;
+  using Block = shrank::Block<T, BLOCK_M, MAX_RANK, FORM, Params>;
   static constexpr LinearTile kTile = Block::kTile;
-  static constexpr int kThreads = Block::kThreads, kSharedBytes = kTile.shared_bytes();
+  static constexpr int kPairs = Block::kPairs, kThreads = Block::kThreads, kSharedBytes = kTile.shared_bytes();
   using DownSums = Sums<Block::kFragmentsM, Block::kHoldsH ? MAX_RANK / Block::kWarpsN / 8 : 2>;
   using DownPipeline = Pipeline<kTile.down_stages(), kTile.down_stage_bytes()>;
 
@@ -22,10 +22,10 @@ template <typename T, int BLOCK_M, int MAX_RANK, int PAIRS> struct LowRankLinear
     if constexpr (!Block::kHoldsH) return block.expand([] {});
     const auto save = [&] {
 #pragma unroll
-      for (int i = 0; i < PAIRS; i++)
+      for (int i = 0; i < kPairs; i++)
         if (params.x && block.pair(i).h && block.share == 0) block.save_h(i);
     };
-    if constexpr (PAIRS == 1) {
+    if constexpr (kPairs == 1) {
       DownSums h;
       if (params.x) contract(block, 0, h);
       else block.load_h();
@@ -36,7 +36,7 @@ template <typename T, int BLOCK_M, int MAX_RANK, int PAIRS> struct LowRankLinear
     } else {  // beside the loaders of two pairs there are no registers for sums of h
       if (!params.x) block.load_h();
 #pragma unroll
-      for (int i = 0; i < PAIRS; i++) {
+      for (int i = 0; i < kPairs; i++) {
         if (!params.x) break;
         DownSums h;
         contract(block, i, h);
@@ -47,7 +47,7 @@ template <typename T, int BLOCK_M, int MAX_RANK, int PAIRS> struct LowRankLinear
   }
 
   SHRANK_DEVICE static void round(const Block& block, int i, const DownSums& h) {
-    const int warp_row = PAIRS > 1 ? arch::anew(block.warp_row) : block.warp_row;  // 8 addresses, for each pair
+    const int warp_row = kPairs > 1 ? arch::anew(block.warp_row) : block.warp_row;  // 8 addresses, for each pair
     round_into_panels<T>(block.h_of(i), Block::kPanelBytes, h, warp_row * DownSums::kRows,
                          block.warp_column * DownSums::kColumns, block.pair(i).R);
   }

@@ -11,6 +11,17 @@
 
 namespace shrank {
 
+// Of 16 rows of a factor, the two that a lane has.
+struct TwoRows {
+  int low, high;
+
+  // From `row` on. Rows that there are not repeat the last one: what is made of them is not stored.
+  SHRANK_DEVICE static TwoRows from(int row, int rows) {
+    const int first = row + arch::lane_index() / 4, last = rows - 1;
+    return {min_of(first, last), min_of(first + 8, last)};
+  }
+};
+
 // 16 rows of a factor, some chunks of them in registers, as the tensor cores' 16-row operand. A lane has 8 neighbouring
 // columns of rows g and g + 8: two steps of 16 of a permuted k. The rows of x are read with the same permutation, so that
 // nothing is exchanged.
@@ -21,12 +32,11 @@ template <typename T, int BATCH> struct WeightRows {
   const T *low, *high;  // the lane's first numbers of its two rows
   int left;  // columns from there to the end of what the warp takes
 
-  // Rows that there are not repeat the last one: what is made of them is not stored.
-  SHRANK_DEVICE WeightRows(const void* factor, int row, int rows, int columns, int begin, int end) {
-    const int lane = arch::lane_index(), g = lane / 4, column = begin + lane % 4 * 8, last = rows - 1;
+  SHRANK_DEVICE WeightRows(const void* factor, const TwoRows& rows, int columns, int begin, int end) {
+    const int column = begin + arch::lane_index() % 4 * 8;
     const T* const first = static_cast<const T*>(factor) + column;
-    low = first + arch::multiply_wide(min_of(row + g, last), columns);
-    high = first + arch::multiply_wide(min_of(row + g + 8, last), columns);
+    low = first + arch::multiply_wide(rows.low, columns);
+    high = first + arch::multiply_wide(rows.high, columns);
     left = end - column;
   }
 
@@ -147,10 +157,11 @@ template <int PARTS> struct Share {
 };
 
 // A block has 16 rows of a pair's down; its warps, and the blocks of the other splits, share the columns.
-template <typename T, int TOKENS, int PAIRS, int LAYERS> struct Shrink {
+template <typename T, int TOKENS, int FORM, int LAYERS> struct Shrink {
   using Params = ShrinkExpandParams;
   static constexpr int kThreads = ShrinkExpandTile::kShrinkThreads;
   static constexpr int kSharedBytes = ShrinkExpandTile{TOKENS}.shrink_bytes();
+  static constexpr int kPairs = pairs_of(static_cast<Form>(FORM));
   static constexpr int kWarps = ShrinkExpandTile::kShrinkWarps, kChunk = ShrinkExpandTile::kChunk;
   static constexpr int kBatch = ShrinkExpandTile{TOKENS}.shrink_batch();
   using Sums = TokenSums<TOKENS>;
@@ -161,10 +172,10 @@ template <typename T, int TOKENS, int PAIRS, int LAYERS> struct Shrink {
     int row;
 
     SHRANK_DEVICE static Part here(const Params& params) {
-      const Share<PAIRS * LAYERS> share(ShrinkExpandTile::kRows, [&](int part) { return params.pair[part].R; });
+      const Share<kPairs * LAYERS> share(ShrinkExpandTile::kRows, [&](int part) { return params.pair[part].R; });
       Part part{params.pair[0], share.block * ShrinkExpandTile::kRows};
 #pragma unroll
-      for (int i = 1; i < PAIRS * LAYERS; i++)
+      for (int i = 1; i < kPairs * LAYERS; i++)
         if (share.part == i) part.pair = params.pair[i];
       return part;
     }
@@ -179,7 +190,7 @@ template <typename T, int TOKENS, int PAIRS, int LAYERS> struct Shrink {
     const int chunks = ceil_div(ceil_div(params.K, kChunk), part.pair.splits * kWarps);
     const int begin = (split * kWarps + warp) * chunks * kChunk, end = min_of(begin + chunks * kChunk, params.K);
     WeightStream<T, kBatch, 1> weights(
-        WeightRows<T, kBatch>(part.pair.down, part.row, part.pair.R, params.K, begin, end));
+        WeightRows<T, kBatch>(part.pair.down, TwoRows::from(part.row, part.pair.R), params.K, begin, end));
     weights.rows[0].prefetch();  // a hint, which may come before what writes them: L2 holds what is written last
     arch::grid_dependency_wait();
     arch::grid_dependency_launch();  // after the wait: what is complete for this grid is complete for the next
@@ -234,17 +245,19 @@ template <typename T, int TOKENS, int PAIRS, int LAYERS> struct Shrink {
 
 // A warp has 16 rows of each pair's up, all columns of them. Its weights, bias and residual are asked for while the first kernel
 // runs, which has waited for all that may have written them.
-template <typename T, int TOKENS, int PAIRS, int LAYERS> struct Expand {
+template <typename T, int TOKENS, int FORM, int LAYERS> struct Expand {
   using Params = ShrinkExpandParams;
   static constexpr int kThreads = ShrinkExpandTile::kExpandThreads;
   static constexpr int kBlocksOfSm = ShrinkExpandTile::kExpandBlocks;  // each with weights on their way
-  static constexpr int kSharedBytes = ShrinkExpandTile{TOKENS, PAIRS}.expand_bytes();
-  static constexpr int kChunk = ShrinkExpandTile::kChunk, kBatch = ShrinkExpandTile{TOKENS, PAIRS}.expand_batch();
+  static constexpr ShrinkExpandTile kTile{TOKENS, static_cast<Form>(FORM)};
+  static constexpr int kPairs = kTile.pairs(), kSharedBytes = kTile.expand_bytes();
+  static constexpr bool kPivoted = kTile.form == Form::pivoted;
+  static constexpr int kChunk = ShrinkExpandTile::kChunk, kBatch = kTile.expand_batch();
   using Sums = TokenSums<TOKENS>;
 
   // What a block computes: rows of a layer's up, from `first` on.
   struct Layer {
-    FewRowsPair pair[PAIRS];
+    FewRowsPair pair[kPairs];
     void* y;
     int N, first;
 
@@ -252,7 +265,7 @@ template <typename T, int TOKENS, int PAIRS, int LAYERS> struct Expand {
       const Share<LAYERS> share(ShrinkExpandTile::kExpandRows, [&](int layer) { return params.N[layer]; });
       Layer layer{{}, params.y[0], params.N[0], share.block * ShrinkExpandTile::kExpandRows};
 #pragma unroll
-      for (int pair = 0; pair < PAIRS; pair++) layer.pair[pair] = params.pair[pair];
+      for (int pair = 0; pair < kPairs; pair++) layer.pair[pair] = params.pair[pair];
 #pragma unroll
       for (int i = 1; i < LAYERS; i++)
         if (share.part == i) layer.pair[0] = params.pair[i], layer.y = params.y[i], layer.N = params.N[i];
@@ -260,7 +273,7 @@ template <typename T, int TOKENS, int PAIRS, int LAYERS> struct Expand {
     }
 
     // Of two pairs the larger one: rows of the other h have zeros behind them.
-    SHRANK_DEVICE int rank() const { return PAIRS == 1 ? pair[0].R : max_of(pair[0].R, pair[PAIRS - 1].R); }
+    SHRANK_DEVICE int rank() const { return kPairs == 1 ? pair[0].R : max_of(pair[0].R, pair[kPairs - 1].R); }
 
     SHRANK_DEVICE int64_t at(int m, int n) const { return arch::multiply_wide(m, N) + n; }
   };
@@ -268,32 +281,60 @@ template <typename T, int TOKENS, int PAIRS, int LAYERS> struct Expand {
   SHRANK_DEVICE static void run(const Params& params) {
     const Layer layer = Layer::here(params);
     const int row = layer.first + arch::warp_index() * ShrinkExpandTile::kRows;
-    auto weights = weights_of(layer, row, std::make_integer_sequence<int, PAIRS>{});
+    const TwoRows places = places_of(layer, row);
+    auto weights = weights_of(layer, row, places, std::make_integer_sequence<int, kPairs>{});
     weights.begin();
     const TokenRows<TOKENS> tokens(arch::block_y(), params.M);
-    const Ends ends(params, layer, row, tokens);
+    const Ends ends(params, layer, row, places, tokens);
     arch::grid_dependency_launch();
     arch::grid_dependency_wait();
     const SharedAddress h = arch::dynamic_shared();
     const int rank = layer.rank(), stride = h_row_bytes(rank);
 #pragma unroll
-    for (int pair = 0; pair < PAIRS; pair++)
+    for (int pair = 0; pair < kPairs; pair++)
       stage_h(params, layer, layer.pair[pair], tokens, h + pair * TOKENS * stride, stride);
     arch::sync_threads();
-    Sums sums[PAIRS];
+    Sums sums[kPairs];
     const SharedAddress own = h + arch::lane_index() % 4 * 16;
     weights.multiply(sums, ceil_div(rank, kChunk), [&](int pair, int chunk, int eight, int i) {
       const int at = pair * TOKENS + tokens.of_lane(eight);
       return arch::load_shared_words(own + at * stride + (chunk + i) * kChunk * 2);
     });
+    if constexpr (kPivoted) take_pivots(layer, sums[0], places, tokens, h, stride);
     ends.finish(params, layer, sums, row, tokens);
   }
 
+  // Of pivoted factors, the places of the lane's rows of y^T among those of h^T and then the others.
+  SHRANK_DEVICE static TwoRows places_of(const Layer& layer, int row) {
+    if constexpr (!kPivoted) return {};
+    const TwoRows rows = TwoRows::from(row, layer.N);
+    const int32_t* const order = layer.pair[0].order;
+    const auto place_of = [&](int of) { return static_cast<int>(arch::load_word_if(true, order + of)); };
+    return {place_of(rows.low), place_of(rows.high)};
+  }
+
+  // h in place of the sums of pivots, for which some row of up has taken part in vain.
+  SHRANK_DEVICE static void take_pivots(const Layer& layer, Sums& sums, const TwoRows& places,
+                                        const TokenRows<TOKENS>& tokens, SharedAddress h, int stride) {
+    Sums::for_each([&](int eight, int i, int m, int) {
+      const int place = i < 2 ? places.low : places.high;
+      if (m >= tokens.count || place >= layer.pair[0].R) return;
+      const arch::Pack<uint32_t, 2> four = arch::load_shared_pair(h + m * stride + place / 4 * 8);
+      sums.item[eight][i] = number_of_pair<T>(four, place % 4);
+    });
+  }
+
   template <int... I>
-  SHRANK_DEVICE static WeightStream<T, kBatch, PAIRS> weights_of(const Layer& layer, int row,
-                                                                 std::integer_sequence<int, I...>) {
-    return WeightStream<T, kBatch, PAIRS>(
-        WeightRows<T, kBatch>(layer.pair[I].up, row, layer.N, layer.pair[I].R, 0, layer.pair[I].R)...);
+  SHRANK_DEVICE static WeightStream<T, kBatch, kPairs> weights_of(const Layer& layer, int row, const TwoRows& places,
+                                                                  std::integer_sequence<int, I...>) {
+    if constexpr (kPivoted) {
+      const FewRowsPair& of = layer.pair[0];
+      const TwoRows others{max_of(places.low - of.R, 0), max_of(places.high - of.R, 0)};
+      return WeightStream<T, kBatch, kPairs>(WeightRows<T, kBatch>(of.up, others, of.R, 0, layer.N > of.R ? of.R : 0));
+    } else {
+      return WeightStream<T, kBatch, kPairs>(
+          WeightRows<T, kBatch>(layer.pair[I].up, TwoRows::from(row, layer.N), layer.pair[I].R, 0, layer.pair[I].R)...);
+    }
   }
 
   SHRANK_DEVICE static int h_row_bytes(int rank) {
@@ -334,15 +375,27 @@ template <typename T, int TOKENS, int PAIRS, int LAYERS> struct Expand {
 
   // What comes to the sums of a lane.
   struct Ends {
-    arch::Pack<T, 1> bias[PAIRS][2] = {}, residual[Sums::kEights][4] = {};
+    arch::Pack<T, 1> bias[kPairs][2] = {}, residual[Sums::kEights][4] = {};
 
-    SHRANK_DEVICE Ends(const Params& params, const Layer& layer, int row, const TokenRows<TOKENS>& tokens) {
+    SHRANK_DEVICE Ends(const Params& params, const Layer& layer, int row, const TwoRows& places,
+                       const TokenRows<TOKENS>& tokens) {
       const int g = row + arch::lane_index() / 4;
+      if constexpr (kPivoted) {
+        const FewRowsPair& of = layer.pair[0];
 #pragma unroll
-      for (int i = 0; i < PAIRS * 2; i++)
-        if (const void* const from = layer.pair[i / 2].bias; from && g + i % 2 * 8 < layer.N)
-          bias[i / 2][i % 2] = arch::load<T, 1>(static_cast<const T*>(from) + g + i % 2 * 8);
-      if (PAIRS * LAYERS > 1 || !params.residual) return;
+        for (int i = 0; i < 2; i++) {
+          const int place = i ? places.high : places.low;
+          const void* const from = place < of.R ? of.pivot_bias : of.bias;
+          const int at = place < of.R ? place : place - of.R;
+          if (from && g + i * 8 < layer.N) bias[0][i] = arch::load<T, 1>(static_cast<const T*>(from) + at);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPairs * 2; i++)
+          if (const void* const from = layer.pair[i / 2].bias; from && g + i % 2 * 8 < layer.N)
+            bias[i / 2][i % 2] = arch::load<T, 1>(static_cast<const T*>(from) + g + i % 2 * 8);
+      }
+      if (kPairs * LAYERS > 1 || !params.residual) return;
       Sums::for_each([&](int eight, int i, int m, int r) {
         if (m < tokens.count && row + r < layer.N)
           residual[eight][i] = arch::load<T, 1>(static_cast<const T*>(params.residual) +
@@ -350,16 +403,16 @@ template <typename T, int TOKENS, int PAIRS, int LAYERS> struct Expand {
       });
     }
 
-    SHRANK_DEVICE void finish(const Params& params, const Layer& layer, const Sums (&sums)[PAIRS], int row,
+    SHRANK_DEVICE void finish(const Params& params, const Layer& layer, const Sums (&sums)[kPairs], int row,
                               const TokenRows<TOKENS>& tokens) const {
       with_activation(params.activation, [&](auto kind) {
         Sums::for_each([&](int eight, int i, int m, int r) {
-          float z[PAIRS];
+          float z[kPairs];
 #pragma unroll
-          for (int pair = 0; pair < PAIRS; pair++)
+          for (int pair = 0; pair < kPairs; pair++)
             z[pair] = sums[pair].item[eight][i] + arch::widen(bias[pair][i / 2].item[0]);
           float y = activate<T, decltype(kind)::value>(z[0]);
-          if constexpr (PAIRS == 2) y *= z[1];
+          if constexpr (kPairs == 2) y *= z[1];
           else y += arch::widen(residual[eight][i].item[0]);
           if (m < tokens.count && row + r < layer.N)
             arch::store(static_cast<T*>(layer.y) + layer.at(tokens.first + m, row + r),

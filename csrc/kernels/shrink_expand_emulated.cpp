@@ -54,8 +54,9 @@ emulator::Result emulate_shrink(const ShrinkExpandParams& p, const ShrinkExpandT
   const FewRowsLaunch of(p, tile);
   emulator::Result result;
   with_kernel(p, tile, [&](auto element, auto known) {
-    result = emulator::launch<Shrink<decltype(element), known().tokens, known().pairs, known().layers>>(
-        "shrink", grid_of(of.shrink_blocks, tile.groups(p.M) * of.splits), p, buffers.all, options, true);
+    result =
+        emulator::launch<Shrink<decltype(element), known().tokens, number_of(known().shrink_form()), known().layers>>(
+            "shrink", grid_of(of.shrink_blocks, tile.groups(p.M) * of.splits), p, buffers.all, options, true);
   });
   return result;
 }
@@ -66,9 +67,12 @@ emulator::Result emulate_expand(const ShrinkExpandParams& p, const ShrinkExpandT
   Buffers buffers(bytes(p.dtype));
   for (int i = 0; i < tile.parts(); i++) {
     const FewRowsPair& of = p.pair[i];
-    const int N = p.N[i / tile.pairs];
-    buffers.add("up", of.up, int64_t{N} * of.R, false, false);
-    buffers.add("bias", of.bias, N, false, false);
+    const int N = p.N[i / tile.pairs()];
+    const int others = tile.form == Form::pivoted ? N - of.R : N;
+    buffers.add("up", of.up, int64_t{others} * of.R, false, false);
+    buffers.add("bias", of.bias, others, false, false);
+    buffers.add("pivot_bias", of.pivot_bias, of.R, false, false);
+    buffers.add("order", of.order, N, false, false, sizeof(int32_t));
     buffers.add("sums", of.sums, int64_t{of.splits} * p.M * of.R, false, true, sizeof(float));
     buffers.add("h", of.h, int64_t{p.M} * of.R, of.splits > 1, true);
   }
@@ -77,7 +81,7 @@ emulator::Result emulate_expand(const ShrinkExpandParams& p, const ShrinkExpandT
   const FewRowsLaunch of(p, tile);
   emulator::Result result;
   with_kernel(p, tile, [&](auto element, auto known) {
-    result = emulator::launch<Expand<decltype(element), known().tokens, known().pairs, known().layers>>(
+    result = emulator::launch<Expand<decltype(element), known().tokens, number_of(known().form), known().layers>>(
         "expand", grid_of(of.expand_blocks, tile.groups(p.M)), p, buffers.all, options, false,
         tile.expand_bytes(of.rank));
   });

@@ -94,6 +94,51 @@ template <typename T, int ROWS, int THREADS> struct PanelLoader {
   }
 };
 
+// Fills panels as PanelLoader does, with the rows of a pivoted up that ROWS neighbouring columns of y have: `order` says
+// which. A column that is a pivot has none: some row takes part in vain, and its sum is not used.
+template <typename T, int ROWS, int THREADS> struct PlacedLoader {
+  using Rows = PanelRows<ROWS, THREADS>;
+  Rows rows;
+  const char* source;  // the thread's chunk of up's first row
+  int stride, left, pivots, last;  // last: of up's rows
+  const int32_t* order;  // of the first of the columns
+
+  SHRANK_DEVICE PlacedLoader(const Matrix<T>& up, const int32_t* order, int exist)
+      : rows(exist),
+        source(reinterpret_cast<const char*>(up.data + Rows::chunk() * kChunk)),
+        stride(up.columns * static_cast<int>(sizeof(T))),
+        left(up.rows ? up.columns - Rows::chunk() * kChunk : 0),
+        pivots(up.columns),
+        last(static_cast<int>(up.rows) - 1),
+        order(order) {
+    look_up(exist);
+  }
+
+  SHRANK_DEVICE void load(SharedAddress panel, bool go = true) {
+    rows.load(panel, source, stride, left > 0, go);
+    source += kPanelRow;
+    left -= kPanel;
+  }
+
+  // Back by so many panels, to the first columns of up for the ROWS columns of y behind, of which `exist` are there.
+  SHRANK_DEVICE void restart_below(int panels, int exist) {
+    source -= panels * kPanelRow;
+    left += panels * kPanel;
+    order += ROWS;
+    rows = Rows(exist);
+    look_up(exist);
+  }
+
+ private:
+  SHRANK_DEVICE void look_up(int exist) {
+#pragma unroll
+    for (int i = 0; i < Rows::kCopies; i++) {
+      const int place = static_cast<int>(arch::load_word_if(exist > 0, order + rows.row[i]));
+      rows.row[i] = max_of(min_of(place - pivots, last), 0);
+    }
+  }
+};
+
 // Another matrix with as many columns, whose panels are filled at the same time.
 template <typename T, int ROWS, int THREADS> struct PanelCompanion {
   using Rows = PanelRows<ROWS, THREADS>;
@@ -234,6 +279,12 @@ template <int COUNT, int I = 0, typename Visit> SHRANK_DEVICE void for_constants
 template <typename T> SHRANK_DEVICE void add_pair(float& low, float& high, uint32_t pair) {
   const arch::Pack<float, 2> wide = arch::widen_pair<T>(pair);
   low += wide.item[0], high += wide.item[1];
+}
+
+// One of four numbers that came in two words.
+template <typename T> SHRANK_DEVICE float number_of_pair(const arch::Pack<uint32_t, 2>& words, int number) {
+  const arch::Pack<float, 2> two = arch::widen_pair<T>(number < 2 ? words.item[0] : words.item[1]);
+  return number % 2 ? two.item[1] : two.item[0];
 }
 
 // Where sums change hands with rows of global memory: some rows of a warp's columns, rounded, in shared memory. They are

@@ -34,6 +34,12 @@ std::optional<Tensor> FewRows::add_pair(const Tensor& down, const Tensor& up, co
   return h;
 }
 
+void FewRows::add_pivots(const std::optional<Tensor>& pivot_bias, const Tensor& order) {
+  FewRowsPair& pair = params_.pair[pairs_ - 1];
+  pair.pivot_bias = data_of(pivot_bias);
+  pair.order = static_cast<const int32_t*>(order.const_data_ptr());
+}
+
 void FewRows::run(const ShrinkExpandTile& tile, const Runtime& runtime) const {
   const int index = x_.get_device_index();
   runtime.shrink_expand(params_, tile, runtime.device(index), index);

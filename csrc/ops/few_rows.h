@@ -23,6 +23,9 @@ class FewRows {
   std::optional<Tensor> add_pair(const Tensor& down, const Tensor& up, const std::optional<Tensor>& bias, int splits,
                                  bool training);
 
+  // To the last pair, whose factors are pivoted.
+  void add_pivots(const std::optional<Tensor>& pivot_bias, const Tensor& order);
+
   void add_residual(const std::optional<Tensor>& residual) { params_.residual = data_of(residual); }
 
   void run(const ShrinkExpandTile& tile, const Runtime& runtime) const;

@@ -44,9 +44,11 @@ const Device& device_of(std::string_view gpu) {
 }
 
 std::string explain_for(int64_t M, int64_t K, int64_t N, int64_t R, std::string_view dtype, std::string_view activation,
-                        bool bias, bool residual, bool training, int64_t gate_R, std::string_view gpu) {
+                        bool bias, bool residual, bool training, int64_t gate_R, bool pivoted,
+                        std::string_view gpu) {
   LinearProblem problem{M, K, N, R, parse_dtype(dtype), parse_activation(activation), bias, residual, training};
   problem.gate_R = gate_R;
+  problem.pivoted = pivoted;
   return explain(problem, device_of(gpu));
 }
 
@@ -90,7 +92,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(shrank, library) {
   library.def("why_no_image(int device) -> str");
   library.def(
       "explain(int M, int K, int N, int R, str dtype, str activation, bool bias, bool residual, bool training, "
-      "int gate_R, str gpu) -> str");
+      "int gate_R, bool pivoted, str gpu) -> str");
   library.def(
       "explain_conv(int batch, int C, int N, int R, int[] input, int[] kernel, int[] stride, int[] begin, "
       "int[] end, int[] dilation, int groups, int up_groups, str dtype, str activation, bool bias, "

@@ -33,13 +33,7 @@ LinearProblem checked_problem(const LowRankLinear& args, bool training) {
   }
   int64_t M = 1;
   for (int64_t i = 0; i + 1 < x.dim(); i++) M *= x.size(i);
-  if (residual) {
-    bool fits = residual->dim() == x.dim() && residual->size(x.dim() - 1) == N;
-    for (int64_t i = 0; fits && i + 1 < x.dim(); i++) fits = residual->size(i) == x.size(i);
-    STD_TORCH_CHECK(fits, "shrank::low_rank_linear: residual is ", shape(*residual), ", wanted the shape of x ",
-                    shape(x), " with ", N, " columns");
-    check_like(kOp, "residual", *residual, x);
-  }
+  if (residual) check_residual(kOp, *residual, x, N);
   return {M, K, N, R, dtype, activation_of(kOp, activation), bias.has_value(), residual.has_value(), training};
 }
 
@@ -84,24 +78,6 @@ Stages with_few_rows(const LowRankLinear& args, const LinearProblem& problem, co
   return {y, h};
 }
 
-// activation(z) + residual, in place of z.
-Stages with_epilogue(const LowRankLinear& args, LinearProblem& problem, const Tensor& h, const Runtime& runtime) {
-  const Tensor y = as_contiguous(linear(h, args.up, args.bias));  // the bias goes into the GEMM, where it is free
-  std::optional<Tensor> residual;
-  if (args.residual) residual.emplace(as_contiguous(*args.residual));
-  const EpilogueParams params{y.const_data_ptr(),
-                              residual ? residual->const_data_ptr() : nullptr,
-                              y.mutable_data_ptr(),
-                              problem.M,
-                              problem.N,
-                              problem.dtype,
-                              problem.activation};
-  problem.aligned = aligned(params.z) && aligned(params.residual) && aligned(params.y);
-  const int index = y.get_device_index();
-  runtime.epilogue(params, epilogue_tile(problem, runtime.device(index)), index);
-  return {y, h};
-}
-
 LinearChoice recalled(const LinearProblem& p, const Device& d) { return recall(p, d); }
 
 // `choose` gets the problem and the device.
@@ -114,7 +90,8 @@ Stages run(const LowRankLinear& args, bool training, const Runtime& runtime, con
   const Tensor h = linear(args.x, args.down, std::nullopt);
   switch (choice.kernel) {
     case LinearKernel::gemm_expand: return with_kernel(args, problem, as_contiguous(h), choice.grid, runtime);
-    case LinearKernel::two_gemms_epilogue: return with_epilogue(args, problem, h, runtime);
+    case LinearKernel::two_gemms_epilogue:  // the bias goes into the GEMM, where it is free
+      return {finished(as_contiguous(linear(h, args.up, args.bias)), args.residual, problem, runtime), h};
     case LinearKernel::two_gemms:
       STD_TORCH_CHECK(problem.activation == Activation::none && !problem.residual,
                       "shrank::low_rank_linear: two GEMMs alone apply no activation and no residual");
@@ -130,6 +107,17 @@ std::tuple<Tensor, Tensor> all_of(const Stages& stages) {
 }
 
 }  // namespace
+
+Tensor finished(const Tensor& z, const std::optional<Tensor>& residual, LinearProblem problem, const Runtime& runtime) {
+  std::optional<Tensor> plain;
+  if (residual) plain.emplace(as_contiguous(*residual));
+  const EpilogueParams params{z.const_data_ptr(), data_of(plain), z.mutable_data_ptr(), problem.M,
+                              problem.N,          problem.dtype,  problem.activation};
+  problem.aligned = aligned(params.z) && aligned(params.residual);
+  const int index = z.get_device_index();
+  runtime.epilogue(params, epilogue_tile(problem, runtime.device(index)), index);
+  return z;
+}
 
 LinearProblem problem_of(const LowRankLinear& args, bool training, const Runtime& runtime) {
   LinearProblem problem = checked_problem(args, training);

@@ -19,6 +19,9 @@ struct LowRankLinear {
   const std::optional<Tensor>& residual;
 };
 
+// activation(z) + residual, in one pass, in place of z, which is contiguous.
+Tensor finished(const Tensor& z, const std::optional<Tensor>& residual, LinearProblem problem, const Runtime& runtime);
+
 // After a look at the law.
 LinearProblem problem_of(const LowRankLinear& args, bool training, const Runtime& runtime);
 

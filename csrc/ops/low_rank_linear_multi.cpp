@@ -41,7 +41,7 @@ void run_together(const LowRankLinearMulti& args, const std::vector<Member>& mem
     few.add_pair(args.down[each.at], args.up[each.at], args.bias[each.at], each.grid.blocks_n, false);
     tokens = std::max(tokens, each.grid.tile.block_m);
   }
-  few.run({tokens, 1, ShrinkExpandTile::kMostLayers}, runtime);
+  few.run({tokens, Form::plain, ShrinkExpandTile::kMostLayers}, runtime);
 }
 
 }  // namespace

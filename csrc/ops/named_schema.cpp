@@ -24,6 +24,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(shrank, library) {
       "Tensor? bias, str activation, bool needs_gate_bias, bool needs_bias, str kernel, int[] grid) -> "
       "(Tensor gate, Tensor value, Tensor gate_bias, Tensor bias)");
   library.def(
+      "low_rank_pivoted_as(Tensor x, Tensor down, Tensor up, Tensor? bias, Tensor? pivot_bias, Tensor order, "
+      "str activation, Tensor? residual, bool training, str kernel, int[] grid) -> (Tensor y, Tensor h)");
+  library.def(
+      "pivoted_backward_as(Tensor grad, Tensor h, Tensor up, Tensor? bias, Tensor? pivot_bias, Tensor order, "
+      "str activation, bool needs_bias, str kernel, int[] grid) -> (Tensor z, Tensor bias)");
+  library.def(
+      "low_rank_pivoted_choices(Tensor x, Tensor down, Tensor up, Tensor? bias, Tensor? pivot_bias, Tensor order, "
+      "str activation, Tensor? residual, int most) -> str");
+  library.def(
       "low_rank_gated_choices(Tensor x, Tensor gate_down, Tensor gate_up, Tensor? gate_bias, Tensor down, Tensor up, "
       "Tensor? bias, str activation, int most) -> str");
   library.def(

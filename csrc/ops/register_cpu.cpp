@@ -9,6 +9,8 @@
 #include "low_rank_gated.h"
 #include "low_rank_linear.h"
 #include "low_rank_linear_multi.h"
+#include "low_rank_pivoted.h"
+#include "pivoted_backward.h"
 
 namespace shrank {
 namespace {
@@ -58,6 +60,8 @@ STABLE_TORCH_LIBRARY_IMPL(shrank, CPU, library) {
   SHRANK_IMPL_LOW_RANK_LINEAR_MULTI(library, shrank::cpu);
   SHRANK_IMPL_LOW_RANK_CONV(library, shrank::cpu);
   SHRANK_IMPL_LOW_RANK_GATED(library, shrank::cpu);
+  SHRANK_IMPL_LOW_RANK_PIVOTED(library, shrank::cpu);
   SHRANK_IMPL_EXPAND_BACKWARD(library, shrank::cpu);
   SHRANK_IMPL_GATED_BACKWARD(library, shrank::cpu);
+  SHRANK_IMPL_PIVOTED_BACKWARD(library, shrank::cpu);
 }

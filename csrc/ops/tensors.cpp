@@ -58,12 +58,34 @@ Dtype dtype_of(const char* op, const Tensor& x, const char* name) {
                   ", wanted float32, float16, bfloat16 or float64");
 }
 
+namespace {
+
+void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
+  STD_TORCH_CHECK(tensor.device() == x.device(), op, ": ", name, " is on ", name_of(tensor.device()), ", wanted the ",
+                  name_of(x.device()), " of x");
+}
+
+}  // namespace
+
 void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
   STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), op, ": ", name, " is ",
                   torch::headeronly::toString(tensor.scalar_type()), ", wanted the ",
                   torch::headeronly::toString(x.scalar_type()), " of x");
-  STD_TORCH_CHECK(tensor.device() == x.device(), op, ": ", name, " is on ", name_of(tensor.device()), ", wanted the ",
-                  name_of(x.device()), " of x");
+  check_device(op, name, tensor, x);
+}
+
+void check_int32(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
+  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Int, op, ": ", name, " is ",
+                  torch::headeronly::toString(tensor.scalar_type()), ", wanted Int");
+  check_device(op, name, tensor, x);
+}
+
+void check_residual(const char* op, const Tensor& residual, const Tensor& x, int64_t N) {
+  bool fits = residual.dim() == x.dim() && residual.size(x.dim() - 1) == N;
+  for (int64_t i = 0; fits && i + 1 < x.dim(); i++) fits = residual.size(i) == x.size(i);
+  STD_TORCH_CHECK(fits, op, ": residual is ", shape(residual), ", wanted the shape of x ", shape(x), " with ", N,
+                  " columns");
+  check_like(op, "residual", residual, x);
 }
 
 Activation activation_of(const char* op, std::string_view name) {

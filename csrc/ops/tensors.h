@@ -45,6 +45,12 @@ Dtype dtype_of(const char* op, const Tensor& x, const char* name = "x");
 // An error unless the tensor has the element type of x and lies on its device.
 void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& x);
 
+// An error unless the tensor is of int32 and lies on the device of x.
+void check_int32(const char* op, const char* name, const Tensor& tensor, const Tensor& x);
+
+// An error unless the residual is as a y of N columns, made of x.
+void check_residual(const char* op, const Tensor& residual, const Tensor& x, int64_t N);
+
 // The activation of that name; else an error that names the op.
 Activation activation_of(const char* op, std::string_view name);
 

@@ -37,8 +37,10 @@ std::string wrong_block(const Shape& shape, int threads, int shared_bytes) {
 
 std::string first_of(const emulator::Result& result) { return result.problems.empty() ? "" : result.problems.front(); }
 
+Form form_of(const std::string& number) { return static_cast<Form>(std::stoi(number)); }
+
 std::string run_linear(const std::smatch& name, const LowRankLinearParams& params, const Shape& shape) {
-  const LinearTile tile{std::stoi(name[2]), std::stoi(name[3]), std::stoi(name[4])};
+  const LinearTile tile{std::stoi(name[2]), std::stoi(name[3]), form_of(name[4])};
   if (name[1] != element(params.dtype)) return "the kernel is of another element type than the parameters";
   if (std::string wrong = wrong_block(shape, tile.threads(), tile.shared_bytes()); !wrong.empty()) return wrong;
   const LinearGrid grid{tile, shape.grid[0], static_cast<int>(shape.grid[1])};
@@ -48,7 +50,7 @@ std::string run_linear(const std::smatch& name, const LowRankLinearParams& param
 
 std::string run_few_rows(const std::smatch& name, const ShrinkExpandParams& params, const Shape& shape) {
   const bool shrinks = name[1] == "Shrink";
-  const ShrinkExpandTile tile{std::stoi(name[3]), std::stoi(name[4]), std::stoi(name[5])};
+  const ShrinkExpandTile tile{std::stoi(name[3]), form_of(name[4]), std::stoi(name[5])};
   if (name[2] != element(params.dtype)) return "the kernel is of another element type than the parameters";
   const FewRowsLaunch of(params, tile);
   const int threads = shrinks ? ShrinkExpandTile::kShrinkThreads : ShrinkExpandTile::kExpandThreads;
@@ -63,7 +65,7 @@ std::string run_few_rows(const std::smatch& name, const ShrinkExpandParams& para
 }
 
 std::string run_backward(const std::smatch& name, const ExpandBackwardParams& params, const Shape& shape) {
-  const LinearTile tile{std::stoi(name[2]), std::stoi(name[3]), std::stoi(name[4])};
+  const LinearTile tile{std::stoi(name[2]), std::stoi(name[3]), form_of(name[4])};
   if (name[1] != element(params.dtype)) return "the kernel is of another element type than the parameters";
   if (std::string wrong = wrong_block(shape, tile.threads(), tile.expand_bytes()); !wrong.empty()) return wrong;
   const LinearGrid grid{tile, shape.grid[0], static_cast<int>(shape.grid[1])};

@@ -5,6 +5,7 @@
 #include "cost.h"
 #include "integers.h"
 #include "kernel_cost.h"
+#include "linear_cost.h"
 #include "linear_grid.h"
 #include "tile_cost.h"
 
@@ -16,21 +17,22 @@ double microseconds(const LinearGrid& grid, const LinearProblem& p, const Device
   const double M = real(p.M), N = real(p.N), R = real(p.ranks()), width = bytes(p.dtype);
   const double tiles = real(ceil_div(ceil_div(p.N, tile.block_n()), grid.blocks_n));  // of a block that has most
   Phase load;
-  if (tile.holds_h()) load = load_step(tile) * (tile.pairs * tile.h_panels());
+  if (tile.holds_h()) load = load_step(tile) * (tile.pairs() * tile.h_panels());
   load.l2_bytes = tile.holds_h() ? width * tile.block_m * R : 0;
   load.dram_bytes = width * tile.block_m * R;
   const Phase up = up_steps(tile, tiles, real(p.most_rank()), width);
   Phase end = backward_end_of(tile, p) * tiles;
   end.wait_us = tiles * kL2LatencyUs;  // for the gradient, which has been asked for before the products
-  const double sums = tile.pairs * 2 * 4 * real(backward_sum_rows(grid)) * N;  // written, and read to be added up
+  const double sums = tile.pairs() * 2 * 4 * real(backward_sum_rows(grid)) * N;  // written, and read to be added up
   const Launch launch{grid.blocks_m * grid.blocks_n, tile.threads(), tile.expand_bytes(),
-                      width * (M * R + N * R + bias_numbers(p) + (1 + tile.pairs) * M * N) + sums};
+                      width * (M * R + real(p.up_rows()) * R + bias_numbers(p) + (1 + tile.pairs()) * M * N) + sums};
   return kernel_us(launch, {{0, 0, 0, 0, 0, kDramLatencyUs}, load, up, end}, d);
 }
 
 // Calls visit with each tile that is compiled for a problem's pairs.
 template <typename Visit> void for_each_tile(const LinearProblem& p, const Visit& visit) {
   if (p.gate_R) std::for_each(kGatedBackwardTiles.begin(), kGatedBackwardTiles.end(), visit);
+  else if (p.pivoted) std::for_each(kPivotedBackwardTiles.begin(), kPivotedBackwardTiles.end(), visit);
   else std::for_each(kBackwardTiles.begin(), kBackwardTiles.end(), visit);
 }
 
@@ -71,7 +73,7 @@ const char* why_not(const LinearProblem&, const Device&) { return nullptr; }
 // PyTorch multiplies what meets gate and value.
 double microseconds(const LinearProblem& p, const Device& d) {
   if (p.gate_R) return microseconds(p.gate(), d) + microseconds(p.value(), d) + pass_us(p, d, 2) + pass_us(p, d, 3);
-  return gemm_us(real(p.M), real(p.N), real(p.R), bias_numbers(p), p.dtype, d) + pass_us(p, d, 3);
+  return expand_gemm_us(p, d) + pass_us(p, d, 3);
 }
 
 constexpr const char* kReason = "the pre-activation by cuBLAS, then one pass of ours over it";
@@ -116,7 +118,7 @@ BackwardChoice backward_named(const LinearProblem& p, const Device& d, std::stri
   }
   choice.grid = fused::grid(p, d).grid;
   if (grid.empty()) return choice;
-  const NamedGrid named(grid, p.pairs());
+  const NamedGrid named(grid, p.form());
   bool compiled = false;
   for_each_tile(p, [&](const LinearTile& tile) { compiled = compiled || tile == named.tile; });
   if (!compiled) throw std::invalid_argument("fused: no kernel is compiled for this tile");

@@ -61,11 +61,11 @@ struct NamedGrid {
   LinearTile tile;
   int64_t shares;
 
-  explicit NamedGrid(const std::vector<int64_t>& numbers, int pairs = 1) {
+  explicit NamedGrid(const std::vector<int64_t>& numbers, Form form = Form::plain) {
     if (numbers.size() != 3)
       throw std::invalid_argument("grid has " + std::to_string(numbers.size()) +
                                   " numbers, wanted block_m, max_rank and blocks_n, or none: the cheapest");
-    tile = {static_cast<int>(numbers[0]), static_cast<int>(numbers[1]), pairs};
+    tile = {static_cast<int>(numbers[0]), static_cast<int>(numbers[1]), form};
     shares = numbers[2];
   }
 };

@@ -28,6 +28,8 @@ inline constexpr double kRoundSlots = 4;
 
 // For 8 neighbouring numbers of y: rounded and stored; and what may come to them.
 inline constexpr double kStoreSlots = 14, kBiasSlots = 12, kResidualSlots = 24, kProductSlots = 8;
+// Of pivoted factors: places, h for pivots, and biases by place. As if every column had a pivot among its lanes.
+inline constexpr double kPivotSlots = 132;
 constexpr double activation_slots(Activation activation) {
   switch (activation) {
     case Activation::none: return 0;

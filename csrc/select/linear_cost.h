@@ -9,6 +9,9 @@ namespace shrank {
 // The two products of a low-rank layer by cuBLAS; the bias is in the second.
 double two_gemms_us(const LinearProblem& p, const Device& d);
 
+// The second of them; of pivoted factors with what puts all columns in order.
+double expand_gemm_us(const LinearProblem& p, const Device& d);
+
 // What no kernel can beat: each input read once, each output written once, no FLOP wasted, no launch.
 double floor_us(const LinearProblem& p, const Device& d);
 

@@ -18,6 +18,7 @@ bool fits(const LinearTile& tile, const Device& d) { return tile.shared_bytes() 
 // Calls visit with each tile that is compiled for a problem's pairs.
 template <typename Visit> void for_each_tile(const LinearProblem& p, const Visit& visit) {
   if (p.gate_R) std::for_each(kGatedTiles.begin(), kGatedTiles.end(), visit);
+  else if (p.pivoted) std::for_each(kPivotedTiles.begin(), kPivotedTiles.end(), visit);
   else std::for_each(kLinearTiles.begin(), kLinearTiles.end(), visit);
 }
 
@@ -38,18 +39,19 @@ double microseconds(const LinearGrid& grid, const LinearProblem& p, const Device
   const LinearTile& tile = grid.tile;
   const double M = real(p.M), K = real(p.K), N = real(p.N), R = real(p.ranks()), width = bytes(p.dtype);
   const double tiles = real(ceil_div(ceil_div(p.N, tile.block_n()), grid.blocks_n));  // of a block that has most
-  const double down_steps = fused ? real(tile.pairs * ceil_div(p.K, LinearTile::kPanel)) : 0;
+  const double down_steps = fused ? real(tile.pairs() * ceil_div(p.K, LinearTile::kPanel)) : 0;
 
   Phase down = down_step(tile) * down_steps;
-  if (!fused && tile.holds_h()) down = load_step(tile) * (tile.pairs * tile.h_panels());
-  const Phase rounding = fused ? rounding_of_h(tile) * tile.pairs : Phase{};
-  down.l2_bytes = width * (fused ? (tile.pairs * tile.block_m + R) * K : tile.holds_h() ? tile.block_m * R : 0);
+  if (!fused && tile.holds_h()) down = load_step(tile) * (tile.pairs() * tile.h_panels());
+  const Phase rounding = fused ? rounding_of_h(tile) * tile.pairs() : Phase{};
+  down.l2_bytes = width * (fused ? (tile.pairs() * tile.block_m + R) * K : tile.holds_h() ? tile.block_m * R : 0);
   down.dram_bytes = width * tile.block_m * (fused ? K : R);  // x is in L2 when a second pair reads it
   down.wait_us = down_steps * kDramLatencyUs / (tile.down_stages() - 1);
 
   const Phase up = up_steps(tile, tiles, real(p.most_rank()), width);
   const Phase end = end_of(tile, p) * tiles;
-  const double read = (fused ? M * K + R * K : M * R) + N * R + bias_numbers(p) + (p.residual ? M * N : 0);
+  const double read = (fused ? M * K + R * K : M * R) + real(p.up_rows()) * R + bias_numbers(p) +
+                      (p.residual ? M * N : 0);
   const double moved = read + M * N + (fused && p.training ? M * R : 0);
   const Launch launch{grid.blocks_m * grid.blocks_n, tile.threads(), tile.shared_bytes(), moved * width};
   return kernel_us(launch, {{0, 0, 0, 0, 0, kDramLatencyUs}, down, rounding, up, end}, d);

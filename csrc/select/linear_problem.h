@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "linear_tile.h"
 #include "vocabulary.h"
 
 namespace shrank {
@@ -18,22 +19,26 @@ struct LinearProblem {
   bool aligned = true;  // every tensor is contiguous and begins at a multiple of 16 bytes
   bool captured = false;  // into a CUDA graph, where a launch costs the host nothing
   int64_t gate_R = 0;  // the rank of the gate; R is that of the value. 0: no gate
+  bool pivoted = false;  // R columns of y are h itself, and up has rows for the others alone
 
   constexpr bool operator==(const LinearProblem& other) const {
     return M == other.M && K == other.K && N == other.N && R == other.R && dtype == other.dtype &&
            activation == other.activation && bias == other.bias && residual == other.residual &&
            training == other.training && aligned == other.aligned && captured == other.captured &&
-           gate_R == other.gate_R;
+           gate_R == other.gate_R && pivoted == other.pivoted;
   }
 
   // The same of equal problems.
   constexpr uint64_t mix() const {
     return static_cast<uint64_t>(M * 31 + K * 7 + N * 5 + R * 3 + static_cast<int>(activation) * 2 + training +
-                                 residual * 11 + gate_R * 13);
+                                 residual * 11 + gate_R * 13 + pivoted * 17);
   }
 
+  constexpr Form form() const { return gate_R ? Form::gated : pivoted ? Form::pivoted : Form::plain; }
+  constexpr int64_t up_rows() const { return pivoted ? N - R : N; }
+
   // Of factors, and their ranks: both together, and the larger.
-  constexpr int pairs() const { return gate_R ? 2 : 1; }
+  constexpr int pairs() const { return pairs_of(form()); }
   constexpr int64_t ranks() const { return R + gate_R; }
   constexpr int64_t most_rank() const { return R < gate_R ? gate_R : R; }
 

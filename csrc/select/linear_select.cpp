@@ -135,7 +135,7 @@ LinearChoice choice_named(const LinearProblem& p, const Device& d, std::string_v
     return choice;
   }
   choice.grid = grid.empty() ? grids_of(way.kernel, p, d, 1).front().grid
-                             : grid_of(way.kernel, p, d, NamedGrid(grid, p.pairs()));
+                             : grid_of(way.kernel, p, d, NamedGrid(grid, p.form()));
   return choice;
 }
 

@@ -61,6 +61,7 @@ std::string key_of(const LinearProblem& p, const Device& d) {
   key.add(std::string_view("linear")).add_size("M", bucket(p.M)).add_size("K", p.K).add_size("N", p.N);
   key.add_size("R", p.R);
   if (p.gate_R) key.add_size("gate", p.gate_R);
+  key.add_if(p.pivoted, "pivoted");
   key.add_if(!p.aligned, "unaligned");
   return add_end(key, p, d).text_;
 }

@@ -20,7 +20,11 @@ template <typename P> Object& add_end(Object& object, const P& p) {
 std::string problem_json(const LinearProblem& p) {
   Object object;
   object.add("M", json(p.M)).add("K", json(p.K)).add("N", json(p.N)).add("R", json(p.R));
-  return add_end(object, p).add("aligned", json(p.aligned)).add("gate_R", json(p.gate_R)).text();
+  return add_end(object, p)
+      .add("aligned", json(p.aligned))
+      .add("gate_R", json(p.gate_R))
+      .add("pivoted", json(p.pivoted))
+      .text();
 }
 
 std::string problem_json(const ConvProblem& p) {

@@ -19,7 +19,7 @@ constexpr int64_t kMaxNumber = int64_t{1} << 31;
 constexpr double kReleaseUs = 0.7;
 
 bool fits(const ShrinkExpandTile& tile, const LinearProblem& p, const Device& d) {
-  return tile.pairs == p.pairs() && tile.layers == 1 && p.most_rank() <= ShrinkExpandTile::kMaxRank &&
+  return tile.form == p.form() && tile.layers == 1 && p.most_rank() <= ShrinkExpandTile::kMaxRank &&
          tile.expand_bytes(static_cast<int>(p.most_rank())) <= d.smem_per_block &&
          tile.shrink_bytes() <= d.smem_per_block;
 }
@@ -66,12 +66,12 @@ double expand_us(const LinearProblem& p, const Device& d, const LinearGrid& grid
   load.l2_bytes = rows * real(p.ranks()) * (grid.blocks_n == 1 ? width : 4.0 * grid.blocks_n);
   load.slots = load.l2_bytes / 16 / 32 * kStagingSlots;
   load.wait_us = kL2LatencyUs;
-  const Phase weights = stream(tile, real(tile.pairs * chunks_of(p.most_rank())), kWarps, kStagedTokenSlots);
+  const Phase weights = stream(tile, real(tile.pairs() * chunks_of(p.most_rank())), kWarps, kStagedTokenSlots);
   Phase end;
   end.slots = kWarps * tile.tokens / 8 * (kTokenEndSlots + activation_slots(p.activation) / 2);
   const int64_t blocks = ShrinkExpandTile::expand_blocks(p.N) * grid.blocks_m;
   const double M = real(p.M), N = real(p.N), R = real(p.ranks());
-  const double moved = N * R + bias_numbers(p) + M * N * (1 + p.residual) + (p.training ? M * R : 0);
+  const double moved = real(p.up_rows()) * R + bias_numbers(p) + M * N * (1 + p.residual) + (p.training ? M * R : 0);
   return kernel_us(
       {blocks, ShrinkExpandTile::kExpandThreads, tile.expand_bytes(static_cast<int>(p.most_rank())), moved * width},
       {load, weights, end}, d);
@@ -94,7 +94,7 @@ const char* why_not_any(const LinearProblem& p, const Device& d) {
 
 }  // namespace
 
-ShrinkExpandTile shrink_expand_tile_of(const LinearGrid& grid) { return {grid.tile.block_m, grid.tile.pairs}; }
+ShrinkExpandTile shrink_expand_tile_of(const LinearGrid& grid) { return {grid.tile.block_m, grid.tile.form}; }
 
 const char* shrink_expand_why_not(const LinearProblem& p, const Device& d) {
   if (const char* why_not = why_not_any(p, d)) return why_not;
@@ -105,7 +105,7 @@ const char* shrink_expand_why_not(const LinearProblem& p, const Device& d) {
 
 const char* shrink_expand_why_not(const LinearProblem& p, const Device& d, const LinearTile& tile, int64_t splits) {
   if (const char* why_not = why_not_any(p, d)) return why_not;
-  const ShrinkExpandTile wanted{tile.block_m, p.pairs()};
+  const ShrinkExpandTile wanted{tile.block_m, p.form()};
   if (std::find(kShrinkExpandTiles.begin(), kShrinkExpandTiles.end(), wanted) == kShrinkExpandTiles.end())
     return "no kernel is compiled for this tile";
   if (!fits(wanted, p, d))
@@ -115,7 +115,7 @@ const char* shrink_expand_why_not(const LinearProblem& p, const Device& d, const
 }
 
 LinearGrid shrink_expand_grid_of(const LinearProblem& p, const LinearTile& tile, int splits) {
-  return {{tile.block_m, 0, p.pairs()}, ceil_div(p.M, tile.block_m), splits};
+  return {{tile.block_m, 0, p.form()}, ceil_div(p.M, tile.block_m), splits};
 }
 
 std::vector<PlannedGrid> shrink_expand_grids(const LinearProblem& p, const Device& d, std::size_t most) {

@@ -61,18 +61,18 @@ Phase rounding_of_h(const LinearTile& tile) {
 }
 
 Phase up_step(const LinearTile& tile) {
-  const int rows_of_h = tile.holds_h() ? 0 : tile.pairs * tile.block_m;
-  return step(tile, LinearTile::kBlockN, tile.pairs, LinearTile::kBlockN + rows_of_h);
+  const int rows_of_h = tile.holds_h() ? 0 : tile.pairs() * tile.block_m;
+  return step(tile, LinearTile::kBlockN, tile.pairs(), LinearTile::kBlockN + rows_of_h);
 }
 
 double rank_panels(const LinearTile& tile, double rank) {
-  return tile.holds_h() && tile.pairs == 1 ? tile.h_panels() : std::ceil(rank / LinearTile::kPanel);
+  return tile.holds_h() && tile.pairs() == 1 ? tile.h_panels() : std::ceil(rank / LinearTile::kPanel);
 }
 
 Phase up_steps(const LinearTile& tile, double tiles, double rank, double width) {
   const double panels = tiles * rank_panels(tile, rank);
   Phase phase = up_step(tile) * panels;
-  const int rows_of_h = tile.holds_h() ? 0 : tile.pairs * tile.block_m;
+  const int rows_of_h = tile.holds_h() ? 0 : tile.pairs() * tile.block_m;
   phase.l2_bytes = width * tiles * (LinearTile::kBlockN + rows_of_h) * rank;
   phase.wait_us = panels * kL2LatencyUs / (tile.up_stages() - 1);
   return phase;
@@ -89,12 +89,13 @@ double eights_of(const LinearTile& tile) { return numbers_of(tile) / 8 / tile.th
 }  // namespace
 
 Phase backward_end_of(const LinearTile& tile, const LinearProblem& p) {
-  const double moved = numbers_of(tile) * bytes(p.dtype), of_pair = kStoreSlots + p.bias * kBiasSlots + kRowSumSlots;
+  const double moved = numbers_of(tile) * bytes(p.dtype),
+               of_pair = kStoreSlots + p.bias * kBiasSlots + kRowSumSlots + p.pivoted * kPivotSlots;
   Phase phase;
   phase.slots = warps(tile) * eights_of(tile) *
-                (tile.pairs * of_pair + kResidualSlots + derivative_slots(p.activation) +
-                 (tile.pairs - 1) * (activation_slots(p.activation) + 2 * kProductSlots));
-  phase.dram_bytes = (1 + tile.pairs) * moved;
+                (tile.pairs() * of_pair + kResidualSlots + derivative_slots(p.activation) +
+                 (tile.pairs() - 1) * (activation_slots(p.activation) + 2 * kProductSlots));
+  phase.dram_bytes = (1 + tile.pairs()) * moved;
   phase.l2_bytes = moved;
   return phase;
 }
@@ -103,8 +104,8 @@ Phase end_of(const LinearTile& tile, const LinearProblem& p) {
   const double moved = numbers_of(tile) * bytes(p.dtype);
   Phase phase;
   phase.slots = warps(tile) * eights_of(tile) *
-                (kStoreSlots + tile.pairs * p.bias * kBiasSlots + activation_slots(p.activation) +
-                 p.residual * kResidualSlots + (tile.pairs - 1) * kProductSlots);
+                (kStoreSlots + tile.pairs() * p.bias * kBiasSlots + activation_slots(p.activation) +
+                 p.residual * kResidualSlots + (tile.pairs() - 1) * kProductSlots + p.pivoted * kPivotSlots);
   phase.dram_bytes = moved * (1 + p.residual);
   phase.l2_bytes = p.residual ? moved : 0;
   return phase;

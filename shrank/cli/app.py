@@ -104,6 +104,7 @@ def explain(
     residual: bool = False,
     training: bool = False,
     gate: Annotated[int, typer.Option(help="The rank of the gate of a gated layer, whose R is the value's.")] = 0,
+    pivoted: Annotated[bool, typer.Option(help="Whether the factors of a linear layer are pivoted.")] = False,
     as_json: Json = False,
 ) -> None:
     """Which kernel a low-rank layer takes on a GPU, why, and its predicted time; needs no GPU."""
@@ -112,7 +113,7 @@ def explain(
 
         one_of(shape=shape, conv=conv)
         layer = parse_shape(shape) if conv is None else parse_conv(conv, stride, padding, dilation, groups, up_groups)
-        facts = explain(layer, dtype, gpu, activation, bias, residual, training, gate)
+        facts = explain(layer, dtype, gpu, activation, bias, residual, training, gate, pivoted)
     show(facts, table(facts), as_json)
 
 

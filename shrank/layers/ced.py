@@ -91,9 +91,8 @@ class CED(LowRankLayer):
         fan_in = in_channels // groups * math.prod(kernel_size)
         reset_stages(self.ced_unit, fan_in=fan_in, rank=rank // self.up_groups)
 
-    def in_one_op(
-        self, ops: ModuleType, x: Tensor, first: nn.Module, second: nn.Module, *end: str | Tensor | None
-    ) -> Tensor:
+    def in_one_op(self, ops: ModuleType, x: Tensor, *end: str | Tensor | None) -> Tensor:
+        first, second = self.stages._modules.values()
         padding = first.padding
         if first.padding_mode != "zeros":
             x, padding = F.pad(x, first._reversed_padding_repeated_twice, first.padding_mode), 0

@@ -6,12 +6,14 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
 from torch.nn import Linear
 from torch.nn.functional import linear
 
 from ..linalg import Factors, PivotedFactors, Shape
 from ..ops import onednn
 from ..ops.dispatch import Backend, low_rank_linear, process
+from ..ops.linear import LINEAR
 from .low_rank import LowRankLayer
 from .two_stage import Pivots, checked_rank, factors_of, is_untouched, ops_of, reset_stages, run_pivots
 
@@ -102,28 +104,29 @@ class LED(LowRankLayer):
         ):
             down, up, bias = own["weight"], others["weight"], others["bias"]
             backend = process.backend
-            by_onednn = (
-                self.in_features >= FEWEST_INPUTS
-                and not is_grad_enabled()
-                and backend is AUTO
-                and onednn.is_faster(x, down, up, bias)
-            )
+            large = self.in_features >= FEWEST_INPUTS and not is_grad_enabled() and backend is AUTO
+            by_onednn = large and onednn.is_faster(x, down, up, bias)
             if len(stages) == 2:
                 if by_onednn:
                     return onednn.low_rank_linear(x, down, up, bias)
                 if down.is_cuda or backend is NATIVE:
                     return low_rank_linear(x, down, up, bias)
+                if large and is_compiling() and onednn.is_faster_in_a_graph(x, down, up):
+                    return LINEAR.overload(x, down, up, bias)
                 return linear(linear(x, down), up, bias)  # as low_rank_linear would, without the cost of asking
-            if backend is not NATIVE:
+            if backend is not NATIVE and not down.is_cuda:
                 product = onednn.product if by_onednn else linear
                 h = product(x, down)
                 return run_pivots(stages["2"], h, product(h, up, bias))
         return super().forward(x)
 
-    def in_one_op(
-        self, ops: ModuleType, x: Tensor, first: nn.Module, second: nn.Module, *end: str | Tensor | None
-    ) -> Tensor:
-        return ops.low_rank_linear(x, first.weight, second.weight, second.bias, *end)
+    def in_one_op(self, ops: ModuleType, x: Tensor, *end: str | Tensor | None) -> Tensor:
+        first, second, *third = self.stages._modules.values()
+        down, up, bias = first.weight, second.weight, second.bias
+        if not third:
+            return ops.low_rank_linear(x, down, up, bias, *end)
+        (pivots,) = third
+        return ops.low_rank_pivoted(x, down, up, pivots.order, bias, pivots.bias, *end)
 
     def gated(self, value: LED, x: Tensor, activation: str) -> Tensor:
         """activation(self(x)) * value(x): in one op, where ops compute both layers."""

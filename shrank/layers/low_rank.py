@@ -31,10 +31,8 @@ class LowRankLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return run(self.stages, x, self.stage_kinds, self.in_one_op)
 
-    def in_one_op(
-        self, ops: ModuleType, x: Tensor, first: nn.Module, second: nn.Module, *end: str | Tensor | None
-    ) -> Tensor:
-        """What both stages compute, one after the other, by the op that the module `ops` has for them.
+    def in_one_op(self, ops: ModuleType, x: Tensor, *end: str | Tensor | None) -> Tensor:
+        """What the stages compute, one after the other, by the op that the module `ops` has for them.
 
         end: what follows them, if anything: activation and residual, as the op takes them.
         """
@@ -44,7 +42,7 @@ class LowRankLayer(nn.Module):
         """activation(self(x)) + residual: in one op, where the op computes the layer and its law has the residual."""
         fits = residual is None or self.takes_residual(x, residual)
         if fits and is_untouched(self) and (ops := ops_for(self.stages, self.stage_kinds, x)):
-            return self.in_one_op(ops, x, *self.stages, activation, residual)
+            return self.in_one_op(ops, x, activation, residual)
         return reference.finished(self(x), activation, residual)
 
     def takes_residual(self, x: Tensor, residual: Tensor) -> bool:

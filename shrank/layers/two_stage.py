@@ -14,7 +14,7 @@ from ..ops import dispatch, onednn
 from ..ops.dispatch import Backend, current_backend
 
 UNITS = ("led_unit", "ced_unit")  # what the sequence of stages is called, in attributes and checkpoints
-NO_PIVOTED_KERNEL = "backend is native, but the native kernels do not know pivoted storage: auto_fact(..., pivot=False)"
+NO_PIVOTED_KERNEL = "backend is native, but it has no kernel for a pivoted convolution: auto_fact(..., pivot=False)"
 
 
 def checked_rank(rank: int | None, r: int | None, outputs: int | None = None) -> int:
@@ -113,20 +113,30 @@ def run(
     stages: nn.Sequential,
     x: Tensor,
     kinds: tuple[type[nn.Module], ...],
-    in_one_op: Callable[[ModuleType, Tensor, nn.Module, nn.Module], Tensor],
+    in_one_op: Callable[[ModuleType, Tensor], Tensor],
 ) -> Tensor:
-    """Decides who computes a low-rank layer: the stages one by one, or `in_one_op` of the ops, x and the two stages.
+    """Decides who computes a low-rank layer: the stages one by one, or `in_one_op` of the ops and x.
 
-    RuntimeError where the native kernels are insisted on and the stages are pivoted.
+    RuntimeError where the native kernels are insisted on for a pivoted convolution.
     """
-    if is_pivoted(stages) and current_backend() is Backend.NATIVE:
-        raise RuntimeError(NO_PIVOTED_KERNEL)
     ops = ops_for(stages, kinds, x)
-    return in_one_op(ops, x, *stages) if ops else run_stages(stages, x)
+    if ops is None and is_pivoted(stages) and current_backend() is Backend.NATIVE and is_convolution(stages):
+        raise RuntimeError(NO_PIVOTED_KERNEL)
+    return in_one_op(ops, x) if ops else run_stages(stages, x)
+
+
+def is_convolution(stages: nn.Sequential) -> bool:
+    return any(isinstance(stage, nn.modules.conv._ConvNd) for stage in stages)
 
 
 def ops_for(stages: nn.Sequential, kinds: tuple[type[nn.Module], ...], x: Tensor) -> ModuleType | None:
     """The module whose op computes these stages of x at once; None where they run one by one."""
+    if is_pivoted(stages):
+        first, second, pivots = stages._modules.values()
+        known = type(pivots) is Pivots and type(first) in kinds and type(second) in kinds and not is_convolution(stages)
+        untouched = known and all(map(is_untouched, (first, second, pivots)))
+        native = current_backend() is Backend.NATIVE or x.is_cuda
+        return dispatch if untouched and native else None
     factors = factors_of(stages, kinds)
     return ops_of(x, *factors) if factors else None
 

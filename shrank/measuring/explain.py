@@ -129,11 +129,13 @@ def explain(
     residual: bool = False,
     training: bool = False,
     gate: int = 0,
+    pivoted: bool = False,
 ) -> dict:
     """The decision, the alternatives and the costs of a linear layer or of a convolution with its channels last
     (csrc/select/explain.cpp lists the keys). gpu: a name, cuda:N or cpu. gate: the rank of the gate of a gated layer.
+    pivoted: whether a linear layer's factors are.
 
-    Raises ValueError on an unknown name, on a gate where there can be none and without a GPU to explain for,
+    Raises ValueError on an unknown name, on a gate or pivots where there can be none and without a GPU to explain for,
     RuntimeError with the reasons where the extension decides and is not loaded.
     """
     explain_plain.check_names(dtype, activation, gpu)
@@ -143,12 +145,14 @@ def explain(
         gpu = f"cuda:{torch.cuda.current_device()}"
     if gate < 0 or (gate and (residual or isinstance(shape, Conv))):
         raise ValueError(f"gate is {gate}: the rank of a gate, of a linear layer without residual; or 0")
+    if pivoted and (gate or isinstance(shape, Conv) or shape[3] > shape[2]):
+        raise ValueError("pivoted: of a linear layer with one pair of factors, of at most as many ranks as outputs")
     end = (dtype, activation, bias, residual, training)
     if (on_cpu := explain_plain.is_cpu(gpu)) or native.problems():
-        return _without_extension(_problem(shape, *end, gate), gpu, on_cpu)
+        return _without_extension(_problem(shape, *end, gate, pivoted), gpu, on_cpu)
     if isinstance(shape, Conv):
         return json.loads(torch.ops.shrank.explain_conv(*astuple(shape), *end, True, gpu))
-    return json.loads(torch.ops.shrank.explain(*shape, *end, gate, gpu))
+    return json.loads(torch.ops.shrank.explain(*shape, *end, gate, pivoted, gpu))
 
 
 def _problem(
@@ -159,6 +163,7 @@ def _problem(
     residual: bool,
     training: bool,
     gate: int,
+    pivoted: bool,
 ) -> dict:
     """What is asked, as the extension repeats it."""
     end = {
@@ -171,7 +176,7 @@ def _problem(
     }
     if isinstance(shape, Conv):
         return {**asdict(shape), "output": shape.output(), **end, "channels_last": True}
-    return {**dict(zip("MKNR", shape, strict=True)), **end, "aligned": True, "gate_R": gate}
+    return {**dict(zip("MKNR", shape, strict=True)), **end, "aligned": True, "gate_R": gate, "pivoted": pivoted}
 
 
 def _without_extension(problem: dict, gpu: str, on_cpu: bool) -> dict:
@@ -232,7 +237,8 @@ def _kib(size: float) -> str:
 def _layer(problem: dict) -> str:
     if "M" in problem:
         gate = f", gate of R {problem['gate_R']}" if problem["gate_R"] else ""
-        return ", ".join(f"{name} {problem[name]}" for name in "MKNR") + gate
+        pivoted = ", pivoted" if problem["pivoted"] else ""
+        return ", ".join(f"{name} {problem[name]}" for name in "MKNR") + gate + pivoted
     sizes = {name: "x".join(map(str, problem[name])) for name in ("input", "kernel", "stride", "dilation")}
     padding = "x".join(f"{begin}:{end}" for begin, end in zip(problem["begin"], problem["end"], strict=True))
     return (

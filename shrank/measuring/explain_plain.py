@@ -67,8 +67,8 @@ def why_plain(problem: dict, on_cpu: bool) -> str | None:
     """Why PyTorch's own two calls run; None where the extension may have a kernel."""
     if on_cpu:
         return "a CPU has none of our kernels: PyTorch's own two calls, and its own activation and residual"
-    if problem["activation"] != "none" or problem["residual"] or problem.get("gate_R"):
-        return None  # a kernel may apply them, and multiply by a gate
+    if problem["activation"] != "none" or problem["residual"] or problem.get("gate_R") or problem.get("pivoted"):
+        return None  # a kernel may apply them, multiply by a gate, and put pivots into their places
     if problem["dtype"] not in ("bfloat16", "float16"):
         return f"no kernel takes {problem['dtype']}, and the second call adds the bias for free"
     groups = problem.get("up_groups", 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..ops.conv import CONV
 from ..ops.gated import GATED
 from ..ops.linear import LINEAR
+from ..ops.pivoted import PIVOTED
 from ..ops.registration import Op
 
 
@@ -26,6 +27,8 @@ class Problem:
     def op(self) -> Op:
         if "M" not in self.numbers:
             return CONV
+        if self.numbers.get("pivoted"):
+            return PIVOTED
         return GATED if self.numbers.get("gate_R") else LINEAR
 
     @property
@@ -48,6 +51,13 @@ class Problem:
                 bias = draw(N) if n["bias"] else None
                 given += [draw(rank, K, fan_in=K), draw(N, rank, fan_in=rank), bias]
             return (*given, n["activation"])
+        if self.op is PIVOTED:
+            M, K, N, R = (n[name] for name in "MKNR")
+            biases = (draw(N - R), draw(R)) if n["bias"] else (None, None)
+            order = torch.randperm(N, device=device).int()
+            residual = draw(M, N) if n["residual"] else None
+            factors = draw(R, K, fan_in=K), draw(N - R, R, fan_in=R)
+            return (draw(M, K), *factors, *biases, order, n["activation"], residual)
         if self.op is LINEAR:
             M, K, N, R = (n[name] for name in "MKNR")
             tensors, y = (draw(M, K), draw(R, K, fan_in=K), draw(N, R, fan_in=R)), (M, N)

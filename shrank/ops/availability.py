@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import native
-from .law import DTYPES
+from .law import DTYPES, ORDER_DTYPE
 
 OLDEST_CAPABILITY = (8, 0)
 
@@ -45,7 +45,7 @@ _NAMES = ("x", "down", "up", "bias", "residual")
 
 def why_not_these(tensors: tuple[Tensor | None, ...], names: tuple[str, ...]) -> list[str]:
     """The reasons that hold for these tensors, and for what surrounds the call."""
-    if not torch.compiler.is_compiling() and _are_known_to_fit(tensors):
+    if not torch.compiler.is_compiling() and _are_known_to_fit(tensors, names):
         return _of_surroundings()
     reasons = []
     for name, tensor in zip(names, tensors, strict=True):
@@ -58,7 +58,10 @@ def why_not_these(tensors: tuple[Tensor | None, ...], names: tuple[str, ...]) ->
             reasons.append(f"{name} is on {tensor.device}, not on a CUDA device")
         elif unfit := _too_old(tensor.get_device()) or _no_image(tensor.get_device()):
             reasons.append(f"{name} is on {unfit}")
-        if tensor.dtype not in DTYPES:
+        if name == "order":
+            if tensor.dtype != ORDER_DTYPE:
+                reasons.append(f"{name} is {tensor.dtype}, not {ORDER_DTYPE}")
+        elif tensor.dtype not in DTYPES:
             reasons.append(f"{name} is {tensor.dtype}, not one of {', '.join(map(str, DTYPES))}")
         kind = type(tensor)
         if kind is not Tensor and kind is not Parameter and is_traceable_wrapper_subclass(tensor):
@@ -71,7 +74,7 @@ def why_not_these(tensors: tuple[Tensor | None, ...], names: tuple[str, ...]) ->
 _fit: set[int] = set()  # devices of which nothing speaks against a tensor
 
 
-def _are_known_to_fit(tensors: tuple[Tensor | None, ...]) -> bool:
+def _are_known_to_fit(tensors: tuple[Tensor | None, ...], names: tuple[str, ...]) -> bool:
     """Whether these are plain tensors on such devices: every eager call asks, and a microsecond counts."""
     for each in tensors:
         if each is None:
@@ -79,9 +82,16 @@ def _are_known_to_fit(tensors: tuple[Tensor | None, ...]) -> bool:
         kind = type(each)
         if not (kind is Tensor or kind is Parameter) or not each.is_cuda:
             return False
-        if each.dtype not in DTYPES or each.get_device() not in _fit:
+        if each.dtype not in DTYPES and not _is_order(each, tensors, names):
+            return False
+        if each.get_device() not in _fit:
             return False
     return True
+
+
+def _is_order(tensor: Tensor, tensors: tuple[Tensor | None, ...], names: tuple[str, ...]) -> bool:
+    """Asked of the few tensors that are no floating ones."""
+    return tensor.dtype == ORDER_DTYPE and "order" in names and tensor is tensors[names.index("order")]
 
 
 def _of_surroundings() -> list[str]:

@@ -11,11 +11,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import availability, multi, native, onednn, reference, self_check
+from . import availability, multi, native, onednn, pivoted_reference, reference, self_check
 from .conv import CONV, check_low_rank_conv, window_of
 from .gated import GATED, check_low_rank_gated
 from .linear import LINEAR, check_low_rank_linear
 from .multi import Multi, check_low_rank_linear_multi
+from .pivoted import PIVOTED, check_low_rank_pivoted
 from .registration import Op
 
 
@@ -200,6 +201,51 @@ def low_rank_gated(
         check_low_rank_gated(*given, activation, _autocast_casts(x))
     torch_ops = _by_pytorch(backend, x, down, up, bias, gate_down, gate_up, gate_bias)
     return torch_ops.low_rank_gated(*given, activation)
+
+
+def low_rank_pivoted(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    order: Tensor,
+    bias: Tensor | None = None,
+    pivot_bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    *,
+    backend: Backend | str | None = None,
+) -> Tensor:
+    """Multiply by a low-rank matrix in pivoted storage: activation(z) + residual, where z has R outputs that h is.
+
+    down holds R rows of the matrix itself, the pivots, and up the other rows in terms of these. With h = x @ down.T, z
+    is h + pivot_bias and h @ up.T + bias, each output in its place.
+
+    Args:
+        x: (..., K).
+        down: (R, K), the rows of the pivots.
+        up: (N - R, R), the other rows in terms of these; none where R is N.
+        order: (N,), int32: for every output, its place among the pivots and then the others. Every place occurs once,
+            which is not checked: that would wait for the device.
+        bias: (N - R,), of the other outputs.
+        pivot_bias: (R,), of the pivots' outputs.
+        activation: none, relu, gelu (by erf), gelu_tanh or silu.
+        residual: (..., N), added after the activation.
+        backend: Who computes this call; by default the process's backend decides.
+
+    Returns:
+        (..., N), in the dtype of x. The native kernels compute activation and residual in fp32 and round once, PyTorch
+        rounds after each.
+
+    Raises:
+        RuntimeError: As of `low_rank_linear`.
+        ValueError: The backend is unknown.
+    """
+    given = (x, down, up, bias, pivot_bias, order)
+    if _runs_native(PIVOTED, backend, *given, residual):
+        return PIVOTED.call(*given, activation, residual)
+    if _are_tensors(*given, residual):
+        check_low_rank_pivoted(*given, activation, residual, _autocast_casts(x))
+    return pivoted_reference.low_rank_pivoted(*given, activation, residual)
 
 
 def low_rank_conv(

@@ -12,6 +12,7 @@ from torch import Tensor
 from .reference import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+ORDER_DTYPE = torch.int32  # of the places of pivoted storage
 
 
 def refusal(op: str, complaint: str) -> RuntimeError:
@@ -32,9 +33,13 @@ def check_bias(op: str, bias: Tensor | None, up: Tensor, name: str = "bias") -> 
         raise refusal(op, f"{name} is {shape_of(bias)}, wanted ({up.size(0)},) for up {shape_of(up)}")
 
 
+def check_shape(op: str, name: str, tensor: Tensor | None, wanted: tuple[int, ...]) -> None:
+    if tensor is not None and shape_of(tensor) != wanted:
+        raise refusal(op, f"{name} is {shape_of(tensor)}, wanted {wanted}")
+
+
 def check_residual(op: str, residual: Tensor | None, wanted: tuple[int, ...]) -> None:
-    if residual is not None and shape_of(residual) != wanted:
-        raise refusal(op, f"residual is {shape_of(residual)}, wanted {wanted}")
+    check_shape(op, "residual", residual, wanted)
 
 
 def check_alike(op: str, casts: bool, **tensors: Tensor | None) -> None:
@@ -49,3 +54,14 @@ def check_alike(op: str, casts: bool, **tensors: Tensor | None) -> None:
             raise refusal(op, f"{name} is {tensor.dtype}, wanted one of {', '.join(map(str, DTYPES))}")
         if tensor.device != like.device:
             raise refusal(op, f"{name} is on {tensor.device}, wanted the {like.device} of {first}")
+
+
+def check_order(op: str, order: Tensor, first: str, like: Tensor) -> None:
+    """Refuse another dtype and device of an order than it must have beside the first tensor, `like`.
+
+    Its numbers are not looked at: that would wait for the device.
+    """
+    if order.dtype != ORDER_DTYPE:
+        raise refusal(op, f"order is {order.dtype}, wanted {ORDER_DTYPE}")
+    if order.device != like.device:
+        raise refusal(op, f"order is on {order.device}, wanted the {like.device} of {first}")

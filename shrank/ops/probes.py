@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from ..util.closeness import distance, stray_elements
-from . import reference
+from . import pivoted_reference, reference
 from .conv import CONV
 from .expand_backward import run_named
 from .gated import GATED
 from .gated_backward import run_named as run_gated_named
-from .law import DTYPES
+from .law import DTYPES, ORDER_DTYPE
 from .linear import LINEAR
 from .multi import Multi, run_together
+from .pivoted import PIVOTED
+from .pivoted_backward import run_named as run_pivoted_named
 from .registration import Op
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -118,6 +120,34 @@ class GatedBackwardProbe(Probe):
         return Truth(reference.gated_backward, given)
 
 
+@dataclass(frozen=True)
+class PivotedProbe(Probe):
+    """Of a pivoted layer. first: its pivots are the first outputs, and not anywhere."""
+
+    first: bool = False
+
+    def arguments(self, dtype: torch.dtype, device: str) -> tuple:
+        draw, (x, down, up) = _drawing(dtype, device), self.sizes
+        N = up[1] + up[0]
+        order = torch.arange(N) if self.first else torch.randperm(N, generator=torch.Generator().manual_seed(0))
+        given = draw(*x), draw(*down, fan_in=down[1]), draw(*up, fan_in=up[1]), draw(up[0]), draw(up[1])
+        return (*given, order.to(device, ORDER_DTYPE), "gelu", draw(*x[:-1], N))
+
+
+class PivotedBackwardProbe(PivotedProbe):
+    """The same of pivoted_backward, with what was the residual as the gradient."""
+
+    def arguments(self, dtype: torch.dtype, device: str) -> tuple:
+        x, down, *rest, grad = super().arguments(dtype, device)
+        return (grad, x @ down.mT, *rest, True)
+
+    def run(self, given: tuple) -> NamedTuple:
+        return run_pivoted_named(given, self.kernel, self.grid)
+
+    def truth(self, given: tuple) -> Truth:
+        return Truth(pivoted_reference.pivoted_backward, given)
+
+
 class MultiProbe(Probe):
     """Of several layers of one input, by the kernels for a few rows. grid: tokens, and the splits of each layer."""
 
@@ -161,7 +191,7 @@ class Truth:
     """What a function of tensors must give, which names its results: in fp64 and as PyTorch computes in their dtype."""
 
     def __init__(self, compute: Callable[..., NamedTuple], given: tuple) -> None:
-        self.exact = compute(*(each.double() if isinstance(each, Tensor) else each for each in given))
+        self.exact = compute(*(each.double() if _is_floating(each) else each for each in given))
         self.plain = compute(*given)
 
     def what_is_wrong(self, found: NamedTuple) -> str:
@@ -170,6 +200,10 @@ class Truth:
             if far := distance(one, two, three) or stray_elements(one, two):
                 return f"{name} has {far}"
         return ""
+
+
+def _is_floating(given: object) -> bool:
+    return isinstance(given, Tensor) and given.is_floating_point()
 
 
 def _sizes(*sizes: tuple[int, ...]) -> tuple[torch.Size, ...]:
@@ -182,6 +216,10 @@ _CONV = _sizes((2, 16, 9, 7), (24, 16, 3, 3), (40, 24, 1, 1))
 _GATED = _sizes((37, 200), (72, 200), (136, 72), (40, 200), (136, 40))
 _GATED_END = _sizes((37, 72), (136, 72), (37, 40), (136, 40))
 _MULTI = _sizes((37, 200), (40, 200), (136, 40), (72, 200), (72, 72), (8, 200), (200, 8))
+# Pivots of a ragged panel, of a whole one, of more than one, and all outputs.
+_FEW, _PANEL, _MANY, _ALL = (
+    _sizes((37, 200), (R, 200), (others, R)) for R, others in ((24, 136), (64, 72), (136, 72), (72, 0))
+)
 _PLAIN = ([2, 1], [1, 2], [1, 1])  # stride, padding, dilation
 
 
@@ -213,6 +251,26 @@ PROBES = (
     GatedBackwardProbe(GATED, "backward", "fused", _GATED_END),
     GatedBackwardProbe(GATED, "backward streamed", "fused", _GATED_END, grid=(64, 0, 1)),
     GatedBackwardProbe(GATED, "backward epilogue", "gemm_epilogue", _GATED_END, dtypes=DTYPES),
+    PivotedProbe(PIVOTED, "shrink_expand", "shrink_expand", _FEW, grid=(16, 0, 1)),
+    PivotedProbe(PIVOTED, "shrink_expand split", "shrink_expand", _MANY, grid=(8, 0, 2), first=True),
+    PivotedProbe(PIVOTED, "shrink_expand all", "shrink_expand", _ALL, grid=(16, 0, 1)),
+    PivotedProbe(PIVOTED, "fused", "fused", _FEW),
+    PivotedProbe(PIVOTED, "fused panel", "fused", _PANEL, first=True),
+    PivotedProbe(PIVOTED, "fused many", "fused", _MANY),
+    PivotedProbe(PIVOTED, "fused all", "fused", _ALL),
+    PivotedProbe(PIVOTED, "expand", "gemm_expand", _FEW, first=True),
+    PivotedProbe(PIVOTED, "expand many", "gemm_expand", _MANY),
+    PivotedProbe(PIVOTED, "expand streamed", "gemm_expand", _PANEL, grid=(64, 0, 1)),
+    PivotedProbe(PIVOTED, "expand streamed many", "gemm_expand", _MANY, grid=(64, 0, 1)),
+    PivotedProbe(PIVOTED, "expand streamed all", "gemm_expand", _ALL, grid=(64, 0, 1)),
+    PivotedProbe(PIVOTED, "epilogue", "two_gemms_epilogue", _FEW, dtypes=DTYPES),
+    PivotedProbe(PIVOTED, "epilogue all", "two_gemms_epilogue", _ALL, dtypes=DTYPES),
+    PivotedBackwardProbe(PIVOTED, "backward", "fused", _FEW),
+    PivotedBackwardProbe(PIVOTED, "backward panel", "fused", _PANEL, first=True),
+    PivotedBackwardProbe(PIVOTED, "backward many", "fused", _MANY),
+    PivotedBackwardProbe(PIVOTED, "backward streamed", "fused", _MANY, grid=(64, 0, 1)),
+    PivotedBackwardProbe(PIVOTED, "backward streamed all", "fused", _ALL, grid=(64, 0, 1)),
+    PivotedBackwardProbe(PIVOTED, "backward epilogue", "gemm_epilogue", _FEW, dtypes=DTYPES),
     Probe(CONV, "chunks", "fused", _CONV, (*_PLAIN, 1, 1)),
     Probe(
         CONV,

@@ -27,7 +27,7 @@ def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
     return grad * sigmoid * (1 + z * (1 - sigmoid))
 
 
-_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda grad, z: torch.ops.aten.threshold_backward(grad, z, 0),
     "gelu": torch.ops.aten.gelu_backward,
     "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
@@ -118,11 +118,11 @@ def expand_backward(grad: Tensor, h: Tensor, up: Tensor, bias: Tensor | None, ac
 
     The pre-activation is not kept for this: it is as large as y, and h (..., R) gives it again.
     """
-    dz = grad if activation == "none" else _BACKWARD[activation](grad, F.linear(h, up, bias))
-    return End(dz, _rows(dz).sum(0) if needs_bias else None)
+    dz = grad if activation == "none" else BACKWARD[activation](grad, F.linear(h, up, bias))
+    return End(dz, rows(dz).sum(0) if needs_bias else None)
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.size(-1))  # -1 would say nothing of an empty tensor
 
 
@@ -142,16 +142,29 @@ def low_rank_linear_backward(
     end: what computes `expand_backward`.
     """
     dz, dbias = end(grad, h, up, bias, activation, bool(needs.bias))
-    dx, ddown, dup = _factors_backward(dz, x, down, up, h, needs.x, needs.down, needs.up)
+    dx, ddown, dup = factors_backward(dz, x, down, up, h, needs.x, needs.down, needs.up)
     return Grads(dx, ddown, dup, dbias, grad if needs.residual else None)
 
 
-def _factors_backward(
-    dz: Tensor, x: Tensor, down: Tensor, up: Tensor, h: Tensor, needs_x: object, needs_down: object, needs_up: object
+def factors_backward(
+    dz: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    h: Tensor,
+    needs_x: object,
+    needs_down: object,
+    needs_up: object,
+    own: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, down and up that are needed, from that of z = h @ up.T with h = x @ down.T."""
-    flat_dz, flat_h, flat_x = map(_rows, (dz, h, x))
-    dh = flat_dz @ up if needs_x or needs_down else None
+    """The gradients of x, down and up that are needed, from that of z = h @ up.T with h = x @ down.T.
+
+    own: a gradient of h (..., R) that comes past up.
+    """
+    flat_dz, flat_h, flat_x = map(rows, (dz, h, x))
+    dh = None
+    if needs_x or needs_down:
+        dh = flat_dz @ up if own is None else torch.addmm(rows(own), flat_dz, up)
     return (
         (dh @ down).reshape(x.shape) if needs_x else None,
         dh.mT @ flat_x if needs_down else None,
@@ -211,12 +224,12 @@ def gated_backward(
     z, value = F.linear(gate_h, gate_up, gate_bias), F.linear(h, up, bias)
     dgate, dvalue = grad * value, grad * ACTIVATIONS[activation](z)
     if activation != "none":
-        dgate = _BACKWARD[activation](dgate, z)
+        dgate = BACKWARD[activation](dgate, z)
     return GatedEnd(
         dgate,
         dvalue,
-        _rows(dgate).sum(0) if needs_gate_bias else None,
-        _rows(dvalue).sum(0) if needs_bias else None,
+        rows(dgate).sum(0) if needs_gate_bias else None,
+        rows(dvalue).sum(0) if needs_bias else None,
     )
 
 
@@ -240,10 +253,10 @@ def low_rank_gated_backward(
     end: what computes `gated_backward`.
     """
     of = end(grad, gate_h, gate_up, gate_bias, h, up, bias, activation, bool(needs.gate_bias), bool(needs.bias))
-    by_gate, dgate_down, dgate_up = _factors_backward(
+    by_gate, dgate_down, dgate_up = factors_backward(
         of.gate, x, gate_down, gate_up, gate_h, needs.x, needs.gate_down, needs.gate_up
     )
-    by_value, ddown, dup = _factors_backward(of.value, x, down, up, h, needs.x, needs.down, needs.up)
+    by_value, ddown, dup = factors_backward(of.value, x, down, up, h, needs.x, needs.down, needs.up)
     dx = by_gate + by_value if needs.x else None
     return GatedGrads(dx, dgate_down, dgate_up, of.gate_bias, ddown, dup, of.bias)
 
@@ -382,7 +395,7 @@ def _pointwise_backward(
     if groups > 1 or not _is_channels_last(grad) or not _is_channels_last(h):
         dz = grad
         if activation != "none":
-            dz = _BACKWARD[activation](grad, CONVOLUTIONS[up.dim() - 2](h, up, bias, groups=groups))
+            dz = BACKWARD[activation](grad, CONVOLUTIONS[up.dim() - 2](h, up, bias, groups=groups))
         ones = [1] * (dz.dim() - 2)
         zeros = [0] * len(ones)
         return torch.ops.aten.convolution_backward(
@@ -401,4 +414,4 @@ def _pointwise_backward(
     h_rows = h.movedim(1, -1)
     dz, dbias = end(grad.movedim(1, -1), h_rows, up.flatten(1), bias, activation, bool(needs.bias))
     dh = (dz @ up.flatten(1)).movedim(-1, 1) if needs_h else None
-    return dh, (_rows(dz).mT @ _rows(h_rows)).view_as(up) if needs.up else None, dbias
+    return dh, (rows(dz).mT @ rows(h_rows)).view_as(up) if needs.up else None, dbias

@@ -43,7 +43,7 @@ class PlanOptions:
         allow_dense: Let a budget keep a layer dense that can be low-rank.
         errors: Compute the expected error of every layer.
         pivot: Store factors in R (K + N - R) numbers. "auto": where a budget pays for it with rank, in layers that are
-            in eval mode and not on a GPU, whose fused kernels know plain factors only.
+            in eval mode and not on a GPU, where many tokens take longer with pivots than with plain factors.
 
     Raises:
         ValueError: A number is below 1, max_rank below min_rank, or pivot none of True, False and "auto".

@@ -11,19 +11,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import shrank
-from shrank.ops import availability, reference, self_check
+from shrank.ops import availability, pivoted_reference, reference, self_check
 from shrank.ops.conv import CONV
 from shrank.ops.gated import GATED
 from shrank.ops.linear import LINEAR
+from shrank.ops.pivoted import PIVOTED
 from shrank.ops.reference import Window
 from shrank.ops.registration import Op
-from tests.common import conv_cases, gated_cases, linear_cases
+from tests.common import conv_cases, gated_cases, linear_cases, pivoted_cases
 from tests.common.conv_cases import ConvCase
 from tests.common.gated_cases import GatedCase
 from tests.common.linear_cases import LinearCase
+from tests.common.pivoted_cases import PivotedCase
 from tests.common.tolerances import assert_close
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+Case = LinearCase | ConvCase | GatedCase | PivotedCase
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,17 @@ class OpUnderTest:
     """An op, and the problems that it is tried on.
 
     full: a problem with every end, in each memory format; small: one for numerical derivatives; odd: for opcheck.
-    reference: PyTorch's answer to the op's own arguments.
+    reference: PyTorch's answer to the op's own arguments; function: that of a user to the same.
     """
 
     name: str
     definition: Op
     reference: Callable[..., Tensor]
-    full: dict[str, LinearCase | ConvCase | GatedCase]
-    small: dict[str, LinearCase | ConvCase | GatedCase]
-    values: list[LinearCase | ConvCase | GatedCase]
-    gradients: list[LinearCase | ConvCase | GatedCase]
-    odd: list[LinearCase | ConvCase | GatedCase]
+    full: dict[str, Case]
+    small: dict[str, Case]
+    values: list[Case]
+    gradients: list[Case]
+    odd: list[Case]
 
     def __str__(self) -> str:
         return self.name
@@ -56,7 +59,7 @@ class OpUnderTest:
 
     @property
     def function(self) -> Callable[..., Tensor]:
-        return getattr(shrank, self.definition.name)
+        return _pivoted_function if self.definition is PIVOTED else getattr(shrank, self.definition.name)
 
     def assert_as_good_as_torch(self, actual: Tensor, arguments: tuple) -> None:
         assert_close(actual, self.reference(*doubled(arguments)), self.reference(*arguments))
@@ -64,6 +67,12 @@ class OpUnderTest:
 
 def _conv_reference(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, *rest) -> Tensor:
     return reference.low_rank_conv(x, down, up, bias, Window(*rest[:5]), *rest[5:])
+
+
+def _pivoted_function(
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, pivot_bias: Tensor | None, order: Tensor, *rest, **options
+) -> Tensor:
+    return shrank.low_rank_pivoted(x, down, up, order, bias, pivot_bias, *rest, **options)
 
 
 _linear = LinearCase((3, 5), 24, 40, 8, True, "gelu", True)
@@ -110,7 +119,24 @@ GATED_OP = OpUnderTest(
         GatedCase((0,), 16, 8, 4, 8),
     ],
 )
-OPS = (LINEAR_OP, CONV_OP, GATED_OP)
+_pivoted = PivotedCase((3, 5), 24, 40, 8, activation="gelu", residual=True)
+PIVOTED_OP = OpUnderTest(
+    name="pivoted",
+    definition=PIVOTED,
+    reference=pivoted_reference.low_rank_pivoted,
+    full={"rows": _pivoted},
+    small={"rows": _pivoted},
+    values=pivoted_cases.ENDS + pivoted_cases.SHAPES + pivoted_cases.MATRICES,
+    gradients=pivoted_cases.ENDS + pivoted_cases.SHAPES + pivoted_cases.MATRICES,
+    odd=[
+        replace(_pivoted, activation="relu"),  # whose derivative does not depend on how z is rounded
+        PivotedCase((), 8, 8, 2, "pivots"),
+        PivotedCase((4,), 16, 7, 3, "none", "silu"),
+        PivotedCase((4,), 16, 8, 8, "others", "relu", True),
+        PivotedCase((0,), 16, 8, 4),
+    ],
+)
+OPS = (LINEAR_OP, CONV_OP, GATED_OP, PIVOTED_OP)
 
 
 def each_case(of: Callable[[OpUnderTest], list]) -> pytest.MarkDecorator:
@@ -132,12 +158,21 @@ EACH_OP = pytest.mark.parametrize("tested", OPS, ids=str)
 
 
 def doubled(arguments: tuple) -> tuple:
-    """The arguments in float64, each its own leaf."""
-    return tuple(a.detach().double().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in arguments)
+    """The arguments in float64, each its own leaf; an order of places stays."""
+    return tuple(a.detach().double().requires_grad_(a.requires_grad) if is_floating(a) else a for a in arguments)
 
 
 def tensors_of(arguments: tuple) -> list[Tensor]:
     return [each for each in arguments if isinstance(each, Tensor)]
+
+
+def floating_of(arguments: tuple) -> list[Tensor]:
+    """Those that may have a gradient."""
+    return [each for each in arguments if is_floating(each)]
+
+
+def is_floating(argument: object) -> bool:
+    return isinstance(argument, Tensor) and argument.is_floating_point()
 
 
 class Recorded(TorchDispatchMode):

@@ -30,7 +30,8 @@ _KERNEL = re.compile(
 )
 _GATHERS = ("chunks", "analytic", "numbers")
 LINEAR, BACKWARD, SHRINK, EXPAND = "linear", "backward", "shrink", "expand"
-GATED, MULTI = "gated ", "multi "  # before the kind of a kernel with two pairs of factors, or for several layers
+GATED, MULTI, PIVOTED = "gated ", "multi ", "pivoted "  # before the kind of a kernel for such layers
+OF_FORM = ("", GATED, PIVOTED)  # csrc/select/linear_tile.h, from 1 on
 Name = tuple[str, str, int, int]  # kind: linear, or how a convolution gathers; dtype, block_m, max_rank
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -50,7 +51,7 @@ class FewRowsTile:
     max_rank = 0
 
     def __init__(self, kind: str, tile: object) -> None:
-        self.gather, self.block_m = (MULTI if tile.layers > 1 else GATED * (tile.pairs - 1)) + kind, tile.tokens
+        self.gather, self.block_m = (MULTI if tile.layers > 1 else OF_FORM[tile.form - 1]) + kind, tile.tokens
         self.rank_limit = tile.MAX_RANK
         self.threads = {SHRINK: tile.SHRINK_THREADS, EXPAND: tile.EXPAND_THREADS}[kind]
         self.shared_bytes = {SHRINK: tile.shrink_bytes, EXPAND: tile.expand_bytes}[kind]
@@ -60,7 +61,7 @@ class BackwardTile:
     """A LinearTile as the backward kernel uses it: it has no first stage."""
 
     def __init__(self, tile: object) -> None:
-        self.gather = GATED * (tile.pairs - 1) + BACKWARD
+        self.gather = OF_FORM[tile.form - 1] + BACKWARD
         self.block_m, self.max_rank, self.threads = tile.block_m, tile.max_rank, tile.threads
         self.shared_bytes = tile.expand_bytes
 
@@ -111,13 +112,13 @@ def name_in(line: str) -> Name | None:
     kind, numbers = kinds[named[1]], [int(number) for number in re.findall(r"\d+", named[4])]
     several = kind in (SHRINK, EXPAND) and numbers.pop() > 1
     if kind in (LINEAR, BACKWARD, SHRINK, EXPAND):
-        kind = (MULTI if several else "") + GATED * (numbers.pop() - 1) + kind
+        kind = (MULTI if several else "") + OF_FORM[numbers.pop() - 1] + kind
     return kind, named[2], *(*numbers, 0)[:2]
 
 
 def name_of(tile: object, dtype: str) -> Name:
     """Of a LinearTile or a ConvTile."""
-    kind = tile.gather if hasattr(tile, "gather") else GATED * (tile.pairs - 1) + LINEAR
+    kind = tile.gather if hasattr(tile, "gather") else OF_FORM[tile.form - 1] + LINEAR
     return kind, dtype, tile.block_m, tile.max_rank
 
 
@@ -188,13 +189,15 @@ def table(tiles: list) -> str:
 
 def tiles_of(dev: ModuleType) -> list:
     select = dev.select
-    backward = [*select.BACKWARD_TILES, *select.GATED_BACKWARD_TILES]
+    backward = [*select.BACKWARD_TILES, *select.GATED_BACKWARD_TILES, *select.PIVOTED_BACKWARD_TILES]
     return [
         *select.LINEAR_TILES,
         *select.GATED_TILES,
+        *select.PIVOTED_TILES,
         *select.CONV_TILES,
         *map(BackwardTile, backward),
-        *(FewRowsTile(kind, tile) for kind in (SHRINK, EXPAND) for tile in select.SHRINK_EXPAND_TILES),
+        *(FewRowsTile(SHRINK, tile) for tile in select.SHRINK_EXPAND_TILES if OF_FORM[tile.form - 1] != PIVOTED),
+        *(FewRowsTile(EXPAND, tile) for tile in select.SHRINK_EXPAND_TILES),
     ]
 
 

@@ -11,13 +11,17 @@ import torch
 from shrank.ops import reference
 from tests.common.tolerances import assert_close, assert_every_element_close
 
-from .emulated.linear import BF16, GATED_TILES, TILES, Run, emulate, exact, in_pytorch, runs
+from .emulated.linear import BF16, GATED_TILES, PIVOTED_TILES, TILES, Run, emulate, exact, in_pytorch, runs
 
 BOTH = pytest.mark.parametrize("copies_early", [False, True], ids=["copies_late", "copies_early"])
 
 
 def test_every_tile_that_is_compiled_is_tested(dev) -> None:
-    for compiled, tested in ((dev.select.LINEAR_TILES, TILES), (dev.select.GATED_TILES, GATED_TILES)):
+    select = dev.select
+    tested_tiles = (TILES, GATED_TILES, PIVOTED_TILES)
+    for compiled, tested in zip(
+        (select.LINEAR_TILES, select.GATED_TILES, select.PIVOTED_TILES), tested_tiles, strict=True
+    ):
         assert [(tile.block_m, tile.max_rank) for tile in compiled] == list(tested)
 
 
@@ -33,20 +37,29 @@ def test_values_are_as_good_as_pytorchs_and_no_rule_is_broken(dev, run: Run, cop
     if run.training:
         for ours, theirs in zip(outcome.h, h, strict=True):
             assert_every_element_close(ours, theirs)
-    else:  # saving h for training is not in a loop
+    elif not run.pivoted:  # saving h for training is not in a loop, and pivots are read from h column by column
         assert outcome.counts.bank_conflicts == 0
 
 
 @BOTH
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(
-    ("block_m", "max_rank", "from_h", "gate"),
-    [(32, 64, False, 0), (32, 96, True, 0), (64, 0, True, 0), (64, 64, False, 24), (64, 0, True, 72)],
+    ("block_m", "max_rank", "from_h", "of_form"),
+    [
+        (32, 64, False, {}),
+        (32, 96, True, {}),
+        (64, 0, True, {}),
+        (64, 64, False, {"gate": 24}),
+        (64, 0, True, {"gate": 72}),
+        (64, 64, False, {"pivoted": True}),
+        (64, 0, True, {"pivoted": True}),
+    ],
 )
 def test_no_order_of_threads_breaks_a_rule_or_changes_a_bit(
-    dev, block_m, max_rank, from_h, gate, seed, copies_early
+    dev, block_m, max_rank, from_h, of_form, seed, copies_early
 ) -> None:
-    run = Run(block_m, max_rank, 70, 200, 392, 40, True, "gelu_tanh", not gate, True, 2, from_h=from_h, gate=gate)
+    ends = (True, "gelu_tanh", "gate" not in of_form, True, 2)
+    run = Run(block_m, max_rank, 70, 200, 392, 40, *ends, from_h=from_h, **of_form)
     arguments = run.arguments()
     outcome, other = emulate(dev, run, arguments, seed, copies_early), emulate(dev, run, arguments)
     assert outcome.problems == []

@@ -146,6 +146,27 @@ def test_the_model_knows_what_a_step_of_two_pairs_issues(arch: str) -> None:
 
 @needs_extension
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [sass.LINEAR, sass.BACKWARD])
+def test_the_model_knows_what_pivots_cost(arch: str, dtype: str, kind: str) -> None:
+    """The loop over tiles has the end of a tile in it: beside that of plain factors, with all branches."""
+    of_eight = model()["kPivotSlots"]
+    for rank in (64, 128, 256):
+        plain, pivoted = (steps(arch, (of + kind, dtype, 64, rank))[-1] for of in ("", sass.PIVOTED))
+        assert pivoted["HMMA"] == plain["HMMA"] and not pivoted.guarded("HMMA")
+        eights = 64 * 128 / 8 / 128  # of a thread
+        assert pivoted.slots - plain.slots == pytest.approx(of_eight * eights, rel=0.1), (rank, kind)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_first_step_of_pivoted_layers_is_that_of_plain_ones(arch: str, dtype: str) -> None:
+    plain = linear_steps(arch, dtype)
+    for tile, step in linear_steps(arch, dtype, sass.PIVOTED + sass.LINEAR).items():
+        assert step["LDGSTS"] == plain[tile]["LDGSTS"] and step.slots <= plain[tile].slots + 24, tile
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_in_a_step_is_conditional_but_the_end_of_the_copies(arch: str, dtype: str) -> None:
     for tile, step in linear_steps(arch, dtype).items():
         assert step.control <= (2 if arch == "sm_80" else 1), (tile, step.counts)  # on sm_80, loops are left by a call
@@ -290,7 +311,7 @@ def few_rows_loops(arch: str) -> dict[sass.Name, tuple[Loop, int, int]]:
 def test_a_few_rows_cost_little_beside_the_loads_of_their_weights(arch: str) -> None:
     """By chunk of 16 rows and 32 columns, two loads of 16 bytes a lane."""
     slots, found = model(), few_rows_loops(arch)
-    assert len(found) == 24
+    assert len(found) == 28
     for name, (loop, chunks, eights) in found.items():
         shrinks = name[0].endswith(sass.SHRINK)
         of_tokens = slots["kTokenSlots" if shrinks else "kStagedTokenSlots"]

@@ -11,19 +11,21 @@ import torch
 from tests.common.tolerances import assert_close, assert_every_element_close
 
 from .emulated.few_rows import TOKENS, FewRowsRun, Layer, MultiRun, emulate, emulate_multi, multi_runs, runs
-from .emulated.linear import BF16, exact, in_pytorch
+from .emulated.linear import BF16, GATED, PIVOTED, PLAIN, exact, in_pytorch
 
 
 def test_every_tile_that_is_compiled_is_tested(dev) -> None:
-    compiled = [(tile.tokens, tile.pairs, tile.layers) for tile in dev.select.SHRINK_EXPAND_TILES]
-    assert sorted(compiled) == sorted((tokens, *of) for tokens in TOKENS for of in ((1, 1), (2, 1), (1, 3)))
+    compiled = [(tile.tokens, tile.form, tile.layers) for tile in dev.select.SHRINK_EXPAND_TILES]
+    kinds = ((PLAIN, 1), (GATED, 1), (PIVOTED, 1), (PLAIN, 3))
+    assert sorted(compiled) == sorted((tokens, *of) for tokens in TOKENS for of in kinds)
 
 
 @pytest.mark.parametrize("run", runs(), ids=str)
 def test_values_are_as_good_as_pytorchs_and_no_rule_is_broken(dev, run: FewRowsRun) -> None:
     arguments = run.arguments()
     outcome = emulate(dev, run, arguments, hash(run.M + run.N + run.K + run.R) % 8)
-    assert outcome.problems == [] and outcome.counts.bank_conflicts == 0
+    assert outcome.problems == []
+    assert run.pivoted or outcome.counts.bank_conflicts == 0  # pivots are read from h column by column
     y, *h = exact(arguments)
     assert_close(outcome.y, y, in_pytorch(arguments))
     assert_every_element_close(outcome.y, y)
@@ -32,11 +34,23 @@ def test_values_are_as_good_as_pytorchs_and_no_rule_is_broken(dev, run: FewRowsR
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize(("tokens", "splits", "gate"), [(8, 3, 0), (16, 1, 0), (16, 2, 0), (8, 2, 40), (16, 1, 136)])
+@pytest.mark.parametrize(
+    ("tokens", "splits", "of_form"),
+    [
+        (8, 3, {}),
+        (16, 1, {}),
+        (16, 2, {}),
+        (8, 2, {"gate": 40}),
+        (16, 1, {"gate": 136}),
+        (8, 2, {"pivoted": True}),
+        (16, 1, {"pivoted": True}),
+    ],
+)
 def test_no_order_of_threads_breaks_a_rule_or_changes_a_bit(
-    dev, tokens: int, splits: int, gate: int, seed: int
+    dev, tokens: int, splits: int, of_form: dict, seed: int
 ) -> None:
-    run = FewRowsRun(tokens, splits, tokens + 3, 1032, 136, 72, True, "gelu_tanh", not gate, True, gate=gate)
+    ends = (True, "gelu_tanh", "gate" not in of_form, True)
+    run = FewRowsRun(tokens, splits, tokens + 3, 1032, 136, 72, *ends, **of_form)
     arguments = run.arguments()
     outcome, other = emulate(dev, run, arguments, seed), emulate(dev, run, arguments)
     assert outcome.problems == []

@@ -28,6 +28,7 @@ FACTS = {
         "captured": False,
         "aligned": True,
         "gate_R": 0,
+        "pivoted": False,
     },
     "device": {"name": "H200", "source": "measured on a Tuesday"},
     "decision": {
@@ -93,10 +94,12 @@ def test_options_reach_the_op(asked) -> None:
     )
     assert run("--shape", "1, 2, 3, 4").exit_code == 0
     assert run("--shape", "1,2,3,4", "--activation", "silu", "--gate", 5).exit_code == 0
+    assert run("--shape", "1,2,4,3", "--pivoted").exit_code == 0
     assert asked == [
-        (16384, 768, 3072, 96, "fp16", "gelu", False, True, True, 0, "a100"),
-        (1, 2, 3, 4, "bf16", "none", True, False, False, 0, "cuda:1"),
-        (1, 2, 3, 4, "bf16", "silu", True, False, False, 5, "cuda:1"),
+        (16384, 768, 3072, 96, "fp16", "gelu", False, True, True, 0, False, "a100"),
+        (1, 2, 3, 4, "bf16", "none", True, False, False, 0, False, "cuda:1"),
+        (1, 2, 3, 4, "bf16", "silu", True, False, False, 5, False, "cuda:1"),
+        (1, 2, 4, 3, "bf16", "none", True, False, False, 0, True, "cuda:1"),
     ]
 
 
@@ -107,6 +110,19 @@ def test_a_gate_where_there_can_be_none_is_refused(asked, more: list) -> None:
     shape = [] if "--conv" in more else ["--shape", "1,2,3,4"]
     shown = run(*shape, *more)
     assert shown.exit_code != 0 and "the rank of a gate" in shown.stderr and not asked
+
+
+@pytest.mark.parametrize(
+    "layer", [["--shape", "1,2,4,3", "--gate", 4], ["--shape", "1,2,3,4"], ["--conv", "2,3,8x8,3x3,4,2"]], ids=str
+)
+def test_pivots_where_there_can_be_none_are_refused(asked, layer: list) -> None:
+    shown = run(*layer, "--pivoted")
+    assert shown.exit_code != 0 and "pivoted: of a linear layer" in shown.stderr and not asked
+
+
+def test_pivots_are_shown(asked, monkeypatch) -> None:
+    monkeypatch.setitem(FACTS["problem"], "pivoted", True)
+    assert "R 96, pivoted" in run("--shape", "1,2,3,4").stdout
 
 
 def test_a_gate_is_shown(asked, monkeypatch) -> None:

@@ -24,6 +24,7 @@ from shrank.ops.apart import NotMade
 from shrank.ops.conv import CONV
 from shrank.ops.gated import GATED
 from shrank.ops.linear import LINEAR
+from shrank.ops.pivoted import PIVOTED
 from shrank.ops.tuned import Measured
 from shrank.util.cache import name_of, write_facts
 
@@ -66,6 +67,7 @@ GATED_PROBLEM = LINEAR_PROBLEM | {"activation": "silu", "residual": False, "gate
 PROBLEMS = {
     "linear": Problem("a linear key", LINEAR_PROBLEM),
     "gated": Problem("a gated key", GATED_PROBLEM),
+    "pivoted": Problem("a pivoted key", LINEAR_PROBLEM | {"pivoted": True}),
     "conv": Problem("a conv key", CONV_PROBLEM),
 }
 WAYS = {
@@ -80,9 +82,14 @@ WAYS = {
         ("gemm_expand", [64, 0, 1]),
         ("two_gemms_epilogue", None),
     ],
+    PIVOTED.name: [
+        ("fused", [64, 128, 1]),
+        ("gemm_expand", [64, 0, 1]),
+        ("two_gemms_epilogue", None),
+    ],
     CONV.name: [("fused", [64, 32, 1]), ("conv_expand", [64, 0, 1]), ("two_convs_epilogue", None)],
 }
-LIBRARY = {LINEAR.name: "two_gemms_epilogue", GATED.name: "two_gemms_epilogue", CONV.name: "two_convs_epilogue"}
+LIBRARY = {op.name: "two_gemms_epilogue" for op in (LINEAR, GATED, PIVOTED)} | {CONV.name: "two_convs_epilogue"}
 
 
 class Native:
@@ -129,7 +136,7 @@ def native(monkeypatch, tmp_path) -> Native:
     monkeypatch.setattr(registration.Op, "run_named", lambda op, *given: Native.run(made, op, *given))
     for name in ("remember_measured", "forget_measured", "note_problems", "noted_problems"):
         monkeypatch.setattr(torch.ops.shrank, name, getattr(made, name), raising=False)
-    for op in (LINEAR, GATED, CONV):
+    for op in (LINEAR, GATED, PIVOTED, CONV):
         monkeypatch.setattr(torch.ops.shrank, f"{op.name}_choices", lambda *_, op=op: made.choices(op), raising=False)
     return made
 
@@ -211,7 +218,8 @@ def test_a_problem_for_which_memory_is_short_is_left_out_alone(native, monkeypat
         shrank.tune("cpu", clock=scripted({})) as done,
     ):
         pass
-    assert {each.key for each in done} == {"a conv key", "a gated key"} == {each.key for each in tuned.load("cpu")}
+    others = {"a conv key", "a gated key", "a pivoted key"}
+    assert {each.key for each in done} == others == {each.key for each in tuned.load("cpu")}
 
 
 def test_a_way_that_does_not_run_is_left_out(native) -> None:

@@ -94,6 +94,19 @@ def test_what_fits_once_hides_no_reason_of_another_call(monkeypatch: pytest.Monk
     assert availability._fit == set()
 
 
+def test_an_order_of_places_is_no_reason_and_numbers_of_its_kind_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # on device -1
+    names = ("x", "down", "order")
+    x, down, order = torch.randn(2, 8), torch.randn(4, 8), torch.arange(4, dtype=torch.int32)
+    for known in (set(), {-1}):
+        monkeypatch.setattr(availability, "_fit", known)
+        assert availability.why_not_these((x, down, order), names) == []
+        assert availability.why_not_these((x, None, order), names) == []
+        assert availability.why_not_these((x, down, order.long()), names) == ["order is torch.int64, not torch.int32"]
+        assert "x is torch.int32" in availability.why_not_these((x.int(), down, order), names)[0]
+        assert "up is torch.int32" in availability.why_not_these((x, down, order), ("x", "down", "up"))[0]
+
+
 def test_the_mark_of_constants_is_that_of_torch() -> None:
     def own() -> None: ...
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from tests.common.ops import OpUnderTest, each_case, each_format, tensors_of
+from tests.common.ops import OpUnderTest, each_case, each_format, floating_of
 from tests.common.tolerances import assert_close
 
 
@@ -26,7 +26,7 @@ def test_opcheck(tested, case, dtype: torch.dtype, device: str) -> None:
 
 def largest_gradient(tested: OpUnderTest, case: object, device: str) -> float:
     arguments = case.tensors(torch.float64, device, requires_grad=True)
-    found = torch.autograd.grad(tested.reference(*arguments).sum(), tensors_of(arguments))
+    found = torch.autograd.grad(tested.reference(*arguments).sum(), floating_of(arguments))
     return max((float(each.abs().max()) for each in found if each.numel()), default=0.0)
 
 

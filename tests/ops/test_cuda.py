@@ -15,13 +15,15 @@ from shrank.ops import reference
 from tests.common.conv_cases import ConvCase
 from tests.common.gated_cases import GatedCase
 from tests.common.linear_cases import LinearCase
-from tests.common.ops import CONV_OP, EACH_OP, GATED_OP, LINEAR_OP, doubled, ops_of, tensors_of
+from tests.common.ops import CONV_OP, EACH_OP, GATED_OP, LINEAR_OP, PIVOTED_OP, doubled, ops_of, tensors_of
+from tests.common.pivoted_cases import PivotedCase
 from tests.common.tolerances import assert_close, assert_every_element_close
 
 pytestmark = pytest.mark.gpu
 CASES = {
     "linear": LinearCase((64,), 256, 384, 32, True, "gelu", True),
     "gated": GatedCase((64,), 256, 384, 32, 48),
+    "pivoted": PivotedCase((64,), 256, 384, 72, "both", "gelu", True),
     "conv": ConvCase((28, 30), (3, 3), 64, 96, 32, B=4, padding=(1, 1), activation="gelu", residual=True, last=True),
 }
 # Tokens are those of batches, single and full.
@@ -64,9 +66,22 @@ GATED_MODELS = [
         (2048, 5632, 320, 64, "gate"),
     ]
 ]
+PIVOTED_MODELS = [
+    PivotedCase((M,), K, N, R, order=order)
+    for M in (1, 33, 1000, 4096)
+    for K, N, R, order in [
+        (768, 768, 136, "mixed"),
+        (768, 3072, 192, "first"),
+        (3072, 768, 256, "mixed"),
+        (1024, 1024, 400, "last"),
+        (768, 776, 40, "mixed"),
+        (256, 256, 256, "mixed"),
+    ]
+]
 MODELS = (
     [(LINEAR_OP, case, case) for case in LINEAR_MODELS]
     + [(GATED_OP, case, case) for case in GATED_MODELS]
+    + [(PIVOTED_OP, case, case) for case in PIVOTED_MODELS]
     + [(CONV_OP, case, replace(case, last=False)) for case in CONV_MODELS]
 )
 
@@ -133,6 +148,7 @@ def test_several_layers_get_the_bits_that_they_get_alone(M: int) -> None:
 CAPTURED = [
     *((LINEAR_OP, replace(CASES["linear"], activation=each), torch.bfloat16) for each in reference.ACTIVATIONS),
     *((GATED_OP, replace(CASES["gated"], batch=(M,)), torch.bfloat16) for M in (4, 256)),
+    *((PIVOTED_OP, replace(CASES["pivoted"], batch=(M,)), torch.bfloat16) for M in (4, 256)),
     *((CONV_OP, CASES["conv"], dtype) for dtype in (torch.bfloat16, torch.float32)),
 ]
 

@@ -40,7 +40,19 @@ class Conv(nn.Module):
         return torch.ops.shrank.low_rank_conv(x, ced.down, ced.up, ced.bias, *window, "silu").relu()
 
 
-NETS = {"linear": (Linear, (64,)), "conv": (Conv, (16, 6, 5))}
+class Pivoted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.led = shrank.LED(64, 48, 16, pivot=True)
+        self.pivot_bias = nn.Parameter(torch.randn(16))
+        self.register_buffer("order", torch.randperm(48, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, (up, bias) = self.led.down, self.led.led_unit[1].parameters()
+        return torch.ops.shrank.low_rank_pivoted(x, down, up, bias, self.pivot_bias, self.order, "relu").square()
+
+
+NETS = {"linear": (Linear, (64,)), "conv": (Conv, (16, 6, 5)), "pivoted": (Pivoted, (64,))}
 
 
 def exported(net: type[nn.Module], shape: tuple[int, ...]) -> tuple[nn.Module, ExportedProgram]:

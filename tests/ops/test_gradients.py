@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from shrank.ops import reference
-from tests.common.ops import DTYPES, doubled, each_case, each_format, tensors_of
+from tests.common.ops import DTYPES, doubled, each_case, each_format, floating_of, is_floating, tensors_of
 from tests.common.tolerances import assert_close
 
 
 def gradients(call: Callable[..., Tensor], arguments: tuple, grads: list[Tensor]) -> list[Tensor]:
     y = call(*arguments)
-    return [d for grad in grads for d in torch.autograd.grad(y, tensors_of(arguments), grad, retain_graph=True)]
+    return [d for grad in grads for d in torch.autograd.grad(y, floating_of(arguments), grad, retain_graph=True)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -28,7 +28,7 @@ def test_gradients(tested, case, dtype: torch.dtype, device: str) -> None:
     exact = gradients(tested.reference, doubled(arguments), [grad.double() for grad in grads])
     baseline = gradients(tested.reference, arguments, grads)
     found = gradients(tested.op, arguments, grads)
-    for tensor, ours, wanted, torchs in zip(tensors_of(arguments) * 2, found, exact, baseline, strict=True):
+    for tensor, ours, wanted, torchs in zip(floating_of(arguments) * 2, found, exact, baseline, strict=True):
         assert ours.dtype == tensor.dtype and ours.shape == tensor.shape
         assert_close(ours, wanted, torchs)
 
@@ -45,7 +45,7 @@ def test_gradcheck_twice(tested, full, activation: str, device: str) -> None:
 def test_only_the_gradients_that_are_wanted(tested, full, device: str) -> None:
     arguments = full.tensors(torch.float64, device)
     assert len(tensors_of(arguments)) == len(tested.definition.names)
-    for wanted in (i for i, each in enumerate(arguments) if isinstance(each, Tensor)):
+    for wanted in (i for i, each in enumerate(arguments) if is_floating(each)):
         given = list(full.tensors(torch.float64, device))
         given[wanted].requires_grad_()
         tested.op(*given).sum().backward()

@@ -11,12 +11,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from shrank.ops import reference
-from tests.common.ops import CONV_OP, EACH_OP, GATED_OP, LINEAR_OP, OPS, OpUnderTest
+from shrank.ops import pivoted_reference, reference
+from tests.common.ops import CONV_OP, EACH_OP, GATED_OP, LINEAR_OP, OPS, PIVOTED_OP, OpUnderTest
+from tests.common.pivoted_cases import places
 from tests.common.tolerances import assert_close
 
 TENSORS = ("x", "down", "up", "bias", "residual")
 GATED_TENSORS = GATED_OP.definition.names
+PIVOTED_TENSORS = PIVOTED_OP.definition.names
 BAD_DTYPES_DEVICES_AND_NAMES = [  # what is changed, and what the error must name
     ({name: torch.int64 for name in TENSORS}, "x is"),
     ({"x": torch.complex64}, "x is"),
@@ -76,6 +78,42 @@ BAD_GATED = [
     ({"activation": "swish"}, "activation is"),
     ({"gate_up": "meta"}, "gate_up is on"),
     ({"up": "meta"}, "up is on"),
+]
+BAD_PIVOTED = [
+    ({"x": ()}, "x is 0-dimensional"),
+    ({"x": (4, 31)}, "down is"),
+    ({"x": (31,)}, "down is"),
+    ({"down": (8,)}, "down is"),
+    ({"down": (8, 32, 1)}, "down is"),
+    ({"down": (8, 33)}, "down is"),
+    ({"down": (9, 32)}, "up is"),
+    ({"up": (16, 9)}, "up is"),
+    ({"up": (16,)}, "up is"),
+    ({"up": (8, 16)}, "up is"),
+    ({"up": (15, 8)}, " bias is"),
+    ({"up": (15, 8), "bias": (15,)}, "order is"),
+    ({"bias": (15,)}, " bias is"),
+    ({"bias": (24,)}, " bias is"),
+    ({"bias": (1, 16)}, " bias is"),
+    ({"bias": ()}, " bias is"),
+    ({"pivot_bias": (7,)}, "pivot_bias is"),
+    ({"pivot_bias": (16,)}, "pivot_bias is"),
+    ({"pivot_bias": (1, 8)}, "pivot_bias is"),
+    ({"pivot_bias": ()}, "pivot_bias is"),
+    ({"order": (16,)}, "order is"),
+    ({"order": (25,)}, "order is"),
+    ({"order": (1, 24)}, "order is"),
+    ({"order": ()}, "order is"),
+    ({"order": torch.int64}, "order is"),
+    ({"order": torch.float32}, "order is"),
+    ({"order": "meta"}, "order is on"),
+    ({"residual": (4, 16)}, "residual is"),
+    ({"residual": (1, 24)}, "residual is"),
+    ({"residual": (24,)}, "residual is"),
+    ({"pivot_bias": torch.float64}, "pivot_bias is"),
+    ({"pivot_bias": "meta"}, "pivot_bias is on"),
+    *BAD_DTYPES_DEVICES_AND_NAMES[1:],
+    ({name: torch.int64 for name in PIVOTED_TENSORS if name != "order"}, "x is"),
 ]
 BAD_CONV = [
     ({"x": ()}, "x is"),
@@ -204,6 +242,28 @@ LAWS[GATED_OP.name] = Law(
     BAD_GATED,
     [({"x": (4, 31)}, "gate_down"), ({"up": torch.bfloat16}, "up"), ({"activation": "swish"}, "activation")],
 )
+LAWS[PIVOTED_OP.name] = Law(
+    {
+        "x": (4, 32),
+        "down": (8, 32),
+        "up": (16, 8),
+        "bias": (16,),
+        "pivot_bias": (8,),
+        "order": (24,),
+        "activation": "gelu",
+        "residual": (4, 24),
+    },
+    (4, 24),
+    pivoted_reference.low_rank_pivoted,
+    BAD_PIVOTED,
+    BAD_PIVOTED,
+    [
+        ({"x": (4, 31)}, "down"),
+        ({"order": torch.int64}, "order"),
+        ({"order": (25,)}, "order"),
+        ({"activation": "swish"}, "activation"),
+    ],
+)
 
 
 def each_bad(of: Callable[[Law], list]) -> pytest.MarkDecorator:
@@ -227,7 +287,7 @@ def arguments(tested: OpUnderTest, changes: dict, device: str) -> dict:
         made[name] = torch.zeros(
             change if isinstance(change, tuple) else good,
             device=change if isinstance(change, str) else device,
-            dtype=change if isinstance(change, torch.dtype) else torch.float32,
+            dtype=change if isinstance(change, torch.dtype) else torch.int32 if name == "order" else torch.float32,
         )
     return made
 
@@ -306,9 +366,11 @@ def test_an_unknown_backend_is_a_value_error(tested, device: str) -> None:
 def test_autocast_makes_dtypes_alike_and_then_they_are_no_mistake(tested, device: str) -> None:
     law, made = LAWS[tested.name], arguments(tested, {"activation": "relu"}, device)
     names = tested.definition.names
-    made |= {name: torch.randn(made[name].shape, device=device) for name in names}
+    made |= {name: torch.randn(made[name].shape, device=device) for name in names if name != "order"}
+    if "order" in names:
+        made["order"] = places(*LAWS[tested.name].good["order"], 0, "mixed", device)
     made |= {name: made[name].bfloat16() for name in ("x", "bias")}
-    pairs = [made[name].bfloat16() for name in names if name != "residual"]
+    pairs = [made[name] if name == "order" else made[name].bfloat16() for name in names if name != "residual"]
     wanted = law.plain(*pairs)
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         if tested.definition.takes_residual:

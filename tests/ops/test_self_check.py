@@ -14,11 +14,32 @@ import pytest
 import torch
 
 import shrank
-from shrank.ops import apart, availability, check_apart, machine, multi, probes, reference, registration, self_check
+from shrank.ops import (
+    apart,
+    availability,
+    check_apart,
+    machine,
+    multi,
+    pivoted_reference,
+    probes,
+    reference,
+    registration,
+    self_check,
+)
 from shrank.ops.conv import CONV
 from shrank.ops.gated import GATED
 from shrank.ops.linear import LINEAR
-from shrank.ops.probes import PROBES, BackwardProbe, GatedBackwardProbe, MultiProbe, Truth, check
+from shrank.ops.pivoted import PIVOTED
+from shrank.ops.probes import (
+    PROBES,
+    BackwardProbe,
+    GatedBackwardProbe,
+    MultiProbe,
+    PivotedBackwardProbe,
+    PivotedProbe,
+    Truth,
+    check,
+)
 from shrank.ops.reference import End, Forward, GatedEnd
 from shrank.ops.self_check import check_and_keep, file_of, kept, why_not
 
@@ -53,8 +74,12 @@ def named(monkeypatch):
     def run_gated_backward(given, kernel, grid=()):
         return changes.get(("gated backward", kernel), lambda all_: all_)(reference.gated_backward(*given))
 
+    def run_pivoted_backward(given, kernel, grid=()):
+        return changes.get(("pivoted backward", kernel), lambda all_: all_)(pivoted_reference.pivoted_backward(*given))
+
     monkeypatch.setattr(probes, "run_named", run_backward)
     monkeypatch.setattr(probes, "run_gated_named", run_gated_backward)
+    monkeypatch.setattr(probes, "run_pivoted_named", run_pivoted_backward)
 
     def run_together(given, tokens, splits):
         found = [reference.low_rank_linear(given[0], *each) for each in zip(*given[1:], strict=True)]
@@ -70,10 +95,10 @@ def test_right_kernels_pass(named) -> None:
 
 
 def test_every_family_and_every_end_is_looked_at() -> None:
-    others = BackwardProbe | GatedBackwardProbe | MultiProbe
+    others = BackwardProbe | GatedBackwardProbe | PivotedBackwardProbe | MultiProbe
     forward = [probe for probe in PROBES if not isinstance(probe, others)]
     kernels = {(probe.op.name, probe.kernel, bool(probe.grid)) for probe in forward}
-    for name in (LINEAR.name, GATED.name):
+    for name in (LINEAR.name, GATED.name, PIVOTED.name):
         assert {"shrink_expand", "fused", "gemm_expand", "two_gemms_epilogue"} == {
             k for op, k, _ in kernels if op == name
         }
@@ -83,7 +108,8 @@ def test_every_family_and_every_end_is_looked_at() -> None:
         tensors, between, residual = probe.op.parts(probe.arguments(torch.float32, "cpu"))
         assert between[-1] != "none" and all(each is not None for each in (*tensors, *residual))
         downs = [each for name, each in zip(probe.op.names, tensors, strict=False) if name.endswith("down")]
-        assert all(down.size(0) % 64 for down in downs), "ranks are smaller than any tile's"
+        if probe.op is not PIVOTED:  # its whole panels are an end of their own
+            assert all(down.size(0) % 64 for down in downs), "ranks are smaller than any tile's"
         assert torch.isfinite(Truth(probe.op.by_pytorch, probe.arguments(torch.float32, "cpu")).plain.y).all()
 
 
@@ -110,6 +136,38 @@ def test_a_wrong_gradient_of_a_gate_forbids_its_op(named, what: str) -> None:
     wrong = {name: reason for name, reason in check("cpu") if reason}
     assert {" ".join(name.split()[:2]) for name in wrong} == {f"{GATED.name} backward"}
     assert all(reason.startswith(f"{what} has ") for reason in wrong.values())
+
+
+def test_pivots_of_every_kind_are_looked_at_by_every_kernel() -> None:
+    """Fewer than a panel, more than one, all outputs; anywhere, and the first."""
+    forward = [probe for probe in PROBES if type(probe) is PivotedProbe]
+    for kernel in ("shrink_expand", "fused", "gemm_expand"):
+        of_kernel = [probe for probe in forward if probe.kernel == kernel]
+        ranks = {(probe.sizes[1][0] > 64, probe.sizes[2][0] == 0) for probe in of_kernel if probe.sizes[1][0] % 64}
+        assert {(False, False), (True, False), (True, True)} <= ranks
+        assert {probe.first for probe in of_kernel} == {False, True}
+    for probe in (each for each in PROBES if isinstance(each, PivotedProbe)):
+        *_, order, _, _ = probe.arguments(torch.float32, "cpu")
+        places = torch.arange(len(order))
+        assert order.dtype == torch.int32 and torch.equal(order.long().sort().values, places)
+        assert torch.equal(order, places) == probe.first
+
+
+@pytest.mark.parametrize("what", End._fields)
+def test_a_wrong_gradient_of_pivots_forbids_their_op(named, what: str) -> None:
+    named["pivoted backward", "fused"] = lambda found: found._replace(**{what: getattr(found, what) * 1.05})
+    wrong = {name: reason for name, reason in check("cpu") if reason}
+    assert {" ".join(name.split()[:2]) for name in wrong} == {f"{PIVOTED.name} backward"}
+    assert all(reason.startswith(f"{what} has ") for reason in wrong.values())
+
+
+def test_two_outputs_in_each_others_places_are_noticed(named) -> None:
+    def change(found: Forward) -> Forward:
+        return found._replace(y=torch.cat((found.y[:, 1:2], found.y[:, :1], found.y[:, 2:]), 1))
+
+    named[PIVOTED.name, "fused"] = change
+    wrong = [name for name, reason in check("cpu") if reason]
+    assert wrong == [name for name in NAMES if name.startswith(f"{PIVOTED.name} fused")]
 
 
 def test_one_wrong_layer_of_several_forbids_their_op(named) -> None:

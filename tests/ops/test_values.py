@@ -10,7 +10,17 @@ from torch import Tensor
 
 from shrank.ops import reference
 from tests.common.conv_cases import ConvCase, is_last
-from tests.common.ops import CONV_OP, DTYPES, EACH_OP, GATED_OP, LINEAR_OP, doubled, each_case, each_format
+from tests.common.ops import (
+    CONV_OP,
+    DTYPES,
+    EACH_OP,
+    GATED_OP,
+    LINEAR_OP,
+    PIVOTED_OP,
+    doubled,
+    each_case,
+    each_format,
+)
 from tests.common.tolerances import assert_close
 
 LINEAR_FULL, CONV_FULL = LINEAR_OP.full["rows"], CONV_OP.full["channels_last"]
@@ -100,6 +110,10 @@ def one_number(tested, x: Tensor, activation: str, residual: Tensor | None = Non
     one = torch.ones(1, 1, *(1,) * d, device=x.device, dtype=x.dtype)
     if tested is GATED_OP:
         return x.view_as(one), one, one, None, one, one, None, activation
+    if tested is PIVOTED_OP:
+        order = torch.zeros(1, device=x.device, dtype=torch.int32)  # of two numbers, PyTorch's gelu of infinity is NaN
+        end = None if residual is None else residual.view_as(one)
+        return x.view_as(one), one, one[:0], None, None, order, activation, end
     return x.view_as(one), one, one, None, *between, activation, None if residual is None else residual.view_as(one)
 
 

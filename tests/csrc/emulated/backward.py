@@ -9,13 +9,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from shrank.ops import reference
+from shrank.ops import pivoted_reference, reference
 from tests.common.ops import doubled
+from tests.common.pivoted_cases import places
 
-from .linear import BF16, FP16, addresses
+from .linear import BF16, FP16, GATED, PIVOTED, PLAIN, addresses
 
 GATED_TILES = ((32, 0), (64, 0), (64, 64), (64, 128), (64, 256))
 TILES = ((64, 0), (64, 64), (64, 96), (64, 128), (64, 256))
+PIVOTED_TILES = ((64, 0), (64, 64), (64, 128), (64, 256))
 ACTIVATIONS = [name for name in reference.ACTIVATIONS if name != "none"]
 
 
@@ -23,8 +25,8 @@ ACTIVATIONS = [name for name in reference.ACTIVATIONS if name != "none"]
 class BackwardRun:
     """One launch: sizes, end of the layer, tile and grid.
 
-    gate: the rank of the gate; 0 where there is none. infinite: in the last row, which those beyond it repeat, the gate
-    is infinite.
+    gate: the rank of the gate; 0 where there is none. pivoted: whether R of the outputs are h. infinite: in the last
+    row, which those beyond it repeat, the gate is infinite.
     """
 
     block_m: int
@@ -39,10 +41,11 @@ class BackwardRun:
     dtype: torch.dtype = BF16
     gate: int = 0
     infinite: bool = False
+    pivoted: bool = False
 
     def __str__(self) -> str:
         end = [self.activation, *(name for name in ("bias", "sums", "infinite") if getattr(self, name))]
-        gate = f"gate{self.gate}-" if self.gate else ""
+        gate = f"gate{self.gate}-" if self.gate else "pivoted-" * self.pivoted
         return (
             f"{self.block_m}x{self.max_rank}-M{self.M}-N{self.N}-{gate}R{self.R}-by{self.blocks_n}-{'-'.join(end)}-"
             f"{str(self.dtype)[6:]}"
@@ -52,7 +55,7 @@ class BackwardRun:
         return self.M * self.N * (self.R + self.gate)
 
     def arguments(self) -> tuple:
-        """Of expand_backward, or of gated_backward; gate and value have about unit variance."""
+        """Of expand_backward, gated_backward or pivoted_backward; all outputs have about unit variance."""
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -61,8 +64,10 @@ class BackwardRun:
         ranks = [self.gate, self.R] if self.gate else [self.R]
         given = [draw(self.M, self.N)]
         for rank in ranks:
-            bias = draw(self.N) if self.bias else None
-            given += [draw(self.M, rank), draw(self.N, rank, scale=rank**-0.5), bias]
+            others = self.N - rank if self.pivoted else self.N
+            given += [draw(self.M, rank), draw(others, rank, scale=rank**-0.5), draw(others) if self.bias else None]
+        if self.pivoted:
+            given += [draw(self.R) if self.bias else None, places(self.N, self.R, "mixed", "cpu")]
         if self.infinite:
             given[1][-1, 5] = torch.inf
         return (*given, self.activation, *[self.sums] * len(ranks))
@@ -81,8 +86,10 @@ class Outcome:
 def emulate(dev: ModuleType, run: BackwardRun, arguments: tuple, seed: int = 0, copies_early: bool = False) -> Outcome:
     grad, *of_pairs = arguments[: -2 if run.gate else -1]
     *of_pairs, activation = of_pairs
-    pairs = [of_pairs[i : i + 3] for i in range(0, len(of_pairs), 3)]
-    tile = dev.select.LinearTile(run.block_m, run.max_rank, len(pairs))
+    names = ("h", "up", "bias", "pivot_bias", "order")[: 5 if run.pivoted else 3]
+    pairs = [dict(zip(names, of_pairs[i : i + len(names)], strict=True)) for i in range(0, len(of_pairs), len(names))]
+    form = GATED if run.gate else PIVOTED if run.pivoted else PLAIN
+    tile = dev.select.LinearTile(run.block_m, run.max_rank, form)
     grid = dev.select.LinearGrid(tile, -(-run.M // run.block_m), run.blocks_n)
     dz = [torch.full_like(grad, torch.nan) for _ in pairs]
     sums = [torch.full((dev.select.backward_sum_rows(grid), run.N), torch.nan) for _ in pairs]
@@ -91,8 +98,8 @@ def emulate(dev: ModuleType, run: BackwardRun, arguments: tuple, seed: int = 0, 
         run.M,
         run.N,
         [
-            addresses(h=h, up=up, bias=bias, dz=a_dz, sums=a_sum if run.sums else None) | {"R": up.size(1)}
-            for (h, up, bias), a_dz, a_sum in zip(pairs, dz, sums, strict=True)
+            addresses(**pair, dz=a_dz, sums=a_sum if run.sums else None) | {"R": pair["up"].size(1)}
+            for pair, a_dz, a_sum in zip(pairs, dz, sums, strict=True)
         ],
         str(run.dtype)[6:],
         activation,
@@ -104,6 +111,8 @@ def emulate(dev: ModuleType, run: BackwardRun, arguments: tuple, seed: int = 0, 
 
 
 def in_pytorch(arguments: tuple) -> reference.End | reference.GatedEnd:
+    if len(arguments) == 8:
+        return pivoted_reference.pivoted_backward(*arguments)
     return (reference.expand_backward if len(arguments) == 6 else reference.gated_backward)(*arguments)
 
 
@@ -149,7 +158,7 @@ def runs() -> list[BackwardRun]:
         for activation, bias, sums in product(ACTIVATIONS, (False, True), (False, True))
         for dtype in (BF16, FP16)
     ]
-    return every_tile + rows + ranks + columns + ends + _gated_runs()
+    return every_tile + rows + ranks + columns + ends + _gated_runs() + _pivoted_runs()
 
 
 def _gated_runs() -> list[BackwardRun]:
@@ -179,3 +188,28 @@ def _gated_runs() -> list[BackwardRun]:
         BackwardRun(64, 64, M, 72, 40, "relu", gate=16, infinite=True) for M in (4, 8, 12, 16, 20, 28, 36, 44, 52, 60)
     ]
     return every_tile + rows + ranks + columns + ends + infinite
+
+
+def _pivoted_runs() -> list[BackwardRun]:
+    """The same edges of pivoted layers; up has no rows, few, or many; pivots in any panel of h."""
+    every_tile = [
+        BackwardRun(block_m, max_rank, block_m + 3, 264, max(max_rank - 8, 40), blocks_n=2, dtype=dtype, pivoted=True)
+        for (block_m, max_rank), dtype in product(PIVOTED_TILES, (BF16, FP16))
+    ]
+    rows = [BackwardRun(64, rank, M, 136, 24, pivoted=True) for rank in (64, 256, 0) for M in (1, 16, 33, 64, 65, 133)]
+    ranks = [
+        BackwardRun(64, rank, 20, N, R, pivoted=True)
+        for rank, R in [(64, 8), (64, 64), (128, 72), (256, 200), (0, 8), (0, 64), (0, 136)]
+        for N in (R, R + 8, R + 136)
+    ]
+    columns = [
+        BackwardRun(64, rank, 33, N, 8, blocks_n=blocks, pivoted=True)
+        for rank in (64, 0)
+        for N, blocks in [(120, 1), (128, 1), (136, 1), (392, 1), (520, 2), (896, 7)]
+    ]
+    ends = [
+        BackwardRun(64, 64, 37, 72, 40, activation, bias, sums, dtype=dtype, pivoted=True)
+        for activation, bias, sums in product(ACTIVATIONS, (False, True), (False, True))
+        for dtype in (BF16, FP16)
+    ]
+    return every_tile + rows + ranks + columns + ends

@@ -32,10 +32,13 @@ class FewRowsRun:
     training: bool = False
     dtype: torch.dtype = BF16
     gate: int = 0
+    pivoted: bool = False
 
     def __str__(self) -> str:
         end = [self.activation] + [name for name in ("bias", "residual", "training") if getattr(self, name)]
-        sizes = f"M{self.M}-K{self.K}-N{self.N}-{f'gate{self.gate}-' if self.gate else ''}R{self.R}"
+        sizes = (
+            f"M{self.M}-K{self.K}-N{self.N}-{f'gate{self.gate}-' if self.gate else 'pivoted-' * self.pivoted}R{self.R}"
+        )
         return f"{self.tokens}x{self.splits}-{sizes}-{'-'.join(end)}-{str(self.dtype)[6:]}"
 
     def multiply_adds(self) -> int:
@@ -163,7 +166,7 @@ def runs() -> list[FewRowsRun]:
         for activation, bias, residual in product(reference.ACTIVATIONS, *[(False, True)] * 2)
         for splits, training in ((1, False), (2, True))
     ]
-    return every_tile + tokens + columns + ranks + outputs + ends + _gated_runs()
+    return every_tile + tokens + columns + ranks + outputs + ends + _gated_runs() + _pivoted_runs()
 
 
 def _gated_runs() -> list[FewRowsRun]:
@@ -186,6 +189,29 @@ def _gated_runs() -> list[FewRowsRun]:
         for splits in (1, 2)
     ]
     return every_tile + tokens + ranks + outputs + ends
+
+
+def _pivoted_runs() -> list[FewRowsRun]:
+    """The same edges of pivoted layers; up has no rows, few, or many; pivots in any chunk of h."""
+    every_tile = [
+        FewRowsRun(tokens, splits, tokens + 3, 520, 136, 72, True, "gelu", True, True, dtype, pivoted=True)
+        for tokens, splits, dtype in product(TOKENS, (1, 2), (BF16, FP16))
+    ]
+    tokens = [
+        FewRowsRun(tile, 2, M, 72, 72, 24, True, pivoted=True) for tile in TOKENS for M in (1, tile, tile + 1, 37)
+    ]
+    ranks = [
+        FewRowsRun(8, splits, 3, 40, N, R, True, training=True, pivoted=True)
+        for R in (8, 24, 40, 128, 264)
+        for N in (R, R + 8, R + 136)
+        for splits in (1, 2)
+    ]
+    ends = [
+        FewRowsRun(16, splits, 11, 72, 72, 40, bias, activation, residual, pivoted=True)
+        for activation, bias, residual in product(reference.ACTIVATIONS, *[(False, True)] * 2)
+        for splits in (1, 2)
+    ]
+    return every_tile + tokens + ranks + ends
 
 
 def multi_runs() -> list[MultiRun]:

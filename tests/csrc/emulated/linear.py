@@ -1,5 +1,5 @@
 """The matrix kernels in the emulator, as functions of tensors, and the cases that show each of their edges: of layers
-with one pair of factors and of gated ones."""
+with one pair of factors, of gated ones and of pivoted ones."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shrank.ops import reference
+from shrank.ops import pivoted_reference, reference
 from tests.common.gated_cases import GatedCase
 from tests.common.linear_cases import LinearCase
 from tests.common.ops import doubled
+from tests.common.pivoted_cases import PivotedCase
 
 TILES = (
     (32, 64),
@@ -36,19 +37,38 @@ TILES = (
     (128, 256),
 )
 GATED_TILES = ((32, 0), (32, 128), (64, 0), (64, 64), (64, 128), (64, 256), (128, 0), (128, 128), (128, 256))
+PIVOTED_TILES = GATED_TILES
 BF16, FP16 = torch.bfloat16, torch.float16
+PLAIN, GATED, PIVOTED = 1, 2, 3  # csrc/select/linear_tile.h
 
 
 class Pair(NamedTuple):
-    """A pair of factors and its bias."""
+    """A pair of factors and its bias; of pivoted ones also the pivots' bias and the order of the outputs."""
 
     down: Tensor
     up: Tensor
     bias: Tensor | None
+    pivot_bias: Tensor | None = None
+    order: Tensor | None = None
+
+    def z(self, h: Tensor) -> Tensor:
+        """The pre-activation, of h."""
+        if self.order is not None:
+            return pivoted_reference.in_order(h, *self[1:])
+        return h @ self.up.T + (0 if self.bias is None else self.bias)
+
+
+def form_of(arguments: tuple) -> int:
+    """Which op these are arguments of."""
+    if len(arguments) == 6:
+        return PLAIN
+    return PIVOTED if arguments[5].dtype == torch.int32 else GATED
 
 
 class Given(NamedTuple):
     """An op's arguments: one pair of factors, or gate and value."""
+
+    form: int
 
     x: Tensor
     pairs: list[Pair]
@@ -57,8 +77,11 @@ class Given(NamedTuple):
 
     @classmethod
     def of(cls, arguments: tuple) -> Given:
-        x, *pairs, activation, residual = arguments if len(arguments) == 6 else (*arguments, None)
-        return cls(x, [Pair(*pairs[i : i + 3]) for i in range(0, len(pairs), 3)], activation, residual)
+        form = form_of(arguments)
+        x, *pairs, activation, residual = (*arguments, None) if form == GATED else arguments
+        each = 5 if form == PIVOTED else 3
+        pairs = [Pair(*pairs[i : i + each]) for i in range(0, len(pairs), each)]
+        return cls(form, x, pairs, activation, residual)
 
 
 def arguments_of(run: object) -> tuple:
@@ -66,13 +89,18 @@ def arguments_of(run: object) -> tuple:
     if run.gate:
         bias = "both" if run.bias else "none"
         return GatedCase((run.M,), run.K, run.N, run.gate, run.R, bias, run.activation).tensors(run.dtype, "cpu")
-    case = LinearCase((run.M,), run.K, run.N, run.R, run.bias, run.activation, run.residual)
-    return case.tensors(run.dtype, "cpu")
+    kind, bias = (PivotedCase, bias_of(run)) if run.pivoted else (LinearCase, run.bias)
+    return kind((run.M,), run.K, run.N, run.R, bias, run.activation, run.residual).tensors(run.dtype, "cpu")
 
 
 def in_pytorch(arguments: tuple) -> Tensor:
     """The op's y as PyTorch rounds it."""
-    return (reference.low_rank_linear if len(arguments) == 6 else reference.low_rank_gated)(*arguments)
+    of_form = {
+        PLAIN: reference.low_rank_linear,
+        GATED: reference.low_rank_gated,
+        PIVOTED: pivoted_reference.low_rank_pivoted,
+    }
+    return of_form[form_of(arguments)](*arguments)
 
 
 def addresses(**tensors: Tensor | None) -> dict[str, int]:
@@ -83,7 +111,7 @@ def addresses(**tensors: Tensor | None) -> dict[str, int]:
 class Run:
     """One launch: sizes, end of the layer, tile and grid. From x, or from h, as a tile of max_rank 0 always.
 
-    gate: the rank of the gate; 0 where there is none.
+    gate: the rank of the gate; 0 where there is none. pivoted: whether R of the outputs are h.
     """
 
     block_m: int
@@ -100,13 +128,14 @@ class Run:
     dtype: torch.dtype = BF16
     from_h: bool = False
     gate: int = 0
+    pivoted: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "from_h", self.from_h or self.max_rank == 0)
 
     def __str__(self) -> str:
         end = [self.activation] + [name for name in ("bias", "residual", "training") if getattr(self, name)]
-        gate = f"gate{self.gate}-" if self.gate else ""
+        gate = f"gate{self.gate}-" if self.gate else "pivoted-" * self.pivoted
         return (
             f"{self.block_m}x{self.max_rank}{'-from-h' * self.from_h}-M{self.M}-K{self.K}-N{self.N}-{gate}R{self.R}-"
             f"by{self.blocks_n}-{'-'.join(end)}-{str(self.dtype)[6:]}"
@@ -117,6 +146,13 @@ class Run:
 
     def multiply_adds(self) -> int:
         return self.M * (self.K + self.N) * (self.R + self.gate)
+
+
+def bias_of(run: object) -> str:
+    """Of a pivoted run: of all outputs, and where a residual is added, of some."""
+    if not run.bias:
+        return "none"
+    return "both" if not run.residual else "pivots" if run.N % 16 else "others"
 
 
 @dataclass(frozen=True)
@@ -137,11 +173,12 @@ def emulate(dev: ModuleType, run: Run, arguments: tuple, seed: int = 0, copies_e
     ]
     y = torch.full((run.M, run.N), torch.nan, dtype=run.dtype)
     pairs = [
-        addresses(down=None if run.from_h else down, up=up, bias=bias, h=an_h if run.from_h or run.training else None)
-        | {"R": len(down)}
-        for (down, up, bias), an_h in zip(given.pairs, h, strict=True)
+        addresses(**pair._replace(down=None)._asdict(), h=an_h if run.from_h or run.training else None)
+        | (addresses(down=pair.down) if not run.from_h else {})
+        | {"R": len(pair.down)}
+        for pair, an_h in zip(given.pairs, h, strict=True)
     ]
-    tile = dev.select.LinearTile(run.block_m, run.max_rank, len(pairs))
+    tile = dev.select.LinearTile(run.block_m, run.max_rank, given.form)
     result = dev.linear.emulate(
         dev.select.LinearGrid(tile, -(-run.M // run.block_m), run.blocks_n),
         run.M,
@@ -159,9 +196,9 @@ def emulate(dev: ModuleType, run: Run, arguments: tuple, seed: int = 0, copies_e
 
 def exact(arguments: tuple, h: list[Tensor] | None = None) -> tuple[Tensor, ...]:
     """y and h in fp64; from h, if they are given."""
-    x, pairs, activation, residual = Given.of(doubled(arguments))
+    _, x, pairs, activation, residual = Given.of(doubled(arguments))
     h = [x @ down.T for down, *_ in pairs] if h is None else [each.double() for each in h]
-    z, *value = [an_h @ up.T + (0 if bias is None else bias) for an_h, (_, up, bias) in zip(h, pairs, strict=True)]
+    z, *value = [pair.z(an_h) for an_h, pair in zip(h, pairs, strict=True)]
     y = reference.ACTIVATIONS[activation](z)
     return (y * value[0] if value else y + (0 if residual is None else residual)), *h
 
@@ -217,9 +254,11 @@ def runs() -> list[Run]:
         for max_rank, dtype in [(64, BF16), (64, FP16)]
     ]
     expanding_ends = [replace(run, block_m=64, max_rank=0, from_h=True) for run in ends if run.bias != run.residual]
-    gated = _gated_runs()
+    of_forms = _gated_runs() + _pivoted_runs()
     holding = [replace(run, from_h=True) for run in every_tile + steps_of_up + rows + ranks if run.max_rank]
-    return every_tile + steps_of_down + steps_of_up + rows + ranks + columns + ends + expanding_ends + holding + gated
+    return (
+        every_tile + steps_of_down + steps_of_up + rows + ranks + columns + ends + expanding_ends + holding + of_forms
+    )
 
 
 def _gated_runs() -> list[Run]:
@@ -262,3 +301,34 @@ def _gated_runs() -> list[Run]:
     ]
     made = every_tile + steps_of_down + steps_of_up + rows + ranks + ends
     return made + [replace(run, from_h=True) for run in every_tile + steps_of_up + ranks if run.max_rank]
+
+
+def _pivoted_runs() -> list[Run]:
+    """The same edges of pivoted layers; up has no rows, few, or rows of more than a panel; pivots in any panel of h."""
+    every_tile = [
+        Run(block_m, max_rank, block_m + 3, 136, 264, R, True, "gelu", True, True, 2, dtype, pivoted=True)
+        for (block_m, max_rank), dtype in product(PIVOTED_TILES, (BF16, FP16))
+        for R in (max(max_rank - 8, 40), 16)
+    ]
+    steps_of_up = [
+        Run(64, max_rank, 17, 72, 128 * tiles - 8 * (tiles % 2), R, blocks_n=blocks, pivoted=True)
+        for max_rank, R in [(64, 56), (128, 104), (0, 56), (0, 72)]
+        for tiles, blocks in [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (5, 2), (6, 4), (7, 7)]
+    ]
+    rows = [
+        Run(block_m, max_rank, M, 72, 136, 24, bias=True, pivoted=True)
+        for block_m, max_rank in [(32, 128), (64, 64), (128, 128), (64, 0), (128, 0)]
+        for M in (1, 15, block_m - 1, block_m, block_m + 1, 2 * block_m + 5)
+    ]
+    ranks = [
+        Run(64, max_rank, 20, 72, N, R, True, training=max_rank > 0, pivoted=True)
+        for max_rank, R in [(64, 8), (64, 64), (128, 72), (128, 128), (256, 200), (256, 256), (0, 8), (0, 64), (0, 200)]
+        for N in (R, R + 8, R + 72)
+    ]
+    ends = [
+        Run(64, max_rank, 37, 72, 72, 40, bias, activation, residual, training, dtype=dtype, pivoted=True)
+        for activation, bias, residual in product(reference.ACTIVATIONS, *[(False, True)] * 2)
+        for max_rank, dtype, training in [(64, BF16, False), (64, FP16, True), (0, BF16, False)]
+    ]
+    made = every_tile + steps_of_up + rows + ranks + ends
+    return made + [replace(run, from_h=True) for run in every_tile + steps_of_up + rows + ranks if run.max_rank]

@@ -14,16 +14,18 @@ import torch
 import shrank
 from shrank.measuring import tuning
 from shrank.measuring.timing import Timing
-from shrank.ops import gated_backward, reference, self_check, tuned
+from shrank.ops import gated_backward, pivoted_backward, pivoted_reference, reference, self_check, tuned
 from shrank.ops.conv import CONV
 from shrank.ops.expand_backward import run_named
 from shrank.ops.gated import GATED
 from shrank.ops.linear import LINEAR
 from shrank.ops.multi import run_together
+from shrank.ops.pivoted import PIVOTED
 from tests.common.conv_cases import ConvCase
 from tests.common.gated_cases import GatedCase
 from tests.common.linear_cases import LinearCase
 from tests.common.ops import doubled
+from tests.common.pivoted_cases import PivotedCase
 from tests.common.tolerances import assert_close
 from tests.csrc.conftest import dev_module
 from tests.csrc.emulated.backward import BackwardRun
@@ -31,6 +33,11 @@ from tests.measuring.test_tuning import PROBLEMS
 
 DEV = dev_module()
 HALVES = (torch.bfloat16, torch.float16)
+BACKWARD_TILES = [
+    *DEV.select.BACKWARD_TILES,
+    *DEV.select.GATED_BACKWARD_TILES,
+    *DEV.select.PIVOTED_BACKWARD_TILES,
+]
 
 
 def held_to_pytorch(op, given: tuple, kernel: str, grid: tuple) -> None:
@@ -57,6 +64,24 @@ def test_every_tile_of_gated_layers(tile, dtype: torch.dtype) -> None:
     given = GatedCase((37,), 72, 264, 24, rank).tensors(dtype, "cpu")
     for kernel in ("fused", "gemm_expand") if tile.holds_h else ("gemm_expand",):
         held_to_pytorch(GATED, given, kernel, (tile.block_m, tile.max_rank, 2))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tile", DEV.select.PIVOTED_TILES, ids=repr)
+def test_every_tile_of_pivoted_layers(tile, dtype: torch.dtype) -> None:
+    rank = tile.max_rank - 8 if tile.holds_h else 40
+    given = PivotedCase((37,), 72, 264, rank, "both", "silu", True).tensors(dtype, "cpu")
+    for kernel in ("fused", "gemm_expand") if tile.holds_h else ("gemm_expand",):
+        held_to_pytorch(PIVOTED, given, kernel, (tile.block_m, tile.max_rank, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("bias", ["both", "pivots", "others", "none"])
+def test_pivoted_layers_by_gemms(dtype: torch.dtype, activation: str, bias: str) -> None:
+    for N in (37, 5):
+        given = PivotedCase((2, 3), 32, N, 5, bias, activation, activation != "none").tensors(dtype, "cpu")
+        held_to_pytorch(PIVOTED, given, "two_gemms" if activation == "none" else "two_gemms_epilogue", ())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
@@ -92,7 +117,8 @@ def test_every_tile_for_a_few_rows(tile, dtype: torch.dtype) -> None:
     op, case = {
         1: (LINEAR, LinearCase((37,), 520, 136, 72, True, "silu", True)),
         2: (GATED, GatedCase((37,), 520, 136, 72, 40)),
-    }[tile.pairs]
+        3: (PIVOTED, PivotedCase((37,), 520, 136, 72, "both", "silu", True)),
+    }[tile.form]
     for splits in (1, 2):
         held_to_pytorch(op, case.tensors(dtype, "cpu"), "shrink_expand", (tile.tokens, 0, splits))
 
@@ -107,10 +133,11 @@ def test_many_rows_are_not_few() -> None:
 
 
 def gradients_held_to_pytorch(given: tuple, kernel: str, grid: tuple = ()) -> None:
-    gated = len(given) > 6
-    plainly, named = (
-        (reference.gated_backward, gated_backward.run_named) if gated else (reference.expand_backward, run_named)
-    )
+    plainly, named = {
+        6: (reference.expand_backward, run_named),
+        8: (pivoted_reference.pivoted_backward, pivoted_backward.run_named),
+        10: (reference.gated_backward, gated_backward.run_named),
+    }[len(given)]
     for ours, right, theirs in zip(named(given, kernel, grid), plainly(*doubled(given)), plainly(*given), strict=True):
         if right is None:
             assert ours.numel() == 0
@@ -119,10 +146,10 @@ def gradients_held_to_pytorch(given: tuple, kernel: str, grid: tuple = ()) -> No
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("tile", [*DEV.select.BACKWARD_TILES, *DEV.select.GATED_BACKWARD_TILES], ids=repr)
+@pytest.mark.parametrize("tile", BACKWARD_TILES, ids=repr)
 def test_every_tile_of_gradients(tile, dtype: torch.dtype) -> None:
-    rank, gate = tile.max_rank - 8 if tile.holds_h else 40, 24 * (tile.pairs - 1)
-    run = BackwardRun(tile.block_m, tile.max_rank, 137, 264, rank, "silu", dtype=dtype, gate=gate)
+    rank, of_form = tile.max_rank - 8 if tile.holds_h else 40, {1: {}, 2: {"gate": 24}, 3: {"pivoted": True}}[tile.form]
+    run = BackwardRun(tile.block_m, tile.max_rank, 137, 264, rank, "silu", dtype=dtype, **of_form)
     for sums in (False, True):
         given = replace(run, sums=sums).arguments()
         gradients_held_to_pytorch(given, "fused", (tile.block_m, tile.max_rank, 2))
@@ -131,8 +158,8 @@ def test_every_tile_of_gradients(tile, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
 @pytest.mark.parametrize(("M", "N"), [(6, 64), (6, 37), (300, 72)])
 def test_gradients_by_a_gemm_and_one_pass(dtype: torch.dtype, M: int, N: int) -> None:
-    for gate, sums in ((0, True), (5, True), (5, False)):
-        run = BackwardRun(0, 0, M, N, 8, "gelu", sums=sums, dtype=dtype, gate=gate)
+    for of_form, sums in (({}, True), ({"gate": 5}, True), ({"gate": 5}, False), ({"pivoted": True}, True)):
+        run = BackwardRun(0, 0, M, N, 8, "gelu", sums=sums, dtype=dtype, **of_form)
         gradients_held_to_pytorch(run.arguments(), "gemm_epilogue")
 
 

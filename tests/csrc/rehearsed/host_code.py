@@ -16,7 +16,7 @@ from shrank.ops.linear import LINEAR
 from tests.common.linear_cases import LinearCase
 from tests.common.tolerances import assert_close
 from tests.csrc.emulated import named_ops
-from tests.csrc.emulated.named_ops import DEV, HALVES
+from tests.csrc.emulated.named_ops import BACKWARD_TILES, DEV, HALVES
 from tests.csrc.rehearsed.machine import (
     GPUS,
     ILLEGAL_ADDRESS,
@@ -71,6 +71,16 @@ def test_every_tile_of_gated_layers_is_launched(machine, tile, dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tile", DEV.select.PIVOTED_TILES, ids=repr)
+def test_every_tile_of_pivoted_layers_is_launched(machine, tile, dtype) -> None:
+    named_ops.test_every_tile_of_pivoted_layers(tile, dtype)
+    name = f"LowRankLinear<shrank::arch::{str(dtype).removeprefix('torch.')}, {tile.block_m}, {tile.max_rank}, 3>"
+    asked = f"grid {-(-37 // tile.block_m)}x2 block {tile.threads}x1 shared {tile.shared_bytes} "
+    assert all(name in launch and asked in launch for launch in machine.launches)
+    assert len(machine.launches) == (4 if tile.holds_h else 2)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("tile", DEV.select.CONV_TILES, ids=repr)
 def test_every_tile_of_convolutions_is_launched(machine, tile, dtype) -> None:
     named_ops.test_every_tile_of_convolutions(tile, dtype)
@@ -107,17 +117,18 @@ def test_every_tile_for_a_few_rows_is_launched(machine, tile, dtype) -> None:
         name, factor_blocks = ("Shrink", 5 + 3 * (tile.pairs - 1)) if i % 2 == 0 else ("Expand", 3)
         splits = (1, 1, 2, 2)[i // 2] if name == "Shrink" else 1
         element = f"shrank::arch::{str(dtype).removeprefix('torch.')}"
-        assert f"{name}<{element}, {tile.tokens}, {tile.pairs}, 1>" in launch
+        form = tile.pairs if name == "Shrink" else tile.form  # pivots are the affair of the second
+        assert f"{name}<{element}, {tile.tokens}, {form}, 1>" in launch
         assert f"grid {factor_blocks}x{groups * splits} " in launch
         assert launch.endswith("dependent"), "the second kernel starts while the first one runs"
     assert len(machine.launches) == 8
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("tile", [*DEV.select.BACKWARD_TILES, *DEV.select.GATED_BACKWARD_TILES], ids=repr)
+@pytest.mark.parametrize("tile", BACKWARD_TILES, ids=repr)
 def test_every_tile_of_gradients_is_launched(machine, tile, dtype) -> None:
     named_ops.test_every_tile_of_gradients(tile, dtype)
-    tiles = f"{tile.block_m}, {tile.max_rank}, {tile.pairs}"
+    tiles = f"{tile.block_m}, {tile.max_rank}, {tile.form}"
     name = f"ExpandBackward<shrank::arch::{str(dtype).removeprefix('torch.')}, {tiles}>"
     asked = f"grid {-(-137 // tile.block_m)}x2 block {tile.threads}x1 shared {tile.expand_bytes} "
     assert len(machine.launches) == 2
@@ -128,9 +139,9 @@ def test_every_tile_of_gradients_is_launched(machine, tile, dtype) -> None:
 @pytest.mark.parametrize(("M", "N"), [(6, 64), (6, 37), (300, 72)])
 def test_the_backward_epilogue_is_launched_for_every_element(machine, dtype, M: int, N: int) -> None:
     named_ops.test_gradients_by_a_gemm_and_one_pass(dtype, M, N)
-    # The first is of a layer with one pair of factors; then, twice, the gate is opened, and its gradient goes back.
+    # Of layers with one pair of factors the first and the last; else the gate is opened, and its gradient goes back.
     kinds = ["EpilogueBackward<" if "EpilogueBackward<" in each else "Epilogue<" for each in machine.launches]
-    assert kinds == ["EpilogueBackward<", *["Epilogue<", "EpilogueBackward<"] * 2]
+    assert kinds == ["EpilogueBackward<", *["Epilogue<", "EpilogueBackward<"] * 2, "EpilogueBackward<"]
 
 
 @pytest.mark.parametrize(("rows", "launches"), [(1, 4), (65, 0)])
