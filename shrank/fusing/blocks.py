@@ -11,8 +11,8 @@ from torch.fx.proxy import TraceError
 
 from ..layers.led import LED
 from ..layers.low_rank import LowRankLayer
-from ..layers.two_stage import is_untouched
-from ..ops import reference
+from ..layers.two_stage import factors_of, is_untouched, ops_of
+from ..ops import dispatch, reference
 from .graph import take_place
 from .rewrite import End
 
@@ -46,6 +46,19 @@ def finish_gated(gate: nn.Module, value: nn.Module, x: Tensor, activation: str) 
     if isinstance(gate, LED) and isinstance(value, LED):
         return gate.gated(value, x, activation)
     return finish(gate, x, activation, None) * value(x)
+
+
+def finish_halves(layer: nn.Module, x: Tensor, activation: str, gate_is_first: bool) -> Tensor:
+    """activation(gate) * value of the halves of layer(x), whatever has become of the layer since."""
+    gate, value = (0, 1) if gate_is_first else (1, 0)
+    factors = factors_of(layer.stages, layer.stage_kinds) if isinstance(layer, LED) and is_untouched(layer) else None
+    # On a CPU the op would multiply by down twice, once for each half, and save nothing in return.
+    if factors and ops_of(x, *factors) is dispatch:
+        down, up, bias = factors
+        ups, biases = up.chunk(2), (None, None) if bias is None else bias.chunk(2)
+        return dispatch.low_rank_gated(x, down, ups[gate], biases[gate], down, ups[value], biases[value], activation)
+    halves = layer(x).chunk(2, -1)
+    return reference.finished(halves[gate], activation, None) * halves[value]
 
 
 class _BlockTracer(Tracer):
@@ -139,19 +152,20 @@ def traced(block: nn.Module) -> Traced:
             return False
         return isinstance(block.get_submodule(node.target), kind)
 
+    known = {"is_identity": lambda user: _is_dropout(block, user), "alike": lambda *_: True}
     for node in list(graph.nodes):
         if not calls(node, LowRankLayer):
             continue
-        end = End.of(
-            node,
-            is_identity=lambda user: _is_dropout(block, user),
-            alike=lambda *_: True,
-            input_of=lambda each: each.args[0] if calls(each, LED) else None,
-        )
+        end = End.of(node, input_of=lambda each: each.args[0] if calls(each, LED) else None, **known)
         if end:
             names += [node.target, *([end.value.target] if end.value is not None else [])]
             _replace(graph, node, end)
-            silent.update(passed.target for passed in end.passed)
+        elif calls(node, LED):
+            end = End.of_halves(node, node.args[0], block.get_submodule(node.target).out_features, **known)
+            if end:
+                names.append(node.target)
+                _replace_halves(graph, node, end)
+        silent.update(passed.target for passed in (end.passed if end else ()))
     if not names:
         raise NotFusedError("nothing follows its low-rank layers that they could take over")
     graph.lint()
@@ -178,4 +192,11 @@ def _replace(graph: Graph, node: Node, end: End) -> None:
         else:
             value = graph.create_node("get_attr", end.value.target)
             fused = graph.call_function(finish_gated, (layer, value, x, end.activation))
+    take_place(graph, fused, end.last)
+
+
+def _replace_halves(graph: Graph, node: Node, end: End) -> None:
+    with graph.inserting_before(end.last):
+        layer, x = graph.create_node("get_attr", node.target), node.args[0]
+        fused = graph.call_function(finish_halves, (layer, x, end.activation, end.gate_is_first))
     take_place(graph, fused, end.last)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..layers.low_rank import LowRankLayer
 from ..util.closeness import distance
-from .blocks import DOES_NOT_RUN, FusedForward, NotFusedError, Traced, finish, finish_gated
+from .blocks import DOES_NOT_RUN, FusedForward, NotFusedError, Traced, finish, finish_gated, finish_halves
 
 
 @dataclass
@@ -130,7 +130,7 @@ def _shape_of(block: nn.Module, node: torch.fx.Node, size: tuple[int, int]) -> t
     for user in node.users:
         if user.op == "call_module" and (shape := _input_of(block.get_submodule(user.target), size)):
             return shape
-        if user.op == "call_function" and user.target is finish:
+        if user.op == "call_function" and user.target in (finish, finish_halves):
             layer = block.get_submodule(user.args[0].target)
             if user.args[1] is not node and hasattr(layer, "out_features"):
                 return (*size, layer.out_features)

@@ -25,6 +25,7 @@ from .graph import (
     value_of,
 )
 from .graph import is_identity as drops_nothing
+from .halves import halved, halves_of
 from .siblings import join_siblings
 
 _SUMS = (operator.add, torch.add, "add", aten.add.Tensor)
@@ -45,7 +46,8 @@ class End:
     """What happens to a node's value and to nothing else: norm, activation, residual or value, in this order.
 
     last: the node that has the result.
-    value: the node of another low-rank layer with the same input, by which the activated node, its gate, is multiplied.
+    value: the node of another low-rank layer with the same input, or of the other half of the layer's outputs, by which
+        the activated node, its gate, is multiplied.
     passed: nodes between that do nothing, such as dropouts.
     """
 
@@ -83,6 +85,31 @@ class End:
         if end == cls(end.last, passed=end.passed):
             return None
         return end if end.value is not None or can_move(node, end.last, end.passed) else None
+
+    @classmethod
+    def of_halves(
+        cls,
+        layer: Node,
+        x: object,
+        outputs: object,
+        is_identity: Callable[[Node], bool] = drops_nothing,
+        alike: Callable[[object, object], bool] = are_alike,
+    ) -> End | None:
+        """What follows the half of a linear layer's outputs that is the gate of the other half; None if neither is.
+
+        x: the layer's input. outputs: how many it has, as far as it is known.
+        """
+        halves = halves_of(layer, outputs) or ()
+        for half in halves:
+            end = cls.of(half, False, is_identity, alike, lambda node: x if node in halves else None)
+            if end and end.value is not None and can_move(layer, end.last, end.passed):
+                return end
+        return None
+
+    @property
+    def gate_is_first(self) -> bool:
+        """Of halves: whether the value is the second."""
+        return self.value is not None and self.value.args[1] == 1
 
     def _pass_by(self, is_identity: Callable[[Node], bool]) -> None:
         while (user := only_user(self.last)) is not None and is_identity(user):
@@ -156,14 +183,22 @@ def fuse(graph: Graph) -> int:
             _replace_gate(graph, arguments, arguments_of(end.value, op), end)
         elif end:
             _replace(graph, op, arguments, end)
+        elif op is _LINEAR.default and (end := End.of_halves(node, arguments["x"], _outputs_of(node))):
+            _replace_halves(graph, arguments, end)
         found += end is not None
     return found + join_siblings(graph, input_of)
 
 
 def _ops() -> dict[Callable, Callable]:
     """Both spellings of each op, and its overload."""
-    packets = (_LINEAR, torch.ops.shrank.low_rank_conv)
+    packets = (_LINEAR, torch.ops.shrank.low_rank_pivoted, torch.ops.shrank.low_rank_conv)
     return {spelled: packet.default for packet in packets for spelled in (packet, packet.default)}
+
+
+def _outputs_of(layer: Node) -> object:
+    """How many outputs a linear layer has: a symbol where it is not known before the graph runs."""
+    value = value_of(layer)
+    return None if value is None else value.shape[-1]
 
 
 def _replace(graph: Graph, op: Callable, arguments: dict[str, object], end: End) -> None:
@@ -182,6 +217,12 @@ def _replace_gate(graph: Graph, gate: dict[str, object], value: dict[str, object
         op = torch.ops.shrank.low_rank_gated.default
         fused = graph.call_function(op, (gate["x"], *factors, end.activation))
     take_place(graph, fused, end.last)
+
+
+def _replace_halves(graph: Graph, arguments: dict[str, object], end: End) -> None:
+    with graph.inserting_before(end.last):
+        first, second = halved(graph, arguments)
+    _replace_gate(graph, *((first, second) if end.gate_is_first else (second, first)), end)
 
 
 def _folded(graph: Graph, arguments: dict[str, object], norm: dict) -> dict[str, Node]:

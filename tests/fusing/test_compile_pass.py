@@ -135,17 +135,19 @@ def test_the_pass_is_part_of_the_configuration_that_is_saved() -> None:
 
 
 class Attention(nn.Module):
-    """Query, key and value of one input, and a gated MLP."""
+    """Query, key and value of one input, a gated MLP, and one whose gate and value are the halves of a layer."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.query, self.key, self.value = (shrank.LED(8, n, rank=3) for n in (8, 4, 4))
         self.gate, self.up = (shrank.LED(8, 12, rank=2, bias=False) for _ in range(2))
+        self.both = shrank.LED(12, 10, rank=3)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores = self.query(x) @ torch.cat((self.key(x), self.value(x)), -1).mT
-        return scores, F.silu(self.gate(x)) * self.up(x)
+        gate, value = self.both(F.silu(self.gate(x)) * self.up(x)).chunk(2, -1)
+        return scores, F.gelu(gate) * value
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -166,4 +168,4 @@ def test_siblings_and_gates_go_through_the_whole_compiler(
             )
             for one, other in zip(ours, theirs, strict=True):
                 assert_close(one, other)
-    assert counted == [2]
+    assert counted == [3]

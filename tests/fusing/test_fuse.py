@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import shrank
 from shrank.fusing.blocks import FusedForward
+from shrank.ops import dispatch, onednn
 from shrank.ops.linear import LINEAR
 from tests.common.ops import ops_of, pretend_native
 from tests.common.tolerances import assert_close
@@ -325,3 +326,170 @@ def test_a_gated_block_whose_layer_has_become_another_still_computes_the_same(
         setattr(block, name, dense)
         assert "low_rank_gated" not in ops_of(lambda: block(X))
         assert_close(block(X), wanted)
+
+
+class HalvesMLP(nn.Module):
+    """As transformers' ModernBertMLP; or as its Phi3MLP, whose product has the gate behind, or with the value first."""
+
+    def __init__(self, outputs: int = 16, bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide = shrank.LED(8, outputs, rank=3, bias=bias)
+        self.back = shrank.LED(8, 8, rank=2)
+        self.act = nn.GELU()
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.wide(x).chunk(2, dim=-1)
+        return self.back(self.drop(self.act(gate)) * value)
+
+
+class GateBehind(HalvesMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = torch.split(self.wide(x), 8, dim=-1)
+        return self.back(value * self.act(gate))
+
+
+class ValueFirst(HalvesMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.wide(x).chunk(2, -1)
+        return self.back(self.act(gate) * value)
+
+
+def fused_halves(kind: type[HalvesMLP] = HalvesMLP, bias: bool = True) -> HalvesMLP:
+    block = kind(bias=bias).eval()
+    assert shrank.fuse(block).blocks == {"": ["wide"]}
+    return block
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("kind", [HalvesMLP, GateBehind, ValueFirst])
+def test_halves_are_one_op_with_the_same_gradients(
+    kind: type[HalvesMLP], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_native(monkeypatch)
+    plain, block = kind(bias=bias).eval(), fused_halves(kind, bias)
+    x = X.clone().requires_grad_()
+    theirs = torch.autograd.grad(plain(x).square().sum(), (x, *plain.parameters()))
+    with shrank.backend("native"):
+        with torch.no_grad():
+            assert ops_of(lambda: block(X)) == ["low_rank_gated", "low_rank_linear"]
+            assert_close(block(X), plain(X))
+        ours = torch.autograd.grad(block(x).square().sum(), (x, *block.parameters()))
+    for one, other in zip(ours, theirs, strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("by_onednn", [False, True])
+@pytest.mark.parametrize("kind", [HalvesMLP, ValueFirst])
+def test_on_a_cpu_the_halves_are_those_of_one_product(
+    kind: type[HalvesMLP], by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for ops in (dispatch, onednn):
+        monkeypatch.setattr(ops, "low_rank_gated", None)
+    monkeypatch.setattr(onednn, "is_faster", lambda *_: by_onednn)
+    block = fused_halves(kind)
+    assert torch.equal(block(X), kind.forward(block, X))
+
+
+@pytest.mark.parametrize("kind", [HalvesMLP, ValueFirst])
+def test_halves_of_a_layer_that_has_become_another_are_still_the_same(
+    kind: type[HalvesMLP], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_native(monkeypatch)
+    block, wanted, seen = fused_halves(kind), kind().eval()(X), []
+    with shrank.backend("native"), torch.no_grad():
+        for module in (block.wide, block.wide.led_unit[1]):
+            hook = module.register_forward_hook(lambda *given: seen.append(given))
+            assert "low_rank_gated" not in ops_of(lambda: block(X))
+            assert_close(block(X), wanted)
+            hook.remove()
+        assert len(seen) == 4
+        block.wide.register_forward_hook(lambda *given: given[2] * 2)
+        plain = kind().eval()
+        plain.wide.register_forward_hook(lambda *given: given[2] * 2)
+        assert_close(block(X), plain(X))
+        shrank.merge(block)
+        assert type(block.wide) is nn.Linear
+        assert "low_rank_gated" not in ops_of(lambda: block(X))
+        assert_close(block(X), plain(X))
+
+
+def test_halves_of_a_pivoted_layer_are_computed_one_by_one() -> None:
+    block = HalvesMLP().eval()
+    block.wide = shrank.LED(8, 16, rank=3, pivot=True)
+    plain = copy.deepcopy(block)
+    assert shrank.fuse(block).blocks == {"": ["wide"]}
+    assert_close(block(X), plain(X))
+
+
+def test_a_fused_block_of_halves_compiles_in_one_graph() -> None:
+    torch._dynamo.reset()
+    block = fused_halves()
+    assert_close(torch.compile(block, fullgraph=True, backend="eager")(X), block(X))
+
+
+class ThreeParts(HalvesMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value, _ = self.wide(x).chunk(3, dim=-1)
+        return self.act(gate) * value
+
+
+class Uneven(HalvesMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.wide(x).split([15, 1], dim=-1)
+        return self.act(gate) * value
+
+
+class AlongAKnownDimension(HalvesMLP):
+    """Nothing says how many dimensions x has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.wide(x).chunk(2, 2)
+        return self.act(gate) * value
+
+
+class GateAgain(HalvesMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.wide(x).chunk(2, -1)
+        return self.act(gate) * value + gate
+
+
+class GateTakenAgain(HalvesMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        halves = self.wide(x).chunk(2, -1)
+        return self.act(halves[0]) * halves[1] + halves[0]
+
+
+class BothActivated(HalvesMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.wide(x).chunk(2, -1)
+        return self.act(gate) * self.act(value)
+
+
+class OtherCalledBetween(HalvesMLP):
+    """What a module does to what it is given is not known."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = self.wide(x).chunk(2, -1)
+        y = self.back(x)
+        return self.act(halves[0]) * halves[1] + y.tanh()
+
+
+@pytest.mark.parametrize(
+    ("kind", "outputs"),
+    [
+        (ThreeParts, 18),
+        (HalvesMLP, 3),
+        (Uneven, 16),
+        (AlongAKnownDimension, 16),
+        (GateAgain, 16),
+        (GateTakenAgain, 16),
+        (BothActivated, 16),
+        (OtherCalledBetween, 16),
+    ],
+)
+def test_other_parts_of_a_layer_are_left(kind: type[HalvesMLP], outputs: int) -> None:
+    done = shrank.fuse(nn.Sequential(kind(outputs).eval()))
+    assert done.blocks == {}
+    assert "nothing follows its low-rank layers" in done.left["0"]

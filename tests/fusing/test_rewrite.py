@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -36,6 +37,13 @@ GATE = (drawn(3, 8), drawn(8, 3), None)
 
 def gate(x: Tensor) -> Tensor:
     return torch.ops.shrank.low_rank_linear(x, *GATE)
+
+
+PIVOTS = (drawn(4, 8), drawn(4, 4), drawn(4), drawn(4), torch.tensor([4, 0, 5, 6, 1, 2, 7, 3], dtype=torch.int32))
+
+
+def pivoted(x: Tensor) -> Tensor:
+    return torch.ops.shrank.low_rank_pivoted(x, *PIVOTS)
 
 
 def low_rank_conv(x: Tensor, bias: Tensor | None = CHANNEL_BIAS) -> Tensor:
@@ -119,6 +127,7 @@ TAKEN = {
         lambda x: F.dropout(F.silu(gate(x)), 0.1, training=False) * low_rank(x),
         ("gated silu", False),
     ),
+    "of pivots": (lambda x: x + F.gelu(pivoted(x)), ("gelu", True)),
     "dropout with p = 0": (lambda x: x + F.dropout(F.silu(low_rank(x)), 0.0, training=True), ("silu", True)),
 }
 
@@ -189,6 +198,32 @@ def autocast_between(x: Tensor) -> Tensor:
     return z
 
 
+WIDE = (drawn(4, 8), drawn(16, 4), drawn(16))
+
+
+def wide(x: Tensor) -> Tensor:
+    return torch.ops.shrank.low_rank_linear(x, *WIDE)
+
+
+def changed_before_halves(x: Tensor) -> Tensor:
+    y = wide(x)
+    x.mul_(2)
+    return gate_first(y.chunk(2, -1))
+
+
+def changed_after_halves(x: Tensor) -> Tensor:
+    both = wide(x).chunk(2, -1)
+    x.mul_(2)
+    return gate_first(both)
+
+
+def autocast_around_halves(x: Tensor) -> Tensor:
+    y = wide(x)
+    with torch.autocast("cpu"):
+        z = gate_first(y.chunk(2, -1))
+    return z
+
+
 LEFT = {
     "two users": lambda x: (lambda y: F.gelu(y) * y)(low_rank(x)),
     "used twice": lambda x: (lambda y: y + y)(low_rank(x)),
@@ -204,6 +239,9 @@ LEFT = {
     "an item of x changed between": item_changed_between,
     "gradients off between": gradients_off_between,
     "autocast between": autocast_between,
+    "of halves, x changed between": changed_before_halves,
+    "of halves, x changed after these, between": changed_after_halves,
+    "of halves, autocast between": autocast_around_halves,
     "almost gelu by tanh": lambda x: (lambda z: 0.5 * z * (1 + torch.tanh(0.8 * (z + 0.044715 * z**3))))(low_rank(x)),
     "half of gelu by tanh": lambda x: (lambda z: 0.4 * z * (1 + torch.tanh(0.79788456 * (z + 0.044715 * z**3))))(
         low_rank(x)
@@ -278,6 +316,172 @@ def test_gradients_of_a_gated_layer_are_those_of_its_parts() -> None:
         strict=True,
     ):
         assert_close(ours, wanted)
+
+
+class Halves(nn.Module):
+    """A layer whose outputs `ends` takes apart; of a model, so that their number is known in dynamic graphs too."""
+
+    def __init__(self, ends: Callable[[Tensor], object], outputs: int = 16, bias: bool = True) -> None:
+        super().__init__()
+        self.ends = ends
+        self.down, self.up = (nn.Parameter(drawn(*shape)) for shape in ((4, 8), (outputs, 4)))
+        self.bias = nn.Parameter(drawn(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> object:
+        return self.ends(torch.ops.shrank.low_rank_linear(x, self.down, self.up, self.bias))
+
+
+def gate_first(halves: tuple[Tensor, Tensor]) -> Tensor:
+    gate, value = halves
+    return F.silu(gate) * value
+
+
+def value_first(halves: tuple[Tensor, Tensor]) -> Tensor:
+    value, gate = halves
+    return value * F.gelu(gate)
+
+
+TAKEN_HALVES = {
+    "chunk": (lambda y: gate_first(y.chunk(2, dim=-1)), "silu"),
+    "chunk by a function": (lambda y: gate_first(torch.chunk(y, 2, -1)), "silu"),
+    "chunk by names": (lambda y: gate_first(torch.chunk(y, chunks=2, dim=-1)), "silu"),
+    "chunk of the last of three": (lambda y: gate_first(y.chunk(2, 2)), "silu"),
+    "split": (lambda y: gate_first(y.split(8, dim=-1)), "silu"),
+    "split by a function": (lambda y: gate_first(torch.split(y, 8, -1)), "silu"),
+    "split by names": (lambda y: gate_first(torch.split(y, split_size_or_sections=8, dim=2)), "silu"),
+    "split into sizes": (lambda y: gate_first(y.split([8, 8], -1)), "silu"),
+    "split into sizes by a function": (lambda y: gate_first(torch.split(y, (8, 8), -1)), "silu"),
+    "the value first": (lambda y: value_first(y.chunk(2, dim=-1)), "gelu"),
+    "the value first, split": (lambda y: value_first(y.split(8, dim=-1)), "gelu"),
+    "the value before the gate in the product": (
+        lambda y: (lambda gate, value: value * F.silu(gate))(*y.chunk(2, -1)),
+        "silu",
+    ),
+    "dropout of nothing": (
+        lambda y: (lambda gate, value: F.dropout(F.relu(gate), 0.1, training=False) * value)(*y.chunk(2, -1)),
+        "relu",
+    ),
+}
+HALVES_BY = {
+    "fused": fused,
+    "fused, dynamic": lambda module, x: fused(module, x, dynamic=True),
+    "exported": exported,
+}
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("look", HALVES_BY)
+@pytest.mark.parametrize("name", TAKEN_HALVES)
+def test_a_gate_and_its_value_may_be_the_halves_of_one_layer(name: str, look: str, bias: bool) -> None:
+    ends, activation = TAKEN_HALVES[name]
+    module, x = Halves(ends, bias=bias), drawn(2, 5, 8)
+    found, answer = HALVES_BY[look](module, x)
+    assert found == [(f"gated {activation}", False)]
+    assert_close(answer, module(x))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("order", [gate_first, value_first])
+def test_gradients_of_halves_are_those_of_the_layer(order: Callable, bias: bool) -> None:
+    module, x = Halves(lambda y: order(y.chunk(2, -1)), bias=bias), drawn(3, 8).requires_grad_()
+    found, answer = fused(module, x)
+    assert [end.partition(" ")[0] for end, _ in found] == ["gated"]
+    wanted = (x, *module.parameters())
+    ours, theirs = (torch.autograd.grad(each.square().sum(), wanted) for each in (answer, module(x)))
+    assert len(ours) == 3 + bias
+    for one, other in zip(ours, theirs, strict=True):
+        assert_close(one, other)
+
+
+def halves(y: Tensor) -> tuple[Tensor, Tensor]:
+    return y.chunk(2, -1)
+
+
+# What each does with the outputs, and how many they are if not 16.
+LEFT_HALVES = {
+    "without activation": lambda y: (lambda a, b: a * b)(*halves(y)),
+    "an activation that the op does not have": lambda y: (lambda a, b: F.softplus(a) * b)(*halves(y)),
+    "both activated": lambda y: (lambda a, b: F.silu(a) * F.silu(b))(*halves(y)),
+    "activated in place": lambda y: (lambda a, b: F.silu(a, inplace=True) * b)(*halves(y)),
+    "one half alone": lambda y: F.silu(halves(y)[0]) * 2,
+    "one half by itself": lambda y: (lambda a, b: F.silu(a) * a)(*halves(y)),
+    "a sum": lambda y: (lambda a, b: F.silu(a) + b)(*halves(y)),
+    "a quotient": lambda y: (lambda a, b: b / F.silu(a))(*halves(y)),
+    "the outputs used again": lambda y: gate_first(halves(y)) + y.sum(),
+    "the gate used again": lambda y: (lambda a, b: F.silu(a) * b + a)(*halves(y)),
+    "the activated gate used again": lambda y: (lambda a, b: a * b + a)(F.silu(halves(y)[0]), halves(y)[1]),
+    "the value used again": lambda y: (lambda a, b: F.silu(a) * b + b)(*halves(y)),
+    "something before": lambda y: gate_first(halves(y.tanh())),
+    "two of three": (lambda y: gate_first(y.chunk(3, -1)[:2]), 18),
+    "two of three, split": (lambda y: gate_first(y.split(6, -1)[:2]), 18),
+    "odd": (lambda y: gate_first(halves(y)), 3),
+    "uneven": lambda y: gate_first(y.split([15, 1], -1)),
+    "uneven, by the larger": lambda y: gate_first(y.split(15, -1)),
+    "along rows": lambda y: gate_first(y.chunk(2, 0)),
+    "along rows by default": lambda y: gate_first(y.chunk(2)),
+    "along the middle": lambda y: gate_first(y.split(8, 1)),
+    "along the middle, from behind": lambda y: gate_first(y.chunk(2, dim=-2)),
+}
+
+
+@pytest.mark.parametrize("look", HALVES_BY)
+@pytest.mark.parametrize("name", LEFT_HALVES)
+def test_all_other_halves_are_left(name: str, look: str) -> None:
+    ends, outputs = LEFT_HALVES[name] if isinstance(LEFT_HALVES[name], tuple) else (LEFT_HALVES[name], 16)
+    module, x = Halves(ends, outputs).requires_grad_(False), drawn(2, 16, 8)
+    found, answer = HALVES_BY[look](module, x)
+    assert found == [("none", False)]
+    assert_close(answer, module(x))
+
+
+def test_halves_of_an_unknown_number_of_outputs_are_left() -> None:
+    def block(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return gate_first(torch.ops.shrank.low_rank_linear(x, down, up, None).chunk(2, -1))
+
+    given = (drawn(3, 8), *WIDE[:2])
+    for dynamic, end in ((True, "none"), (False, "gated silu")):
+        found, answer = fused(block, *given, dynamic=dynamic)
+        assert found == [(end, False)]
+        assert_close(answer, block(*given))
+
+
+@pytest.mark.parametrize("wrong", [None, "low_rank_gated"])
+def test_halves_are_left_where_the_op_was_found_wrong_on_the_card(wrong: str | None, monkeypatch) -> None:
+    monkeypatch.setattr(nodes.self_check, "why_not_op", lambda op, x: (op,) * (op == wrong and x.is_cuda))
+    graph = torch.fx.Graph()
+
+    def noted(node: torch.fx.Node, *shape: int) -> torch.fx.Node:
+        with FakeTensorMode():
+            node.meta["val"] = torch.empty(shape, device="cuda")
+        return node
+
+    shapes = {"x": (3, 8), "down": (4, 8), "up": (16, 4)}
+    given = [noted(graph.placeholder(name), *shape) for name, shape in shapes.items()]
+    y = noted(graph.call_function(torch.ops.shrank.low_rank_linear.default, tuple(given)), 3, 16)
+    both = graph.call_function(torch.chunk, (y, 2, -1))
+    one, other = (noted(graph.call_function(operator.getitem, (both, place)), 3, 8) for place in (0, 1))
+    opened = noted(graph.call_function(F.silu, (one,)), 3, 8)
+    graph.output(noted(graph.call_function(torch.mul, (opened, other)), 3, 8))
+    fuse(graph)
+    assert ends_of(graph) == [("none" if wrong else "gated silu", False)]
+
+
+def test_halves_of_a_convolutions_outputs_are_left() -> None:
+    def block(x: Tensor) -> Tensor:
+        return gate_first(low_rank_conv(x).chunk(2, -1))
+
+    x = drawn(2, 8, 5, 6)
+    for look in (fused, exported):
+        found, answer = look(block, x)
+        assert found == [("none", False)]
+        assert_close(answer, block(x))
+
+
+def test_a_layer_of_halves_keeps_its_residual_where_it_has_one() -> None:
+    def block(x: Tensor, residual: Tensor) -> Tensor:
+        return gate_first(torch.ops.shrank.low_rank_linear(x, *WIDE, "none", residual).chunk(2, -1))
+
+    assert fused(block, drawn(3, 8), drawn(3, 16))[0] == [("none", True)]
 
 
 KEY = (drawn(2, 8), drawn(6, 2), drawn(6))
