@@ -14,6 +14,7 @@ from ..ops import dispatch, onednn
 from ..ops.dispatch import Backend, current_backend
 
 UNITS = ("led_unit", "ced_unit")  # what the sequence of stages is called, in attributes and checkpoints
+_OF_PIVOTED_KERNELS = (torch.float16, torch.bfloat16)
 NO_PIVOTED_KERNEL = "backend is native, but it has no kernel for a pivoted convolution: auto_fact(..., pivot=False)"
 
 
@@ -120,25 +121,29 @@ def run(
     RuntimeError where the native kernels are insisted on for a pivoted convolution.
     """
     ops = ops_for(stages, kinds, x)
-    if ops is None and is_pivoted(stages) and current_backend() is Backend.NATIVE and is_convolution(stages):
+    if ops is None and is_pivoted(stages) and nn.Linear not in kinds and current_backend() is Backend.NATIVE:
         raise RuntimeError(NO_PIVOTED_KERNEL)
     return in_one_op(ops, x) if ops else run_stages(stages, x)
-
-
-def is_convolution(stages: nn.Sequential) -> bool:
-    return any(isinstance(stage, nn.modules.conv._ConvNd) for stage in stages)
 
 
 def ops_for(stages: nn.Sequential, kinds: tuple[type[nn.Module], ...], x: Tensor) -> ModuleType | None:
     """The module whose op computes these stages of x at once; None where they run one by one."""
     if is_pivoted(stages):
-        first, second, pivots = stages._modules.values()
-        known = type(pivots) is Pivots and type(first) in kinds and type(second) in kinds and not is_convolution(stages)
-        untouched = known and all(map(is_untouched, (first, second, pivots)))
-        native = current_backend() is Backend.NATIVE or x.is_cuda
-        return dispatch if untouched and native else None
+        return dispatch if _pivoted_op_runs(stages, x) else None
     factors = factors_of(stages, kinds)
     return ops_of(x, *factors) if factors else None
+
+
+def _pivoted_op_runs(stages: nn.Sequential, x: Tensor) -> bool:
+    """Of linear stages, where kernels may run. PyTorch's calls are better made by the stages: the third one knows where
+    no gather is needed."""
+    first, second, pivots = stages._modules.values()
+    if not (type(first) is type(second) is nn.Linear and type(pivots) is Pivots):
+        return False
+    if not all(map(is_untouched, (first, second, pivots))):
+        return False
+    backend = current_backend()
+    return backend is Backend.NATIVE or (backend is Backend.AUTO and x.is_cuda and x.dtype in _OF_PIVOTED_KERNELS)
 
 
 def factors_of(

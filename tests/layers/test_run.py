@@ -119,9 +119,23 @@ def test_who_computes(
         elif insisted and change in SAME and not kernels:
             assert ran == [] and "backend is native, but the native kernels cannot run" in result
         else:
-            asked = insisted or (on_cuda and backend is shrank.Backend.AUTO and kernels)
+            asked = insisted or (on_cuda and backend is shrank.Backend.AUTO and kernels and not layer.pivoted)
             assert ran == ([op] if asked and change in SAME and op else [])
             assert_close(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", [shrank.Backend.AUTO, shrank.Backend.TORCH])
+def test_pivots_take_their_op_where_it_has_kernels(backend: shrank.Backend, dtype: torch.dtype, monkeypatch) -> None:
+    layer, x = seeded(lambda: LED(24, 20, 7, pivot=True)).to(dtype), draw(3, 24, dtype=dtype)
+    expected = layer(x).detach()
+    pretend_native(monkeypatch)
+    with monkeypatch.context() as patch, shrank.backend(backend), torch.no_grad():
+        patch.setattr(Tensor, "is_cuda", True)
+        ran, result = outcome(lambda: layer(x))
+    has_kernels = backend is shrank.Backend.AUTO and dtype is torch.bfloat16
+    assert ran == ["low_rank_pivoted"] * has_kernels
+    assert_close(result, expected)
 
 
 @pytest.mark.parametrize("name", LAYERS)
