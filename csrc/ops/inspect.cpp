@@ -44,8 +44,7 @@ const Device& device_of(std::string_view gpu) {
 }
 
 std::string explain_for(int64_t M, int64_t K, int64_t N, int64_t R, std::string_view dtype, std::string_view activation,
-                        bool bias, bool residual, bool training, int64_t gate_R, bool pivoted,
-                        std::string_view gpu) {
+                        bool bias, bool residual, bool training, int64_t gate_R, bool pivoted, std::string_view gpu) {
   LinearProblem problem{M, K, N, R, parse_dtype(dtype), parse_activation(activation), bias, residual, training};
   problem.gate_R = gate_R;
   problem.pivoted = pivoted;
