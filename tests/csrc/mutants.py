@@ -151,7 +151,7 @@ def failure_of_linear(dev: ModuleType, run: linear.Run, copies_early: bool) -> s
     arguments = run.arguments()
     outcome = linear.emulate(dev, run, arguments, 2, copies_early)
     wanted = linear.exact(arguments, outcome.h if run.from_h else None)
-    return mistake(outcome, wanted, linear.in_pytorch(arguments), run.training)
+    return mistake(outcome, wanted, linear.in_pytorch(arguments), run.training, run.pivoted)
 
 
 def failure_of_conv(dev: ModuleType, run: conv.ConvRun, copies_early: bool) -> str | None:
@@ -170,13 +170,13 @@ def failure_of_few_rows(
                 return found
         return None
     outcome = few_rows.emulate(dev, run, arguments, 2)
-    return mistake(outcome, linear.exact(arguments), linear.in_pytorch(arguments), run.training)
+    return mistake(outcome, linear.exact(arguments), linear.in_pytorch(arguments), run.training, run.pivoted)
 
 
 def failure_of_backward(dev: ModuleType, run: backward.BackwardRun, copies_early: bool) -> str | None:
     arguments = run.arguments()
     outcome = backward.emulate(dev, run, arguments, 2, copies_early)
-    if found := problem_or_conflict(outcome):
+    if found := problem_or_conflict(outcome, run.pivoted):
         return found
     try:
         pairs = backward.compared(outcome, run, arguments)
@@ -186,17 +186,24 @@ def failure_of_backward(dev: ModuleType, run: backward.BackwardRun, copies_early
 
 
 def mistake(
-    outcome: linear.Outcome, wanted: tuple[torch.Tensor, ...], torchs: torch.Tensor, training: bool
+    outcome: linear.Outcome,
+    wanted: tuple[torch.Tensor, ...],
+    torchs: torch.Tensor,
+    training: bool,
+    may_conflict: bool = False,
 ) -> str | None:
     y, *h = wanted
     pairs = [(outcome.y, y, torchs), *zip(outcome.h, h, h, strict=True)] if training else [(outcome.y, y, torchs)]
     found = outcome.problems[0] if outcome.problems else wrong_numbers(pairs)
-    return found or (None if training else problem_or_conflict(outcome))
+    return found or (None if training else problem_or_conflict(outcome, may_conflict))
 
 
-def problem_or_conflict(outcome: linear.Outcome | backward.Outcome) -> str | None:
+def problem_or_conflict(outcome: linear.Outcome | backward.Outcome, may_conflict: bool) -> str | None:
+    """may_conflict: as pivots do, which are read from h column by column."""
     if outcome.problems:
         return outcome.problems[0]
+    if may_conflict:
+        return None
     return f"{outcome.counts.bank_conflicts} bank conflicts" if outcome.counts.bank_conflicts else None
 
 
