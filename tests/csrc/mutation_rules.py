@@ -267,6 +267,7 @@ EQUIVALENT = {  # (rule, a piece of `file: line`): why nothing changes
     ): "finite filters meet zeros of x; others: test_a_special_filter_reaches_its_own_column_of_h",
     ("< becomes <=", "column < left; column += 2 * kChunk"): "a hint, which reads nothing",
     ("< becomes <=", "rows < ROWS ?"): "of two equal numbers either is the smaller",
+    ("< becomes <=", "rows < BLOCK_M ?"): "of two equal numbers either is the smaller",
     ("< becomes <=", "left < kStagedRows ?"): "of two equal numbers either is the smaller",
     (
         "< becomes <=",
