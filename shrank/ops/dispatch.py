@@ -24,8 +24,8 @@ class Backend(Enum):
     """Who computes low-rank layers.
 
     Attributes:
-        AUTO: The native kernels where they may run, else PyTorch; on a CPU with the products of oneDNN that also apply
-            bias, activation and residual, where those are faster. The default.
+        AUTO: The native kernels where they may run, else PyTorch; on a CPU by oneDNN's products, where those
+            are faster. The default.
         TORCH: PyTorch, one call for each step.
         NATIVE: The native kernels. A call that they cannot run raises a RuntimeError with every reason.
     """

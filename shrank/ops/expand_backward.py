@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from .law import check_activation, check_alike, check_bias, refusal, shape_of
-from .library import define, library
+from .library import define, library, native_op
 from .reference import End
 
 NAME = "expand_backward"
@@ -50,9 +50,7 @@ def run_named(given: tuple, kernel: str, grid: Sequence[int] = ()) -> End:
     Raises:
         RuntimeError: No native code is loaded, or it has no such kernel for these arguments; the text says why.
     """
-    if not hasattr(torch.ops.shrank, f"{NAME}_as"):
-        raise RuntimeError(f"shrank::{NAME}_as is an op of the native extension, which is not loaded")
-    return End(*torch.ops.shrank.expand_backward_as(*given, kernel, list(grid)))
+    return End(*native_op(f"{NAME}_as")(*given, kernel, list(grid)))
 
 
 def _by_pytorch(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import onednn, reference
 from .gated_backward import gated_backward
-from .law import check_activation, check_alike, check_bias, refusal, shape_of
+from .law import check_activation, check_alike, check_bias, check_down, refusal, shape_of
 from .reference import GatedForward, GatedGrads
 from .registration import Op, register
 
@@ -30,11 +30,8 @@ def check_low_rank_gated(
     casts: autocast makes the dtypes alike.
     """
     check_activation(NAME, activation)
-    if x.dim() < 1:
-        raise refusal(NAME, "x is 0-dimensional, wanted (..., K)")
     for prefix, a_down, an_up, a_bias in (("gate_", gate_down, gate_up, gate_bias), ("", down, up, bias)):
-        if a_down.dim() != 2 or a_down.size(1) != x.size(-1):
-            raise refusal(NAME, f"{prefix}down is {shape_of(a_down)}, wanted (R, {x.size(-1)}) for x {shape_of(x)}")
+        check_down(NAME, x, a_down, f"{prefix}down")
         if an_up.dim() != 2 or an_up.size(1) != a_down.size(0):
             raise refusal(
                 NAME,

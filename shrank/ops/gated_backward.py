@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from .law import check_activation, check_alike, check_bias, refusal, shape_of
-from .library import define, library
+from .library import define, library, native_op
 from .reference import GatedEnd
 
 NAME = "gated_backward"
@@ -65,9 +65,7 @@ def run_named(given: tuple, kernel: str, grid: Sequence[int] = ()) -> GatedEnd:
     Raises:
         RuntimeError: No native code is loaded, or it has no such kernel for these arguments; the text says why.
     """
-    if not hasattr(torch.ops.shrank, f"{NAME}_as"):
-        raise RuntimeError(f"shrank::{NAME}_as is an op of the native extension, which is not loaded")
-    return GatedEnd(*torch.ops.shrank.gated_backward_as(*given, kernel, list(grid)))
+    return GatedEnd(*native_op(f"{NAME}_as")(*given, kernel, list(grid)))
 
 
 def _by_pytorch(grad: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:

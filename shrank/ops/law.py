@@ -28,6 +28,14 @@ def check_activation(op: str, activation: str) -> None:
         raise refusal(op, f"activation is {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
 
 
+def check_down(op: str, x: Tensor, down: Tensor, name: str = "down") -> None:
+    """Refuse a first factor that is not (R, K) for x (..., K)."""
+    if x.dim() < 1:
+        raise refusal(op, "x is 0-dimensional, wanted (..., K)")
+    if down.dim() != 2 or down.size(1) != x.size(-1):
+        raise refusal(op, f"{name} is {shape_of(down)}, wanted (R, {x.size(-1)}) for x {shape_of(x)}")
+
+
 def check_bias(op: str, bias: Tensor | None, up: Tensor, name: str = "bias") -> None:
     if bias is not None and (bias.dim() != 1 or bias.size(0) != up.size(0)):
         raise refusal(op, f"{name} is {shape_of(bias)}, wanted ({up.size(0)},) for up {shape_of(up)}")

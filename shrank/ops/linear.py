@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import onednn, reference
 from .expand_backward import expand_backward
-from .law import check_activation, check_alike, check_bias, check_residual, refusal, shape_of
+from .law import check_activation, check_alike, check_bias, check_down, check_residual, refusal, shape_of
 from .reference import Forward, Grads
 from .registration import Op, register
 
@@ -27,10 +27,7 @@ def check_low_rank_linear(
     casts: autocast makes the dtypes alike.
     """
     check_activation(NAME, activation)
-    if x.dim() < 1:
-        raise refusal(NAME, "x is 0-dimensional, wanted (..., K)")
-    if down.dim() != 2 or down.size(1) != x.size(-1):
-        raise refusal(NAME, f"down is {shape_of(down)}, wanted (R, {x.size(-1)}) for x {shape_of(x)}")
+    check_down(NAME, x, down)
     if up.dim() != 2 or up.size(1) != down.size(0):
         raise refusal(NAME, f"up is {shape_of(up)}, wanted (N, {down.size(0)}) for down {shape_of(down)}")
     check_bias(NAME, bias, up)

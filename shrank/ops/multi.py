@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .law import refusal
-from .library import define, library
+from .library import define, library, native_op
 from .linear import LINEAR, check_low_rank_linear
 from .registration import NO_AUTOCAST, is_recorded, narrowed
 
@@ -56,9 +56,7 @@ def run_together(given: tuple, tokens: int, splits: Sequence[int]) -> list[Tenso
     Raises:
         RuntimeError: No native code is loaded, or it cannot run these; the text says why.
     """
-    if not hasattr(torch.ops.shrank, f"{NAME}_as"):
-        raise RuntimeError(f"shrank::{NAME}_as is an op of the native extension, which is not loaded")
-    return torch.ops.shrank.low_rank_linear_multi_as(*given, tokens, list(splits))
+    return native_op(f"{NAME}_as")(*given, tokens, list(splits))
 
 
 def one_by_one(x: Tensor, down: Sequence[Tensor], up: Sequence[Tensor], bias: Sequence[Tensor | None]) -> list[Tensor]:

@@ -10,6 +10,7 @@ from .law import (
     check_activation,
     check_alike,
     check_bias,
+    check_down,
     check_order,
     check_residual,
     check_shape,
@@ -40,10 +41,7 @@ def check_low_rank_pivoted(
     casts: autocast makes the dtypes alike.
     """
     check_activation(NAME, activation)
-    if x.dim() < 1:
-        raise refusal(NAME, "x is 0-dimensional, wanted (..., K)")
-    if down.dim() != 2 or down.size(1) != x.size(-1):
-        raise refusal(NAME, f"down is {shape_of(down)}, wanted (R, {x.size(-1)}) for x {shape_of(x)}")
+    check_down(NAME, x, down)
     R = down.size(0)
     if up.dim() != 2 or up.size(1) != R:
         raise refusal(NAME, f"up is {shape_of(up)}, wanted (N - R, {R}) for down {shape_of(down)}")

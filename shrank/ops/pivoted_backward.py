@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import pivoted_reference
 from .law import check_activation, check_alike, check_bias, check_order, check_shape, refusal, shape_of
-from .library import define, library
+from .library import define, library, native_op
 from .reference import End
 
 NAME = "pivoted_backward"
@@ -75,9 +75,7 @@ def run_named(given: tuple, kernel: str, grid: Sequence[int] = ()) -> End:
     Raises:
         RuntimeError: No native code is loaded, or it has no such kernel for these arguments; the text says why.
     """
-    if not hasattr(torch.ops.shrank, f"{NAME}_as"):
-        raise RuntimeError(f"shrank::{NAME}_as is an op of the native extension, which is not loaded")
-    return End(*torch.ops.shrank.pivoted_backward_as(*given, kernel, list(grid)))
+    return End(*native_op(f"{NAME}_as")(*given, kernel, list(grid)))
 
 
 def _by_pytorch(*given: object) -> tuple[Tensor, Tensor]:

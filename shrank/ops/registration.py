@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .library import define, library
+from .library import define, library, native_op
 
 NO_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCPU
@@ -97,10 +97,8 @@ class Op:
         Raises:
             RuntimeError: No native code is loaded, or it has no such kernel for these arguments; the text says why.
         """
-        name = f"{self.name}_as"
-        if not hasattr(torch.ops.shrank, name):
-            raise RuntimeError(f"shrank::{name} is an op of the native extension, which is not loaded")
-        return self.outputs(*getattr(torch.ops.shrank, name)(*self.complete(given), training, kernel, list(grid)))
+        run = native_op(f"{self.name}_as")
+        return self.outputs(*run(*self.complete(given), training, kernel, list(grid)))
 
     def call(self, *given: object) -> Tensor:
         """The op; where autograd has nothing to record, past its kernel, which is in Python.
