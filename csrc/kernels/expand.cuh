@@ -12,10 +12,10 @@
 
 namespace shrank {
 
-// FORM: the number of a Form. P: the kernel's parameters, with M, N and as many pairs of factors as the form has; and what its end needs: residual, y and
-// activation. Where there are GROUPS, N and R count one group's columns, whose up (N, R) follow one another; groups and
-// column tiles share the second axis of the grid. Of two pairs, a warp has the same columns, so that their sums meet in
-// a lane's registers.
+// FORM: the number of a Form. P: the kernel's parameters, with M, N and as many pairs of factors as the form has; and
+// what its end needs: residual, y and activation. Where there are GROUPS, N and R count one group's columns, whose up
+// (N, R) follow one another; groups and column tiles share the second axis of the grid. Of two pairs, a warp has the same
+// columns, so that their sums meet in a lane's registers.
 template <typename T, int BLOCK_M, int MAX_RANK, int FORM, typename P, bool GROUPS = false> struct Block {
   using Params = P;
   static constexpr LinearTile kTile{BLOCK_M, MAX_RANK, static_cast<Form>(FORM)};
