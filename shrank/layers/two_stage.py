@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ..ops import dispatch, onednn
+from ..ops import cpu, dispatch, host
 from ..ops.dispatch import Backend, current_backend
 
 UNITS = ("led_unit", "ced_unit")  # what the sequence of stages is called, in attributes and checkpoints
@@ -129,21 +129,23 @@ def run(
 def ops_for(stages: nn.Sequential, kinds: tuple[type[nn.Module], ...], x: Tensor) -> ModuleType | None:
     """The module whose op computes these stages of x at once; None where they run one by one."""
     if is_pivoted(stages):
-        return dispatch if _pivoted_op_runs(stages, x) else None
+        return _ops_of_pivoted(stages, x)
     factors = factors_of(stages, kinds)
     return ops_of(x, *factors) if factors else None
 
 
-def _pivoted_op_runs(stages: nn.Sequential, x: Tensor) -> bool:
-    """Of linear stages, where kernels may run. PyTorch's calls are better made by the stages: the third one knows where
-    no gather is needed."""
+def _ops_of_pivoted(stages: nn.Sequential, x: Tensor) -> ModuleType | None:
+    """Of linear stages, where kernels may run. Other calls are better made by the stages: the third one knows where no
+    gather is needed."""
     first, second, pivots = stages._modules.values()
     if not (type(first) is type(second) is nn.Linear and type(pivots) is Pivots):
-        return False
+        return None
     if not all(map(is_untouched, (first, second, pivots))):
-        return False
-    backend = current_backend()
-    return backend is Backend.NATIVE or (backend is Backend.AUTO and x.is_cuda and x.dtype in _OF_PIVOTED_KERNELS)
+        return None
+    by = ops_of(x, first.weight, second.weight, second.bias, pivots.bias)
+    if by is dispatch and current_backend() is Backend.AUTO and x.dtype not in _OF_PIVOTED_KERNELS:
+        return None
+    return by if by in (dispatch, host) else None
 
 
 def factors_of(
@@ -165,13 +167,12 @@ def factors_of(
 
 
 def ops_of(x: Tensor, down: Tensor, up: Tensor, *others: Tensor | None) -> ModuleType | None:
-    """`dispatch` where native kernels may run, that is on CUDA, or where they are insisted on; `onednn` on a CPU, where
-    it is faster; else None."""
+    """`dispatch` where native kernels may run, that is on CUDA, or where they are insisted on; on a CPU what is faster
+    than PyTorch's calls, if anything."""
     backend = current_backend()
     if backend is Backend.NATIVE or down.is_cuda:
         return dispatch
-    is_linear = down.dim() == 2
-    return onednn if is_linear and backend is Backend.AUTO and onednn.is_faster(x, down, up, *others) else None
+    return cpu.fastest(x, down, up, *others) if down.dim() == 2 and backend is Backend.AUTO else None
 
 
 def run_stages(stages: nn.Sequential, x: Tensor) -> Tensor:

@@ -180,8 +180,10 @@ def _problem(
 
 
 def _without_extension(problem: dict, gpu: str, on_cpu: bool) -> dict:
-    if reason := explain_plain.why_plain(problem, on_cpu):
-        return explain_plain.facts(problem, gpu, reason)
+    if on_cpu:
+        return explain_plain.facts(problem, gpu, *explain_plain.choice_on_cpu(problem))
+    if reason := explain_plain.why_plain(problem):
+        return explain_plain.facts(problem, gpu, explain_plain.plain_kernel(problem), reason)
     raise RuntimeError(
         "whether a kernel runs this layer is decided by the native extension, which is not loaded: "
         f"{'; '.join(native.problems())}. {native.HOW_TO_INSTALL}"

@@ -1,4 +1,4 @@
-"""What `shrank explain` answers where PyTorch's own two calls run, whatever the native extension holds.
+"""What `shrank explain` answers of a CPU, and where PyTorch's own two calls run whatever the native extension holds.
 
 Only the extension knows its kernels and their costs (csrc/select). What it never has a kernel for is told here:
 tests/csrc/test_explain_plain.py holds it to csrc/select.
@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import re
 
+import torch
+
+from ..ops import host, onednn
 from ..ops.reference import ACTIVATIONS
 from ..util.names import unknown
 
@@ -63,10 +66,27 @@ def _plain(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]", "", gpu.lower()).removeprefix("nvidia")
 
 
-def why_plain(problem: dict, on_cpu: bool) -> str | None:
-    """Why PyTorch's own two calls run; None where the extension may have a kernel."""
-    if on_cpu:
-        return "a CPU has none of our kernels: PyTorch's own two calls, and its own activation and residual"
+def plain_kernel(problem: dict) -> str:
+    """What PyTorch's own two calls are called."""
+    return "two_gemms" if "M" in problem else "two_convs"
+
+
+def choice_on_cpu(problem: dict) -> tuple[str, str]:
+    """Which kernel a CPU runs, and why: as `ops/cpu` chooses, where nobody looks on."""
+    plain = plain_kernel(problem)
+    if "M" in problem and not problem["training"]:
+        x = torch.empty(problem["M"], problem["K"], dtype=getattr(torch, problem["dtype"]), device="meta")
+        outputs = problem["N"] - problem["R"] * problem["pivoted"]
+        factors = x.new_empty(problem["R"], problem["K"]), x.new_empty(outputs, problem["R"])
+        if host.are_few(x, *factors):
+            return "low_rank_rows", "few rows of x: one kernel for both stages, as fast as the weights are read"
+        if onednn.is_faster(x, *factors):
+            return plain, "a large layer: oneDNN's two products, with bias and activation"
+    return plain, "PyTorch's own two calls, and its own activation and residual"
+
+
+def why_plain(problem: dict) -> str | None:
+    """Why PyTorch's own two calls run on a GPU; None where the extension may have a kernel."""
     if problem["activation"] != "none" or problem["residual"] or problem.get("gate_R") or problem.get("pivoted"):
         return None  # a kernel may apply them, multiply by a gate, and put pivots into their places
     if problem["dtype"] not in ("bfloat16", "float16"):
@@ -78,9 +98,8 @@ def why_plain(problem: dict, on_cpu: bool) -> str | None:
     return None
 
 
-def facts(problem: dict, gpu: str, reason: str) -> dict:
+def facts(problem: dict, gpu: str, kernel: str, reason: str) -> dict:
     """As the extension tells them (csrc/select/explain.cpp), without what only its model of costs knows."""
-    kernel = "two_gemms" if "M" in problem else "two_convs"
     return {
         "problem": problem,
         "device": {"name": gpu, "source": "no figures are needed"},

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import availability, multi, native, onednn, pivoted_reference, reference, self_check
+from . import availability, cpu, multi, native, pivoted_reference, reference, self_check
 from .conv import CONV, check_low_rank_conv, window_of
 from .gated import GATED, check_low_rank_gated
 from .linear import LINEAR, check_low_rank_linear
@@ -24,8 +24,8 @@ class Backend(Enum):
     """Who computes low-rank layers.
 
     Attributes:
-        AUTO: The native kernels where they may run, else PyTorch; on a CPU by oneDNN's products, where those
-            are faster. The default.
+        AUTO: The native kernels where they may run, else PyTorch; on a CPU by kernels for a few rows or by
+            oneDNN's products, where those are faster. The default.
         TORCH: PyTorch, one call for each step.
         NATIVE: The native kernels. A call that they cannot run raises a RuntimeError with every reason.
     """
@@ -329,7 +329,7 @@ def _chosen(backend: Backend | str | None) -> Backend:
 
 def _by_pytorch(backend: Backend | str | None, x: Tensor, *others: Tensor | None) -> ModuleType:
     """The ops in PyTorch for these tensors, of which the first two others are down and up."""
-    return onednn if _chosen(backend) is Backend.AUTO and onednn.is_faster(x, *others) else reference
+    return (_chosen(backend) is Backend.AUTO and cpu.fastest(x, *others)) or reference
 
 
 def _runs_native(op: Op | Multi, backend: Backend | str | None, *tensors: Tensor | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import onednn, reference
+from . import cpu, reference
 from .gated_backward import gated_backward
 from .law import check_activation, check_alike, check_bias, check_down, refusal, shape_of
 from .reference import GatedForward, GatedGrads
@@ -45,7 +45,11 @@ def check_low_rank_gated(
     )
 
 
-def _forward(
+def _forward(*given: object) -> GatedForward:
+    return GatedForward(*(each.contiguous() for each in reference.low_rank_gated_forward(*given)))
+
+
+def _infer(
     x: Tensor,
     gate_down: Tensor,
     gate_up: Tensor,
@@ -54,10 +58,9 @@ def _forward(
     up: Tensor,
     bias: Tensor | None,
     activation: str,
-) -> GatedForward:
-    given = (gate_down, gate_up, gate_bias, down, up, bias)
-    by = onednn if onednn.is_faster(x, *given[3:], *given[:3]) else reference
-    return GatedForward(*(each.contiguous() for each in by.low_rank_gated_forward(x, *given, activation)))
+) -> Tensor:
+    by = cpu.fastest(x, down, up, bias, gate_down, gate_up, gate_bias) or reference
+    return by.low_rank_gated(x, gate_down, gate_up, gate_bias, down, up, bias, activation).contiguous()
 
 
 def _empty(
@@ -85,5 +88,6 @@ GATED = Op(
     empty=_empty,
     end=gated_backward,
     end_by_pytorch=reference.gated_backward,
+    infer=_infer,
 )
 register(GATED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import onednn, reference
+from . import cpu, reference
 from .expand_backward import expand_backward
 from .law import check_activation, check_alike, check_bias, check_down, check_residual, refusal, shape_of
 from .reference import Forward, Grads
@@ -38,9 +38,15 @@ def check_low_rank_linear(
 def _forward(
     x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
 ) -> Forward:
-    by = onednn if onednn.is_faster(x, down, up, bias, residual) else reference
-    outputs = by.low_rank_linear_forward(x, down, up, bias, activation, residual)
+    outputs = reference.low_rank_linear_forward(x, down, up, bias, activation, residual)
     return Forward(*(each.contiguous() for each in outputs))
+
+
+def _infer(
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> Tensor:
+    by = cpu.fastest(x, down, up, bias, residual) or reference
+    return by.low_rank_linear(x, down, up, bias, activation, residual).contiguous()
 
 
 def _empty(
@@ -60,5 +66,6 @@ LINEAR = Op(
     empty=_empty,
     end=expand_backward,
     end_by_pytorch=reference.expand_backward,
+    infer=_infer,
 )
 register(LINEAR)

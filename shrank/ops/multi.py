@@ -89,7 +89,7 @@ def _autocast(x: Tensor, *lists: list[Tensor | None]) -> list[Tensor]:
 
 def _by_pytorch(x: Tensor, down: list[Tensor], up: list[Tensor], bias: list[Tensor | None]) -> list[Tensor]:
     check_low_rank_linear_multi(x, down, up, bias)
-    return [LINEAR.by_pytorch(x, *each).y for each in zip(down, up, bias, strict=True)]
+    return [LINEAR.y_of(*LINEAR.packed((x, *each))) for each in zip(down, up, bias, strict=True)]
 
 
 def _empty(x: Tensor, down: list[Tensor], up: list[Tensor], bias: list[Tensor | None]) -> list[Tensor]:

@@ -43,6 +43,7 @@ class Op:
     end: Callable[..., tuple]
     end_by_pytorch: Callable[..., tuple]
     pack: Callable[..., tuple] = lambda *between: between
+    infer: Callable[..., Tensor] | None = None  # as forward, but y alone: where something is faster at that
 
     @property
     def relies_on(self) -> tuple[str, ...]:
@@ -112,6 +113,10 @@ class Op:
 
     def by_pytorch(self, *given: object) -> NamedTuple:
         return self.forward(*self.packed(given))
+
+    def y_of(self, *arguments: object) -> Tensor:
+        """As `forward`, but y alone."""
+        return self.infer(*arguments) if self.infer else self.forward(*arguments).y
 
     @cached_property
     def defaults(self) -> tuple:
@@ -201,15 +206,15 @@ def narrowed(given: object, dtype: torch.dtype) -> object:
     return given.to(dtype) if wide else given
 
 
-def _both(op: Op, compute: Callable[..., NamedTuple]) -> tuple[Callable[..., Tensor], Callable[..., tuple]]:
-    """What computes y, and what computes all that training needs, after a look at the law."""
+def _checked(op: Op, compute: Callable[..., object]) -> Callable[..., object]:
+    """A kernel that looks at the law first."""
 
-    def checked(*given: object) -> NamedTuple:
+    def kernel(*given: object) -> object:
         arguments = op.packed(given)
         op.check(*arguments)
         return compute(*arguments)
 
-    return lambda *given: checked(*given).y, lambda *given: tuple(checked(*given))
+    return kernel
 
 
 def register(op: Op) -> None:
@@ -219,6 +224,8 @@ def register(op: Op) -> None:
     library.impl(op.name, _autograd_kernel(op), "Autograd")
     for key in ("AutocastCPU", "AutocastCUDA"):
         library.impl(op.name, _autocast_kernel(op), key)
-    for name, kernel, fake in zip(op.schemas, _both(op, op.forward), _both(op, op.empty), strict=True):
-        library.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"shrank::{name}", fake, lib=library)
+    kernels = op.y_of, lambda *arguments: tuple(op.forward(*arguments))
+    fakes = lambda *arguments: op.empty(*arguments).y, lambda *arguments: tuple(op.empty(*arguments))
+    for name, kernel, fake in zip(op.schemas, kernels, fakes, strict=True):
+        library.impl(name, _checked(op, kernel), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"shrank::{name}", _checked(op, fake), lib=library)

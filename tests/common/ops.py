@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import shrank
-from shrank.ops import availability, pivoted_reference, reference, self_check
+from shrank.ops import availability, host, pivoted_reference, reference, self_check
 from shrank.ops.conv import CONV
 from shrank.ops.gated import GATED
 from shrank.ops.linear import LINEAR
@@ -26,6 +26,7 @@ from tests.common.pivoted_cases import PivotedCase
 from tests.common.tolerances import assert_close
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+needs_host_kernels = pytest.mark.skipif(bool(host.problems()), reason="; ".join(host.problems()))
 Case = LinearCase | ConvCase | GatedCase | PivotedCase
 
 

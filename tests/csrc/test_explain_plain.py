@@ -27,10 +27,15 @@ def test_a_linear_layer_that_only_pytorch_can_run(dev, gpu) -> None:
     ):
         asked = dev.select.LinearProblem(7, K, N, R, dtype, activation, residual=residual)
         problem, only = decided(dev, asked, gpu)
-        reason = explain_plain.why_plain(problem, on_cpu=False)
+        reason = explain_plain.why_plain(problem)
         assert (only == "two_gemms") == bool(reason), problem
         if reason:
-            assert explain_plain.facts(problem, gpu.name, reason)["decision"]["kernel"] == only
+            assert (
+                explain_plain.facts(problem, gpu.name, explain_plain.plain_kernel(problem), reason)["decision"][
+                    "kernel"
+                ]
+                == only
+            )
 
 
 def test_a_convolution_of_which_it_is_told_is_one_that_only_pytorch_can_run(dev, gpu) -> None:
@@ -42,7 +47,7 @@ def test_a_convolution_of_which_it_is_told_is_one_that_only_pytorch_can_run(dev,
             2, C, N, R, (1, 9, 7), (1, 3, 3), up_groups=up_groups, dtype=dtype, activation=activation
         )
         problem, only = decided(dev, asked, gpu)
-        if explain_plain.why_plain(problem, on_cpu=False):
+        if explain_plain.why_plain(problem):
             assert only == "two_convs", problem
             told += 1
         else:

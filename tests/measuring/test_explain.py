@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from shrank.cli.app import app
 from shrank.cli.options import FAILED, USAGE
 from shrank.measuring import explain
-from shrank.ops import native
+from shrank.ops import host, native
 
 FACTS = {
     "problem": {
@@ -219,12 +219,8 @@ def test_without_the_extension_it_says_why_and_how_to_get_one(options: tuple) ->
         (("--conv", "2,8,9x7,3x1,16,4"), "two_convs", "R is 4: kernels read 8 numbers at a time"),
         (("--conv", "2,8,9x7,3x1,16,8", "--up-groups", "2"), "two_convs", "R is 4: kernels read"),
         (("--conv", "2,8,9x7,3x1,16,8", "--dtype", "float"), "two_convs", "no kernel takes float32"),
-        (
-            ("--shape", "16,32,64,8", "--gpu", "cpu", "--activation", "gelu"),
-            "two_gemms",
-            "a CPU has none of our kernels",
-        ),
-        (("--conv", "2,8,9x7,3x1,16,8", "--gpu", "CPU", "--residual"), "two_convs", "a CPU has none of our kernels"),
+        (("--shape", "16,32,64,8", "--gpu", "cpu", "--activation", "gelu"), "two_gemms", "PyTorch's own two calls"),
+        (("--conv", "2,8,9x7,3x1,16,8", "--gpu", "CPU", "--residual"), "two_convs", "PyTorch's own two calls"),
     ],
     ids=str,
 )
@@ -235,6 +231,27 @@ def test_what_no_kernel_runs_is_told_without_the_extension(options: tuple, kerne
     assert not any(line.startswith(("predicted", "floor", "dense layer")) for line in lines), "nothing knows them"
     told = json.loads(run("--gpu", "h200", *options, "--json").stdout)
     assert told["decision"]["kernel"] == kernel and told["decision"]["microseconds"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "kernel"),
+    [
+        (("--shape", "2,576,1536,209", "--dtype", "bf16"), "low_rank_rows"),
+        (("--shape", "8,576,1536,209", "--dtype", "fp32", "--pivoted"), "low_rank_rows"),
+        (("--shape", "8,576,1536,209", "--dtype", "fp32", "--gate", "100"), "low_rank_rows"),
+        (("--shape", "8,576,1536,8", "--dtype", "fp32", "--gate", "209"), "two_gemms"),
+        (("--shape", "8,576,1536,209", "--dtype", "fp32", "--training"), "two_gemms"),
+        (("--shape", "9,576,1536,209", "--dtype", "fp32"), "two_gemms"),
+        (("--shape", "3,576,1536,209", "--dtype", "bf16"), "two_gemms"),
+        (("--shape", "1,576,1536,20", "--dtype", "fp32"), "two_gemms"),
+    ],
+    ids=str,
+)
+def test_of_a_cpu_it_tells_what_layers_do(options: tuple, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "IS_HERE", True)
+    assert json.loads(run("--gpu", "cpu", *options, "--json").stdout)["decision"]["kernel"] == kernel
+    monkeypatch.setattr(host, "IS_HERE", False)
+    assert json.loads(run("--gpu", "cpu", *options, "--json").stdout)["decision"]["kernel"] == "two_gemms"
 
 
 @pytest.mark.usefixtures("hidden")

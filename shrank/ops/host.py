@@ -1,0 +1,85 @@
+"""The kernels for a CPU: a low-rank layer of a few rows of x, as when a language model makes one token.
+
+Such a layer takes as long as its weights take to be read. BLAS and oneDNN read them at a third to two thirds of the
+rate of memory, and each stage is a call; these are one call (csrc/host).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from .native import OLDEST_TORCH
+
+LIBRARY = Path(__file__).parents[1] / "_host.abi3.so"
+# Where they win, measured for layers of 64 to 4096 inputs (benchmarks/speed/bench_cpu_layers.py): of more rows the
+# products take longer than the weights, and those of numbers of 16 bits, which are widened first, do sooner.
+MOST_ROWS = {torch.float32: 8, torch.bfloat16: 2}
+FEWEST_WEIGHTS = 1 << 16  # of less, a call takes longer than the product
+
+
+@cache
+def problems() -> tuple[str, ...]:
+    """Why the kernels for a CPU are not loaded; empty if they are. The first call loads them."""
+    if not LIBRARY.exists():
+        return ("this installation of shrank has no kernels for a CPU: it was built without a C++ compiler for x86",)
+    if TorchVersion(torch.__version__) < OLDEST_TORCH:
+        return (f"the kernels for a CPU need torch {OLDEST_TORCH} or newer, this is {torch.__version__}",)
+    if (found := torch.backends.cpu.get_cpu_capability()) not in ("AVX2", "AVX512"):
+        return (f"the kernels for a CPU need AVX2, PyTorch uses {found}",)
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return (f"the kernels for a CPU do not load with torch {torch.__version__}: {error}",)
+    return ()
+
+
+IS_HERE = not problems()
+
+
+def are_few(x: Tensor, down: Tensor, up: Tensor) -> bool:
+    """Whether x has so few rows, and the layer weights enough, that the kernels are faster."""
+    most = MOST_ROWS.get(x.dtype, 0)
+    return IS_HERE and x.numel() <= most * down.shape[1] and down.numel() + up.numel() >= FEWEST_WEIGHTS
+
+
+def rows(*given: object) -> Tensor:
+    """(x, down, up, bias, activation, residual, order, pivot_bias): as the op has them."""
+    return torch.ops.shrank.low_rank_rows.default(*given)
+
+
+def low_rank_linear(*given: object) -> Tensor:
+    """As `reference.low_rank_linear`."""
+    return rows(*given)
+
+
+def low_rank_gated(
+    x: Tensor,
+    gate_down: Tensor,
+    gate_up: Tensor,
+    gate_bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """As `reference.low_rank_gated`."""
+    return rows(x, gate_down, gate_up, gate_bias, activation).mul_(rows(x, down, up, bias))
+
+
+def low_rank_pivoted(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    order: Tensor,
+    bias: Tensor | None = None,
+    pivot_bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """As `dispatch.low_rank_pivoted`."""
+    return rows(x, down, up, bias, activation, residual, order, pivot_bias)
