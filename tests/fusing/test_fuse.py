@@ -467,12 +467,25 @@ class BothActivated(HalvesMLP):
         return self.act(gate) * self.act(value)
 
 
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
 class OtherCalledBetween(HalvesMLP):
-    """What a module does to what it is given is not known."""
+    """What a module that is not PyTorch's does to what it is given is not known."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__(outputs)
+        self.scale = Scale()
 
     def forward(self, x: Tensor) -> Tensor:
         halves = self.wide(x).chunk(2, -1)
-        y = self.back(x)
+        y = self.scale(x)
         return self.act(halves[0]) * halves[1] + y.tanh()
 
 
