@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..layers.ced import CED
 from ..layers.led import LED
 from ..layers.low_rank import LowRankLayer
-from ..layers.two_stage import factors_of, is_untouched, ops_of
+from ..layers.two_stage import is_untouched, ops_of
 from ..ops import dispatch, reference
 
 
@@ -36,7 +36,7 @@ def finish_gated(gate: nn.Module, value: nn.Module, x: Tensor, activation: str) 
 def finish_halves(layer: nn.Module, x: Tensor, activation: str, gate_is_first: bool) -> Tensor:
     """activation(gate) * value, of the halves of layer(x)."""
     gate, value = (0, 1) if gate_is_first else (1, 0)
-    factors = factors_of(layer.stages, layer.stage_kinds) if isinstance(layer, LED) and is_untouched(layer) else None
+    factors = layer.plain_factors() if isinstance(layer, LED) and is_untouched(layer) else None
     # On a CPU the op would multiply by down twice, once for each half, and save nothing in return.
     if factors and ops_of(x, *factors) is dispatch:
         down, up, bias = factors
@@ -57,7 +57,7 @@ def at_once(x: Tensor, layers: tuple[LED, ...]) -> list[Tensor] | None:
     those each layer's own op knows more."""
     if torch.is_grad_enabled():
         return None
-    factors = [factors_of(layer.stages, layer.stage_kinds) for layer in layers]
+    factors = [layer.plain_factors() for layer in layers]
     if not all(factors) or any(ops_of(x, *each) is not dispatch for each in factors):
         return None
     return dispatch.low_rank_linear_multi(x, *zip(*factors, strict=True))

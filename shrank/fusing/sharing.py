@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..layers.led import LED
-from ..layers.two_stage import factors_of, is_untouched
+from ..layers.two_stage import is_untouched
 from ..ops import dispatch
 from ..util.closeness import distance
 from .blocks import DOES_NOT_RUN
@@ -94,27 +94,25 @@ class Call:
         """The layer's output, if it is there or can be computed with those of others."""
         if not isinstance(x, Tensor) or x.is_inference() or torch.is_grad_enabled():
             return None  # a tensor of inference mode does not know whether it was changed
-        called = self._seen.setdefault(id(x), (x, []))[1]
-        called.append(layer)
-        if len(called) == 1:
-            return self._compute(layer, x)
-        if x is self._x and layer in self._left and self._state == _state_of(x):
-            return self._left.pop(layer)
-        return None
+        self._seen.setdefault(id(x), (x, []))[1].append(layer)
+        if not (x is self._x and self._state == _state_of(x)):
+            self._x, self._state, self._left = x, _state_of(x), {}
+        if layer not in self._left:
+            self._compute(layer, x)
+        return self._left.pop(layer, None)
 
     def groups(self) -> list[tuple[LED, ...]]:
         """The layers that had one input."""
         groups = (tuple(dict.fromkeys(called)) for _, called in self._seen.values())
         return [group for group in groups if len(group) > 1]
 
-    def _compute(self, layer: LED, x: Tensor) -> Tensor | None:
+    def _compute(self, layer: LED, x: Tensor) -> None:
+        """With those that are expected to be called with the same, and were not computed or called yet."""
         group = next((each for each in self._expected if layer in each), ())
-        layers = tuple(each for each in group if each is layer or _is_as_left(each))
-        outputs = at_once(x, layers) if len(layers) > 1 else None
-        if outputs is None:
-            return None
-        self._x, self._state, self._left = x, _state_of(x), dict(zip(layers, outputs, strict=True))
-        return self._left.pop(layer)
+        there = {*self._left, *(each for _, called in self._seen.values() for each in called)} - {layer}
+        layers = tuple(each for each in group if each is layer or (each not in there and _is_as_left(each)))
+        if len(layers) > 1 and (outputs := at_once(x, layers)):
+            self._left |= zip(layers, outputs, strict=True)
 
 
 def _is_as_left(layer: LED) -> bool:
@@ -135,7 +133,7 @@ def share(block: nn.Module, called: list[nn.Module]) -> SharingForward | None:
 
     called: the modules that the block may call itself.
     """
-    layers = [each for each in called if isinstance(each, LED) and is_untouched(each) and factors_of(each.stages, each.stage_kinds)]
+    layers = [each for each in called if isinstance(each, LED) and is_untouched(each) and each.plain_factors()]
     if len(layers) < 2 or "forward" in vars(block) or any(each.is_meta for each in block.parameters()):
         return None
     groups: list[tuple[LED, ...]] = []
@@ -164,7 +162,7 @@ def _seen_in(block: nn.Module, layer: LED) -> list[tuple[LED, ...]]:
 
 def _is_right(group: tuple[LED, ...]) -> bool:
     """Whether layers give the same in one op."""
-    lists = [*zip(*(factors_of(each.stages, each.stage_kinds) for each in group), strict=True)]
+    lists = [*zip(*(each.plain_factors() for each in group), strict=True)]
     with torch.no_grad():
         for x in _inputs_of(group[0]):
             together = dispatch.low_rank_linear_multi(x, *lists)
