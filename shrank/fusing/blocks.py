@@ -97,9 +97,9 @@ class FusedForward:
 class Traced:
     """What the tracer made of a block in one mode; NotFusedError if it cannot be followed.
 
-    graph: with the ends of low-rank layers in their calls. gain: how many calls there are less. looked_into: the names of
-    modules that the graph has become one with. silent: those and others that are no longer called, where they are, and
-    in which mode.
+    graph: with the ends of low-rank layers in their calls. gain: how many calls there are less. looked_into: the names
+    of modules that the graph has become one with. silent: those and others that are no longer called, where they are,
+    and in which mode.
     """
 
     def __init__(self, block: nn.Module, inside: Collection[str] = ()) -> None:

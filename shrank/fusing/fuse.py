@@ -29,8 +29,8 @@ class Fused:
 
 @torch.inference_mode(False)
 def fuse(model: nn.Module) -> Fused:
-    """Let low-rank layers take over what follows them in the blocks that call them: batch norms, activations, residuals,
-    and the product of a gate with what it lets through; and call layers of one input together.
+    """Let low-rank layers take over what follows them in the blocks that call them, and call layers of one input
+    together: batch norms, activations, residuals, and the product of a gate with what it lets through are taken over.
 
     A block is a module that calls low-rank layers itself, such as the MLP of a transformer, or calls such modules and
     does something to their results, such as a residual block. Its forward is traced, and replaced on the instance,

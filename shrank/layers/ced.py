@@ -111,11 +111,10 @@ class CED(LowRankLayer):
     def normed(self, norm: nn.Module, x: Tensor, activation: str, residual: Tensor | None = None) -> Tensor:
         """activation(norm(self(x))) + residual, of a batch norm in evaluation: in one op, as `finished`."""
         fits = residual is None or self.takes_residual(x, residual)
-        if fits and is_untouched(self) and is_untouched(norm) and not self.pivoted:
-            if ops := ops_for(self.stages, self.stage_kinds, x):
-                second, statistics = self.stages[1], (norm.running_mean, norm.running_var)
-                up, bias = folded(second.weight, second.bias, *statistics, norm.weight, norm.bias, norm.eps)
-                return self._by(ops, x, up, bias, activation, residual)
+        if fits and is_untouched(self) and is_untouched(norm) and (ops := ops_for(self.stages, self.stage_kinds, x)):
+            _, up, bias = self.plain_factors()
+            statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+            return self._by(ops, x, *folded(up, bias, *statistics), activation, residual)
         return reference.finished(norm(self(x)), activation, residual)
 
     def takes_residual(self, x: Tensor, residual: Tensor) -> bool:

@@ -46,7 +46,7 @@ class LowRankLayer(nn.Module):
         return reference.finished(self(x), activation, residual)
 
     def plain_factors(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """down, up and bias where they are all that the stages do; None with pivots, hooks, and stages of other tools."""
+        """down, up and bias, where they are all that the stages do: no pivots, no hooks, no stages of other tools."""
         return factors_of(self.stages, self.stage_kinds)
 
     def takes_residual(self, x: Tensor, residual: Tensor) -> bool:
