@@ -15,6 +15,7 @@ from .blocks import DOES_NOT_RUN, NotFusedError, Traced
 from .finish import finish, finish_gated, finish_halves, finish_normed, finish_siblings
 
 SIZES = ((2, 3), (1, 5))  # of two inputs: all dimensions but the one that layers know
+_PLACES = {finish: 1, finish_halves: 1, finish_normed: 2, finish_gated: 2, finish_siblings: 0}  # of the input
 _PIXELS = 10  # of images whose first layer has no kernel
 
 
@@ -66,31 +67,40 @@ def _outcome(block: nn.Module, forward: Callable[..., object], inputs: list[Tens
 
 def _inputs(block: nn.Module, traced: Traced, generator: torch.Generator, size: tuple[int, int]) -> list[Tensor]:
     """Random inputs, as large as the layers need them that they meet."""
-    shapes = {node: _shape_of(block, node, size) for node in traced.graph.nodes if node.op == "placeholder"}
     like = next(block.parameters())
     if like.is_meta:
         raise NotFusedError("its parameters have no values")
-    made = (torch.randn(shape, generator=generator) for shape in shapes.values())
-    return [each.to(like.device, like.dtype) for each in made]
+    shapes = (_shape_of(block, node, size) for node in traced.graph.nodes if node.op == "placeholder")
+    return [torch.randn(shape, generator=generator).to(like.device, like.dtype) for shape in shapes]
 
 
 def _shape_of(block: nn.Module, node: Node, size: tuple[int, int]) -> tuple[int, ...]:
     for user in node.users:
         name = _reader_of(node, user)
-        if name and (shape := _input_of(block.get_submodule(name), size)):
+        shape = _input_of(block.get_submodule(name), size) if name else _residual_of(block, node, user, size)
+        if shape:
             return shape
-        if user.op == "call_function" and user.target is finish:
-            layer = block.get_submodule(user.args[0].target)
-            if user.args[-1] is node and hasattr(layer, "out_features"):
-                return (*size, layer.out_features)
     raise NotFusedError(f"the size of its input {node.target} is not known")
+
+
+def _residual_of(block: nn.Module, node: Node, user: Node, size: tuple[int, int]) -> tuple[int, ...] | None:
+    """The shape of what is added to the outputs of a layer."""
+    if user.target not in (finish, finish_normed) or user.args[-1] is not node:
+        return None
+    layer, x = block.get_submodule(user.args[0].target), user.args[_PLACES[user.target]]
+    if hasattr(layer, "out_features"):
+        return (*size, layer.out_features)
+    if x.op != "placeholder":
+        return None
+    with torch.no_grad():
+        return tuple(layer(layer.down.new_zeros(_shape_of(block, x, size))).shape)
 
 
 def _reader_of(node: Node, user: Node) -> str | None:
     """The name of a module of which a node is the input, by a call of it or of what stands for it."""
     if user.op == "call_module":
         return user.target
-    place = {finish: 1, finish_halves: 1, finish_normed: 2, finish_gated: 2, finish_siblings: 0}.get(user.target)
+    place = _PLACES.get(user.target)
     if place is None or user.args[place] is not node:
         return None
     return user.args[0 if place else 1].target

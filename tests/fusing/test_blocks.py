@@ -328,36 +328,41 @@ def test_an_inner_block_that_cannot_be_followed_is_called() -> None:
     assert_close(model(TOKENS), plain(TOKENS))
 
 
-def test_a_shape_that_a_convolution_cannot_add_is_added_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Sum(nn.Module):
-        def __init__(self, stride: int = 1) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.layer = shrank.CED(8, 8, 2, (3, 3), padding=1, stride=stride)
+class Sum(nn.Module):
+    """A residual that is given from outside."""
 
-        def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-            return self.layer(x) + residual
+    def __init__(self, stride: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = shrank.CED(8, 8, 2, (3, 3), padding=1, stride=stride)
 
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return F.relu(self.layer(x)) + residual
+
+
+RESIDUALS = {  # the stride, x, the residual, and whether the op adds it
+    "of one shape": (1, X, X, True),
+    "without a batch": (1, X[0], X[0], True),
+    "of fewer pixels": (2, X, X[..., :3, :3], True),
+    "of one image": (1, X, X[:1], False),
+    "of one image, without its dimension": (1, X, X[0], False),
+    "of another dtype": (1, X, X.double(), False),
+    "of one channel": (1, X, X[:, :1], False),
+    "of one pixel": (2, X, X[..., :1, :1], False),
+}
+
+
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_a_residual_that_a_convolution_cannot_add_is_added_after(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_native(monkeypatch)
-    block = Sum().eval()
+    stride, x, residual, taken = RESIDUALS[name]
+    plain, block = Sum(stride).eval(), Sum(stride).eval()
+    assert shrank.fuse(block) == shrank.Fused({"": ["layer"]})
     with shrank.backend("native"), torch.no_grad():
-        assert shrank.fuse(nn.Sequential(block)).left == {"0": "the size of its input residual is not known"}
-        layer = block.layer
-        small = Sum(2).layer
-        for which, x, residual, taken in (
-            (layer, X, X, True),
-            (layer, X[0], X[0], True),
-            (layer, X, X[:1], False),
-            (layer, X, X[0], False),
-            (layer, X, X.double(), False),
-            (layer, X, X[:, :1], False),
-            (small, X, X[..., :1, :1], False),
-            (small, X, X[..., :3, :3], True),
-        ):
-            with Given() as given:
-                found = which.finished(x, "relu", residual)
-            assert given.ends == [("relu", True) if taken else ("none", False)]
-            assert_close(found, F.relu(which(x)) + residual)
+        with Given() as given:
+            found = block(x, residual)
+        assert given.ends == [("relu", True) if taken else ("none", False)]
+        assert_close(found, plain(x, residual))
 
 
 @pytest.mark.parametrize("training", [False, True])
