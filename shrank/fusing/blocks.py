@@ -134,7 +134,7 @@ class Traced:
         for node in list(self.graph.nodes):
             if (layer := _called(block, node)) is None or not isinstance(layer, LowRankLayer):
                 continue
-            end = End.of(node, reading, with_norm=isinstance(layer, CED))
+            end = End.of(node, reading, 1 if isinstance(layer, CED) else None)
             if end and end.norm and end.gain == 1:
                 continue  # to fold a norm takes two calls
             if end is None and isinstance(layer, LED):

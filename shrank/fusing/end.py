@@ -11,7 +11,7 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from .activations import activation_after
-from .graph import are_alike, aten, can_move, given_to, is_call, is_right, only_user, other_input
+from .graph import are_alike, are_equal, aten, can_move, given_to, is_call, is_right, only_user, other_input, value_of
 from .graph import is_identity as drops_nothing
 from .halves import halves_of
 
@@ -54,12 +54,14 @@ class Reading:
 
 @dataclass
 class End:
-    """What happens to a node's value and to nothing else: norm, activation, residual or value, in this order.
+    """What happens to a node's value and to nothing else: norm, channels, activation, residual or value, in this order.
 
     last: the node that has the result.
     value: the node of another low-rank layer with the same input, or of the other half of the layer's outputs, by which
         the activated node, its gate, is multiplied.
     norm: what the reading knows of it.
+    channels: products and sums with a number for each channel, and these numbers, as layer scales and frozen batch
+        norms are; only before an activation or a residual, with which they would be one pass without the op.
     passed: nodes between that do nothing, such as dropouts.
     """
 
@@ -68,21 +70,28 @@ class End:
     residual: Node | None = None
     value: Node | None = None
     norm: object = None
+    channels: tuple[tuple[Callable, Node], ...] = ()
     passed: tuple[Node, ...] = ()
 
     @classmethod
-    def of(cls, node: Node, reading: Reading, with_norm: bool = False) -> End | None:
-        """As much as an op knows of what follows; None if there is nothing that it may take over."""
+    def of(cls, node: Node, reading: Reading, channel: int | None = None) -> End | None:
+        """As much as an op knows of what follows; None if there is nothing that it may take over.
+
+        channel: the dimension of the value that the rows of a second factor are, if it has all of them; that of images,
+            1, may have a batch norm.
+        """
         end = cls(node)
         end._pass_by(reading)
-        if with_norm:
+        if channel == 1:
             end._take_norm(reading)
-        if applied := activation_after(end.last):
-            end.activation, end.last = applied
-            end._pass_by(reading)
-            end._take_value(node, reading)
+        before = replace(end)
+        if channel is not None:
+            end._take_channels(channel, reading)
+        end._take_activation(node, reading)
         if end.value is None:
             end._take_residual(reading)
+        if end.gain == before.gain:
+            end = before
         if end.gain == 0:
             return None
         return end if end.value is not None or can_move(node, end.last, (*end.passed, *reading.quiet)) else None
@@ -124,6 +133,23 @@ class End:
             self.norm, self.last = norm, user
             self.passed += (user,)
 
+    def _take_channels(self, channel: int, reading: Reading) -> None:
+        while (user := only_user(self.last)) is not None and not user.kwargs and len(user.args) == 2:
+            numbers, is_sum = other_input(user, self.last), is_call(user, *_SUMS)
+            if not (is_sum or is_call(user, *_PRODUCTS)) or not _is_of_channels(numbers, self.last, channel):
+                return
+            if reading.alike(numbers, self.last) or not reading.alike(self.last, user):
+                return  # a residual; or of another dtype
+            self.channels += ((operator.add if is_sum else operator.mul, numbers),)
+            self.last = user
+            self._pass_by(reading)
+
+    def _take_activation(self, node: Node, reading: Reading) -> None:
+        if applied := activation_after(self.last):
+            self.activation, self.last = applied
+            self._pass_by(reading)
+            self._take_value(node, reading)
+
     def _take_value(self, gate: Node, reading: Reading) -> None:
         user, x = only_user(self.last), reading.input_of(gate)
         if user is None or x is None or not is_call(user, *_PRODUCTS) or user.kwargs or len(user.args) != 2:
@@ -147,3 +173,13 @@ class End:
         residual = other_input(user, self.last)
         if isinstance(residual, Node) and reading.alike(self.last, residual):
             self.residual, self.last = residual, user
+
+
+def _is_of_channels(numbers: object, node: Node, channel: int) -> bool:
+    """Whether a value has one number for each channel of another."""
+    value, of = value_of(numbers), value_of(node)
+    if value is None or of is None or value.dim() > of.dim():
+        return False
+    channel, missing = channel % of.dim(), of.dim() - value.dim()
+    wanted = [of.shape[i] if i == channel else 1 for i in range(of.dim())]
+    return are_equal([*[1] * missing, *value.shape], wanted)

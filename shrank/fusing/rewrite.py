@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from .siblings import factors_in, join_siblings, one_op
 
 _LINEAR = torch.ops.shrank.low_rank_linear
 _FACTORS = ("down", "up", "bias")
+_CHANNELS = {_LINEAR.default: -1, torch.ops.shrank.low_rank_conv.default: 1}  # the dimension that the rows of up are
 _STATISTICS = ("running_mean", "running_var", "weight", "bias", "eps")
 
 
@@ -47,7 +49,7 @@ def fuse(graph: Graph) -> int:
         if (called := bare(node)) is None:
             continue
         op, arguments = called
-        end = End.of(node, reading, with_norm=op is torch.ops.shrank.low_rank_conv.default)
+        end = End.of(node, reading, _CHANNELS.get(op))
         if end and end.value is not None:
             _replace_gate(graph, arguments, arguments_of(end.value, op), end)
         elif end:
@@ -71,18 +73,16 @@ def _outputs_of(layer: Node) -> object:
 
 
 def _replace(graph: Graph, op: Callable, arguments: dict[str, object], end: End) -> None:
-    last = end.last
-    with graph.inserting_before(last):
-        if end.norm:
-            arguments |= _folded(graph, arguments, end.norm)
-        arguments |= {"activation": end.activation, "residual": end.residual}
-        fused = graph.call_function(op, tuple(arguments.values()))
+    with graph.inserting_before(end.last):
+        given = arguments | _folded(graph, arguments, end) | {"activation": end.activation, "residual": end.residual}
+        fused = graph.call_function(op, tuple(given.values()))
     take_place(graph, fused, end.last)
 
 
 def _replace_gate(graph: Graph, gate: dict[str, object], value: dict[str, object], end: End) -> None:
-    factors = [each[name] for each in (gate, value) for name in _FACTORS]
     with graph.inserting_before(end.last):
+        gate = gate | _folded(graph, gate, end)
+        factors = [each[name] for each in (gate, value) for name in _FACTORS]
         op = torch.ops.shrank.low_rank_gated.default
         fused = graph.call_function(op, (gate["x"], *factors, end.activation))
     take_place(graph, fused, end.last)
@@ -94,9 +94,19 @@ def _replace_halves(graph: Graph, arguments: dict[str, object], end: End) -> Non
     _replace_gate(graph, *((first, second) if end.gate_is_first else (second, first)), end)
 
 
-def _folded(graph: Graph, arguments: dict[str, object], norm: dict[str, object]) -> dict[str, Node]:
-    """up and bias of the normalised outputs."""
+def _folded(graph: Graph, arguments: dict[str, object], end: End) -> dict[str, Node | None]:
+    """up and bias of the outputs that an end normalises, scales and shifts."""
     tracer = GraphAppendingTracer(graph)
-    given = [arguments["up"], arguments["bias"], *(norm[name] for name in _STATISTICS)]
-    made = folded(*(Proxy(each, tracer) if isinstance(each, Node) else each for each in given))
-    return {name: each.node for name, each in zip(("up", "bias"), made, strict=True)}
+
+    def traced(given: object) -> object:
+        return Proxy(given, tracer) if isinstance(given, Node) else given
+
+    up, bias = traced(arguments["up"]), traced(arguments["bias"])
+    if end.norm:
+        up, bias = folded(up, bias, *(traced(end.norm[name]) for name in _STATISTICS))
+    for function, numbers in end.channels:
+        row = traced(numbers).flatten().type_as(up)
+        if function is operator.mul:
+            up = up * row.reshape(-1, *[1] * (value_of(arguments["up"]).dim() - 1))
+        bias = function(bias, row) if bias is not None else row if function is operator.add else None
+    return {"up": up.node, "bias": None if bias is None else bias.node}

@@ -161,7 +161,9 @@ def _seen_in(block: nn.Module, layer: LED) -> list[tuple[LED, ...]]:
 
 
 def _is_right(group: tuple[LED, ...]) -> bool:
-    """Whether layers give the same in one op."""
+    """Whether layers give the same in one op; not all that were called with an input need it to fit."""
+    if len({each.in_features for each in group}) > 1:
+        return False
     lists = [*zip(*(each.plain_factors() for each in group), strict=True)]
     with torch.no_grad():
         for x in _inputs_of(group[0]):

@@ -37,7 +37,7 @@ def join_siblings(
         if len(nodes) > 1 and is_right("low_rank_linear_multi", x):
             joined = _joined(graph, nodes, parts_of)
             if len(joined) > 1:
-                _replace(graph, x, joined, together)
+                _replace(graph, input_of(joined[0]), joined, together)  # x may be of a call that is gone
                 found.append(joined)
     return found
 

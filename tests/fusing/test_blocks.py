@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 import shrank
+from tests.common.models import seeded, with_statistics
 from tests.common.ops import ops_of, pretend_native
 from tests.common.tolerances import assert_close
 
@@ -20,16 +22,9 @@ from .test_fuse import Given
 X = torch.linspace(-3, 3, 2 * 8 * 6 * 5).sin().reshape(2, 8, 6, 5)
 
 
-def settled(net: nn.Module) -> nn.Module:
+def settled(build: Callable[[], nn.Module]) -> nn.Module:
     """With batch norms that have seen something, in evaluation."""
-    made = torch.Generator().manual_seed(1)
-    for each in net.modules():
-        if isinstance(each, nn.modules.batchnorm._BatchNorm):
-            for tensor in (each.running_mean, each.weight, each.bias):
-                if tensor is not None:
-                    tensor.data.copy_(torch.randn(len(tensor), generator=made))
-            each.running_var.copy_(torch.rand(len(each.running_var), generator=made) + 0.5)
-    return net.eval()
+    return with_statistics(seeded(build))
 
 
 class ConvBlock(nn.Module):
@@ -37,7 +32,6 @@ class ConvBlock(nn.Module):
 
     def __init__(self, inputs: int = 8, outputs: int = 8, bias: bool = False, act: nn.Module | None = None, **more):
         super().__init__()
-        torch.manual_seed(0)
         self.conv = shrank.CED(inputs, outputs, 4, (3, 3), padding=1, bias=bias, **more)
         self.bn = nn.BatchNorm2d(outputs)
         self.act = nn.SiLU() if act is None else act
@@ -51,7 +45,7 @@ class ConvBlock(nn.Module):
 
 def fused_conv(**settings: object) -> tuple[ConvBlock, ConvBlock]:
     """A plain block, and the same fused."""
-    plain, block = settled(ConvBlock(**settings)), settled(ConvBlock(**settings))
+    plain, block = settled(lambda: ConvBlock(**settings)), settled(lambda: ConvBlock(**settings))
     assert shrank.fuse(block) == shrank.Fused({"": ["conv"]})
     return plain, block
 
@@ -104,7 +98,7 @@ def test_statistics_that_change_are_used(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_batch_norm_without_weights_is_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_native(monkeypatch)
-    block = settled(nn.Sequential(shrank.CED(8, 8, 3, (1, 1)), nn.BatchNorm2d(8, affine=False), nn.ReLU()))
+    block = settled(lambda: nn.Sequential(shrank.CED(8, 8, 3, (1, 1)), nn.BatchNorm2d(8, affine=False), nn.ReLU()))
     wanted = block(X)
     assert shrank.fuse(block).blocks == {"": ["0"]}
     with shrank.backend("native"):
@@ -166,7 +160,7 @@ def test_other_norms_are_left(norm: nn.Module) -> None:
 
 def test_a_batch_norm_alone_is_left() -> None:
     """Its fold is two calls."""
-    block = settled(ConvBlock(act=nn.Hardswish()))
+    block = settled(lambda: ConvBlock(act=nn.Hardswish()))
     assert list(shrank.fuse(block).left) == [""]
 
 
@@ -187,7 +181,7 @@ def test_a_hook_on_the_norm_sees_what_it_saw(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("how", ["fuse_conv_bn_eval", "as YOLO does", "in place"])
 def test_other_tools_fold_before_and_after(how: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_native(monkeypatch)
-    block = settled(ConvBlock())
+    block = settled(ConvBlock)
     wanted = block(X)
 
     def theirs() -> None:
@@ -266,7 +260,7 @@ WIDE = {
 def test_a_residual_outside_of_a_block_is_taken_over(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, x, layers, ends = WIDE[name]
     pretend_native(monkeypatch)
-    plain, model = settled(kind()), nn.Sequential(settled(kind()))
+    plain, model = settled(kind), nn.Sequential(settled(kind))
     assert shrank.fuse(model) == shrank.Fused({"0": layers})
     assert_close(model(x), plain(x))
     with shrank.backend("native"):
@@ -281,7 +275,7 @@ def test_a_residual_outside_of_a_block_is_taken_over(name: str, monkeypatch: pyt
 @pytest.mark.parametrize("name", WIDE)
 def test_blocks_in_a_block_stay_what_they_are(name: str) -> None:
     kind, x, layers, _ = WIDE[name]
-    plain, model, file = settled(kind()), settled(kind()), io.BytesIO()
+    plain, model, file = settled(kind), settled(kind), io.BytesIO()
     shrank.fuse(model)
     assert [key for key, each in model.named_modules() if "forward" in vars(each)] == [""]
     assert shrank.fuse(model) == shrank.Fused({"": layers})

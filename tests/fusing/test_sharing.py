@@ -233,11 +233,20 @@ def test_a_fused_block_compiles_in_one_graph() -> None:
         assert_close(one, other)
 
 
+def test_a_layer_that_is_compiled_alone_computes_itself_alone() -> None:
+    torch._dynamo.reset()
+    block = fused()
+    block.k_proj.compile(backend="eager", fullgraph=True)
+    for given in ((X,), (X,), (OTHER, X), (OTHER, X), (X,), (X,)):
+        for one, other in zip(block(*given), Attention()(*given), strict=True):
+            assert_close(one, other)
+
+
 def test_a_call_that_fails_leaves_nothing_behind() -> None:
     block = fused()
     with pytest.raises(TypeError):
-        block(X, scale=None)
-    assert ops_of(lambda: block.k_proj(X)) == [ALONE]
+        block(X, scale=None)  # before the value is called
+    assert ops_of(lambda: block.v_proj(X)) == [ALONE]
     block(X)
     assert assert_same(block, X) == [TOGETHER, ALONE]
 
@@ -283,7 +292,18 @@ class Early(Attention):
         return query, self.k_proj(hidden), self.v_proj(hidden)
 
 
-@pytest.mark.parametrize("kind", [OfTwoInputs, Early])
+class OfTwoWidths(Attention):
+    """Whose trial ends with an input that does not fit the second layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k_proj = shrank.LED(4, 4, rank=2)
+
+    def forward(self, hidden: Tensor, states: Tensor, scale: float = 1.0) -> tuple[Tensor, ...]:
+        return self.q_proj(hidden), self.k_proj(states), self.v_proj(states)
+
+
+@pytest.mark.parametrize("kind", [OfTwoInputs, Early, OfTwoWidths])
 def test_a_block_whose_layers_were_not_seen_to_have_one_input_is_left(kind: type[Attention]) -> None:
     block = kind()
     assert shrank.fuse(block) == shrank.Fused({}, {"": "its forward has optional arguments"})
