@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
@@ -617,6 +618,25 @@ def test_a_batch_norm_becomes_a_part_of_a_convolutions_second_factor(bias: Tenso
         found, answer = look(block, x, residual)
         assert found == [("relu", True)]
         assert_close(answer, block(x, residual))
+
+
+def test_a_compiler_can_trace_what_was_folded() -> None:
+    weights = [each.clone().requires_grad_() for each in (FILTERS, POINTWISE, CHANNEL_BIAS, SCALES, SHIFTS)]
+
+    def block(x: Tensor) -> Tensor:
+        y = torch.ops.shrank.low_rank_conv(x, *weights[:3], [1, 1], [1, 1], [1, 1], 1, 1)
+        return F.relu(norm(y) * weights[3] + weights[4])
+
+    def backend(module: torch.fx.GraphModule, given: list) -> Callable:
+        return aot_eager(fusing([], [])(module, given), given)
+
+    torch._dynamo.reset()
+    x = drawn(2, 8, 5, 7)
+    found, wanted = torch.compile(block, backend=backend, fullgraph=True)(x), block(x)
+    assert_close(found, wanted)
+    ours, theirs = (torch.autograd.grad(each.square().sum(), weights) for each in (found, wanted))
+    for one, other in zip(ours, theirs, strict=True):
+        assert_close(one, other)
 
 
 def test_a_batch_norm_that_learns_is_left() -> None:

@@ -106,11 +106,11 @@ def test_an_input_that_is_changed_between_is_another() -> None:
 class Mixed(Attention):
     """Other numbers for one layer of the same input: of autocast, and of gradients."""
 
-    def forward(self, hidden: Tensor, mode: torch.autocast | torch.enable_grad | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, mode: torch.autocast | torch.enable_grad | None = None) -> tuple[Tensor, ...]:
         query = self.q_proj(hidden)
         with mode or torch.no_grad():
             key = self.k_proj(hidden)
-        return query, key.float() + self.v_proj(hidden)
+        return query, key, self.v_proj(hidden)
 
 
 @pytest.mark.parametrize("mode", [torch.autocast("cpu"), torch.enable_grad()], ids=["autocast", "gradients"])
