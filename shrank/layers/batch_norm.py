@@ -20,6 +20,8 @@ def folded(
 
     weight, shift: of the norm. The norm itself computes both, in one call each, since a row of up is a channel to it.
     """
+    if weight is not None:
+        weight = weight.contiguous()  # of one column, PyTorch's gradient takes it for that (2.13, on a CPU)
     rows = F.batch_norm(up.flatten(1)[None], torch.zeros_like(mean), variance, weight, None, False, 0.0, eps)
     if bias is None:
         bias = torch.zeros_like(mean, dtype=up.dtype)
