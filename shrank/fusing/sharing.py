@@ -109,7 +109,7 @@ class Call:
     def _compute(self, layer: LED, x: Tensor) -> None:
         """With those that are expected to be called with the same, and were not computed or called yet."""
         group = next((each for each in self._expected if layer in each), ())
-        there = {*self._left, *(each for _, called in self._seen.values() for each in called)} - {layer}
+        there = {*self._left, *(each for _, called in self._seen.values() for each in called)}
         layers = tuple(each for each in group if each is layer or (each not in there and _is_as_left(each)))
         if len(layers) > 1 and (outputs := at_once(x, layers)):
             self._left |= zip(layers, outputs, strict=True)

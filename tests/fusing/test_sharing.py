@@ -161,6 +161,19 @@ def test_a_hook_that_changes_an_input_or_an_output_is_heard() -> None:
         assert_same(block, X, plain=plain)
 
 
+def test_a_layer_that_a_hook_makes_ready_is_not_computed_before_it() -> None:
+    def add_one(layer: nn.Module, _: tuple) -> None:
+        layer.led_unit[1].bias.add_(1)
+
+    def hooked(block: nn.Module) -> nn.Module:
+        block.v_proj.register_forward_pre_hook(add_one)
+        return block
+
+    block, plain = hooked(fused()), hooked(Attention())
+    for _ in range(3):
+        assert_same(block, X, plain=plain)
+
+
 @pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
 def test_a_layer_that_another_tool_patched_is_not_computed_before_it(name: str) -> None:
     """As accelerate does, to bring weights that are elsewhere."""
@@ -176,6 +189,18 @@ def test_a_layer_that_another_tool_patched_is_not_computed_before_it(name: str) 
         assert_same(block, X, plain=plain)
         ops = ops_of(lambda: block(X))
         assert ops.count(TOGETHER) == 1 and ops.count(ALONE) == 2 - (name == "q_proj")
+
+
+def test_a_layer_that_was_patched_before_keeps_its_patch() -> None:
+    def patched(block: nn.Module) -> nn.Module:
+        block.k_proj.forward = lambda x, own=block.k_proj.forward: own(x) * 2
+        return block
+
+    block, plain = patched(Attention()), patched(Attention())
+    patch = block.k_proj.forward
+    assert shrank.fuse(block).blocks == {"": ["q_proj", "v_proj"]}
+    assert block.k_proj.forward is patch
+    assert assert_same(block, X, plain=plain) == [TOGETHER, ALONE, ALONE]
 
 
 def test_a_merged_layer_is_dense_and_the_others_share() -> None:
