@@ -1,20 +1,24 @@
-"""A block's forward with fewer calls: its low-rank layers take over the activations, residuals and products that follow
-them."""
+"""A block's forward with fewer calls: its low-rank layers take over the norms, activations, residuals and products that
+follow them, and those of one input become one call."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection, Iterator
 
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.fx.proxy import TraceError
+from torch.nn.modules.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 
+from ..layers.ced import CED
 from ..layers.led import LED
 from ..layers.low_rank import LowRankLayer
-from ..layers.two_stage import factors_of, is_untouched, ops_of
-from ..ops import dispatch, reference
+from ..layers.two_stage import is_untouched
+from .end import End, Reading
+from .finish import finish, finish_gated, finish_halves, finish_normed, finish_siblings
 from .graph import take_place
-from .rewrite import End
+from .siblings import join_siblings
 
 # What a forward raises that does with the stand-ins of a trace what only tensors can do, or gets inputs that do not
 # fit. NameError: of a module that is no submodule.
@@ -28,52 +32,28 @@ DOES_NOT_RUN = (
     AssertionError,
     NameError,
 )
+_NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
 
 
 class NotFusedError(Exception):
     """Why a block is left as it is."""
 
 
-def finish(layer: nn.Module, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
-    """activation(layer(x)) + residual, whatever has become of the layer since: dense again, or with LoRA."""
-    if isinstance(layer, LowRankLayer):
-        return layer.finished(x, activation, residual)
-    return reference.finished(layer(x), activation, residual)
-
-
-def finish_gated(gate: nn.Module, value: nn.Module, x: Tensor, activation: str) -> Tensor:
-    """activation(gate(x)) * value(x), whatever has become of the layers since."""
-    if isinstance(gate, LED) and isinstance(value, LED):
-        return gate.gated(value, x, activation)
-    return finish(gate, x, activation, None) * value(x)
-
-
-def finish_halves(layer: nn.Module, x: Tensor, activation: str, gate_is_first: bool) -> Tensor:
-    """activation(gate) * value of the halves of layer(x), whatever has become of the layer since."""
-    gate, value = (0, 1) if gate_is_first else (1, 0)
-    factors = factors_of(layer.stages, layer.stage_kinds) if isinstance(layer, LED) and is_untouched(layer) else None
-    # On a CPU the op would multiply by down twice, once for each half, and save nothing in return.
-    if factors and ops_of(x, *factors) is dispatch:
-        down, up, bias = factors
-        ups, biases = up.chunk(2), (None, None) if bias is None else bias.chunk(2)
-        return dispatch.low_rank_gated(x, down, ups[gate], biases[gate], down, ups[value], biases[value], activation)
-    halves = layer(x).chunk(2, -1)
-    return reference.finished(halves[gate], activation, None) * halves[value]
-
-
 class _BlockTracer(Tracer):
-    """Looks into modules that have nothing of their own, such as activations: all others are calls."""
+    """Looks into modules that have nothing of their own, such as activations, and into those named: all others are
+    calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, inside: Collection[str]) -> None:
         super().__init__()
-        self.looked_into: list[str] = []
+        self.inside, self.looked_into = inside, []
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         has_own = next(module.children(), None) is not None or module._parameters or module._buffers
-        leaf = bool(has_own) or isinstance(module, nn.Dropout) or not is_untouched(module)
-        if not leaf:
-            self.looked_into.append(qualified_name)
-        return leaf
+        closed = has_own and qualified_name not in self.inside
+        if closed or isinstance(module, nn.Dropout) or not is_untouched(module):
+            return True
+        self.looked_into.append(qualified_name)
+        return False
 
 
 class FusedForward:
@@ -82,28 +62,30 @@ class FusedForward:
     The block's own forward runs where it would not be the same: in another mode of training than what was traced, with
     dropout, with hooks on a module that is no longer called, for other arguments than tensors by their places. It is
     made again where the block is copied or unpickled.
+
+    inside: the names of the modules in the block that its forward becomes one with.
     """
 
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
+    def __init__(self, block: nn.Module, inside: Collection[str] = ()) -> None:
+        self.block, self.inside = block, inside
         self._traced: Traced | None = None
 
     @property
     def traced(self) -> Traced:
         if self._traced is None:
-            self._traced = traced(self.block)
+            self._traced = Traced(self.block, self.inside)
         return self._traced
 
     @property
     def layers(self) -> list[str]:
-        """The names of the low-rank layers that take something over."""
+        """The names of the low-rank layers that take something over, or are called together."""
         return self.traced.layers
 
     def __getstate__(self) -> dict[str, object]:
-        return {"block": self.block}
+        return {"block": self.block, "inside": self.inside}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.block, self._traced = state["block"], None
+        self.block, self.inside, self._traced = state["block"], state["inside"], None
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         fused = self.traced
@@ -113,63 +95,61 @@ class FusedForward:
 
 
 class Traced:
-    """What the tracer made of a block in one mode.
+    """What the tracer made of a block in one mode; NotFusedError if it cannot be followed.
 
-    graph: rewritten. silent: the modules that are no longer called.
+    graph: with the ends of low-rank layers in their calls. gain: how many calls there are less. looked_into: the names
+    of modules that the graph has become one with. silent: those and others that are no longer called, where they are,
+    and in which mode.
     """
 
-    def __init__(self, block: nn.Module, graph: Graph, silent: list[str], layers: list[str]) -> None:
-        self.graph, self.training, self.layers = graph, block.training, layers
-        self.inputs = sum(node.op == "placeholder" for node in graph.nodes)
-        places = [name.rpartition(".") for name in silent]
-        owners = [(block.get_submodule(path), key) for path, _, key in places]
-        self.silent = [(owner._modules, key, owner._modules[key]) for owner, key in owners]
-        self.function = type(GraphModule(block, graph)).forward  # which takes the block as its `self`
+    def __init__(self, block: nn.Module, inside: Collection[str] = ()) -> None:
+        _check_inputs(block)
+        tracer = _BlockTracer(inside)
+        try:
+            self.graph = tracer.trace(block)
+        except DOES_NOT_RUN as error:
+            raise NotFusedError(f"its forward cannot be traced: {type(error).__name__}: {error}") from error
+        self.training, self.layers, self.gain = block.training, [], 0
+        self.inputs = sum(node.op == "placeholder" for node in self.graph.nodes)
+        self.looked_into = tracer.looked_into
+        silent = {*self.looked_into, *self._rewrite(block)}
+        self.graph.lint()
+        places = [name.rpartition(".") for name in sorted(silent)]
+        owners = [(block.get_submodule(path)._modules, key) for path, _, key in places]
+        self.silent = [(modules, key, modules[key], modules[key].training) for modules, key in owners]
+        self.function = type(GraphModule(block, self.graph)).forward  # which takes the block as its `self`
 
     def is_same(self, args: tuple[object, ...]) -> bool:
         """Whether the rewritten graph still says what the block would do."""
-        for modules, key, module in self.silent:
-            if modules.get(key) is not module or not is_untouched(module):
+        for modules, key, module, training in self.silent:
+            if modules.get(key) is not module or module.training is not training or not is_untouched(module):
                 return False
-            if isinstance(module, nn.Dropout) and module.training and module.p:
+            if training and isinstance(module, nn.Dropout) and module.p:
                 return False
         return all(isinstance(each, Tensor) for each in args)
 
-
-def traced(block: nn.Module) -> Traced:
-    """The block's graph with the ends of its low-rank layers in their calls; NotFusedError if there is nothing to do,
-    or if it cannot be followed."""
-    _check_inputs(block)
-    tracer = _BlockTracer()
-    try:
-        graph = tracer.trace(block)
-    except DOES_NOT_RUN as error:
-        raise NotFusedError(f"its forward cannot be traced: {type(error).__name__}: {error}") from error
-    silent, names = set(tracer.looked_into), []
-
-    def calls(node: Node, kind: type[nn.Module]) -> bool:
-        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
-            return False
-        return isinstance(block.get_submodule(node.target), kind)
-
-    known = {"is_identity": lambda user: _is_dropout(block, user), "alike": lambda *_: True}
-    for node in list(graph.nodes):
-        if not calls(node, LowRankLayer):
-            continue
-        end = End.of(node, input_of=lambda each: each.args[0] if calls(each, LED) else None, **known)
-        if end:
-            names += [node.target, *([end.value.target] if end.value is not None else [])]
-            _replace(graph, node, end)
-        elif calls(node, LED):
-            end = End.of_halves(node, node.args[0], block.get_submodule(node.target).out_features, **known)
+    def _rewrite(self, block: nn.Module) -> Iterator[str]:
+        """Changes the graph; the names of the modules whose calls were dropped."""
+        reading = _reading_of(block, self.graph)
+        for node in list(self.graph.nodes):
+            if (layer := _called(block, node)) is None or not isinstance(layer, LowRankLayer):
+                continue
+            end = End.of(node, reading, 1 if isinstance(layer, CED) else None)
+            if end and end.norm and end.gain == 1:
+                continue  # to fold a norm takes two calls
+            if end is None and isinstance(layer, LED):
+                end = End.of_halves(node, node.args[0], layer.out_features, reading)
+                replace = _replace_halves
+            else:
+                replace = _replace
             if end:
-                names.append(node.target)
-                _replace_halves(graph, node, end)
-        silent.update(passed.target for passed in (end.passed if end else ()))
-    if not names:
-        raise NotFusedError("nothing follows its low-rank layers that they could take over")
-    graph.lint()
-    return Traced(block, graph, sorted(silent), names)
+                self.gain += end.gain
+                self.layers += [node.target, *_names(end)]
+                replace(self.graph, node, end)
+                yield from (passed.target for passed in end.passed)
+        for joined in join_siblings(self.graph, reading.input_of, lambda _: [], _together):
+            self.gain += len(joined) - 1
+            self.layers += [node.target for node in joined]
 
 
 def _check_inputs(block: nn.Module) -> None:
@@ -180,18 +160,51 @@ def _check_inputs(block: nn.Module) -> None:
         raise NotFusedError("its forward has optional arguments")
 
 
-def _is_dropout(block: nn.Module, node: Node) -> bool:
-    return node.op == "call_module" and isinstance(block.get_submodule(node.target), nn.Dropout)
+def _called(block: nn.Module, node: Node) -> nn.Module | None:
+    """The module that a node calls with one input."""
+    if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        return None
+    return block.get_submodule(node.target)
+
+
+def _reading_of(block: nn.Module, graph: Graph) -> Reading:
+    modules = {node: _called(block, node) for node in graph.nodes}
+    return Reading(
+        is_identity=lambda node: isinstance(modules.get(node), nn.Dropout),
+        alike=lambda *_: True,
+        input_of=lambda node: node.args[0] if isinstance(modules.get(node), LED) else None,
+        norm_of=lambda node: node.target if _is_settled(modules.get(node)) else None,
+        quiet=tuple(node for node, module in modules.items() if _is_quiet(module)),
+    )
+
+
+def _is_settled(module: nn.Module | None) -> bool:
+    """Whether a module is a batch norm that does not learn its statistics."""
+    return type(module) in _NORMS and not module.training and module.running_mean is not None and is_untouched(module)
+
+
+def _is_quiet(module: nn.Module | None) -> bool:
+    """Whether a module is known to do nothing to its input, or to what autograd and autocast do."""
+    if module is None or not is_untouched(module) or getattr(module, "inplace", False):
+        return False
+    return isinstance(module, LowRankLayer) or type(module).__module__.startswith("torch.nn.modules.")
+
+
+def _names(end: End) -> list[str]:
+    return [] if end.value is None or end.value.op != "call_module" else [end.value.target]
 
 
 def _replace(graph: Graph, node: Node, end: End) -> None:
     with graph.inserting_before(end.last):
         layer, x = graph.create_node("get_attr", node.target), node.args[0]
-        if end.value is None:
-            fused = graph.call_function(finish, (layer, x, end.activation, end.residual))
-        else:
+        if end.value is not None:
             value = graph.create_node("get_attr", end.value.target)
             fused = graph.call_function(finish_gated, (layer, value, x, end.activation))
+        elif end.norm:
+            norm = graph.create_node("get_attr", end.norm)
+            fused = graph.call_function(finish_normed, (layer, norm, x, end.activation, end.residual))
+        else:
+            fused = graph.call_function(finish, (layer, x, end.activation, end.residual))
     take_place(graph, fused, end.last)
 
 
@@ -200,3 +213,8 @@ def _replace_halves(graph: Graph, node: Node, end: End) -> None:
         layer, x = graph.create_node("get_attr", node.target), node.args[0]
         fused = graph.call_function(finish_halves, (layer, x, end.activation, end.gate_is_first))
     take_place(graph, fused, end.last)
+
+
+def _together(graph: Graph, x: Node, nodes: list[Node]) -> Node:
+    layers = [graph.create_node("get_attr", node.target) for node in nodes]
+    return graph.call_function(finish_siblings, (x, *layers))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..layers.low_rank import LowRankLayer
-from ..util.closeness import distance
-from .blocks import DOES_NOT_RUN, FusedForward, NotFusedError, Traced, finish, finish_gated, finish_halves
+from .blocks import FusedForward, NotFusedError
+from .sharing import SharedForward, SharingForward, share
+from .verify import verify
 
 
 @dataclass
@@ -18,7 +19,7 @@ class Fused:
 
     Attributes:
         blocks: The dotted name of each block that was changed, and the names of the low-rank layers in it that take
-            something over.
+            something over, or that are called together.
         left: The dotted name of each block that calls low-rank layers and was left, and why.
     """
 
@@ -26,14 +27,17 @@ class Fused:
     left: dict[str, str] = field(default_factory=dict)
 
 
+@torch.inference_mode(False)
 def fuse(model: nn.Module) -> Fused:
-    """Let low-rank layers take over what follows them in the blocks that call them: activations, residuals, and the
-    product of a gate with what it lets through.
+    """Let low-rank layers take over what follows them in the blocks that call them, and call layers of one input
+    together: batch norms, activations, residuals, and the product of a gate with what it lets through are taken over.
 
-    A block is a module that calls low-rank layers itself, such as the MLP of a transformer. Its forward is traced, and
-    replaced on the instance, where random inputs give the same outputs and gradients. Modules, parameters and their
-    names stay what they are. The block's own forward runs where a call is another than what was traced. Under
-    torch.compile nothing of this is needed: there a pass does the same to the whole graph.
+    A block is a module that calls low-rank layers itself, such as the MLP of a transformer, or calls such modules and
+    does something to their results, such as a residual block. Its forward is traced, and replaced on the instance,
+    where random inputs give the same outputs and gradients. Where it cannot be traced, as that of attention, its layers
+    of one input are called together without gradients. Modules, parameters and their names stay what they are. The
+    block's own forward runs where a call is another than what was traced. Under torch.compile nothing of this is
+    needed: there a pass does the same to the whole graph.
 
     Args:
         model: A model with low-rank layers, changed in place. Blocks are traced in the mode that they are in: call
@@ -42,15 +46,16 @@ def fuse(model: nn.Module) -> Fused:
     Returns:
         What was changed, what was left, and why.
     """
-    done = Fused()
-    for name, block in list(model.named_modules()):
-        if isinstance(block, LowRankLayer) or not any(isinstance(each, LowRankLayer) for each in _called_by(block)):
-            continue
-        try:
-            done.blocks[name] = _fuse_block(block)
-        except NotFusedError as reason:
-            done.left[name] = str(reason)
-    return done
+    blocks = {name: each for name, each in model.named_modules() if _has_low_rank(each)}
+    search = _Search(blocks)
+    for name, block in reversed(blocks.items()):
+        search.look_at(name, block)
+    for name, forward in search.found.items():
+        blocks[name].forward = forward
+    return Fused(
+        {name: search.found[name].layers for name in blocks if name in search.found},
+        {name: search.left[name] for name in blocks if name in search.left},
+    )
 
 
 def unfuse(model: nn.Module) -> None:
@@ -60,91 +65,76 @@ def unfuse(model: nn.Module) -> None:
         model: The model, or a part of it.
     """
     for block in model.modules():
-        if isinstance(vars(block).get("forward"), FusedForward):
+        if isinstance(vars(block).get("forward"), FusedForward | SharingForward | SharedForward):
             del block.forward
 
 
-def _called_by(block: nn.Module) -> list[nn.Module]:
+def _has_low_rank(block: nn.Module) -> bool:
+    return not isinstance(block, LowRankLayer) and any(isinstance(each, LowRankLayer) for each in block.modules())
+
+
+def called_by(block: nn.Module) -> list[nn.Module]:
     """The modules that a block may call itself: its children, and those of lists of modules."""
     called = []
     for child in block.children():
-        called += _called_by(child) if isinstance(child, nn.ModuleList | nn.ModuleDict) else [child]
+        called += called_by(child) if isinstance(child, nn.ModuleList | nn.ModuleDict) else [child]
     return called
 
 
-def _fuse_block(block: nn.Module) -> list[str]:
-    patched = vars(block).get("forward")
-    if isinstance(patched, FusedForward):
-        return patched.layers
-    if patched is not None:
-        raise NotFusedError("its forward was patched on the instance")
-    fused = FusedForward(block)
-    _verify(block, fused)
-    block.forward = fused
-    return fused.layers
+class _Search:
+    """Goes through the blocks of a model, inner ones first.
 
+    found: what shall stand in for the forward of each block. A block takes the place of those that it has become one
+    with, if it has fewer calls than they have.
+    """
 
-def _verify(block: nn.Module, fused: FusedForward) -> None:
-    """NotFusedError unless random inputs of two sizes give the outputs and gradients of the block's own forward."""
-    for seed, size in enumerate(((2, 3), (1, 5))):
-        inputs = _inputs(block, fused.traced, torch.Generator().manual_seed(seed), size)
+    def __init__(self, blocks: dict[str, nn.Module]) -> None:
+        patched = {name: vars(block).get("forward") for name, block in blocks.items()}
+        self.found = {name: each for name, each in patched.items() if isinstance(each, FusedForward | SharingForward)}
+        self.left: dict[str, str] = {}
+        self._followed: list[str] = []  # blocks that others may become one with
+        before = [_prefix(name) + inner for name, each in self.found.items() for inner in _looked_into(each)]
+        self._closed = {*self.found, *before}
+
+    def look_at(self, name: str, block: nn.Module) -> None:
+        prefix = _prefix(name)
+        inside = [each.removeprefix(prefix) for each in self._followed if each.startswith(prefix)]
+        calls = any(isinstance(each, LowRankLayer) for each in called_by(block))
+        if name in self._closed or not (calls or inside):
+            return
         try:
-            ours, theirs = (_outcome(block, forward, inputs) for forward in (fused, type(block).forward.__get__(block)))
-        except DOES_NOT_RUN as error:
-            raise NotFusedError(f"it does not run on random inputs: {type(error).__name__}: {error}") from error
-        if len(ours) != len(theirs):
-            raise NotFusedError("its outputs are others when traced")
-        for one, other in zip(ours, theirs, strict=True):
-            if complaint := distance(one, other):
-                raise NotFusedError(f"it computes something else when traced: {complaint}")
+            self._trace(name, block, inside)
+        except NotFusedError as reason:
+            if not calls:
+                return
+            if forward := share(block, called_by(block)):
+                self.found[name] = forward
+                self._followed = [each for each in self._followed if each != name]
+            else:
+                self.left[name] = str(reason)
+
+    def _trace(self, name: str, block: nn.Module, inside: list[str]) -> None:
+        if "forward" in vars(block):
+            raise NotFusedError("its forward was patched on the instance")
+        forward, prefix = FusedForward(block, inside), _prefix(name)
+        traced = forward.traced
+        inner = self.found.keys() & {prefix + each for each in traced.looked_into}
+        gain = traced.gain - sum(self.found[each].traced.gain for each in inner)
+        if gain > 0:
+            verify(block, forward, traced)
+        self._followed.append(name)
+        if gain <= 0:
+            raise NotFusedError("nothing follows its low-rank layers that they could take over")
+        for each in inner:
+            del self.found[each]
+        self.found[name] = forward
+        for each in traced.layers:
+            self.left.pop((prefix + each).rpartition(".")[0], None)
 
 
-def _outcome(block: nn.Module, forward: object, inputs: list[Tensor]) -> list[Tensor]:
-    """The output, and the gradients of the inputs and the parameters; without dropout's numbers of this process."""
-    leaves = [each.clone().requires_grad_() for each in inputs]
-    with torch.random.fork_rng(devices=_cuda_devices(inputs)), torch.enable_grad():
-        torch.manual_seed(0)
-        y = forward(*leaves)
-        if not isinstance(y, Tensor):
-            raise NotFusedError(f"it returns a {type(y).__name__}, not a tensor")
-        wanted = [*leaves, *(each for each in block.parameters() if each.requires_grad)]
-        grads = torch.autograd.grad(y.float().square().sum(), wanted, allow_unused=True)
-    return [y.detach(), *(each for each in grads if each is not None)]
+def _prefix(name: str) -> str:
+    return f"{name}." if name else ""
 
 
-def _cuda_devices(inputs: list[Tensor]) -> list[int]:
-    return sorted({each.get_device() for each in inputs if each.is_cuda})
-
-
-def _inputs(block: nn.Module, traced: Traced, generator: torch.Generator, size: tuple[int, int]) -> list[Tensor]:
-    """Random inputs, as large as the layers need them that they meet."""
-    shapes = {node: _shape_of(block, node, size) for node in traced.graph.nodes if node.op == "placeholder"}
-    like = next(block.parameters())
-    if like.is_meta:
-        raise NotFusedError("its parameters have no values")
-    made = (torch.randn(shape, generator=generator) for shape in shapes.values())
-    return [each.to(like.device, like.dtype) for each in made]
-
-
-def _shape_of(block: nn.Module, node: torch.fx.Node, size: tuple[int, int]) -> tuple[int, ...]:
-    for user in node.users:
-        if user.op == "call_module" and (shape := _input_of(block.get_submodule(user.target), size)):
-            return shape
-        if user.op == "call_function" and user.target in (finish, finish_halves):
-            layer = block.get_submodule(user.args[0].target)
-            if user.args[1] is not node and hasattr(layer, "out_features"):
-                return (*size, layer.out_features)
-            if user.args[1] is node and (shape := _input_of(layer, size)):
-                return shape
-        if user.op == "call_function" and user.target is finish_gated and user.args[2] is node:
-            return (*size, block.get_submodule(user.args[0].target).in_features)
-    raise NotFusedError(f"the size of its input {node.target} is not known")
-
-
-def _input_of(layer: nn.Module, size: tuple[int, int]) -> tuple[int, ...] | None:
-    """The shape of an input of a layer; None if it does not say."""
-    if hasattr(layer, "in_features"):
-        return (*size, layer.in_features)
-    if hasattr(layer, "in_channels") and hasattr(layer, "kernel_size"):
-        return (size[0], layer.in_channels, *(8 + 2 * each for each in layer.kernel_size))
-    return None
+def _looked_into(forward: FusedForward | SharingForward) -> list[str]:
+    return forward.traced.looked_into if isinstance(forward, FusedForward) else []

@@ -6,7 +6,7 @@ Dynamo records torch's functions and the methods of tensors; torch.export record
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -62,9 +62,14 @@ def are_alike(one: object, other: object) -> bool:
     a, b = value_of(one), value_of(other)
     if a is None or b is None or a.dtype != b.dtype or a.device != b.device or a.dim() != b.dim():
         return False
+    return are_equal(a.shape, b.shape)
+
+
+def are_equal(sizes: Sequence[object], others: Sequence[object]) -> bool:
+    """Whether as many sizes, of which some may be symbols, are known to be the same."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq  # imports sympy
 
-    return statically_known_true(sym_eq(tuple(a.shape), tuple(b.shape)))
+    return statically_known_true(sym_eq(tuple(sizes), tuple(others)))
 
 
 def is_identity(node: Node) -> bool:

@@ -1,154 +1,24 @@
-"""What follows a low-rank layer in a graph, and the calls of the low-rank ops that take it over."""
+"""The calls of low-rank ops in a compiled graph take over what follows them."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch.fx import Graph, Node
-from torch.nn import functional as F
+from torch.fx import Graph, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
 
-from .activations import activation_after
-from .graph import (
-    are_alike,
-    arguments_of,
-    aten,
-    can_move,
-    given_to,
-    is_call,
-    is_right,
-    only_user,
-    other_input,
-    take_place,
-    value_of,
-)
-from .graph import is_identity as drops_nothing
-from .halves import halved, halves_of
-from .siblings import join_siblings
+from ..layers.batch_norm import folded
+from .end import End, Reading
+from .graph import arguments_of, take_place, value_of
+from .halves import halved
+from .siblings import factors_in, join_siblings, one_op
 
-_SUMS = (operator.add, torch.add, "add", aten.add.Tensor)
-_IN_PLACE_SUMS = (operator.iadd, "add_", aten.add_.Tensor)
 _LINEAR = torch.ops.shrank.low_rank_linear
 _FACTORS = ("down", "up", "bias")
-_PRODUCTS = (operator.mul, torch.mul, "mul", aten.mul.Tensor)
-_NORMS = {  # each has its own order of arguments
-    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
-    aten.batch_norm.default: (
-        *("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled"),
-    ),
-}
-
-
-@dataclass
-class End:
-    """What happens to a node's value and to nothing else: norm, activation, residual or value, in this order.
-
-    last: the node that has the result.
-    value: the node of another low-rank layer with the same input, or of the other half of the layer's outputs, by which
-        the activated node, its gate, is multiplied.
-    passed: nodes between that do nothing, such as dropouts.
-    """
-
-    last: Node
-    activation: str = "none"
-    residual: Node | None = None
-    value: Node | None = None
-    norm: dict | None = None
-    passed: tuple[Node, ...] = ()
-
-    @classmethod
-    def of(
-        cls,
-        node: Node,
-        with_norm: bool = False,
-        is_identity: Callable[[Node], bool] = drops_nothing,
-        alike: Callable[[object, object], bool] = are_alike,
-        input_of: Callable[[Node], object] = lambda _: None,
-    ) -> End | None:
-        """As much as an op knows of what follows; None if there is nothing that it may take over.
-
-        alike: whether two nodes have one shape, dtype and device.
-        input_of: the input of a node that is a low-rank linear layer with nothing behind it; None of others.
-        """
-        end = cls(node)
-        end._pass_by(is_identity)
-        if with_norm:
-            end._take_norm()
-        if applied := activation_after(end.last):
-            end.activation, end.last = applied
-            end._pass_by(is_identity)
-            end._take_value(node, alike, input_of)
-        if end.value is None:
-            end._take_residual(alike)
-        if end == cls(end.last, passed=end.passed):
-            return None
-        return end if end.value is not None or can_move(node, end.last, end.passed) else None
-
-    @classmethod
-    def of_halves(
-        cls,
-        layer: Node,
-        x: object,
-        outputs: object,
-        is_identity: Callable[[Node], bool] = drops_nothing,
-        alike: Callable[[object, object], bool] = are_alike,
-    ) -> End | None:
-        """What follows the half of a linear layer's outputs that is the gate of the other half; None if neither is.
-
-        x: the layer's input. outputs: how many it has, as far as it is known.
-        """
-        halves = halves_of(layer, outputs) or ()
-        for half in halves:
-            end = cls.of(half, False, is_identity, alike, lambda node: x if node in halves else None)
-            if end and end.value is not None and can_move(layer, end.last, end.passed):
-                return end
-        return None
-
-    @property
-    def gate_is_first(self) -> bool:
-        """Of halves: whether the value is the second."""
-        return self.value is not None and self.value.args[1] == 1
-
-    def _pass_by(self, is_identity: Callable[[Node], bool]) -> None:
-        while (user := only_user(self.last)) is not None and is_identity(user):
-            self.last = user
-            self.passed += (user,)
-
-    def _take_norm(self) -> None:
-        """A batch norm that does not learn its statistics: it scales and shifts channels."""
-        user = only_user(self.last)
-        if user is None or not is_call(user, *_NORMS):
-            return
-        given = {"weight": None, "bias": None, "training": False, "eps": 1e-5} | given_to(user, *_NORMS[user.target])
-        if given["input"] is self.last and given["training"] is False and given["running_mean"] is not None:
-            self.norm, self.last = given, user
-
-    def _take_value(
-        self, gate: Node, alike: Callable[[object, object], bool], input_of: Callable[[Node], object]
-    ) -> None:
-        user, x = only_user(self.last), input_of(gate)
-        if user is None or x is None or not is_call(user, *_PRODUCTS) or user.kwargs or len(user.args) != 2:
-            return
-        value = other_input(user, self.last)
-        if not isinstance(value, Node) or only_user(value) is not user or input_of(value) is not x:
-            return
-        if not is_right("low_rank_gated", x):
-            return
-        if alike(self.last, value) and all(can_move(each, user, (*self.passed, gate, value)) for each in (gate, value)):
-            self.value, self.last = value, user
-
-    def _take_residual(self, alike: Callable[[object, object], bool]) -> None:
-        user = only_user(self.last)
-        if user is None or user.kwargs or len(user.args) != 2:
-            return
-        in_place = is_call(user, *_IN_PLACE_SUMS) and user.args[0] is self.last
-        if not in_place and not is_call(user, *_SUMS):
-            return
-        residual = other_input(user, self.last)
-        if isinstance(residual, Node) and alike(self.last, residual):
-            self.residual, self.last = residual, user
+_CHANNELS = {_LINEAR.default: -1, torch.ops.shrank.low_rank_conv.default: 1}  # the dimension that the rows of up are
+_STATISTICS = ("running_mean", "running_var", "weight", "bias", "eps")
 
 
 def fuse(graph: Graph) -> int:
@@ -174,19 +44,20 @@ def fuse(graph: Graph) -> int:
         called = bare(node)
         return called[1]["x"] if called and called[0] is _LINEAR.default else None
 
+    reading = Reading(input_of=input_of)
     for node in list(graph.nodes):
         if (called := bare(node)) is None:
             continue
         op, arguments = called
-        end = End.of(node, with_norm=op is torch.ops.shrank.low_rank_conv.default, input_of=input_of)
+        end = End.of(node, reading, _CHANNELS.get(op))
         if end and end.value is not None:
             _replace_gate(graph, arguments, arguments_of(end.value, op), end)
         elif end:
             _replace(graph, op, arguments, end)
-        elif op is _LINEAR.default and (end := End.of_halves(node, arguments["x"], _outputs_of(node))):
+        elif op is _LINEAR.default and (end := End.of_halves(node, arguments["x"], _outputs_of(node), reading)):
             _replace_halves(graph, arguments, end)
         found += end is not None
-    return found + join_siblings(graph, input_of)
+    return found + len(join_siblings(graph, input_of, factors_in, one_op))
 
 
 def _ops() -> dict[Callable, Callable]:
@@ -202,18 +73,16 @@ def _outputs_of(layer: Node) -> object:
 
 
 def _replace(graph: Graph, op: Callable, arguments: dict[str, object], end: End) -> None:
-    last = end.last
-    with graph.inserting_before(last):
-        if end.norm:
-            arguments |= _folded(graph, arguments, end.norm)
-        arguments |= {"activation": end.activation, "residual": end.residual}
-        fused = graph.call_function(op, tuple(arguments.values()))
+    with graph.inserting_before(end.last):
+        given = arguments | _folded(graph, arguments, end) | {"activation": end.activation, "residual": end.residual}
+        fused = graph.call_function(op, tuple(given.values()))
     take_place(graph, fused, end.last)
 
 
 def _replace_gate(graph: Graph, gate: dict[str, object], value: dict[str, object], end: End) -> None:
-    factors = [each[name] for each in (gate, value) for name in _FACTORS]
     with graph.inserting_before(end.last):
+        gate = gate | _folded(graph, gate, end)
+        factors = [each[name] for each in (gate, value) for name in _FACTORS]
         op = torch.ops.shrank.low_rank_gated.default
         fused = graph.call_function(op, (gate["x"], *factors, end.activation))
     take_place(graph, fused, end.last)
@@ -225,18 +94,19 @@ def _replace_halves(graph: Graph, arguments: dict[str, object], end: End) -> Non
     _replace_gate(graph, *((first, second) if end.gate_is_first else (second, first)), end)
 
 
-def _folded(graph: Graph, arguments: dict[str, object], norm: dict) -> dict[str, Node]:
-    """up and bias of the scaled and shifted outputs: in the precision of the statistics, rounded once."""
-    up, bias, call = arguments["up"], arguments["bias"], graph.call_function
-    variance = call(torch.Tensor.float, (norm["running_var"],))
-    scale = call(torch.rsqrt, (call(operator.add, (variance, norm["eps"])),))
-    if norm["weight"] is not None:
-        scale = call(operator.mul, (scale, norm["weight"]))
-    mean = norm["running_mean"]
-    shift = call(operator.neg, (mean,)) if bias is None else call(operator.sub, (bias, mean))
-    shift = call(operator.mul, (shift, scale))
-    if norm["bias"] is not None:
-        shift = call(operator.add, (shift, norm["bias"]))
-    rows = call(torch.reshape, (scale, (-1, *[1] * (value_of(up).dim() - 1))))
-    scaled = call(operator.mul, (up, rows))
-    return {"up": call(torch.Tensor.type_as, (scaled, up)), "bias": call(torch.Tensor.type_as, (shift, up))}
+def _folded(graph: Graph, arguments: dict[str, object], end: End) -> dict[str, Node | None]:
+    """up and bias of the outputs that an end normalises, scales and shifts."""
+    tracer = GraphAppendingTracer(graph)
+
+    def traced(given: object) -> object:
+        return Proxy(given, tracer) if isinstance(given, Node) else given
+
+    up, bias = traced(arguments["up"]), traced(arguments["bias"])
+    if end.norm:
+        up, bias = folded(up, bias, *(traced(end.norm[name]) for name in _STATISTICS))
+    for function, numbers in end.channels:
+        row = traced(numbers).flatten().type_as(up)
+        if function is operator.mul:
+            up = up * row.reshape(-1, *[1] * (value_of(arguments["up"]).dim() - 1))
+        bias = function(bias, row) if bias is not None else row if function is operator.add else None
+    return {"up": up.node, "bias": None if bias is None else bias.node}

@@ -14,34 +14,60 @@ _LINEAR = torch.ops.shrank.low_rank_linear
 _FACTORS = ("down", "up", "bias")
 
 
-def join_siblings(graph: Graph, input_of: Callable[[Node], object]) -> int:
-    """Let linear layers of one input be one op, if they took nothing over; how many ops are several layers now."""
+def join_siblings(
+    graph: Graph,
+    input_of: Callable[[Node], object],
+    parts_of: Callable[[Node], list[object]],
+    together: Callable[[Graph, Node, list[Node]], Node],
+) -> list[list[Node]]:
+    """Let linear layers of one input be one call, if they took nothing over.
+
+    input_of: of a node that is such a layer; None of others. parts_of: what else the layer needs to be computed.
+    together: makes, at the place of the first, the call that gives the list of all their outputs.
+
+    Returns:
+        The nodes of each call, which are gone.
+    """
     siblings: dict[Node, list[Node]] = {}
     for node in graph.nodes:
         if isinstance(x := input_of(node), Node):
             siblings.setdefault(x, []).append(node)
-    wanted = ((x, nodes) for x, nodes in siblings.items() if len(nodes) > 1 and is_right("low_rank_linear_multi", x))
-    return sum(_join(graph, x, nodes) for x, nodes in wanted)
+    found = []
+    for x, nodes in siblings.items():
+        if len(nodes) > 1 and is_right("low_rank_linear_multi", x):
+            joined = _joined(graph, nodes, parts_of)
+            if len(joined) > 1:
+                _replace(graph, input_of(joined[0]), joined, together)  # x may be of a call that is gone
+                found.append(joined)
+    return found
 
 
-def _join(graph: Graph, x: Node, nodes: list[Node]) -> bool:
-    """At the place of the first, of all whose factors are there by then, and that compute there what they compute."""
+def one_op(graph: Graph, x: Node, nodes: list[Node]) -> Node:
+    """The call for layers that are calls of ops themselves."""
+    lists = [[arguments_of(node, _LINEAR.default)[part] for node in nodes] for part in _FACTORS]
+    return graph.call_function(torch.ops.shrank.low_rank_linear_multi.default, (x, *lists))
+
+
+def factors_in(node: Node) -> list[object]:
+    """Those of a call of an op."""
+    arguments = arguments_of(node, _LINEAR.default)
+    return [arguments[part] for part in _FACTORS if arguments[part] is not None]
+
+
+def _joined(graph: Graph, nodes: list[Node], parts_of: Callable[[Node], list[object]]) -> list[Node]:
+    """All that can be computed at the place of the first, and are there what they are."""
     first, *others = nodes
-    before = {node for node in _until(graph, first)}
-    joined = [first]
-    for node in others:
-        arguments = arguments_of(node, _LINEAR.default)
-        if all(arguments[part] is None or arguments[part] in before for part in _FACTORS):
-            joined += [node] if can_move(first, node, tuple(nodes)) else []
-    if len(joined) == 1:
-        return False
-    lists = [[arguments_of(node, _LINEAR.default)[part] for node in joined] for part in _FACTORS]
-    with graph.inserting_before(first):
-        together = graph.call_function(torch.ops.shrank.low_rank_linear_multi.default, (x, *lists))
-        outputs = [graph.call_function(operator.getitem, (together, i)) for i in range(len(joined))]
+    before = set(_until(graph, first))
+    there = [node for node in others if before.issuperset(parts_of(node))]
+    return [first, *(node for node in there if can_move(first, node, tuple(nodes)))]
+
+
+def _replace(graph: Graph, x: Node, joined: list[Node], together: Callable[[Graph, Node, list[Node]], Node]) -> None:
+    with graph.inserting_before(joined[0]):
+        call = together(graph, x, joined)
+        outputs = [graph.call_function(operator.getitem, (call, i)) for i in range(len(joined))]
     for node, output in zip(joined, outputs, strict=True):
         take_place(graph, output, node)
-    return True
 
 
 def _until(graph: Graph, last: Node) -> Iterator[Node]:

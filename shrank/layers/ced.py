@@ -10,9 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..linalg import Factors, PivotedFactors, Shape
+from ..ops import reference
+from ..ops.conv import window_of
+from ..ops.reference import output_sizes
+from .batch_norm import folded
 from .low_rank import LowRankLayer
 from .plain import CONVOLUTIONS
-from .two_stage import Pivots, checked_rank, memory_format, reset_stages
+from .two_stage import Pivots, checked_rank, is_untouched, memory_format, ops_for, reset_stages
 
 
 class CED(LowRankLayer):
@@ -92,22 +96,33 @@ class CED(LowRankLayer):
         reset_stages(self.ced_unit, fan_in=fan_in, rank=rank // self.up_groups)
 
     def in_one_op(self, ops: ModuleType, x: Tensor, *end: str | Tensor | None) -> Tensor:
+        second = self.stages._modules["1"]
+        return self._by(ops, x, second.weight, second.bias, *end)
+
+    def _by(self, ops: ModuleType, x: Tensor, up: Tensor, bias: Tensor | None, *end: str | Tensor | None) -> Tensor:
         first, second = self.stages._modules.values()
         padding = first.padding
         if first.padding_mode != "zeros":
             x, padding = F.pad(x, first._reversed_padding_repeated_twice, first.padding_mode), 0
         return ops.low_rank_conv(
-            x,
-            first.weight,
-            second.weight,
-            second.bias,
-            first.stride,
-            padding,
-            first.dilation,
-            first.groups,
-            second.groups,
-            *end,
+            x, first.weight, up, bias, first.stride, padding, first.dilation, first.groups, second.groups, *end
         )
+
+    def normed(self, norm: nn.Module, x: Tensor, activation: str, residual: Tensor | None = None) -> Tensor:
+        """activation(norm(self(x))) + residual, of a batch norm in evaluation: in one op, as `finished`."""
+        fits = residual is None or self.takes_residual(x, residual)
+        if fits and is_untouched(self) and is_untouched(norm) and (ops := ops_for(self.stages, self.stage_kinds, x)):
+            _, up, bias = self.plain_factors()
+            statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+            return self._by(ops, x, *folded(up, bias, *statistics), activation, residual)
+        return reference.finished(norm(self(x)), activation, residual)
+
+    def takes_residual(self, x: Tensor, residual: Tensor) -> bool:
+        first = self.stages._modules["0"]
+        batched = x if x.dim() == first.weight.dim() else x[None]
+        window = window_of(first.weight, first.stride, first.padding, first.dilation, first.groups, 1)
+        sizes = (self.out_channels, *output_sizes(batched, first.weight, window))
+        return residual.shape == (*x.shape[: x.dim() - len(sizes)], *sizes) and residual.dtype == x.dtype
 
     @property
     def kind(self) -> str:

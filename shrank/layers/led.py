@@ -15,7 +15,7 @@ from ..ops import cpu, host, onednn
 from ..ops.dispatch import Backend, low_rank_linear, process
 from ..ops.linear import LINEAR
 from .low_rank import LowRankLayer
-from .two_stage import Pivots, checked_rank, factors_of, is_untouched, ops_of, reset_stages, run_pivots
+from .two_stage import Pivots, checked_rank, is_untouched, ops_of, reset_stages, run_pivots
 
 AUTO, NATIVE = Backend.AUTO, Backend.NATIVE
 FEWEST_INPUTS = cpu.FEWEST_INPUTS
@@ -131,8 +131,7 @@ class LED(LowRankLayer):
     def gated(self, value: LED, x: Tensor, activation: str) -> Tensor:
         """activation(self(x)) * value(x): in one op, where ops compute both layers."""
         if is_untouched(self) and is_untouched(value):
-            gate = factors_of(self.stages, self.stage_kinds)
-            factors = factors_of(value.stages, value.stage_kinds)
+            gate, factors = self.plain_factors(), value.plain_factors()
             if gate and factors and (ops := ops_of(x, *factors, *gate)):
                 return ops.low_rank_gated(x, *gate, *factors, activation)
         return self.finished(x, activation) * value(x)

@@ -13,7 +13,7 @@ from ..ops import reference
 from .merged_weight import merged
 from .plain import why_no_matrix, why_not_plain
 from .seal import drop_seal
-from .two_stage import assign_bias, is_pivoted, is_untouched, merged_bias, ops_for, run, set_stages
+from .two_stage import assign_bias, factors_of, is_pivoted, is_untouched, merged_bias, ops_for, run, set_stages
 
 _NAMES = ("down", "up")
 
@@ -44,6 +44,10 @@ class LowRankLayer(nn.Module):
         if fits and is_untouched(self) and (ops := ops_for(self.stages, self.stage_kinds, x)):
             return self.in_one_op(ops, x, activation, residual)
         return reference.finished(self(x), activation, residual)
+
+    def plain_factors(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """down, up and bias, where they are all that the stages do: no pivots, no hooks, no stages of other tools."""
+        return factors_of(self.stages, self.stage_kinds)
 
     def takes_residual(self, x: Tensor, residual: Tensor) -> bool:
         """Whether the op adds a residual of this shape and dtype."""

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from benchmarks.data.crepe import WINDOW, load_crepe
-from tests.common.models import VOCAB, draw, seeded, tokens
+from tests.common.models import VOCAB, draw, seeded, tokens, with_statistics
 
 _WIDTHS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 
@@ -94,7 +94,7 @@ class ConvModel:
     trained: bool = False
 
     def make(self) -> nn.Module:
-        return self.build() if self.trained else _with_statistics(seeded(self.build))
+        return self.build() if self.trained else with_statistics(seeded(self.build))
 
 
 _IMAGE, _LAST, _LAST_3D = draw(2, 3, 32, 32), (torch.channels_last,), (torch.channels_last_3d,)
@@ -139,13 +139,3 @@ def output(model: nn.Module, x: Tensor) -> Tensor:
     """The tensor that a model returns, the last hidden state of a transformers one."""
     y = model(x)
     return y if isinstance(y, Tensor) else y.last_hidden_state
-
-
-def _with_statistics(model: nn.Module) -> nn.Module:
-    """The model with running statistics as after training, not the mean 0 and variance 1 of a new batch norm."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-            noise = draw(2, module.num_features)
-            module.running_mean.copy_(0.1 * noise[0])
-            module.running_var.copy_((0.2 * noise[1]).exp())
-    return model

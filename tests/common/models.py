@@ -39,6 +39,16 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
 
 
+def with_statistics(model: nn.Module) -> nn.Module:
+    """The model with running statistics as after training, not the mean 0 and variance 1 of a new batch norm."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            noise = draw(2, module.num_features)
+            module.running_mean.copy_(0.1 * noise[0])
+            module.running_var.copy_((0.2 * noise[1]).exp())
+    return model
+
+
 def tokens(*shape: int) -> Tensor:
     return torch.randint(2, VOCAB, shape, generator=torch.Generator().manual_seed(1))
 

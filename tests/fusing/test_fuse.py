@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import shrank
 from shrank.fusing.blocks import FusedForward
 from shrank.ops import dispatch, onednn
-from shrank.ops.linear import LINEAR
 from tests.common.ops import ops_of, pretend_native
 from tests.common.tolerances import assert_close
 
@@ -54,8 +53,8 @@ class Given(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "shrank":
-            _, _, _, _, activation, residual = LINEAR.complete(args)
-            self.ends.append((activation, residual is not None))
+            given = dict(zip((each.name for each in func._schema.arguments), args, strict=False))
+            self.ends.append((given.get("activation", "none"), given.get("residual") is not None))
         return func(*args, **kwargs or {})
 
 
@@ -467,12 +466,25 @@ class BothActivated(HalvesMLP):
         return self.act(gate) * self.act(value)
 
 
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
 class OtherCalledBetween(HalvesMLP):
-    """What a module does to what it is given is not known."""
+    """What a module that is not PyTorch's does to what it is given is not known."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__(outputs)
+        self.scale = Scale()
 
     def forward(self, x: Tensor) -> Tensor:
         halves = self.wide(x).chunk(2, -1)
-        y = self.back(x)
+        y = self.scale(x)
         return self.act(halves[0]) * halves[1] + y.tanh()
 
 

@@ -10,8 +10,10 @@ import torch
 import transformers
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+from torch.nn import functional as F
 
 import shrank
+from tests.common.models import seeded, with_statistics
 from tests.common.ops import pretend_native
 from tests.common.tolerances import assert_close
 
@@ -41,6 +43,10 @@ BARE, PLUS, MULTI = ("none", False), ("none", True), ("multi", False)
 TRANSFORMER = {MULTI: 3, PLUS: 2, ("gelu", False): 1}  # q, k, v; the output and the second layer of the MLP; its first
 GATED = {MULTI: 3, PLUS: 2, ("gated silu", False): 1}  # the same, with a gated MLP
 WORDS = {"vocab_size": 20}
+FEW_BLOCKS = {
+    **{"in_channels": [32, 16], "out_channels": [16, 16], "kernel_sizes": [3, 3], "strides": [1, 1]},
+    **{"num_block_repeats": [1, 2], "expand_ratios": [4, 4], "depthwise_padding": []},
+}
 CASES: dict[str, tuple[Callable[[], nn.Module], dict, dict[tuple[str, bool], int]]] = {
     "Bert": (of_transformers("Bert", **SMALL, **WORDS), TOKENS, TRANSFORMER | {BARE: 1}),  # the pooler
     "ModernBert": (
@@ -75,7 +81,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict, dict[tuple[str, bool], int
     "ConvNext": (
         of_transformers("ConvNext", hidden_sizes=[16, 24], depths=[1, 1], num_stages=2),
         PIXELS,
-        {BARE: 3, ("gelu", False): 2},  # layer_scale comes before the residual
+        {BARE: 3, ("gelu", False): 2},  # dimensions are permuted between layer scale and residual
     ),
     "ResNet": (
         of_transformers("ResNet", embedding_size=16, hidden_sizes=[16, 24], depths=[1, 1], layer_type="basic"),
@@ -85,7 +91,22 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict, dict[tuple[str, bool], int
     "MobileNetV2": (
         of_transformers("MobileNetV2", depth_multiplier=0.35, image_size=16),
         PIXELS,
-        {BARE: 19, PLUS: 9},  # relu6 is no activation of the ops
+        {BARE: 19, PLUS: 9},  # with their batch norms; relu6 is no activation of the ops
+    ),
+    "MobileNetV1": (
+        of_transformers("MobileNetV1", depth_multiplier=0.25, image_size=16, hidden_act="relu"),
+        PIXELS,
+        {("relu", False): 12},  # the pointwise convolutions behind depthwise ones, with their batch norms
+    ),
+    "EfficientNet": (
+        of_transformers("EfficientNet", width_coefficient=0.5, image_size=16, hidden_dim=640, **FEW_BLOCKS),
+        PIXELS,
+        {("silu", False): 1},  # the others have so few channels that they stay dense
+    ),
+    "Dinov2": (
+        of_transformers("Dinov2", **SMALL, mlp_ratio=2, image_size=16, patch_size=8),
+        PIXELS,
+        TRANSFORMER | {BARE: 1},  # their layer scales are a part of the factors
     ),
     "a block of a UNet": (
         lambda: ResnetBlock2D(in_channels=32, out_channels=32, temb_channels=None, groups=8),
@@ -97,9 +118,17 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict, dict[tuple[str, bool], int
 GATE_AND_VALUE_IN_ONE_LAYER = ("ModernBert", "Phi3")
 
 
+NORMS = {"ResNet": 3, "MobileNetV1": 12, "MobileNetV2": 28, "EfficientNet": 1}  # that follow low-rank layers
+
+
+def norms_of_ops(graph: torch.fx.Graph) -> int:
+    """How many batch norms follow ops of shrank."""
+    norms = [node for node in graph.nodes if node.target is F.batch_norm]
+    return sum("shrank" in str(node.args[0].target) for node in norms)
+
+
 def compressed(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return shrank.auto_fact(CASES[name][0]().eval(), rank=4)
+    return shrank.auto_fact(with_statistics(seeded(CASES[name][0])), rank=4)
 
 
 def output_of(model: nn.Module, inputs: dict) -> torch.Tensor:
@@ -111,12 +140,20 @@ def output_of(model: nn.Module, inputs: dict) -> torch.Tensor:
 def test_a_models_ops_take_over_what_follows_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_native(monkeypatch)
     torch._dynamo.reset()
-    before, after = [], []
+    before, after, norms = [], [], []
     model, inputs, ends = compressed(name), *CASES[name][1:]
+
+    def backend(module: torch.fx.GraphModule, given: list) -> torch.fx.GraphModule:
+        norms.append(norms_of_ops(module.graph))
+        fused = fusing(before, after)(module, given)
+        norms.append(norms_of_ops(module.graph))
+        return fused
+
     with shrank.backend("native"), torch.no_grad():
         wanted = output_of(model, inputs)
-        found = output_of(torch.compile(model, backend=fusing(before, after)), inputs)
+        found = output_of(torch.compile(model, backend=backend), inputs)
     assert_close(found, wanted)
+    assert norms == [NORMS.get(name, 0), 0]
     assert len(before) == 1, "one graph, as without the pass"
     pairs = sum("gated" in activation for activation, _ in after[0]) * (name not in GATE_AND_VALUE_IN_ONE_LAYER)
     assert set(before[0]) == {BARE} and len(before[0]) == len(after[0]) + pairs

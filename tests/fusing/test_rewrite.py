@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
@@ -515,7 +516,13 @@ def factor_made_between(x: Tensor) -> Tensor:
     return y * 2, torch.ops.shrank.low_rank_linear(x, KEY[0] * y.mean(), *KEY[1:])
 
 
+def siblings_of_a_sibling(x: Tensor) -> Tensor:
+    y = low_rank(x)
+    return key(y) * 2, gate(y).sin(), gate(x).cos()
+
+
 SIBLINGS = {
+    "of a sibling": (siblings_of_a_sibling, ["multi"] * 4),
     "three": (siblings, ["multi"] * 3),
     "with an end": (siblings_with_ends, ["none", "multi", "multi"]),
     "of two inputs": (of_two_inputs, ["multi"] * 4),
@@ -613,9 +620,120 @@ def test_a_batch_norm_becomes_a_part_of_a_convolutions_second_factor(bias: Tenso
         assert_close(answer, block(x, residual))
 
 
+def test_a_compiler_can_trace_what_was_folded() -> None:
+    weights = [each.clone().requires_grad_() for each in (FILTERS, POINTWISE, CHANNEL_BIAS, SCALES, SHIFTS)]
+
+    def block(x: Tensor) -> Tensor:
+        y = torch.ops.shrank.low_rank_conv(x, *weights[:3], [1, 1], [1, 1], [1, 1], 1, 1)
+        return F.relu(norm(y) * weights[3] + weights[4])
+
+    def backend(module: torch.fx.GraphModule, given: list) -> Callable:
+        return aot_eager(fusing([], [])(module, given), given)
+
+    torch._dynamo.reset()
+    x = drawn(2, 8, 5, 7)
+    found, wanted = torch.compile(block, backend=backend, fullgraph=True)(x), block(x)
+    assert_close(found, wanted)
+    ours, theirs = (torch.autograd.grad(each.square().sum(), weights) for each in (found, wanted))
+    for one, other in zip(ours, theirs, strict=True):
+        assert_close(one, other)
+
+
 def test_a_batch_norm_that_learns_is_left() -> None:
     x = drawn(2, 8, 5, 7)
     assert fused(lambda x: F.relu(norm(low_rank_conv(x), training=True)), x)[0] == [("none", False)]
+
+
+LAYER_SCALE, ROW = drawn(8), drawn(1, 1, 8)
+OF_ROWS, OF_BOTH, OF_IMAGES, OF_ALL, OF_FOUR = (
+    drawn(*each) for each in ((5, 1), (5, 8), (2, 1, 1), (1,), (1, 1, 1, 8))
+)
+PIXELS, OF_FIRST = drawn(5), drawn(8, 1, 1)
+SCALES, SHIFTS = drawn(6, 1, 1), drawn(1, 6, 1, 1)
+
+
+def is_fused_to(function: Callable, end: tuple[str, bool], *inputs: Tensor, looks: tuple[Callable, ...]) -> None:
+    for look in looks:
+        found, answer = look(function, *inputs)
+        assert found == [end]
+        assert_close(answer, function(*inputs))
+
+
+CHANNELS = {
+    "a layer scale": (lambda x: x + low_rank(x) * LAYER_SCALE, ("none", True)),
+    "a layer scale before": (lambda x: LAYER_SCALE * low_rank(x) + x, ("none", True)),
+    "a layer scale, with dropout of nothing": (
+        lambda x: x + F.dropout(F.dropout(low_rank(x), 0.1, False) * LAYER_SCALE, 0.1, False),
+        ("none", True),
+    ),
+    "a shift and an activation": (lambda x: F.gelu(low_rank(x) + ROW), ("gelu", False)),
+    "of a layer without bias": (lambda x: F.relu((gate(x) * LAYER_SCALE + ROW) * ROW), ("relu", False)),
+    "a scale of a layer without bias": (lambda x: F.relu(gate(x) * ROW), ("relu", False)),
+    "a gate": (lambda x: F.silu(gate(x) * LAYER_SCALE + ROW) * low_rank(x), ("gated silu", False)),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", CHANNELS)
+def test_numbers_for_channels_become_a_part_of_the_second_factor(name: str, dynamic: bool) -> None:
+    function, end = CHANNELS[name]
+    x = drawn(2, 5, 8)
+    is_fused_to(function, end, x, looks=(lambda *given: fused(*given, dynamic=dynamic), exported))
+
+
+@pytest.mark.parametrize("bias", [CHANNEL_BIAS, None], ids=["bias", "no bias"])
+def test_a_frozen_batch_norm_becomes_a_part_of_a_convolution(bias: Tensor | None) -> None:
+    def block(x: Tensor, residual: Tensor) -> Tensor:
+        return F.relu(norm(low_rank_conv(x, bias)) * SCALES + SHIFTS) + residual
+
+    is_fused_to(block, ("relu", True), drawn(2, 8, 5, 7), drawn(2, 6, 5, 7), looks=(fused, exported))
+
+
+NO_CHANNELS = {
+    "with nothing behind": lambda x: low_rank(x) * LAYER_SCALE,
+    "used again": lambda x: (lambda y: y * LAYER_SCALE + y)(low_rank(x)),
+    "of rows": lambda x: low_rank(x) * OF_ROWS + x,
+    "of both": lambda x: low_rank(x) * OF_BOTH + x,
+    "of images": lambda x: low_rank(x) * OF_IMAGES + x,
+    "one for all": lambda x: low_rank(x) * OF_ALL + x,
+    "with a dimension more": lambda x: low_rank(x) * OF_FOUR + x,
+    "of another dtype": lambda x: low_rank(x) * LAYER_SCALE.double() + x,
+    "that are divided": lambda x: low_rank(x) / LAYER_SCALE + x,
+    "of pivoted factors": lambda x: pivoted(x) * LAYER_SCALE + x,
+    "of another dimension of an image": lambda x: F.relu(low_rank_conv(x.reshape(1, 8, 2, 5)) * PIXELS),
+    "of the first of three dimensions": lambda x: low_rank(x[:1].expand(8, 5, 8)) * OF_FIRST + x[0],
+}
+
+
+@pytest.mark.parametrize("name", NO_CHANNELS)
+def test_other_numbers_are_not_those_of_channels(name: str) -> None:
+    x = drawn(2, 5, 8)
+    found, answer = fused(NO_CHANNELS[name], x)
+    assert found == [("none", False)]
+    assert_close(answer, NO_CHANNELS[name](x))
+
+
+def test_a_residual_as_large_as_a_shift_is_none() -> None:
+    for row in (drawn(8), drawn(1, 8)):
+        found, answer = fused(lambda x: low_rank(x) + x, row)
+        assert found == [("none", True)]
+        assert_close(answer, low_rank(row) + row)
+    image = drawn(1, 6, 1, 1)
+    is_fused_to(lambda x, y: F.relu(low_rank_conv(x) + y), ("none", True), drawn(1, 8, 1, 1), image, looks=(fused,))
+
+
+def test_gradients_of_scales_and_shifts_are_those_of_the_separate_operations() -> None:
+    weights = [each.clone().requires_grad_() for each in (DOWN, UP, BIAS, LAYER_SCALE, ROW)]
+    x = drawn(2, 5, 8).requires_grad_()
+
+    def block(x: Tensor) -> Tensor:
+        return x + F.gelu(torch.ops.shrank.low_rank_linear(x, *weights[:3]) * weights[3] + weights[4])
+
+    found, answer = fused(block, x)
+    assert found == [("gelu", True)]
+    ours, wanted = (torch.autograd.grad(each.square().sum(), (x, *weights)) for each in (answer, block(x)))
+    for one, other in zip(ours, wanted, strict=True):
+        assert_close(one, other)
 
 
 def test_gradients_are_those_of_the_separate_operations() -> None:
