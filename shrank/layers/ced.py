@@ -16,7 +16,7 @@ from ..ops.reference import output_sizes
 from .batch_norm import folded
 from .low_rank import LowRankLayer
 from .plain import CONVOLUTIONS
-from .two_stage import Pivots, checked_rank, is_untouched, memory_format, ops_for, reset_stages
+from .two_stage import Pivots, checked_rank, is_untouched, memory_format, merged_bias, ops_for, reset_stages
 
 
 class CED(LowRankLayer):
@@ -96,11 +96,18 @@ class CED(LowRankLayer):
         reset_stages(self.ced_unit, fan_in=fan_in, rank=rank // self.up_groups)
 
     def in_one_op(self, ops: ModuleType, x: Tensor, *end: str | Tensor | None) -> Tensor:
+        return self._by(ops, x, *self._all_rows(), *end)
+
+    def _all_rows(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias of a second stage that makes all outputs: with pivots, copies of a few weights in
+        place of some of all outputs."""
         second = self.stages._modules["1"]
-        return self._by(ops, x, second.weight, second.bias, *end)
+        if not self.pivoted:
+            return second.weight, second.bias
+        return self.stages[2].all_rows(second.weight), merged_bias(self.stages)
 
     def _by(self, ops: ModuleType, x: Tensor, up: Tensor, bias: Tensor | None, *end: str | Tensor | None) -> Tensor:
-        first, second = self.stages._modules.values()
+        first, second, *_ = self.stages._modules.values()
         padding = first.padding
         if first.padding_mode != "zeros":
             x, padding = F.pad(x, first._reversed_padding_repeated_twice, first.padding_mode), 0
@@ -112,7 +119,7 @@ class CED(LowRankLayer):
         """activation(norm(self(x))) + residual, of a batch norm in evaluation: in one op, as `finished`."""
         fits = residual is None or self.takes_residual(x, residual)
         if fits and is_untouched(self) and is_untouched(norm) and (ops := ops_for(self.stages, self.stage_kinds, x)):
-            _, up, bias = self.plain_factors()
+            up, bias = self._all_rows()
             statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
             return self._by(ops, x, *folded(up, bias, *statistics), activation, residual)
         return reference.finished(norm(self(x)), activation, residual)

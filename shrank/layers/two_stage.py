@@ -15,7 +15,9 @@ from ..ops.dispatch import Backend, current_backend
 
 UNITS = ("led_unit", "ced_unit")  # what the sequence of stages is called, in attributes and checkpoints
 _OF_PIVOTED_KERNELS = (torch.float16, torch.bfloat16)
-NO_PIVOTED_KERNEL = "backend is native, but it has no kernel for a pivoted convolution: auto_fact(..., pivot=False)"
+NO_PIVOTED_KERNEL = (
+    "backend is native, but it has no kernel for a pivoted convolution with groups: auto_fact(..., pivot=False)"
+)
 
 
 def checked_rank(rank: int | None, r: int | None, outputs: int | None = None) -> int:
@@ -68,6 +70,14 @@ class Pivots(nn.Module):
         before, after = others.tensor_split((self.window,), dim)
         return torch.cat((before, h, after), dim)
 
+    def all_rows(self, up: Tensor) -> Tensor:
+        """The second factor (N, R, ...) that makes all outputs: rows of the unit matrix for those that are in h.
+
+        up: (N - R, R, ...).
+        """
+        unit = torch.eye(self.rank, dtype=up.dtype, device=up.device)
+        return torch.cat((unit.view(self.rank, *up.shape[1:]), up)).index_select(0, self.order)
+
     def settle(self) -> None:
         """Find out whether the order needs no gather; for whoever set `order`. ValueError if it is none."""
         places = self.order.long()
@@ -118,10 +128,10 @@ def run(
 ) -> Tensor:
     """Decides who computes a low-rank layer: the stages one by one, or `in_one_op` of the ops and x.
 
-    RuntimeError where the native kernels are insisted on for a pivoted convolution.
+    RuntimeError where the native kernels are insisted on for a pivoted convolution with groups.
     """
     ops = ops_for(stages, kinds, x)
-    if ops is None and is_pivoted(stages) and nn.Linear not in kinds and current_backend() is Backend.NATIVE:
+    if ops is None and is_pivoted(stages) and _has_groups(stages[0]) and current_backend() is Backend.NATIVE:
         raise RuntimeError(NO_PIVOTED_KERNEL)
     return in_one_op(ops, x) if ops else run_stages(stages, x)
 
@@ -129,16 +139,22 @@ def run(
 def ops_for(stages: nn.Sequential, kinds: tuple[type[nn.Module], ...], x: Tensor) -> ModuleType | None:
     """The module whose op computes these stages of x at once; None where they run one by one."""
     if is_pivoted(stages):
-        return _ops_of_pivoted(stages, x)
+        return _ops_of_pivoted(stages, kinds, x)
     factors = factors_of(stages, kinds)
     return ops_of(x, *factors) if factors else None
 
 
-def _ops_of_pivoted(stages: nn.Sequential, x: Tensor) -> ModuleType | None:
-    """Of linear stages, where kernels may run. Other calls are better made by the stages: the third one knows where no
-    gather is needed."""
+def _has_groups(stage: nn.Module) -> bool:
+    return getattr(stage, "groups", 1) > 1
+
+
+def _ops_of_pivoted(stages: nn.Sequential, kinds: tuple[type[nn.Module], ...], x: Tensor) -> ModuleType | None:
+    """Where kernels may run. Other calls are better made by the stages: the third one knows where no gather is needed.
+
+    An order may mix the outputs of groups, and then no convolution with groups makes them all.
+    """
     first, second, pivots = stages._modules.values()
-    if not (type(first) is type(second) is nn.Linear and type(pivots) is Pivots):
+    if not (type(first) in kinds and type(second) in kinds and type(pivots) is Pivots) or _has_groups(first):
         return None
     if not all(map(is_untouched, (first, second, pivots))):
         return None

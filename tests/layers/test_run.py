@@ -28,15 +28,16 @@ LAYERS = {
     "ced-reflect": (lambda: CED(8, 12, 4, (3,), padding=1, padding_mode="reflect"), (2, 8, 9)),
     "ced-pivoted": (lambda: CED(8, 12, 4, (3, 3), pivot=True), (2, 8, 6, 5)),
     "ced-pivoted-unbatched": (lambda: CED(8, 12, 4, (3, 3), pivot=True), (8, 6, 5)),
+    "ced-pivoted-grouped": (lambda: CED(8, 12, 4, (3, 3), groups=2, groups_out=True, pivot=True), (2, 8, 6, 5)),
 }
 OPS = {LED: "low_rank_linear", LEDConv1D: "low_rank_linear", CED: "low_rank_conv"}
 
 
 def op_of(layer: LowRankLayer) -> str:
     """The op that computes the layer; '' if there is none."""
-    if not layer.pivoted:
-        return OPS[type(layer)]
-    return "" if isinstance(layer, CED) else "low_rank_pivoted"
+    if layer.pivoted and isinstance(layer, LED):
+        return "low_rank_pivoted"
+    return "" if layer.pivoted and layer.up_groups > 1 else OPS[type(layer)]
 
 
 def in_subclass(layer: LowRankLayer) -> LowRankLayer:
@@ -115,7 +116,7 @@ def test_who_computes(
     insisted = backend is shrank.Backend.NATIVE
     for ran, result in (found, wanted):
         if insisted and not op:
-            assert ran == [] and "no kernel for a pivoted convolution" in result
+            assert ran == [] and "no kernel for a pivoted convolution with groups" in result
         elif insisted and change in SAME and not kernels:
             assert ran == [] and "backend is native, but the native kernels cannot run" in result
         else:
@@ -126,15 +127,19 @@ def test_who_computes(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", [shrank.Backend.AUTO, shrank.Backend.TORCH])
-def test_pivots_take_their_op_where_it_has_kernels(backend: shrank.Backend, dtype: torch.dtype, monkeypatch) -> None:
-    layer, x = seeded(lambda: LED(24, 20, 7, pivot=True)).to(dtype), draw(3, 24, dtype=dtype)
+@pytest.mark.parametrize("name", ["led-pivoted", "ced-pivoted", "ced-pivoted-unbatched"])
+def test_pivots_take_their_op_where_it_has_kernels(
+    name: str, backend: shrank.Backend, dtype: torch.dtype, monkeypatch
+) -> None:
+    build, shape = LAYERS[name]
+    layer, x = seeded(build).to(dtype), draw(*shape, dtype=dtype)
     expected = layer(x).detach()
     pretend_native(monkeypatch)
     with monkeypatch.context() as patch, shrank.backend(backend), torch.no_grad():
         patch.setattr(Tensor, "is_cuda", True)
         ran, result = outcome(lambda: layer(x))
     has_kernels = backend is shrank.Backend.AUTO and dtype is torch.bfloat16
-    assert ran == ["low_rank_pivoted"] * has_kernels
+    assert ran == [op_of(layer)] * has_kernels
     assert_close(result, expected)
 
 

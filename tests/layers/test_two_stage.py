@@ -13,6 +13,7 @@ from shrank import CED, LED
 from shrank.layers.led import LEDConv1D
 from shrank.layers.two_stage import Pivots
 from shrank.linalg import Shape, factorize, pivoted
+from shrank.ops import dispatch, reference
 from tests.common.models import Mixed, TiedLM, assert_same_state, draw, fingerprint, hf_model, hf_outputs, mlp, seeded
 from tests.common.tolerances import assert_close
 
@@ -75,6 +76,24 @@ def test_the_layer_is_the_convolution_of_its_weight(name: str, window: int | Non
         assert_close(copy.deepcopy(layer).to(memory_format=last)(x.contiguous(memory_format=last)), expected)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("window", [0, None])
+@pytest.mark.parametrize("name", [name for name in CONVS if name != "grouped"])
+def test_a_second_factor_with_all_rows_makes_the_same_convolution(
+    name: str, window: int | None, residual: bool
+) -> None:
+    """What kernels compute of pivoted convolutions."""
+    layer, x = ced(name, window)
+    for given in (x, x[0]):
+        z = layer(given)
+        end = ("gelu", torch.ones_like(z) if residual else None)
+        found, wanted = layer.in_one_op(dispatch, given, *end), reference.finished(z, *end)
+        assert_close(found, wanted)
+        ours, theirs = (torch.autograd.grad(y.square().sum(), list(layer.parameters())) for y in (found, wanted))
+        for one, other in zip(ours, theirs, strict=True):
+            assert_close(one, other)
+
+
 def test_bad_pivots_are_refused() -> None:
     with pytest.raises(ValueError, match="below the 20 outputs, got 20"):
         LED(24, 20, 20, pivot=True)
@@ -88,8 +107,8 @@ def test_bad_pivots_are_refused() -> None:
         led().set_factors(draw(7, 24), draw(13, 7), draw(20), torch.arange(19))
     with pytest.raises(ValueError, match="no permutation of 20 places"):
         led().set_factors(draw(7, 24), draw(13, 7), draw(20), torch.zeros(20))
-    with shrank.backend("native"), pytest.raises(RuntimeError, match="no kernel for a pivoted convolution"):
-        CED(8, 12, 4, (3,), pivot=True)(draw(2, 8, 9))
+    with shrank.backend("native"), pytest.raises(RuntimeError, match="no kernel for a pivoted convolution with groups"):
+        CED(8, 12, 4, (3,), groups=2, groups_out=True, pivot=True)(draw(2, 8, 9))
 
 
 def test_factors_go_in_as_they_come_out_of_the_matrix() -> None:
