@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, Sy
 from ..layers.ced import CED
 from ..layers.led import LED
 from ..layers.low_rank import LowRankLayer
-from ..layers.two_stage import is_untouched
+from ..layers.plain import is_untouched
 from .end import End, Reading
 from .finish import finish, finish_gated, finish_halves, finish_normed, finish_siblings
 from .graph import take_place

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ..layers.ced import CED
 from ..layers.led import LED
 from ..layers.low_rank import LowRankLayer
-from ..layers.two_stage import is_untouched, ops_of
+from ..layers.plain import is_untouched
+from ..layers.two_stage import ops_of
 from ..ops import dispatch, reference
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..layers.led import LED
-from ..layers.two_stage import is_untouched
+from ..layers.plain import is_untouched
 from ..ops import dispatch
 from ..util.closeness import distance
 from .blocks import DOES_NOT_RUN

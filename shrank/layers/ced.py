@@ -15,8 +15,9 @@ from ..ops.conv import window_of
 from ..ops.reference import output_sizes
 from .batch_norm import folded
 from .low_rank import LowRankLayer
-from .plain import CONVOLUTIONS
-from .two_stage import Pivots, checked_rank, is_untouched, memory_format, merged_bias, ops_for, reset_stages
+from .pivots import Pivots
+from .plain import CONVOLUTIONS, is_untouched
+from .two_stage import checked_rank, memory_format, merged_bias, ops_for, reset_stages
 
 
 class CED(LowRankLayer):

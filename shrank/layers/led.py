@@ -15,7 +15,9 @@ from ..ops import cpu, host, onednn
 from ..ops.dispatch import Backend, low_rank_linear, process
 from ..ops.linear import LINEAR
 from .low_rank import LowRankLayer
-from .two_stage import Pivots, checked_rank, is_untouched, ops_of, reset_stages, run_pivots
+from .pivots import Pivots, run_pivots
+from .plain import is_untouched
+from .two_stage import checked_rank, ops_of, reset_stages
 
 AUTO, NATIVE = Backend.AUTO, Backend.NATIVE
 FEWEST_INPUTS = cpu.FEWEST_INPUTS

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..linalg import FactorizationError, Factors, PivotedFactors, Shape, factorize, pivoted
 from ..ops import reference
 from .merged_weight import merged
-from .plain import why_no_matrix, why_not_plain
+from .plain import is_untouched, why_no_matrix, why_not_plain
 from .seal import drop_seal
-from .two_stage import assign_bias, factors_of, is_pivoted, is_untouched, merged_bias, ops_for, run, set_stages
+from .two_stage import assign_bias, factors_of, is_pivoted, merged_bias, ops_for, run, set_stages
 
 _NAMES = ("down", "up")
 

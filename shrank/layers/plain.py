@@ -76,3 +76,11 @@ def why_not_quiet(stage: nn.Module) -> str:
     if "forward" in vars(stage) and not hasattr(stage, "_hf_hook"):
         return "has a forward that was patched on the instance, which would be lost"
     return ""
+
+
+def is_untouched(stage: nn.Module) -> bool:
+    """Whether a module does nothing beside its forward: not hooked, not patched."""
+    own = stage.__dict__
+    return "forward" not in own and not (
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )

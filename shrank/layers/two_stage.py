@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..ops import cpu, dispatch, host
 from ..ops.dispatch import Backend, current_backend
+from .pivots import Pivots, run_pivots
+from .plain import is_untouched
 
 UNITS = ("led_unit", "ced_unit")  # what the sequence of stages is called, in attributes and checkpoints
 _OF_PIVOTED_KERNELS = (torch.float16, torch.bfloat16)
@@ -30,68 +32,6 @@ def checked_rank(rank: int | None, r: int | None, outputs: int | None = None) ->
     if outputs is not None and rank >= outputs:
         raise ValueError(f"with pivots the rank must be below the {outputs} outputs, got {rank}")
     return rank
-
-
-class Pivots(nn.Module):
-    """Puts h (..., R, ...), outputs themselves, and the other outputs (..., N - R, ...) in order along `dim`, which is
-    negative, so that a batch may be missing.
-
-    order: (N,), for every output its place among h and then the others. Where h is one window of the outputs, no gather
-    is needed. `bias` is that of the outputs in h: added after the others were computed from it, since a large bias
-    would cost h its digits in a 16-bit dtype.
-    """
-
-    def __init__(
-        self,
-        rank: int,
-        outputs: int,
-        dim: int,
-        bias: bool,
-        groups: int = 1,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.rank, self.dim = rank, dim
-        # Every group's first outputs are its pivots, until somebody knows better.
-        parts = [torch.arange(n, dtype=torch.int32, device=device).view(groups, -1) for n in (rank, outputs - rank)]
-        self.register_buffer("order", torch.cat((parts[0], parts[1] + rank), 1).flatten())
-        self.register_parameter("bias", nn.Parameter(torch.zeros(rank, device=device, dtype=dtype)) if bias else None)
-        self.window = 0 if groups == 1 and not self.order.is_meta else None
-
-    def forward(self, h: Tensor, others: Tensor) -> Tensor:
-        dim, bias = self.dim, self.bias
-        if bias is not None:
-            h = h + (bias if dim == -1 else bias[(slice(None), *[None] * (-dim - 1))])
-        if self.window is None:
-            return torch.cat((h, others), dim).index_select(dim, self.order)
-        if self.window == 0:
-            return torch.cat((h, others), dim)
-        before, after = others.tensor_split((self.window,), dim)
-        return torch.cat((before, h, after), dim)
-
-    def all_rows(self, up: Tensor) -> Tensor:
-        """The second factor (N, R, ...) that makes all outputs: rows of the unit matrix for those that are in h.
-
-        up: (N - R, R, ...).
-        """
-        unit = torch.eye(self.rank, dtype=up.dtype, device=up.device)
-        return torch.cat((unit.view(self.rank, *up.shape[1:]), up)).index_select(0, self.order)
-
-    def settle(self) -> None:
-        """Find out whether the order needs no gather; for whoever set `order`. ValueError if it is none."""
-        places = self.order.long()
-        plain = torch.arange(len(places), device=places.device)
-        if not torch.equal(places.sort().values, plain):
-            raise ValueError(f"the order of pivoted outputs is no permutation of {len(places)} places")
-        first, rank = int((places == 0).nonzero()[0]), self.rank
-        window = torch.cat((plain[rank : rank + first], plain[:rank], plain[rank + first :]))
-        self.window = first if torch.equal(places, window) else None
-
-    def _load_from_state_dict(self, *arguments: object) -> None:
-        super()._load_from_state_dict(*arguments)
-        if not self.order.is_meta:
-            self.settle()
 
 
 @torch.no_grad()
@@ -197,11 +137,6 @@ def run_stages(stages: nn.Sequential, x: Tensor) -> Tensor:
     return run_pivots(stages[2], h, stages[1](h)) if is_pivoted(stages) else stages[1](h)
 
 
-def run_pivots(pivots: nn.Module, h: Tensor, others: Tensor) -> Tensor:
-    """The third stage; without the cost of calling a module, a fifth of a small layer's, where nobody is to notice."""
-    return pivots.forward(h, others) if is_untouched(pivots) else pivots(h, others)
-
-
 def merged_bias(stages: nn.Sequential) -> Tensor | None:
     """The bias of the layer: a parameter of its second stage, or with pivots a part of it there and a part in the
     third."""
@@ -267,11 +202,3 @@ def assign_bias(stages: nn.Sequential, bias: Tensor | None) -> None:
     for stage, part in zip(stages[1:], parts, strict=False):
         made = part if part is None or isinstance(part, nn.Parameter) else nn.Parameter(part, bias.requires_grad)
         stage.register_parameter("bias", made)
-
-
-def is_untouched(stage: nn.Module) -> bool:
-    """Whether a module does nothing beside its forward: not hooked, not patched."""
-    own = stage.__dict__
-    return "forward" not in own and not (
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    )

@@ -17,8 +17,8 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from ..compression.apply import attach_empty, describe, indented, merge
+from ..layers.pivots import Pivots
 from ..layers.seal import sealed_names
-from ..layers.two_stage import Pivots
 from ..planning.plan import RankPlan
 from .checks import METHOD, check_saveable, has_low_rank, is_plan, sealing, stand_in_for
 

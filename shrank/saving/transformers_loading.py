@@ -19,8 +19,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..compression.apply import attach_empty, merge
+from ..layers.pivots import Pivots
 from ..layers.seal import DENSE_NAME
-from ..layers.two_stage import UNITS, Pivots
+from ..layers.two_stage import UNITS
 from ..linalg import Shape
 from ..model.adapters import LOW_RANK, target
 from ..planning.plan import RankPlan

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import shrank
 from shrank import CED, LED
 from shrank.layers.led import LEDConv1D
-from shrank.layers.two_stage import Pivots
+from shrank.layers.pivots import Pivots
 from shrank.linalg import Shape, factorize, pivoted
 from shrank.ops import dispatch, reference
 from tests.common.models import Mixed, TiedLM, assert_same_state, draw, fingerprint, hf_model, hf_outputs, mlp, seeded

@@ -101,6 +101,22 @@ def test_inputs_are_left_as_they_are() -> None:
         )
 
 
+def test_what_lies_between_is_rounded_as_two_layers_round_it() -> None:
+    x, down, up = torch.tensor([[256.0, 1.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0, -1.0]])
+    assert host.low_rank_linear(x, down, up) == 1
+    assert host.low_rank_linear(x.bfloat16(), down.bfloat16(), up.bfloat16()) == 0, (
+        "257 has nine bits, of which one goes"
+    )
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 5], ids=["x", "down", "up", "bias", "residual"])
+def test_any_layout_is_read(number: int) -> None:
+    arguments = list(THREADS.tensors(torch.float32, "cpu"))
+    wanted = host.low_rank_linear(*arguments)
+    arguments[number] = arguments[number].repeat_interleave(2, -1)[..., ::2]
+    assert torch.equal(host.low_rank_linear(*arguments), wanted)
+
+
 X, DOWN, UP = torch.ones(2, 16), torch.ones(4, 16), torch.ones(6, 4)
 ORDER = torch.arange(10, dtype=torch.int32)
 REFUSED = {
