@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..layers.led import LED
-from ..layers.two_stage import is_untouched
+from ..layers.two_stage import is_untouched, may_be_native
 from ..ops import dispatch
 from ..util.closeness import distance
 from .blocks import DOES_NOT_RUN
@@ -92,7 +93,7 @@ class Call:
 
     def take(self, layer: LED, x: Tensor) -> Tensor | None:
         """The layer's output, if it is there or can be computed with those of others."""
-        if not isinstance(x, Tensor) or x.is_inference() or torch.is_grad_enabled():
+        if not isinstance(x, Tensor) or not may_be_native(x) or x.is_inference() or torch.is_grad_enabled():
             return None  # a tensor of inference mode does not know whether it was changed
         self._seen.setdefault(id(x), (x, []))[1].append(layer)
         if not (x is self._x and self._state == _state_of(x)):
@@ -103,8 +104,7 @@ class Call:
 
     def groups(self) -> list[tuple[LED, ...]]:
         """The layers that had one input."""
-        groups = (tuple(dict.fromkeys(called)) for _, called in self._seen.values())
-        return [group for group in groups if len(group) > 1]
+        return _several(called for _, called in self._seen.values())
 
     def _compute(self, layer: LED, x: Tensor) -> None:
         """With those that are expected to be called with the same, and were not computed or called yet."""
@@ -127,6 +127,11 @@ def _state_of(x: Tensor) -> tuple[object, ...]:
     return x._version, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), stream
 
 
+def _several(groups: Iterable[list[LED]]) -> list[tuple[LED, ...]]:
+    """The groups of more than one layer."""
+    return [group for called in groups if len(group := tuple(dict.fromkeys(called))) > 1]
+
+
 def share(block: nn.Module, called: list[nn.Module]) -> SharingForward | None:
     """What may stand in for the forward of a block, if one call of it on random inputs shows layers of one input that
     give the same in one op. These have their stand-ins then.
@@ -136,28 +141,34 @@ def share(block: nn.Module, called: list[nn.Module]) -> SharingForward | None:
     layers = [each for each in called if isinstance(each, LED) and is_untouched(each) and each.plain_factors()]
     if len(layers) < 2 or "forward" in vars(block) or any(each.is_meta for each in block.parameters()):
         return None
-    groups: list[tuple[LED, ...]] = []
-    try:
-        for each in layers:
-            each.forward = SharedForward(each)
-        groups += [each for each in _seen_in(block, layers[0]) if set(each) <= set(layers) and _is_right(each)]
-    finally:
-        together = {layer for group in groups for layer in group}
-        for each in together.symmetric_difference(layers):
-            del each.forward
+    groups = [each for each in _seen_in(block, layers) if _is_right(each)]
+    together = {layer for group in groups for layer in group}
+    for each in together:
+        each.forward = SharedForward(each)
     names = [name for name, each in block.named_modules() if each in together]
     return SharingForward(block, names, groups) if names else None
 
 
-def _seen_in(block: nn.Module, layer: LED) -> list[tuple[LED, ...]]:
-    """The layers that had one input in a call as far as it came: of what else the forward wants, nothing is known."""
-    x = _inputs_of(layer)[0]
+def _seen_in(block: nn.Module, layers: list[LED]) -> list[tuple[LED, ...]]:
+    """Those that have one input in a call as far as it comes: of what else the forward wants, nothing is known."""
+    x = _inputs_of(layers[0])[0]
     wanted = inspect.signature(type(block).forward.__get__(block)).parameters.values()
     needed = [each for each in wanted if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
-    sharing = SharingForward(block, [])
-    with without_traces(block, x.device), torch.no_grad(), suppress(*DOES_NOT_RUN):
-        sharing(*[x] * max(1, len(needed)))
-    return sharing.groups
+    seen: dict[tuple[tuple[int, int], ...], list[LED]] = {}
+    inputs: list[Tensor] = []  # held, so that no other has the id of one
+
+    def note(layer: LED, given: tuple[Tensor, ...]) -> None:
+        inputs.extend(given)
+        seen.setdefault(tuple((id(each), each._version) for each in given), []).append(layer)
+
+    hooks = [each.register_forward_pre_hook(note) for each in layers]
+    try:
+        with without_traces(block, x.device), torch.no_grad(), suppress(*DOES_NOT_RUN):
+            type(block).forward(block, *[x] * max(1, len(needed)))
+    finally:
+        for each in hooks:
+            each.remove()
+    return _several(seen.values())
 
 
 def _is_right(group: tuple[LED, ...]) -> bool:

@@ -165,13 +165,16 @@ def factors_of(
 
 
 def ops_of(x: Tensor, down: Tensor, up: Tensor, *others: Tensor | None) -> ModuleType | None:
-    """`dispatch` where native kernels may run, that is on CUDA, or where they are insisted on; `onednn` on a CPU, where
-    it is faster; else None."""
-    backend = current_backend()
-    if backend is Backend.NATIVE or down.is_cuda:
+    """`dispatch` where native kernels may run; `onednn` on a CPU, where it is faster; else None."""
+    if may_be_native(down):
         return dispatch
-    is_linear = down.dim() == 2
-    return onednn if is_linear and backend is Backend.AUTO and onednn.is_faster(x, down, up, *others) else None
+    by_onednn = down.dim() == 2 and current_backend() is Backend.AUTO and onednn.is_faster(x, down, up, *others)
+    return onednn if by_onednn else None
+
+
+def may_be_native(tensor: Tensor) -> bool:
+    """Whether native kernels may run for a tensor: on CUDA, or where they are insisted on."""
+    return tensor.is_cuda or current_backend() is Backend.NATIVE
 
 
 def run_stages(stages: nn.Sequential, x: Tensor) -> Tensor:
