@@ -38,7 +38,8 @@ _running = _Running()
 class SharingForward:
     """Stands in for the forward of a block, on its instance.
 
-    Where gradients are on, and in graphs that are compiled, it does nothing but call the block's own.
+    Where gradients are on, in graphs that are compiled and where no native kernel may run, it does nothing but call the
+    block's own.
 
     layers: the names of those that were found to have one input; their forwards are `SharedForward`s.
     groups: those that had one input in the call before.
@@ -56,7 +57,7 @@ class SharingForward:
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         own = type(self.block).forward
-        if is_compiling() or torch.is_grad_enabled():
+        if is_compiling() or torch.is_grad_enabled() or not any(map(_may_be_native, (*args, *kwargs.values()))):
             return own(self.block, *args, **kwargs)
         outer, call = _running.call, Call(self.groups)
         _running.call = call
@@ -93,7 +94,7 @@ class Call:
 
     def take(self, layer: LED, x: Tensor) -> Tensor | None:
         """The layer's output, if it is there or can be computed with those of others."""
-        if not isinstance(x, Tensor) or not may_be_native(x) or x.is_inference() or torch.is_grad_enabled():
+        if not isinstance(x, Tensor) or x.is_inference() or torch.is_grad_enabled():
             return None  # a tensor of inference mode does not know whether it was changed
         self._seen.setdefault(id(x), (x, []))[1].append(layer)
         if not (x is self._x and self._state == _state_of(x)):
@@ -113,6 +114,10 @@ class Call:
         layers = tuple(each for each in group if each is layer or (each not in there and _is_as_left(each)))
         if len(layers) > 1 and (outputs := at_once(x, layers)):
             self._left |= zip(layers, outputs, strict=True)
+
+
+def _may_be_native(given: object) -> bool:
+    return isinstance(given, Tensor) and may_be_native(given)
 
 
 def _is_as_left(layer: LED) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import shrank
@@ -101,6 +102,10 @@ def test_an_input_that_is_changed_between_is_another() -> None:
         wanted = plain(X.clone(), change)
         for one, other in zip(block(X.clone(), change), wanted, strict=True):
             assert_close(one, other)
+
+
+def test_layers_of_an_input_that_was_changed_between_are_not_seen_as_siblings() -> None:
+    assert shrank.fuse(Changes()).blocks == {"": ["k_proj", "v_proj"]}
 
 
 class Mixed(Attention):
@@ -216,6 +221,19 @@ def test_a_merged_layer_is_dense_and_the_others_share() -> None:
     for _ in range(2):
         assert assert_same(block, X) == [TOGETHER, ALONE]
     assert block.forward.groups == [(block.k_proj, block.v_proj)]
+
+
+def test_layers_with_adapters_compute_what_they_did() -> None:
+    settings = LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False)
+    outputs = []
+    for block in (Attention(), fused()):
+        torch.manual_seed(0)
+        adapted = get_peft_model(block, settings)
+        outputs += [[adapted(X) for _ in range(2)]]
+    for ours, wanted in zip(*outputs, strict=True):
+        for one, other in zip(ours, wanted, strict=True):
+            assert_close(one, other)
+    assert ops_of(lambda: block(X)).count(TOGETHER) == 1
 
 
 def test_copies_and_pickled_blocks_share_among_their_own_layers() -> None:
