@@ -238,6 +238,29 @@ def test_a_block_that_is_left_says_why(kind: type[MLP], reason: str) -> None:
     assert "forward" not in vars(block)
 
 
+class Caching(MLP):
+    """Keeps what it computes, as LeViT its biases of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "scale" not in self.cache:
+            self.cache["scale"] = self.up.led_unit[1].bias.sum()
+        return super().forward(x) * self.cache["scale"]
+
+
+def test_a_trace_leaves_nothing_in_a_block() -> None:
+    block, wanted = Caching().eval(), Caching().eval()
+    wanted.load_state_dict(block.state_dict())
+    model = nn.Sequential(block, nn.Sequential(nn.Identity()))
+    shrank.fuse(model)
+    assert all(type(each) is Tensor for each in block.cache.values())
+    shrank.unfuse(model)
+    assert torch.equal(model(X), wanted(X))
+
+
 def test_a_forward_that_another_tool_patched_is_left() -> None:
     block = MLP().eval()
     block.forward = lambda x: x
