@@ -110,6 +110,8 @@ class Traced:
             self.graph = tracer.trace(_copy_of(block))
         except DOES_NOT_RUN as error:
             raise NotFusedError(f"its forward cannot be traced: {type(error).__name__}: {error}") from error
+        if any(node.op == "get_attr" and node.target.startswith("_tensor_constant") for node in self.graph.nodes):
+            raise NotFusedError("its forward has tensors that are neither parameters nor buffers")
         self.training, self.layers, self.gain = block.training, [], 0
         self.inputs = sum(node.op == "placeholder" for node in self.graph.nodes)
         self.looked_into = tracer.looked_into

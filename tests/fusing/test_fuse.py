@@ -210,6 +210,11 @@ class Sized(MLP):
         return super().forward(x).reshape(7, 8)
 
 
+class Constant(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * torch.ones(8)
+
+
 class Outside(MLP):
     """Calls a module that is not its own."""
 
@@ -225,6 +230,7 @@ class Outside(MLP):
         (Sized, "it does not run on random inputs: RuntimeError"),
         (Outside, "its forward cannot be traced: NameError"),
         (Optional, "its forward has optional arguments"),
+        (Constant, "its forward has tensors that are neither parameters nor buffers"),
         (Branches, "cannot be traced: TraceError"),
         (Plain, "nothing follows its low-rank layers that they could take over"),
         (Tuple, "it returns a tuple, not a tensor"),
