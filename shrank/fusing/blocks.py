@@ -3,6 +3,7 @@ follow them, and those of one input become one call."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Collection, Iterator
 
@@ -106,9 +107,11 @@ class Traced:
         _check_inputs(block)
         tracer = _BlockTracer(inside)
         try:
-            self.graph = tracer.trace(block)
+            self.graph = tracer.trace(_copy_of(block))
         except DOES_NOT_RUN as error:
             raise NotFusedError(f"its forward cannot be traced: {type(error).__name__}: {error}") from error
+        if any(node.op == "get_attr" and node.target.startswith("_tensor_constant") for node in self.graph.nodes):
+            raise NotFusedError("its forward has tensors that are neither parameters nor buffers")
         self.training, self.layers, self.gain = block.training, [], 0
         self.inputs = sum(node.op == "placeholder" for node in self.graph.nodes)
         self.looked_into = tracer.looked_into
@@ -150,6 +153,11 @@ class Traced:
         for joined in join_siblings(self.graph, reading.input_of, lambda _: [], _together):
             self.gain += len(joined) - 1
             self.layers += [node.target for node in joined]
+
+
+def _copy_of(block: nn.Module) -> nn.Module:
+    """One with the same tensors: a forward may keep what it computes, as a cache, and of a trace that is no tensor."""
+    return copy.deepcopy(block, {id(each): each for each in (*block.parameters(), *block.buffers())})
 
 
 def _check_inputs(block: nn.Module) -> None:

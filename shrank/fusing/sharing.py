@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 
 import torch
@@ -18,6 +19,7 @@ from torch.compiler import is_compiling
 
 from ..layers.led import LED
 from ..layers.plain import is_untouched
+from ..layers.two_stage import may_be_native
 from ..ops import dispatch
 from ..util.closeness import distance
 from .blocks import DOES_NOT_RUN
@@ -37,7 +39,8 @@ _running = _Running()
 class SharingForward:
     """Stands in for the forward of a block, on its instance.
 
-    Where gradients are on, and in graphs that are compiled, it does nothing but call the block's own.
+    Where gradients are on, in graphs that are compiled and where no native kernel may run, it does nothing but call the
+    block's own.
 
     layers: the names of those that were found to have one input; their forwards are `SharedForward`s.
     groups: those that had one input in the call before.
@@ -55,7 +58,7 @@ class SharingForward:
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         own = type(self.block).forward
-        if is_compiling() or torch.is_grad_enabled():
+        if is_compiling() or torch.is_grad_enabled() or not any(map(_may_be_native, (*args, *kwargs.values()))):
             return own(self.block, *args, **kwargs)
         outer, call = _running.call, Call(self.groups)
         _running.call = call
@@ -103,8 +106,7 @@ class Call:
 
     def groups(self) -> list[tuple[LED, ...]]:
         """The layers that had one input."""
-        groups = (tuple(dict.fromkeys(called)) for _, called in self._seen.values())
-        return [group for group in groups if len(group) > 1]
+        return _several(called for _, called in self._seen.values())
 
     def _compute(self, layer: LED, x: Tensor) -> None:
         """With those that are expected to be called with the same, and were not computed or called yet."""
@@ -113,6 +115,10 @@ class Call:
         layers = tuple(each for each in group if each is layer or (each not in there and _is_as_left(each)))
         if len(layers) > 1 and (outputs := at_once(x, layers)):
             self._left |= zip(layers, outputs, strict=True)
+
+
+def _may_be_native(given: object) -> bool:
+    return isinstance(given, Tensor) and may_be_native(given)
 
 
 def _is_as_left(layer: LED) -> bool:
@@ -127,6 +133,11 @@ def _state_of(x: Tensor) -> tuple[object, ...]:
     return x._version, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), stream
 
 
+def _several(groups: Iterable[list[LED]]) -> list[tuple[LED, ...]]:
+    """The groups of more than one layer."""
+    return [group for called in groups if len(group := tuple(dict.fromkeys(called))) > 1]
+
+
 def share(block: nn.Module, called: list[nn.Module]) -> SharingForward | None:
     """What may stand in for the forward of a block, if one call of it on random inputs shows layers of one input that
     give the same in one op. These have their stand-ins then.
@@ -136,28 +147,34 @@ def share(block: nn.Module, called: list[nn.Module]) -> SharingForward | None:
     layers = [each for each in called if isinstance(each, LED) and is_untouched(each) and each.plain_factors()]
     if len(layers) < 2 or "forward" in vars(block) or any(each.is_meta for each in block.parameters()):
         return None
-    groups: list[tuple[LED, ...]] = []
-    try:
-        for each in layers:
-            each.forward = SharedForward(each)
-        groups += [each for each in _seen_in(block, layers[0]) if set(each) <= set(layers) and _is_right(each)]
-    finally:
-        together = {layer for group in groups for layer in group}
-        for each in together.symmetric_difference(layers):
-            del each.forward
+    groups = [each for each in _seen_in(block, layers) if _is_right(each)]
+    together = {layer for group in groups for layer in group}
+    for each in together:
+        each.forward = SharedForward(each)
     names = [name for name, each in block.named_modules() if each in together]
     return SharingForward(block, names, groups) if names else None
 
 
-def _seen_in(block: nn.Module, layer: LED) -> list[tuple[LED, ...]]:
-    """The layers that had one input in a call as far as it came: of what else the forward wants, nothing is known."""
-    x = _inputs_of(layer)[0]
+def _seen_in(block: nn.Module, layers: list[LED]) -> list[tuple[LED, ...]]:
+    """Those that have one input in a call as far as it comes: of what else the forward wants, nothing is known."""
+    x = _inputs_of(layers[0])[0]
     wanted = inspect.signature(type(block).forward.__get__(block)).parameters.values()
     needed = [each for each in wanted if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
-    sharing = SharingForward(block, [])
-    with without_traces(block, x.device), torch.no_grad(), suppress(*DOES_NOT_RUN):
-        sharing(*[x] * max(1, len(needed)))
-    return sharing.groups
+    seen: dict[tuple[tuple[int, int], ...], list[LED]] = {}
+    inputs: list[Tensor] = []  # held, so that no other has the id of one
+
+    def note(layer: LED, given: tuple[Tensor, ...]) -> None:
+        inputs.extend(given)
+        seen.setdefault(tuple((id(each), each._version) for each in given), []).append(layer)
+
+    hooks = [each.register_forward_pre_hook(note) for each in layers]
+    try:
+        with without_traces(block, x.device), torch.no_grad(), suppress(*DOES_NOT_RUN):
+            type(block).forward(block, *[x] * max(1, len(needed)))
+    finally:
+        for each in hooks:
+            each.remove()
+    return _several(seen.values())
 
 
 def _is_right(group: tuple[LED, ...]) -> bool:

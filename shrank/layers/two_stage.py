@@ -123,12 +123,16 @@ def factors_of(
 
 
 def ops_of(x: Tensor, down: Tensor, up: Tensor, *others: Tensor | None) -> ModuleType | None:
-    """`dispatch` where native kernels may run, that is on CUDA, or where they are insisted on; on a CPU what is faster
-    than PyTorch's calls, if anything."""
-    backend = current_backend()
-    if backend is Backend.NATIVE or down.is_cuda:
+    """`dispatch` where native kernels may run; on a CPU what is faster than PyTorch's calls, if anything."""
+    if may_be_native(down):
         return dispatch
-    return cpu.fastest(x, down, up, *others) if down.dim() == 2 and backend is Backend.AUTO else None
+    is_linear = down.dim() == 2
+    return cpu.fastest(x, down, up, *others) if is_linear and current_backend() is Backend.AUTO else None
+
+
+def may_be_native(tensor: Tensor) -> bool:
+    """Whether native kernels may run for a tensor: on CUDA, or where they are insisted on."""
+    return tensor.is_cuda or current_backend() is Backend.NATIVE
 
 
 def run_stages(stages: nn.Sequential, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 import shrank
+from shrank.fusing.blocks import FusedForward
 from tests.common.models import seeded, with_statistics
 from tests.common.ops import ops_of, pretend_native
 from tests.common.tolerances import assert_close
@@ -153,8 +154,9 @@ def test_to_fuse_in_training_changes_no_statistics_and_takes_no_norm() -> None:
     ids=["no statistics", "of an instance", "of groups", "in training"],
 )
 def test_other_norms_are_left(norm: nn.Module) -> None:
-    block = nn.Sequential(shrank.CED(8, 8, 3, (1, 1)), norm, nn.ReLU())
-    block.training = False
+    training = norm.training and norm.track_running_stats if isinstance(norm, nn.BatchNorm2d) else False
+    block = nn.Sequential(shrank.CED(8, 8, 3, (1, 1)), norm, nn.ReLU()).eval()
+    norm.train(training)
     assert list(shrank.fuse(block).left) == [""]
 
 
@@ -231,6 +233,17 @@ class Shortcut(nn.Module):
         return F.relu(y)
 
 
+class Around(nn.Module):
+    """A residual of one block with an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = ConvBlock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x)
+
+
 class PreNorm(nn.Module):
     """As the layers of a transformer: a residual of an MLP that is a block of its own."""
 
@@ -252,6 +265,7 @@ WIDE = {
         ["blocks.0.conv", "blocks.1.conv"],
         [("relu", False), ("none", True)],
     ),
+    "one convolution": (Around, X, ["block.conv"], [("silu", True)]),
     "an MLP": (PreNorm, TOKENS, ["mlp.0", "mlp.2"], [("gelu", False), ("none", True)]),
 }
 
@@ -359,25 +373,27 @@ def test_a_residual_that_a_convolution_cannot_add_is_added_after(name: str, monk
         assert_close(found, plain(x, residual))
 
 
+class Attention(nn.Module):
+    """As minGPT writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.out = (shrank.LED(8, 8, rank=r) for r in (2, 3, 4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.size()
+        q, k, v = (each(x).view(B, T, 2, C // 2).transpose(1, 2) for each in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).contiguous().view(B, T, C))
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_siblings_in_a_block_that_can_be_traced_are_one_call(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Attention(nn.Module):
-        """As minGPT writes it."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.q, self.k, self.v, self.out = (shrank.LED(8, 8, rank=r) for r in (2, 3, 4, 2))
-
-        def forward(self, x: Tensor) -> Tensor:
-            B, T, C = x.size()
-            q, k, v = (each(x).view(B, T, 2, C // 2).transpose(1, 2) for each in (self.q, self.k, self.v))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            return self.out(y.transpose(1, 2).contiguous().view(B, T, C))
-
     pretend_native(monkeypatch)
     plain, block = Attention().train(training), Attention().train(training)
     assert shrank.fuse(block) == shrank.Fused({"": ["q", "k", "v"]})
+    assert isinstance(block.forward, FusedForward)
     assert_close(block(TOKENS), plain(TOKENS))
     with shrank.backend("native"):
         with torch.no_grad():
@@ -389,5 +405,35 @@ def test_siblings_in_a_block_that_can_be_traced_are_one_call(training: bool, mon
         plain.k.register_forward_hook(lambda *given: given[2] * 2)
         with torch.no_grad():
             assert_close(block(TOKENS), plain(TOKENS))
-        shrank.merge(block)
-        assert_close(block(TOKENS), plain(TOKENS))
+        block.k = nn.Linear(8, 8)
+        plain.k = block.k
+        with torch.no_grad():
+            assert_close(block(TOKENS), plain(TOKENS))
+
+
+def test_a_layer_that_computes_something_else_is_no_sibling(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Doubled(shrank.LED):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    pretend_native(monkeypatch)
+    block = Attention().eval()
+    block.k = Doubled(8, 8, rank=3)
+    with shrank.backend("native"):
+        assert "it computes something else when traced" in shrank.fuse(block).left[""]
+
+
+def test_random_numbers_are_the_same_for_both_forwards() -> None:
+    class Noisy(PreNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.mlp(self.norm(x) + torch.rand_like(x))
+
+    assert shrank.fuse(Noisy().eval()).blocks == {"": ["mlp.0", "mlp.2"]}
+
+
+def test_blocks_are_found_in_inference_mode_and_left_without_numbers() -> None:
+    model = PreNorm().eval()
+    with torch.inference_mode():
+        assert shrank.fuse(model).blocks == {"": ["mlp.0", "mlp.2"]}
+    model = PreNorm().eval().to("meta")
+    assert shrank.fuse(model) == shrank.Fused({}, {"mlp": "its parameters have no values"})

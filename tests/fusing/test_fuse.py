@@ -210,6 +210,11 @@ class Sized(MLP):
         return super().forward(x).reshape(7, 8)
 
 
+class Constant(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * torch.ones(8)
+
+
 class Outside(MLP):
     """Calls a module that is not its own."""
 
@@ -225,6 +230,7 @@ class Outside(MLP):
         (Sized, "it does not run on random inputs: RuntimeError"),
         (Outside, "its forward cannot be traced: NameError"),
         (Optional, "its forward has optional arguments"),
+        (Constant, "its forward has tensors that are neither parameters nor buffers"),
         (Branches, "cannot be traced: TraceError"),
         (Plain, "nothing follows its low-rank layers that they could take over"),
         (Tuple, "it returns a tuple, not a tensor"),
@@ -236,6 +242,29 @@ def test_a_block_that_is_left_says_why(kind: type[MLP], reason: str) -> None:
     done = shrank.fuse(nn.Sequential(block))
     assert done.blocks == {} and reason in done.left["0"]
     assert "forward" not in vars(block)
+
+
+class Caching(MLP):
+    """Keeps what it computes, as LeViT its biases of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "scale" not in self.cache:
+            self.cache["scale"] = self.up.led_unit[1].bias.sum()
+        return super().forward(x) * self.cache["scale"]
+
+
+def test_a_trace_leaves_nothing_in_a_block() -> None:
+    block, wanted = Caching().eval(), Caching().eval()
+    wanted.load_state_dict(block.state_dict())
+    model = nn.Sequential(block, nn.Sequential(nn.Identity()))
+    shrank.fuse(model)
+    assert all(type(each) is Tensor for each in block.cache.values())
+    shrank.unfuse(model)
+    assert torch.equal(model(X), wanted(X))
 
 
 def test_a_forward_that_another_tool_patched_is_left() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import shrank
@@ -101,6 +102,10 @@ def test_an_input_that_is_changed_between_is_another() -> None:
         wanted = plain(X.clone(), change)
         for one, other in zip(block(X.clone(), change), wanted, strict=True):
             assert_close(one, other)
+
+
+def test_layers_of_an_input_that_was_changed_between_are_not_seen_as_siblings() -> None:
+    assert shrank.fuse(Changes()).blocks == {"": ["k_proj", "v_proj"]}
 
 
 class Mixed(Attention):
@@ -218,6 +223,19 @@ def test_a_merged_layer_is_dense_and_the_others_share() -> None:
     assert block.forward.groups == [(block.k_proj, block.v_proj)]
 
 
+def test_layers_with_adapters_compute_what_they_did() -> None:
+    settings = LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False)
+    outputs = []
+    for block in (Attention(), fused()):
+        torch.manual_seed(0)
+        adapted = get_peft_model(block, settings)
+        outputs += [[adapted(X) for _ in range(2)]]
+    for ours, wanted in zip(*outputs, strict=True):
+        for one, other in zip(ours, wanted, strict=True):
+            assert_close(one, other)
+    assert ops_of(lambda: block(X)).count(TOGETHER) == 1
+
+
 def test_copies_and_pickled_blocks_share_among_their_own_layers() -> None:
     block, file = fused(), io.BytesIO()
     torch.save(block, file)
@@ -276,25 +294,32 @@ def test_a_call_that_fails_leaves_nothing_behind() -> None:
     assert assert_same(block, X) == [TOGETHER, ALONE]
 
 
-def test_threads_do_not_see_each_others_inputs() -> None:
-    block, wrong = fused(), []
-    inputs = [torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
-    wanted = [Attention()(x)[0] for x in inputs]
-    meet = threading.Barrier(4)
+def test_threads_do_not_see_each_others_calls() -> None:
+    meet, found = threading.Barrier(2), {}
 
-    def run(place: int) -> None:
-        meet.wait()
+    class Waits(Attention):
+        """For another thread, between two layers."""
+
+        def forward(self, hidden: Tensor, wait: bool = False) -> tuple[Tensor, Tensor]:
+            query = self.q_proj(hidden)
+            if wait:
+                meet.wait(30)
+            return query, self.k_proj(hidden) + self.v_proj(hidden)
+
+    plain, block = Waits(), fused(Waits())
+
+    def run(x: Tensor) -> None:
         with torch.no_grad():
-            for _ in range(20):
-                if not torch.allclose(block(inputs[place])[0], wanted[place], atol=1e-5):
-                    wrong.append(place)
+            outputs: list[Tensor] = []
+            ops = ops_of(lambda: outputs.extend(block(x, True)))
+            found[x] = ops, all(map(torch.equal, outputs, plain(x)))
 
-    threads = [threading.Thread(target=run, args=(place,)) for place in range(4)]
+    threads = [threading.Thread(target=run, args=(x,)) for x in (X, OTHER)]
     for each in threads:
         each.start()
     for each in threads:
         each.join()
-    assert wrong == []
+    assert list(found.values()) == [([TOGETHER], True)] * 2
 
 
 def test_on_pytorchs_own_calls_nothing_is_shared() -> None:
@@ -315,6 +340,42 @@ class Early(Attention):
     def forward(self, hidden: Tensor, scale: float = 1.0) -> tuple[Tensor, ...]:
         query = self.q_proj(hidden).reshape(7, 8)
         return query, self.k_proj(hidden), self.v_proj(hidden)
+
+
+class InsideAttention(Attention):
+    """Calls two layers of two inputs, and a block that shares its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Attention()
+
+    def forward(self, hidden: Tensor, scale: float = 1.0) -> tuple[Tensor, ...]:
+        y = self.inner(hidden)[0]
+        return self.q_proj(y), self.k_proj(y + 1)
+
+
+def test_layers_of_a_block_inside_are_not_those_of_the_block() -> None:
+    model = InsideAttention()
+    assert shrank.fuse(model).blocks == {"inner": ["q_proj", "k_proj", "v_proj"]}
+    for _ in range(2):
+        assert assert_same(model, X, plain=InsideAttention()) == [TOGETHER, ALONE, ALONE, ALONE]
+
+
+def test_a_block_that_needs_two_inputs_may_be_given_one_for_both() -> None:
+    class Needs(Attention):
+        def forward(self, hidden: Tensor, states: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+            return super().forward(hidden, states, scale)
+
+    block = fused(Needs())
+    assert assert_same(block, X, X) == [TOGETHER, ALONE]
+
+
+def test_a_patched_block_and_one_without_numbers_are_left() -> None:
+    patched = Attention()
+    patched.forward = lambda *given: given
+    assert shrank.fuse(nn.ModuleList([patched])).left == {"0": "its forward was patched on the instance"}
+    assert patched.forward(1) == (1,)
+    assert shrank.fuse(Attention().to("meta")).left == {"": "its forward has optional arguments"}
 
 
 class OfTwoWidths(Attention):
