@@ -117,17 +117,15 @@ def shares(
 
 
 def require_built(planned: Mapping[str, LayerPlan], built: set[str]) -> None:
-    """ValueError if the server has built no layer for some that are planned."""
+    """ValueError if some planned layers are none of those that the server asked about."""
     if missing := sorted(planned.keys() - built):
-        raise ValueError(f"the plan has low-rank layers that the server's model lacks: {_few(missing)}; {WAY_OUT}")
+        raise ValueError(f"the server lets no layer of its model be low-rank in place of {_few(missing)}; {WAY_OUT}")
 
 
 WAY_OUT = "`shrank merge FOLDER --out DENSE` writes a dense model that every server loads"
 
 
-def _parts_of(
-    names: Sequence[str], planned: Mapping[str, LayerPlan], rows: Sequence[Slice]
-) -> Iterator[list[Slice]]:
+def _parts_of(names: Sequence[str], planned: Mapping[str, LayerPlan], rows: Sequence[Slice]) -> Iterator[list[Slice]]:
     """The parts of each layer: one each, or as many as its planned outputs fill."""
     if len(names) == len(rows):
         yield from ([part] for part in rows)

@@ -97,16 +97,16 @@ class DenseLinear(UnquantizedLinearMethod):
         _register_names(layer, lambda _: refuse, layer.weight.dtype, FACTORS)
 
 
-def _slices(
-    layer: nn.Module, names: Sequence[str], outputs: Sequence[int], inputs: int
-) -> tuple[list[Slice], Slice]:
+def _slices(layer: nn.Module, names: Sequence[str], outputs: Sequence[int], inputs: int) -> tuple[list[Slice], Slice]:
     """The rows of each part of vLLM's layer that this process holds, and its columns."""
     if isinstance(layer, ParallelLMHead):
         held = layer.shard_indices
         if held.num_added_elements_padded or layer.num_added_embeddings:
             raise ValueError(f"{names[0]}: a low-rank head cannot have words added; {WAY_OUT}")
         count = held.num_org_elements
-        rows = Slice(held.org_vocab_start_index, count, layer.org_vocab_size, layer.num_embeddings_per_partition - count)
+        rows = Slice(
+            held.org_vocab_start_index, count, layer.org_vocab_size, layer.num_embeddings_per_partition - count
+        )
         return [rows], Slice.of(inputs)
     kind = next((kind for kind in _KINDS if isinstance(layer, kind)), None)
     if kind is None or type(layer).weight_loader is not kind.weight_loader:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
     Phi3Config,
     Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
 )
 
 import shrank
@@ -75,6 +85,59 @@ def write(family: str, folder: Path, pivot: bool = False) -> nn.Module:
     model = shrank.auto_fact(build(family), RANKS, pivot=pivot)
     model.save_pretrained(folder)
     return model
+
+
+def write_vision(folder: Path) -> nn.Module:
+    """A model of images and texts, whose language model is low-rank, with its processor."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        vision = SiglipVisionConfig(**sizes, image_size=16, patch_size=4)
+        text = GemmaConfig(**_SIZES, head_dim=32)
+        config = PaliGemmaConfig(
+            vision_config=vision, text_config=text, image_token_index=4, projection_dim=128, hidden_size=128
+        )
+        model = PaliGemmaForConditionalGeneration(config).eval()
+    model = shrank.auto_fact(model, RANKS, exclude=["*vision_tower*", "*projector*"])
+    model.save_pretrained(folder)
+    images = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    images.image_seq_length = 16
+    PaliGemmaProcessor(images, tokenizer_of(WORDS)).save_pretrained(folder)
+    return model
+
+
+def with_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """A LoRA adapter, written to the folder as peft does, and the dense model that it makes of this one."""
+    dense, tensors, rank = shrank.merge(copy.deepcopy(model)), {}, 4
+    names = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    generator = torch.Generator().manual_seed(1)
+    for fqn, module in dense.named_modules():
+        if fqn.rpartition(".")[2] not in names:
+            continue
+        A = torch.randn(rank, module.in_features, generator=generator) / 8
+        B = torch.randn(module.out_features, rank, generator=generator) / 8
+        module.weight.data += B @ A
+        tensors |= {f"base_model.model.{fqn}.lora_A.weight": A, f"base_model.model.{fqn}.lora_B.weight": B}
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": names, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return dense
+
+
+def tokenizer_of(words: int) -> PreTrainedTokenizerFast:
+    """Of words w5, w6, ..., one token each."""
+    special = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": 4}
+    inner = Tokenizer(models.WordLevel(special | {f"w{i}": i for i in range(len(special), words)}, "<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
 
 
 def prompts(count: int = 3, length: int = 20) -> list[list[int]]:
