@@ -58,8 +58,8 @@ def evaluate(
     """Measure a causal language model on texts, joined and cut into windows of `window` tokens.
 
     Each window is read on its own. All its tokens but the first are predicted, the second from one token and the last
-    from `window` - 1. With a stride, windows overlap, and of all but the first only the last `stride` tokens count, which
-    are predicted from at least `window` - `stride` tokens. What both models rule out by logits of -inf does not count.
+    from `window` - 1. With a stride, windows overlap. Of all but the first then only the last `stride` tokens count,
+    each predicted from at least `window` - `stride`. What both models rule out by logits of -inf does not count.
 
     Args:
         model: A causal language model, whose output has `logits` (batch, tokens, vocabulary).

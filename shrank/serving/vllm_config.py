@@ -21,7 +21,7 @@ from .vllm_linear import DenseLinear, LowRankLinear
 
 
 @register_quantization_config(METHOD)
-class VllmConfig(QuantizationConfig):
+class LowRankConfig(QuantizationConfig):
     """The low-rank layers by name, and which of them vLLM has built."""
 
     def __init__(self, planned: dict[str, LayerPlan]) -> None:
@@ -30,7 +30,7 @@ class VllmConfig(QuantizationConfig):
         self.built: set[str] = set()
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> VllmConfig:
+    def from_config(cls, config: dict[str, Any]) -> LowRankConfig:
         return cls(served_layers(RankPlan.from_dict(config.get("plan"))))
 
     @classmethod
@@ -64,11 +64,15 @@ class VllmConfig(QuantizationConfig):
         names = [f"{parent}.{name}".lstrip(".") for name in stacked]
         if found := self.planned.keys() & set(names):
             self.built |= found
-            return LowRankLinear(names, self.planned)
-        return DenseLinear(prefix) if isinstance(layer, LinearBase) else None
+            return LowRankLinear(names, self.planned, self.require_all)
+        return DenseLinear(prefix, self.require_all) if isinstance(layer, LinearBase) else None
 
-    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
-        """Names that the files have too many: none. vLLM asks once its model is built, before it reads any."""
+    def require_all(self) -> None:
+        """ValueError if vLLM's model has no place for a planned layer; of use once the model is built."""
         if get_pp_group().world_size == 1:  # else others build the rest
             require_built(self.planned, self.built)
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+        """Names that the files have too many: none. Most models ask once they are built, before they read any."""
+        self.require_all()
         return WeightsMapper()

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
     UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -34,11 +35,11 @@ _FILLED_BY_NAME = ("dummy", "sharded_state", "tensorizer", "runai_streamer_shard
 class LowRankLinear(LinearMethodBase):
     """How vLLM computes a layer of which some parts are low-rank.
 
-    names: the layers of the model that vLLM stacks here.
+    names: the layers of the model that vLLM stacks here. check: raises, once the model is built, if it lacks layers.
     """
 
-    def __init__(self, names: Sequence[str], planned: Mapping[str, LayerPlan]) -> None:
-        self.names, self.planned = names, planned
+    def __init__(self, names: Sequence[str], planned: Mapping[str, LayerPlan], check: Callable[[], None]) -> None:
+        self.names, self.planned, self.check = names, planned, check
 
     def create_weights(
         self,
@@ -62,9 +63,15 @@ class LowRankLinear(LinearMethodBase):
         is_sealed = not isinstance(layer, ParallelLMHead) and all(share.rank is not None for share in found)
         _register_names(layer, _loader(layer), params_dtype, FACTORS)
         _register_names(layer, _loader(layer), torch.uint8 if is_sealed else params_dtype, [DENSE_NAME])
+        layer.sealed_loader = layer.weight.weight_loader
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """ValueError if files lacked a tensor: vLLM does not ask that of quantized models."""
+        """ValueError on what went past the pieces: vLLM does not ask whether all of a quantized model was read."""
+        self.check()
+        if layer.weight.weight_loader is not layer.sealed_loader:
+            raise ValueError(
+                f"{self.names[0]}: its model gave it a loader of its own, which knows no factors; {WAY_OUT}"
+            )
         missing = [name for piece in layer.pieces for name in piece.missing]
         if missing and self.reads_files:
             raise ValueError(f"the checkpoint lacks weights that its plan asks for: {', '.join(missing[:5])}")
@@ -81,12 +88,13 @@ class LowRankLinear(LinearMethodBase):
         return layer
 
 
+@register_weight_loader_v2_supported_method
 class DenseLinear(UnquantizedLinearMethod):
     """A layer that the plan leaves dense: vLLM's own, which says so where files hold factors of it."""
 
-    def __init__(self, fqn: str) -> None:
+    def __init__(self, fqn: str, check: Callable[[], None]) -> None:
         super().__init__()
-        self.fqn = fqn
+        self.fqn, self.check = fqn, check
 
     def create_weights(self, layer: nn.Module, *sizes: object, **attributes: object) -> None:
         super().create_weights(layer, *sizes, **attributes)
@@ -95,6 +103,10 @@ class DenseLinear(UnquantizedLinearMethod):
             raise ValueError(f"{self.fqn}: the files hold factors of this layer, which the plan lacks")
 
         _register_names(layer, lambda _: refuse, layer.weight.dtype, FACTORS)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self.check()
+        super().process_weights_after_loading(layer)
 
 
 def _slices(layer: nn.Module, names: Sequence[str], outputs: Sequence[int], inputs: int) -> tuple[list[Slice], Slice]:

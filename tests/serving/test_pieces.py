@@ -99,6 +99,18 @@ def test_dense_plain_and_pivoted_layers_are_stacked_in_order() -> None:
     assert_close(run(pieces, x, bias), torch.cat((plain(x), x @ weight.T, pivoted(x)), -1) + bias)
 
 
+@torch.no_grad()
+def test_compilers_see_one_graph_for_any_number_of_tokens() -> None:
+    layers = {
+        name: led(16, rank, True, pivot) for name, rank, pivot in (("q", 6, False), ("k", 3, True), ("v", 5, False))
+    }
+    pieces, bias = filled(layers, [Slice.of(16)] * 3, Slice.of(K), True)
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="eager")
+    for tokens in (5, 1, 9):
+        x = draw(tokens, K)
+        assert_close(compiled(pieces, x, bias), torch.cat([layer(x) for layer in layers.values()], -1))
+
+
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [

@@ -222,3 +222,14 @@ def test_a_plan_that_does_not_fit_is_refused(change, says: str, tmp_path: Path) 
     write("llama", tmp_path)
     with pytest.raises(ValueError, match=says), engine(edited(tmp_path, change)):
         pass
+
+
+def test_a_loader_that_a_model_of_vllm_set_itself_is_refused() -> None:
+    from shrank.serving.vllm_linear import LowRankLinear
+
+    layer = nn.Module()
+    layer.pieces, layer.sealed_loader = [], id
+    layer.weight = nn.Parameter(torch.empty(0))
+    layer.weight.weight_loader = len
+    with pytest.raises(ValueError, match="in_proj: its model gave it a loader of its own"):
+        LowRankLinear(["in_proj"], {}, lambda: None).process_weights_after_loading(layer)
