@@ -11,6 +11,7 @@ from torch import Tensor
 from shrank import LED
 from shrank.layers.seal import seal
 from shrank.linalg import Shape
+from shrank.ops import dispatch
 from shrank.planning.plan import LayerPlan
 from shrank.serving.pieces import Piece, run
 from shrank.serving.shares import Slice, shares
@@ -97,6 +98,23 @@ def test_dense_plain_and_pivoted_layers_are_stacked_in_order() -> None:
             piece.take(name, value)
     x = draw(5, K)
     assert_close(run(pieces, x, bias), torch.cat((plain(x), x @ weight.T, pivoted(x)), -1) + bias)
+
+
+@torch.no_grad()
+def test_layers_of_one_input_are_one_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = {
+        name: led(16, rank, False, pivot) for name, rank, pivot in (("q", 6, False), ("k", 3, True), ("v", 5, False))
+    }
+    pieces, _ = filled(layers, [Slice.of(16)] * 3, Slice.of(K), False)
+    asked = []
+    for name in ("low_rank_linear", "low_rank_linear_multi", "low_rank_pivoted"):
+        op = getattr(dispatch, name)
+        monkeypatch.setattr(f"shrank.serving.pieces.{name}", lambda *a, op=op: asked.append(op.__name__) or op(*a))
+    x = draw(5, K)
+    assert_close(run(pieces, x, None), torch.cat([layer(x) for layer in layers.values()], -1))
+    assert asked == ["low_rank_linear_multi", "low_rank_pivoted"]
+    run(pieces[:1], x, None)
+    assert asked[2:] == ["low_rank_linear"]
 
 
 @torch.no_grad()
