@@ -26,6 +26,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
 )
@@ -49,6 +51,9 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, tie_word_embeddings=False)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SIZES, tie_word_embeddings=True)),  # with biases
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=32, tie_word_embeddings=False)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(  # its experts stay dense
+        Qwen3MoeConfig(**_SIZES, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+    ),
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**_SIZES, head_dim=32)),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**_SIZES)),  # one layer for query, key and value on disk as well
 }
@@ -73,7 +78,7 @@ def build(family: str) -> nn.Module:
         model = FAMILIES[family]()
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.dim() == 2:
+                if parameter.dim() > 1:
                     parameter.mul_(3)
                 else:
                     parameter.add_(0.3 * torch.randn_like(parameter))

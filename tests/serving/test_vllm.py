@@ -115,7 +115,7 @@ def assert_serves(folder: Path, model: nn.Module, **options: object) -> None:
 
 
 @pytest.mark.parametrize("pivot", [False, True], ids=["plain", "pivoted"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe", "gemma", "phi3"])
 def test_tokens_are_those_of_transformers(family: str, pivot: bool, tmp_path: Path) -> None:
     assert_serves(tmp_path, write(family, tmp_path, pivot))
 
