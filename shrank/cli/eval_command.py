@@ -14,7 +14,7 @@ from torch import nn
 from ..data.data_files import read_texts
 from ..data.model_inputs import positions, require_causal_language_model
 from ..measuring.language_model import Repetition, evaluate, repetition
-from ..measuring.tasks import evaluate_tasks, lm_eval_model
+from ..measuring.tasks import evaluate_tasks, known_tasks, lm_eval_model
 from .options import USAGE, Json, Source, errors, fail, show
 
 _PROMPT, _CONTINUATION = 16, 64  # tokens
@@ -35,7 +35,7 @@ def eval_command(
     shots: Annotated[int | None, typer.Option(help="Examples before each question; by default, the task's.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions of tasks that are read together.")] = 1,
     limit: Annotated[
-        int | None, typer.Option(help="Windows of each file, spread evenly; examples of each task.")
+        int | None, typer.Option(min=1, help="Windows of each file, spread evenly; examples of each task.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -49,6 +49,8 @@ def eval_command(
         from ..saving.transformers_folder import load_model
 
         texts = {path: read_texts(path) for path in text or ()}
+        names = tasks.split(",") if tasks else []
+        known = known_tasks(names, task_files) if names else None
         dense = load_model(source).eval()
         require_causal_language_model(dense, window if texts else 1)
         tokenizer = load_tokenizer(transformer_folder(source))
@@ -64,9 +66,9 @@ def eval_command(
                     for path in texts
                 }
                 found["repetition"] = _repetition(model, tokenizer, texts[text[0]]).to_dict()
-            if tasks:
+            if names:
                 harness = lm_eval_model(model, tokenizer, batch_size=batch_size)
-                found["tasks"] = evaluate_tasks(harness, tasks.split(","), task_files, limit, shots)
+                found["tasks"] = evaluate_tasks(harness, names, known, limit, shots)
     tables = [*([_table(results)] if texts else []), *([_of_tasks(results)] if tasks else [])]
     show(results, Group(*tables), as_json)
 

@@ -16,6 +16,7 @@ from ..saving.folders import transformer_folder
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
 
 HOW = "lm-evaluation-harness is not installed, which has the tasks: pip install 'shrank[eval]'"
 
@@ -59,23 +60,26 @@ def lm_eval_model(
     return models.HFLM(pretrained=model, tokenizer=tokenizer, **options)
 
 
+def known_tasks(names: Sequence[str], folder: str | os.PathLike | None = None) -> TaskManager:
+    """What knows these tasks, and those of the folder, in files of lm-evaluation-harness.
+
+    Raises ImportError if that is not installed, and ValueError if it has no such task.
+    """
+    manager = _harness("lm_eval.tasks").TaskManager(include_path=None if folder is None else os.fspath(folder))
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise ValueError(f"lm-evaluation-harness has no task {', '.join(unknown)}; `lm_eval ls tasks` lists them")
+    return manager
+
+
 def evaluate_tasks(
-    model: LM,
-    tasks: Sequence[str],
-    folder: str | os.PathLike | None = None,
-    limit: int | None = None,
-    shots: int | None = None,
+    model: LM, names: Sequence[str], known: TaskManager, limit: int | None = None, shots: int | None = None
 ) -> dict[str, dict[str, float]]:
     """The figures of each task, such as {"hellaswag": {"acc,none": 0.4}}.
 
-    folder: tasks of one's own, as files of lm-evaluation-harness. limit: examples of each task. shots: examples with
-    their answers before each question; by default as the task says. Raises ValueError if there is no such task.
+    limit: examples of each task. shots: examples with their answers before each question; by default as the task says.
     """
-    manager = _harness("lm_eval.tasks").TaskManager(include_path=None if folder is None else os.fspath(folder))
-    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
-        raise ValueError(f"lm-evaluation-harness has no task {', '.join(unknown)}; `lm_eval ls tasks` lists them")
     found = _harness("lm_eval").simple_evaluate(
-        model, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, log_samples=False
+        model, tasks=list(names), num_fewshot=shots, limit=limit, task_manager=known, log_samples=False
     )
     return {
         name: {key: value for key, value in figures.items() if "," in key}  # metric,filter; the rest is about the task
