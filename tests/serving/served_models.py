@@ -54,7 +54,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "qwen3_moe": lambda: Qwen3MoeForCausalLM(  # its experts stay dense
         Qwen3MoeConfig(**_SIZES, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
     ),
-    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**_SIZES, head_dim=32)),
+    # With one head of keys, which two processes both hold.
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**{**_SIZES, "num_key_value_heads": 1}, head_dim=32)),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**_SIZES)),  # one layer for query, key and value on disk as well
 }
 # One layer of each stack dense, unequal ranks, a stack that is all low-rank and one that is dense.

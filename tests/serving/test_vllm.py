@@ -124,7 +124,7 @@ def test_compiled_graphs_give_the_same(tmp_path: Path) -> None:
     assert_serves(tmp_path, write("llama", tmp_path), enforce_eager=False)
 
 
-@pytest.mark.parametrize(("family", "pivot"), [("qwen2", True), ("llama", False), ("phi3", True)])
+@pytest.mark.parametrize(("family", "pivot"), [("qwen2", True), ("llama", False), ("gemma", False), ("phi3", True)])
 def test_two_processes_give_the_same(family: str, pivot: bool, tmp_path: Path) -> None:
     assert_serves(tmp_path, write(family, tmp_path, pivot), tensor_parallel_size=2)
 
