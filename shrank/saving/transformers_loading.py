@@ -73,16 +73,19 @@ class ShrankQuantizer(HfQuantizer):
         if self.quantization_config.plan is None:
             raise ValueError("the quantization_config of config.json has no plan, which save_pretrained writes there")
 
-    def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
-        """Conversions split, fuse and rename the tensors of published files: not those of the model itself."""
+    def update_weight_conversions(self, weight_conversions: list, *model: nn.Module) -> list:
+        """Conversions split, fuse and rename the tensors of published files: not those of the model itself.
+
+        model: of transformers 5.19 none, of 5.24 the one that is being loaded.
+        """
         if self.quantization_config.names != _AS_IN_MODEL:
-            return super().update_weight_conversions(weight_conversions, model)
-        if _is_saved_class(model):
+            return super().update_weight_conversions(weight_conversions, *model)
+        if self.loads_saved_class:
             return []
         return [x for x in weight_conversions if not isinstance(x, WeightConverter)]
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **_) -> nn.Module:
-        planned = self.quantization_config.plan
+        planned, self.loads_saved_class = self.quantization_config.plan, _is_saved_class(model)
         self.stored = _shapes([f for f in checkpoint_files or () if str(f).endswith(".safetensors")])
         plan = _as_loaded(planned, model)
         # In a file with seals a dense layer that lacks its weight is a new part of this class, not one without a plan.
