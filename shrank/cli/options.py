@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.table import Table
 from torch import nn
 
 from ..model.subclasses import subclasses_in, treat_as_base
@@ -54,7 +53,7 @@ PerDimension = Annotated[str, typer.Option(help="Of a convolution: one number, o
 Padding = Annotated[str, typer.Option(help="Of a convolution: likewise, or before:after: 3:0x1:1.")]
 
 
-def show(data: object, table: Table | None, as_json: bool, note: str = "") -> None:
+def show(data: object, table: RenderableType | None, as_json: bool, note: str = "") -> None:
     console = Console(width=None if Console().is_terminal else 160)
     if as_json:
         typer.echo(json.dumps(data, indent=1))

@@ -53,18 +53,22 @@ def evaluate(
     *,
     window: int = 512,
     limit: int | None = None,
+    stride: int | None = None,
 ) -> Evaluation:
-    """Measure a causal language model on texts, joined and cut into windows of `window` tokens, at most `limit`.
+    """Measure a causal language model on texts, joined and cut into windows of `window` tokens.
 
-    What both models rule out by logits of -inf does not count.
+    Each window is read on its own. All its tokens but the first are predicted, the second from one token and the last
+    from `window` - 1. With a stride, windows overlap. Of all but the first then only the last `stride` tokens count,
+    each predicted from at least `window` - `stride`. What both models rule out by logits of -inf does not count.
 
     Args:
         model: A causal language model, whose output has `logits` (batch, tokens, vocabulary).
         tokenizer: Called with a text; gives `input_ids`.
         texts: Joined by blank lines.
         reference: The dense model, for agreement and divergence.
-        window: Tokens that are predicted together, at least 2.
-        limit: The most windows to measure; None for all.
+        window: Tokens that are read together, at least 2.
+        limit: The most windows to measure, spread evenly over the texts; None for all.
+        stride: Tokens between the beginnings of windows, from 1 to `window`, which is the default.
 
     Returns:
         Perplexity, and beside a reference agreement and divergence in nats per token.
@@ -73,16 +77,21 @@ def evaluate(
         ValueError: The texts fill no window, there is nothing to predict in them, the model gives no logits for every
             token, the vocabularies of the two models differ, or logits cannot be compared.
     """
-    if window < 2 or (limit is not None and limit < 1):
-        raise ValueError(f"window must be at least 2 and limit at least 1, got {window} and {limit}")
+    stride = window if stride is None else stride
+    if window < 2 or (limit is not None and limit < 1) or not 1 <= stride <= window:
+        raise ValueError(
+            "window must be at least 2, limit at least 1 and stride from 1 to window, "
+            f"got {window}, {limit} and {stride}"
+        )
     nll = kl = equal = count = 0.0
-    for number, ids in enumerate(track(windows(tokenizer, texts, window)[:limit], "evaluating")):
-        logits, targets = _predictions(model, ids), ids[1:]
+    for number, ids in enumerate(track(windows(tokenizer, texts, window, limit, stride), "evaluating")):
+        first = window - stride - 1 if number and stride < window else 0  # of the predictions that count
+        logits, targets = _predictions(model, ids)[first:], ids[1 + first :]
         nll += F.cross_entropy(logits, targets.to(logits.device), reduction="sum").item()
         count += len(targets)
         if reference is None:
             continue
-        expected = _predictions(reference, ids).to(logits.device)
+        expected = _predictions(reference, ids)[first:].to(logits.device)
         if expected.shape != logits.shape:
             raise ValueError(f"the vocabularies differ: {expected.shape[-1]} and {logits.shape[-1]}")
         equal += (logits.argmax(-1) == expected.argmax(-1)).sum().item()
@@ -130,12 +139,18 @@ def ends_in_a_loop(tokens: list[int]) -> bool:
     )
 
 
-def windows(tokenizer: Callable, texts: Iterable[str], length: int) -> list[Tensor]:
-    """The texts as one sequence of tokens, cut into windows of this length; ValueError if they do not fill one."""
+def windows(
+    tokenizer: Callable, texts: Iterable[str], length: int, limit: int | None = None, stride: int | None = None
+) -> list[Tensor]:
+    """Windows of this length of the texts as one sequence of tokens; ValueError if they do not fill one.
+
+    limit: the most, spread evenly. stride: tokens between their beginnings, at least; by default the length.
+    """
     ids = _ids(tokenizer, "\n\n".join(texts))
     if len(ids) < length:
         raise ValueError(f"the texts have {len(ids)} tokens, fewer than one window of {length}")
-    return list(ids[: len(ids) // length * length].split(length))
+    step = max(length if stride is None else stride, 0 if limit is None else (len(ids) - length) // limit)
+    return [ids[start : start + length] for start in range(0, len(ids) - length + 1, step)[:limit]]
 
 
 def _ids(tokenizer: Callable, text: str) -> Tensor:

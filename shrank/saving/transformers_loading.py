@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -74,16 +75,19 @@ class ShrankQuantizer(HfQuantizer):
         if self.quantization_config.plan is None:
             raise ValueError("the quantization_config of config.json has no plan, which save_pretrained writes there")
 
-    def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
-        """Conversions split, fuse and rename the tensors of published files: not those of the model itself."""
+    def update_weight_conversions(self, weight_conversions: list, *model: nn.Module) -> list:
+        """Conversions split, fuse and rename the tensors of published files: not those of the model itself.
+
+        model: of transformers 5.19 none, of 5.24 the one that is being loaded.
+        """
         if self.quantization_config.names != _AS_IN_MODEL:
-            return super().update_weight_conversions(weight_conversions, model)
-        if _is_saved_class(model):
+            return super().update_weight_conversions(weight_conversions, *model)
+        if self.loads_saved_class:
             return []
         return [x for x in weight_conversions if not isinstance(x, WeightConverter)]
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **_) -> nn.Module:
-        planned = self.quantization_config.plan
+        planned, self.loads_saved_class = self.quantization_config.plan, _is_saved_class(model)
         self.stored = _shapes([f for f in checkpoint_files or () if str(f).endswith(".safetensors")])
         plan = _as_loaded(planned, model)
         # In a file with seals a dense layer that lacks its weight is a new part of this class, not one without a plan.
@@ -102,11 +106,13 @@ class ShrankQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*(self.ignored or ()), *_seal_patterns(planned, model)}
         for stage in _stages(model):
             stage._is_hf_initialized = True  # never drawn at random: a factor that is missing is an error
+        self.expected = {name: p.shape for name, p in model.named_parameters()}
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
         # transformers only warns of weights that the checkpoint lacks and draws them at random. That is right for parts
         # that the saved class did not have, and where it was told to ignore sizes; elsewhere plan and weights disagree.
+        _check_shapes(model, self.expected)
         stages = set(_stages(model))
         checked = set(stages)
         if _is_saved_class(model) or self.may_lack_plans:
@@ -124,6 +130,7 @@ class ShrankQuantizer(HfQuantizer):
         # class: models built from it are dense.
         model._keys_to_ignore_on_load_unexpected = self.ignored
         self.stored.clear()
+        self.expected.clear()
         model.is_quantized = False
         vars(model).pop("quantization_method", None)
         remove_plan(model.config)
@@ -174,6 +181,17 @@ def _check_unplanned(model: PreTrainedModel, stored: dict, resized: set[str]) ->
     dense = {fqn for fqn, module in model.named_modules() if target(module)} - resized
     if unplanned := sorted(fqn for owner in owners for fqn in _possible_names(owner, model) if fqn in dense):
         raise ValueError(f"the files hold factors of layers that the plan lacks: {', '.join(unplanned[:5])}")
+
+
+def _check_shapes(model: PreTrainedModel, expected: dict[str, torch.Size]) -> None:
+    """ValueError if loading changed the shape of a parameter: transformers 5.19 asks it only of models without a
+    quantizer."""
+    if wrong := [
+        f"{name} is {tuple(p.shape)} in the files, wanted {tuple(expected[name])}"
+        for name, p in model.named_parameters()
+        if p.shape != expected.get(name, p.shape)
+    ]:
+        raise ValueError(f"the checkpoint does not fit its plan: {'; '.join(wrong[:5])}")
 
 
 def _seal_patterns(plan: RankPlan, model: PreTrainedModel) -> set[str]:

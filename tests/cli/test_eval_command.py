@@ -43,6 +43,17 @@ def test_a_window_that_is_longer_than_the_positions_is_refused(model_folder, dat
     assert found["domains"]["texts.txt"]["perplexity"] > 1 and 0 <= found["repetition"]["loops"] <= 1
 
 
+def test_windows_overlap_by_a_stride_and_are_as_few_as_asked_for(model_folder, data_folder) -> None:
+    counts = []
+    for options in (("--stride", 3), ("--stride", 3, "--limit", 2), ()):
+        done = run("eval", model_folder("gpt2"), "--text", data_folder / "texts.txt", "--window", 8, *options, "--json")
+        (found,) = json.loads(done.stdout).values()
+        counts.append(found["domains"]["texts.txt"]["tokens"])
+    assert counts[0] % 3 == 7 % 3 and counts[1] == 7 + 3 and counts[2] % 7 == 0 and counts[0] >= counts[2]
+    failed = run("eval", model_folder("gpt2"), "--text", data_folder / "texts.txt", "--window", 8, "--stride", 9)
+    assert failed.exit_code == FAILED and "stride from 1 to window" in failed.stderr
+
+
 def test_texts_are_read_first_and_named(model_folder, tmp_path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     path = write_lines(tmp_path / "a.jsonl", [{"target": "w1"}])

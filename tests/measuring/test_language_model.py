@@ -76,9 +76,37 @@ def test_places_without_tokens_do_not_count() -> None:
         evaluate(other, FewLetters(), TEXTS, Padded(model, math.nan), window=10)
 
 
-@pytest.mark.parametrize("options", [{"window": 1}, {"window": 10, "limit": 0}])
+@pytest.mark.parametrize("stride", [4, 11])
+def test_windows_that_overlap_predict_every_token_once_and_from_a_long_context(stride: int) -> None:
+    model, window = hf_model("llama"), 12
+    (whole,) = windows(Letters(), TEXTS, len("\n\n".join(TEXTS)))
+    losses, last = [], len(whole) - (len(whole) - window) % stride  # that a window ends with
+    with torch.inference_mode():
+        for start in range(0, last - window + 1, stride):
+            cut = whole[start : start + window]
+            each = F.cross_entropy(model(cut[None]).logits[0, :-1], cut[1:], reduction="none")
+            losses.append(each[-stride:] if start else each)
+    found = evaluate(model, Letters(), TEXTS, model, window=window, stride=stride)
+    assert found.tokens == last - 1 == len(torch.cat(losses)) and found.agreement == 1
+    assert found.perplexity == pytest.approx(math.exp(torch.cat(losses).mean().item()), rel=1e-5)
+    apart = evaluate(model, Letters(), TEXTS, window=window)
+    assert apart == evaluate(model, Letters(), TEXTS, window=window, stride=window)
+
+
+def test_a_few_windows_are_spread_over_the_texts() -> None:
+    (whole,) = windows(Letters(), TEXTS, len("\n\n".join(TEXTS)))
+    for limit in (1, 2, 3, 100):
+        cut = windows(Letters(), TEXTS, 10, limit)
+        step = max(10, (len(whole) - 10) // limit)
+        assert len(cut) == min(limit, len(whole) // 10)
+        assert all(torch.equal(each, whole[n * step : n * step + 10]) for n, each in enumerate(cut))
+
+
+@pytest.mark.parametrize(
+    "options", [{"window": 1}, {"window": 10, "limit": 0}, {"window": 10, "stride": 0}, {"window": 10, "stride": 11}]
+)
 def test_nothing_to_predict_is_an_error(options: dict) -> None:
-    with pytest.raises(ValueError, match="window must be at least 2 and limit at least 1"):
+    with pytest.raises(ValueError, match="window must be at least 2, limit at least 1 and stride from 1 to window"):
         evaluate(hf_model("llama"), Letters(), TEXTS, **options)
 
 
