@@ -43,6 +43,7 @@ from .saving import diffusers_hook as diffusers_hook
 from .saving import safetensors_hook as safetensors_hook
 from .saving import transformers_hook as transformers_hook
 from .saving.checkpoint import load, save
+from .util.processes import across_processes
 from .version import __version__
 
 if os.environ.get("SHRANK_TUNE") == "1":
@@ -71,6 +72,7 @@ __all__ = [
     "Rank",
     "RankPlan",
     "__version__",
+    "across_processes",
     "apply",
     "apply_anchored",
     "auto_fact",

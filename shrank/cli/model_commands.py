@@ -92,8 +92,8 @@ def plan(
     report: Annotated[Path | None, typer.Option(help="Write an HTML page about the plan.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what would happen to every layer and why; changes nothing."""
-    with errors():
+    """Show what would happen to every layer and why; changes nothing. Runs under torchrun too."""
+    with errors(across=True) as here:
         from ..saving.transformers_folder import load_model
 
         rule = one_of(rank=rank, keep=keep, energy=energy)
@@ -104,9 +104,9 @@ def plan(
             batches = _batches(calibrate, model, source, loss, max_length, batch_size)
             found = run_calibration(model, batches, loss=loss, layers=layers)
         made = make_plan(model, rule, calibration=found, **options)
-        if save:
+        if save and here.is_first:
             made.save(save)
-        if report:
+        if report and here.is_first:
             write_page(made, report)
     show(made.to_dict(), table(made), as_json, made.summary)
     require_layers(made)
@@ -138,11 +138,13 @@ def compress(
     """Write a low-rank copy of a model that from_pretrained loads after `import shrank`.
 
     With --calibrate, --keep is the share of all replaced layers together, spent where the data says it matters.
+
+    Several processes share the work: torchrun --nproc-per-node 4 -m shrank compress ...
     """
     require_free(out, force)
     if (heal or anchored) and calibrate is None:
         fail(f"--{'heal' if heal else 'anchored'} needs data: --calibrate", USAGE)
-    with errors():
+    with errors(across=True) as here:
         from ..saving.transformers_folder import load_model, save_model
 
         rule = one_of(rank=rank, keep=keep, energy=energy, plan=plan)
@@ -158,6 +160,8 @@ def compress(
         if heal:
             model = heal_model(model, dense, batches, steps=heal, loss="lm" if loss == "lm" else "none")
         done = model.shrank_plan
+        if not here.is_first:
+            return
         if report:
             done = measure_errors(done, dense, model, batches[:8]) if dense is not None else done
             write_page(done, report)
@@ -185,9 +189,12 @@ def heal_command(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Train the factors of a compressed model to do as the dense one does, and write the best that was reached."""
+    """Train the factors of a compressed model to do as the dense one does, and write the best that was reached.
+
+    Several processes share the work: torchrun --nproc-per-node 4 -m shrank heal ...
+    """
     require_free(out, force)
-    with errors():
+    with errors(across=True) as here:
         from ..saving.transformers_folder import load_model, save_model
 
         model = load_model(student)
@@ -197,6 +204,8 @@ def heal_command(
         model = heal_model(
             model, dense, batches, steps=steps, learning_rate=learning_rate, loss=loss, checkpoint=checkpoint
         )
+        if not here.is_first:
+            return
         save_model(model, student, out)
     done = noted(model, HEALING)
     show(

@@ -1,0 +1,45 @@
+"""Commands in several processes that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from ..util.processes import Processes, across_processes, current
+
+# One may have much more to do than another, as where a file is written. torchrun itself ends all where one dies.
+_PATIENCE = timedelta(days=7)
+
+
+def count() -> int:
+    """How many processes torchrun started; 1 without it."""
+    launched = dist.is_available() and dist.is_torchelastic_launched()
+    return int(os.environ["WORLD_SIZE"]) if launched else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return count() == 1 or os.environ["RANK"] == "0"
+
+
+@contextmanager
+def together() -> Iterator[Processes]:
+    """Let the processes do together what is inside of the `with` block."""
+    if count() == 1:
+        yield current()
+        return
+    if not is_first():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+    dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        with across_processes() as here:
+            yield here
+    finally:
+        dist.destroy_process_group()
