@@ -20,6 +20,7 @@ from .measuring.language_model import Evaluation, evaluate
 from .measuring.layer_errors import measure_errors
 from .measuring.tuning import tune, tune_this_process
 from .model import peft_hook as peft_hook
+from .model.storage import unpivot
 from .model.subclasses import treat_as_base
 from .ops.availability import why_not
 from .ops.dispatch import (
@@ -49,6 +50,15 @@ from .version import __version__
 if os.environ.get("SHRANK_TUNE") == "1":
     tune_this_process()
 
+
+def __getattr__(name: str) -> object:
+    if name in ("ColwiseParallel", "RowwiseParallel"):  # DTensor takes most of a second to import
+        from .layers import tensor_parallel
+
+        return getattr(tensor_parallel, name)
+    raise AttributeError(f"module 'shrank' has no attribute {name!r}")
+
+
 __all__ = [
     "CED",
     "LED",
@@ -57,6 +67,7 @@ __all__ = [
     "Budget",
     "Calibrate",
     "Calibration",
+    "ColwiseParallel",
     "Energy",
     "Evaluation",
     "Fraction",
@@ -71,6 +82,7 @@ __all__ = [
     "PlanOptions",
     "Rank",
     "RankPlan",
+    "RowwiseParallel",
     "__version__",
     "across_processes",
     "apply",
@@ -99,5 +111,6 @@ __all__ = [
     "treat_as_base",
     "tune",
     "unfuse",
+    "unpivot",
     "why_not",
 ]
