@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -27,10 +27,11 @@ def is_first() -> bool:
 
 
 @contextmanager
-def together() -> Iterator[Processes]:
-    """Let the processes do together what is inside of the `with` block."""
-    if count() == 1:
-        yield current()
+def group(wanted: bool) -> Iterator[None]:
+    """Join the processes of torchrun, if there are any and it is wanted. None leaves before the first one does, which
+    torchrun would end then, with what it still has to say."""
+    if not wanted or count() == 1:
+        yield
         return
     if not is_first():
         from transformers.utils import logging
@@ -39,7 +40,13 @@ def together() -> Iterator[Processes]:
         logging.set_verbosity_error()
     dist.init_process_group("gloo", timeout=_PATIENCE)
     try:
-        with across_processes() as here:
-            yield here
+        yield
     finally:
+        with suppress(RuntimeError):  # one that was killed does not come
+            dist.barrier()
         dist.destroy_process_group()
+
+
+def together(wanted: bool) -> AbstractContextManager[Processes]:
+    """Let the processes of this group do together what is inside of the `with` block."""
+    return across_processes() if wanted and count() > 1 else nullcontext(current())

@@ -6,7 +6,7 @@ import importlib
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +20,7 @@ from ..model.subclasses import subclasses_in, treat_as_base
 from ..planning.plan import RankPlan
 from ..planning.rank import Energy
 from ..util.files import is_empty_or_absent
-from ..util.processes import Processes, current
+from ..util.processes import Processes
 from . import launched
 
 FAILED, USAGE, NOTHING, DAMAGED = 1, 2, 3, 4
@@ -133,14 +133,15 @@ def errors(code: int = FAILED, across: bool = False) -> Iterator[Processes]:
     """
     if not across and launched.count() > 1:
         fail(f"this command runs in one process, and torchrun started {launched.count()}: leave torchrun out", USAGE)
-    try:
-        with warnings.catch_warnings(), launched.together() if across else nullcontext(current()) as here:
-            warnings.showwarning = _show_warning
-            yield here
-    except typer.Exit:
-        raise  # a RuntimeError by inheritance
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        fail(str(error), code)
+    with launched.group(across):
+        try:
+            with warnings.catch_warnings(), launched.together(across) as here:
+                warnings.showwarning = _show_warning
+                yield here
+        except typer.Exit:
+            raise  # a RuntimeError by inheritance
+        except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+            fail(str(error), code)
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:
