@@ -1,5 +1,6 @@
 """shrank: low-rank twins for the linear and convolution layers of any PyTorch model."""
 
+import importlib
 import os
 
 from .calibration.batches import Batch, batches
@@ -13,6 +14,7 @@ from .fusing import compile_pass as compile_pass
 from .fusing.fuse import Fused, fuse, unfuse
 from .healing.heal import Healing, heal
 from .healing.options import HealOptions
+from .healing.recorded import RecordedLogits, record_logits
 from .layers.ced import CED
 from .layers.led import LED
 from .linalg import Metric
@@ -51,11 +53,17 @@ if os.environ.get("SHRANK_TUNE") == "1":
     tune_this_process()
 
 
-def __getattr__(name: str) -> object:
-    if name in ("ColwiseParallel", "RowwiseParallel"):  # DTensor takes most of a second to import
-        from .layers import tensor_parallel
+# What takes long to import, or needs transformers: modules by the names that they are asked for.
+_ON_DEMAND = {
+    "ColwiseParallel": ".layers.tensor_parallel",
+    "DistillationTrainer": ".healing.trainer",
+    "RowwiseParallel": ".layers.tensor_parallel",
+}
 
-        return getattr(tensor_parallel, name)
+
+def __getattr__(name: str) -> object:
+    if name in _ON_DEMAND:
+        return getattr(importlib.import_module(_ON_DEMAND[name], __name__), name)
     raise AttributeError(f"module 'shrank' has no attribute {name!r}")
 
 
@@ -68,6 +76,7 @@ __all__ = [
     "Calibrate",
     "Calibration",
     "ColwiseParallel",
+    "DistillationTrainer",
     "Energy",
     "Evaluation",
     "Fraction",
@@ -82,6 +91,7 @@ __all__ = [
     "PlanOptions",
     "Rank",
     "RankPlan",
+    "RecordedLogits",
     "RowwiseParallel",
     "__version__",
     "across_processes",
@@ -106,6 +116,7 @@ __all__ = [
     "make_plan",
     "measure_errors",
     "merge",
+    "record_logits",
     "report",
     "save",
     "treat_as_base",

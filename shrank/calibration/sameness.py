@@ -22,5 +22,6 @@ def agree_on(model: nn.Module, batches: Iterable[Batch] = ()) -> None:
 
 
 def _glance(tensor: Tensor, numbers: int | None = None) -> tuple:
-    seen = None if tensor.is_meta else tensor.detach().flatten()[:numbers].double().sum().item()
+    elsewhere = tensor.is_meta or hasattr(tensor, "full_tensor")  # put away, or split between processes
+    seen = None if elsewhere else tensor.detach().flatten()[:numbers].double().sum().item()
     return tuple(tensor.shape), str(tensor.dtype), seen
