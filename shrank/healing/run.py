@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..calibration.batches import Batch
 from ..calibration.losses import NotComparable, TrainingLoss
-from ..model.hooks import in_eval_mode, recomputing
+from ..model.hooks import in_eval_mode
 from ..util import tensor_file
 from ..util.fingerprint import Unhashable, fingerprint
 from ..util.processes import current
@@ -20,7 +21,7 @@ from ..util.progress import track
 from .accelerated import Means
 from .distance import distance, masking_of_blocks
 from .options import RunOptions
-from .parts import outermost_blocks, trained_parameters
+from .parts import outermost_blocks, run_again, trained_parameters
 from .recorded import RecordedLogits
 from .schedule import batch_of_step, rate
 
@@ -59,7 +60,8 @@ class Run:
             self.models = (student, teacher)
             masking = masking_of_blocks(student, teacher, (*batches, *held))
             self.distance = partial(distance, student, teacher, masking=masking, hidden=options.hidden, loss=loss)
-        self.recomputed = outermost_blocks(student) if options.recompute else []
+        blocks = outermost_blocks(student) if options.recompute else []
+        self.again = partial(run_again, student, blocks) if blocks else nullcontext
         self.step, self.best_step, self.curve = 0, 0, []
 
     def all_of_it(self, checkpoint: Path | None) -> None:
@@ -166,7 +168,7 @@ class Run:
     def _loss(self, batch: Batch, kind: str) -> Tensor:
         """Of one batch; RuntimeError where it is not finite."""
         try:
-            with self.means.autocast(), recomputing(self.recomputed):
+            with self.means.autocast(), self.again():
                 loss = self.distance(batch=batch)
             if bool(loss.isfinite()):
                 return loss
