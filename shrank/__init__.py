@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from typing import TYPE_CHECKING
 
 from .calibration.batches import Batch, batches
 from .calibration.calibration import Calibration, calibrate
@@ -48,6 +49,10 @@ from .saving import transformers_hook as transformers_hook
 from .saving.checkpoint import load, save
 from .util.processes import across_processes
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .healing.trainer import DistillationTrainer
+    from .layers.tensor_parallel import ColwiseParallel, RowwiseParallel
 
 if os.environ.get("SHRANK_TUNE") == "1":
     tune_this_process()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import socket
@@ -88,6 +89,10 @@ def compressed(name: str) -> nn.Module:
 
 def _all_cases(rank: int) -> dict[str, tuple[dict, dict]]:
     with shrank.across_processes() as here:
+        found = shrank.calibrate(hf_model("llama"), texts())
+        links = {file.stat().st_nlink for file in found.folder.glob("*.safetensors")}
+        folders = here.exchange(str(found.folder))
+        assert links == {2} and len(set(folders)) == 2  # one file, which either may outlive the other's folder
         assert (here.rank, here.size) == (rank, 2) and current() is here
         made = {name: compressed(name) for name in CASES}
     assert current().size == 1
@@ -197,24 +202,29 @@ def _commands(rank: int, port: int, commands: list[list[str]]) -> list[tuple[int
 def test_torchrun_of_the_command_line(model_folder, data_folder, tmp_path) -> None:
     source, texts = str(model_folder("gpt2")), str(data_folder / "texts.txt")
     options = ["--keep", "0.6", "--calibrate", texts, "--max-length", "10", "--batch-size", "2"]
+    small = str(tmp_path / "two")
+    how = ["--steps", "4", "--accumulate", "2", "--bf16", "--recompute", "--logits", str(tmp_path / "logits")]
     commands = [
-        ["compress", source, *options, "--out", str(tmp_path / "two"), "--report", str(tmp_path / "page.html")],
+        ["compress", source, *options, "--out", small, "--report", str(tmp_path / "page.html")],
         ["plan", source, *options, "--save", str(tmp_path / "plan.json")],
         ["compress", source, "--keep", "0.6", "--calibrate", "absent.txt", "--out", str(tmp_path / "none")],
-        ["merge", str(tmp_path / "two"), "--out", str(tmp_path / "none")],
+        ["merge", small, "--out", str(tmp_path / "none")],
+        ["heal", small, source, "--text", texts, *options[4:], *how, "--out", str(tmp_path / "healed"), "--json"],
     ]
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     first, second = in_processes(_commands, port, commands, folder=tmp_path, joined=False)
     assert isinstance(first, list), first
-    assert [code for code, *_ in first] == [code for code, *_ in second] == [0, 0, 1, 2]
+    assert [code for code, *_ in first] == [code for code, *_ in second] == [0, 0, 1, 2, 0]
     assert all(not out + err for _, out, err in second)
     assert "wrote" in first[0][1] and "absent.txt" in first[2][2]
-    assert (
-        "this command runs in one process, and torchrun started 2" in first[3][2] and not (tmp_path / "none").exists()
-    )
-    assert (tmp_path / "page.html").exists()
+    assert "this command runs in one process, and torchrun started 2" in first[3][2]
+    assert not (tmp_path / "none").exists()
+    figures = json.loads(first[4][1])
+    assert [step for step, _ in figures["curve"]] == [0, 4]
+    assert len(list((tmp_path / "logits").glob("*.safetensors"))) == 10
+    assert (tmp_path / "healed" / "config.json").exists() and (tmp_path / "page.html").exists()
     alone = CliRunner().invoke(app, ["compress", source, *options, "--out", str(tmp_path / "one")])
     assert alone.exit_code == 0
     plans = [shrank.describe(load_model(str(tmp_path / name))) for name in ("one", "two")]

@@ -6,10 +6,14 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from ..util.processes import Processes, across_processes, current
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 # One may have much more to do than another, as where a file is written. torchrun itself ends all where one dies.
 _PATIENCE = timedelta(days=7)
@@ -50,3 +54,12 @@ def group(wanted: bool) -> Iterator[None]:
 def together(wanted: bool) -> AbstractContextManager[Processes]:
     """Let the processes of this group do together what is inside of the `with` block."""
     return across_processes() if wanted and count() > 1 else nullcontext(current())
+
+
+def accelerator(accumulate: int, bf16: bool) -> Accelerator | None:
+    """Of the processes here; None where nothing is asked of it."""
+    if accumulate == 1 and not bf16:
+        return None
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True, gradient_accumulation_steps=accumulate, mixed_precision="bf16" if bf16 else "no")

@@ -17,7 +17,8 @@ from ..compression.auto_fact import auto_fact
 from ..data.file_batches import batches_from_file
 from ..data.model_inputs import require_next_token
 from ..healing.heal import heal as heal_model
-from ..healing.options import LEARNING_RATE
+from ..healing.options import LEARNING_RATE, HealOptions
+from ..healing.recorded import record_logits
 from ..measuring.layer_errors import measure_errors
 from ..model.notes import HEALING, noted
 from ..planning.make_plan import eligible, make_plan
@@ -27,6 +28,7 @@ from ..reporting.page import report as write_page
 from ..saving.checkpoint import inspect_file
 from ..saving.folders import transformer_folder
 from ..util.files import size_on_disk
+from . import launched
 from .options import (
     DAMAGED,
     USAGE,
@@ -186,6 +188,14 @@ def heal_command(
     batch_size: BatchSize = 8,
     loss: Annotated[str, typer.Option(help="Train on this as well: lm (next token) or none.")] = "none",
     checkpoint: Annotated[Path | None, typer.Option(help="A file to resume from.")] = None,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches of a step, in each process.")] = 1,
+    bf16: Annotated[bool, typer.Option(help="Compute in bfloat16, and train in float32.")] = False,
+    recompute: Annotated[bool, typer.Option(help="Run blocks again in the backward pass, for less memory.")] = False,
+    logits: Annotated[
+        Path | None,
+        typer.Option(help="Keep the dense model's largest logits in this folder first, and train without that model."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Logits of every token in --logits.")] = 64,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -201,8 +211,18 @@ def heal_command(
         require_low_rank(describe(model), student)
         dense = load_model(teacher)
         batches = _batches(text, dense, teacher, loss, max_length, batch_size)
+        if logits:
+            dense = record_logits(dense, batches, logits, top=top)
         model = heal_model(
-            model, dense, batches, steps=steps, learning_rate=learning_rate, loss=loss, checkpoint=checkpoint
+            model,
+            dense,
+            batches,
+            steps=steps,
+            learning_rate=learning_rate,
+            loss=loss,
+            checkpoint=checkpoint,
+            options=HealOptions(hidden=0.0 if logits else 1.0, recompute=recompute),
+            accelerator=launched.accelerator(accumulate, bf16),
         )
         if not here.is_first:
             return

@@ -65,6 +65,7 @@ def assert_alike(one: tuple, other: tuple) -> None:
 @pytest.fixture
 def accelerator():
     """Makes one; there is one state of all of them in a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield partial(Accelerator, cpu=True)
     AcceleratorState._reset_state(reset_partial_state=True)
 
