@@ -90,8 +90,8 @@ def compressed(name: str) -> nn.Module:
 def _all_cases(rank: int) -> dict[str, tuple[dict, dict]]:
     with shrank.across_processes() as here:
         found = shrank.calibrate(hf_model("llama"), texts())
-        links = {file.stat().st_nlink for file in found.folder.glob("*.safetensors")}
         folders = here.exchange(str(found.folder))
+        links = {file.stat().st_nlink for file in found.folder.glob("*.safetensors")}
         assert links == {2} and len(set(folders)) == 2  # one file, which either may outlive the other's folder
         assert (here.rank, here.size) == (rank, 2) and current() is here
         made = {name: compressed(name) for name in CASES}

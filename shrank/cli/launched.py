@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -46,8 +47,9 @@ def group(wanted: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(RuntimeError):  # one that was killed does not come
-            dist.barrier()
+        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            with suppress(RuntimeError):  # one that was killed does not come
+                dist.barrier()
         dist.destroy_process_group()
 
 

@@ -146,7 +146,8 @@ def _smallest_good_enough(survey: Survey, budget: Budget, data: _Data, options: 
     """The plan of the smallest share of weights whose model loses at most `tolerated_drop`, found by bisection."""
 
     def quality(model: nn.Module) -> float:
-        return current().exchange(budget.eval_fn(model))[0]  # where others measure something else, the first one's
+        figures = current().exchange(float(budget.eval_fn(model)))
+        return figures[0]  # where others measure something else, the first one's counts
 
     wanted = quality(survey.model) - budget.tolerated_drop
     low, high, best, plan = 0.0, 1.0, None, None

@@ -36,23 +36,14 @@ def distance(
     masking: Masking,
     hidden: float,
     loss: TrainingLoss | None = None,
+    called: nn.Module | None = None,
 ) -> Tensor:
     """The divergence of the logits, or where there are none the relative error of the output, plus `hidden` times the
     mean relative error of the outputs of the blocks that `masking` is of, plus half the student's own mean `loss`;
-    scalar, with the gradients of the student alone. Raises NotComparable."""
-    return compared(student, teacher, batch, masking, hidden, loss)[0]
+    scalar, with the gradients of the student alone. Raises NotComparable.
 
-
-def compared(
-    student: nn.Module,
-    teacher: nn.Module,
-    batch: Batch,
-    masking: Masking,
-    hidden: float,
-    loss: TrainingLoss | None = None,
-    called: nn.Module | None = None,
-) -> tuple[Tensor, object]:
-    """The `distance`, and what the student gave; `called`: what wraps the student, and is run in its place."""
+    called: what wraps the student, and is run in its place.
+    """
     blocks = list(masking.modules)
     masking.begin(batch)
     with torch.no_grad(), _watched(teacher, blocks, masking) as wanted, hooked(masking.hooks()):
@@ -71,7 +62,7 @@ def compared(
         ]
         errors = [relative_error(x, y, mask) for x, y, mask in pairs]  # routers may send blocks other tokens
         total = total + hidden * (torch.stack(errors).mean() if errors else 0.0)
-    return with_task(total, answer, batch, loss), answer
+    return with_task(total, answer, batch, loss)
 
 
 def with_task(total: Tensor, answer: object, batch: Batch, loss: TrainingLoss | None) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..calibration.batches import as_batches, bound
-from .distance import compared, masking_of_blocks
+from ..model.hooks import hooked
+from .distance import distance, masking_of_blocks
 from .parts import trained_parameters
 
 
@@ -76,7 +77,10 @@ class DistillationTrainer(Trainer):
         student = self.accelerator.unwrap_model(model)
         (batch,) = bound(as_batches([inputs]), student)
         self._masking.prepare([batch])
-        loss, output = compared(student, self.teacher, batch, self._masking, self.hidden, called=model)
+        outputs: list[object] = []
+        with hooked([(model, lambda *seen: outputs.append(seen[-1]))]):
+            loss = distance(student, self.teacher, batch, self._masking, self.hidden, called=model)
+        (output,) = outputs
         if self.task and (own := getattr(output, "loss", None)) is not None:
             loss = loss + self.task * own
         return (loss, output) if return_outputs else loss

@@ -17,7 +17,18 @@ from .led import LED
 from .plain import why_no_matrix
 
 
-class ColwiseParallel(styles.ColwiseParallel):
+class _OfLowRank(styles.ParallelStyle):
+    """What a style does to a layer: a low-rank one is split by `_split`, any other as by PyTorch."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, LED):
+            return super()._apply(module, device_mesh)
+        (layout,), (out,) = self.input_layouts, self.output_layouts
+        self._split(*splittable_stages(module), layout, out, device_mesh)
+        return module
+
+
+class ColwiseParallel(_OfLowRank, styles.ColwiseParallel):
     """PyTorch's style of this name, for low-rank layers too: each process computes a part of the outputs.
 
     A low-rank layer has its down factor whole and its up factor and bias by rows. If the inputs are split by
@@ -32,21 +43,16 @@ class ColwiseParallel(styles.ColwiseParallel):
         ValueError: A low-rank layer is pivoted, or another tool changed it.
     """
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, LED):
-            return super()._apply(module, device_mesh)
-        (layout,), (out,) = self.input_layouts, self.output_layouts
-        first, second = splittable_stages(module)
+    def _split(self, first: nn.Linear, second: nn.Linear, layout: Placement, out: Placement, mesh: DeviceMesh) -> None:
         by_rows = styles.ColwiseParallel(
             input_layouts=layout, output_layouts=out, use_local_output=self.use_local_output
         )
         by_rows.src_data_rank = self.src_data_rank
-        _apply_whole(first, device_mesh, layout, local_output=True)
-        by_rows._apply(second, device_mesh)
-        return module
+        _apply_whole(first, mesh, layout, local_output=True)
+        by_rows._apply(second, mesh)
 
 
-class RowwiseParallel(styles.RowwiseParallel):
+class RowwiseParallel(_OfLowRank, styles.RowwiseParallel):
     """PyTorch's style of this name, for low-rank layers too: each process has a part of the inputs.
 
     A low-rank layer has its down factor by columns and its up factor and bias whole. h is summed over the processes. If
@@ -61,16 +67,11 @@ class RowwiseParallel(styles.RowwiseParallel):
         ValueError: A low-rank layer is pivoted, or another tool changed it.
     """
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, LED):
-            return super()._apply(module, device_mesh)
-        (layout,), (out,) = self.input_layouts, self.output_layouts
-        first, second = splittable_stages(module)
+    def _split(self, first: nn.Linear, second: nn.Linear, layout: Placement, out: Placement, mesh: DeviceMesh) -> None:
         by_columns = styles.RowwiseParallel(input_layouts=layout, output_layouts=out)
         by_columns.src_data_rank = self.src_data_rank
-        by_columns._apply(first, device_mesh)
-        _apply_whole(second, device_mesh, out, local_output=self.use_local_output)
-        return module
+        by_columns._apply(first, mesh)
+        _apply_whole(second, mesh, out, local_output=self.use_local_output)
 
 
 def splittable_stages(layer: LED) -> list[nn.Linear]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
 
 import shrank
 from shrank import HealOptions, RecordedLogits, auto_fact, heal, record_logits
@@ -215,8 +217,20 @@ def _together(rank: int, folder: str) -> dict[str, object]:
     with pytest.raises(ValueError if rank else PeerFailed, match="interrupted"):
         healed(accelerator=accelerator, checkpoint=checkpoint)
     Run.train = train
+    shutil.copy(checkpoint, Path(folder, f"of process {rank}"))
     found["resumed"] = told(healed(accelerator=accelerator, checkpoint=checkpoint))
+    found["trainer"] = _trained_by_the_trainer(folder)
     return found
+
+
+def _trained_by_the_trainer(folder: str) -> dict[str, torch.Tensor]:
+    arguments = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "report_to": []}
+    student, data = student_of(LLAMA()), [{"input_ids": x["input_ids"][0]} for x in texts(8)]
+    how = TrainingArguments(f"{folder}/run", use_cpu=True, disable_tqdm=True, save_strategy="no", **arguments)
+    trainer = shrank.DistillationTrainer(student, how, train_dataset=data, teacher=LLAMA())
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+    return {name: value.clone() for name, value in student.state_dict().items()}
 
 
 def _refused(rank: int, accelerator: Accelerator) -> list[str]:
@@ -241,8 +255,12 @@ def _refused(rank: int, accelerator: Accelerator) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> list[dict[str, object]]:
-    folder = tmp_path_factory.mktemp("healing")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("healing")
+
+
+@pytest.fixture(scope="module")
+def found(folder) -> list[dict[str, object]]:
     found = in_processes(_together, str(folder), folder=folder)
     assert all(isinstance(x, dict) for x in found), found
     return found
@@ -267,6 +285,21 @@ def test_two_processes_with_recorded_logits(found, accelerator) -> None:
     only_logits = replace(OPTIONS, hidden=0.0)
     alone = healed(options=only_logits, accelerator=accelerator(gradient_accumulation_steps=2))
     assert_alike(found[0]["recorded"], told(alone))
+
+
+def test_the_trainer_keeps_two_processes_together(found) -> None:
+    before = student_of(LLAMA()).state_dict()
+    moved = {name for name, value in found[0]["trainer"].items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if "led_unit" in name}
+    assert all(torch.equal(value, found[1]["trainer"][name]) for name, value in found[0]["trainer"].items())
+
+
+def test_one_process_resumes_what_two_began(found, folder, accelerator) -> None:
+    one = accelerator(gradient_accumulation_steps=2)
+    resumed = healed(accelerator=one, checkpoint=folder / "of process 0")
+    assert [step for step, _ in resumed.shrank_healing.curve] == [0, 4, 8]
+    assert resumed.shrank_healing.curve[1][1] == found[0]["resumed"][0][1]  # which was not computed again
+    assert_alike(told(resumed), found[0]["resumed"])
 
 
 def test_two_processes_resume_to_the_same(found) -> None:
