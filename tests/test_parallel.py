@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 import shrank
 from shrank import ColwiseParallel, RowwiseParallel, auto_fact
@@ -119,16 +120,23 @@ def _from_pretrained(rank: int, folder: str) -> dict[str, object]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of how the plan is passed
         model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
-    ids = inputs()
+    ids, way = inputs(), DistributedConfig(tp_size=2)
     with torch.no_grad():
         logits = model(ids).logits
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(folder, distributed_config=way)(ids).logits, logits)
         said = [
             model.generate(ids[:, :4], max_new_tokens=4, do_sample=False, cache_implementation=cache)
             for cache in (None, "static")
         ]
     model.save_pretrained(f"{folder}-again")
     split = {name for name, p in model.named_parameters() if isinstance(p, DTensor)}
-    return {"logits": logits, "said": said, "split": split, "trained": trained(model.train(), loss_of(model, ids))}
+    return {
+        "logits": logits,
+        "said": said,
+        "plan": model.tp_plan,
+        "split": split,
+        "trained": trained(model.train(), loss_of(model, ids)),
+    }
 
 
 def _refused(rank: int, mesh: DeviceMesh) -> list[str]:
@@ -220,6 +228,7 @@ def test_from_pretrained_splits_a_compressed_llama(found, folder) -> None:
         assert_close(result["logits"], logits)
         assert all(torch.equal(tokens, said) for tokens in result["said"])
         assert_trained_alike(result["trained"], expected)
+        assert result["plan"] == alone.tp_plan  # by which others count the heads of a process
         by_columns = {n for n in result["split"] if n.endswith("led_unit.0.weight")}
         assert by_columns == {f"{n}.led_unit.0.weight" for n in low_rank if n.endswith(("o_proj", "down_proj"))}
         by_rows = {n for n in result["split"] if n.endswith("led_unit.1.weight")}

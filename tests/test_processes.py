@@ -128,8 +128,18 @@ def _failures(rank: int) -> list[str]:
         _raised(lambda: auto_fact(mlp(), 8, calibrate=Calibrate(_rows(), loss=wrong))),
         _raised(lambda: shrank.apply(mlp(), other_plan)),
         _raised(lambda: auto_fact(seeded(lambda: nn.Linear(WIDTH, WIDTH + rank)), 8)),
+        _raised(lambda: _without_memory(rank)),
         _raised(lambda: shrank.calibrate(mlp(), _rows(), layers=["0", "2"][: 1 + rank])),
     ]
+
+
+def _without_memory(rank: int) -> None:
+    """One process fails between two tensors that are sent."""
+    here = current()
+    here.summed(torch.ones(3))
+    if rank:
+        raise torch.OutOfMemoryError("no memory left")
+    here.sent(1, torch.ones(3))
 
 
 def _raised(call: Callable) -> str:
@@ -166,7 +176,9 @@ def test_what_goes_wrong_in_one_process_ends_all(tmp_path) -> None:
     assert told.format("data") in first[1] and first[1] == second[1]
     assert first[2].startswith("TypeError: loss must return a scalar tensor")
     assert second[2] == f"PeerFailed: process 0 of 2 failed: {first[2].removeprefix('TypeError: ')}"
-    for number, what in ((3, "plan"), (4, "model"), (5, "layers and the loss to calibrate")):
+    assert second[5] == "OutOfMemoryError: no memory left"
+    assert first[5] == "PeerFailed: process 1 of 2 failed: no memory left"
+    for number, what in ((3, "plan"), (4, "model"), (6, "layers and the loss to calibrate")):
         assert told.format(what) in first[number] and first[number] == second[number]
     first, second = in_processes(_killed, folder=tmp_path)
     assert first == "was told" and "exit code -9" in second

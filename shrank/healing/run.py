@@ -128,7 +128,6 @@ class Run:
             master.grad = torch.zeros_like(master) if master.grad is None else master.grad
         here = current()
         if here.size > 1:
-            here.exchange(None)
             gradients = [master.grad for master in self.masters.values()]
             total = here.summed(torch.cat([g.flatten() for g in gradients]))
             for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):

@@ -1,6 +1,6 @@
 """Work that several processes do together: each does a share, and all have what came of it.
 
-Whatever is passed between them goes through `exchange`, where the failure of one reaches all others.
+Before anything is passed between them there is an `exchange`, where the failure of one reaches all others.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class Processes:
 
     def agree(self, what: str, value: object) -> None:
         """ValueError where the processes give other values, compared by what they look like."""
+        if self._group is None:
+            return
         values = self.exchange(hashlib.sha256(repr(value).encode()).digest())
         if unlike := [rank for rank, other in enumerate(values) if other != values[0]]:
             raise ValueError(
@@ -81,15 +83,17 @@ class Processes:
         return owners
 
     def summed(self, tensor: Tensor) -> Tensor:
-        """The sum of the tensors that the processes have, in place; an `exchange` must have gone before."""
+        """The sum of the tensors that the processes have, in place; PeerFailed as of `exchange`."""
         if self._group is not None:
+            self.exchange(None)  # nobody waits for a tensor of one that failed
             with _in_contact():
                 dist.all_reduce(tensor, group=self._group)
         return tensor
 
     def sent(self, owner: int, tensor: Tensor) -> Tensor:
-        """The owner's tensor, in place of this one of its shape; an `exchange` must have gone before."""
+        """The owner's tensor, in place of this one of its shape; PeerFailed as of `exchange`."""
         if self._group is not None:
+            self.exchange(None)
             with _in_contact():
                 dist.broadcast(tensor, group=self._group, group_src=owner)
         return tensor
