@@ -13,7 +13,6 @@ import accelerate
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -65,11 +64,8 @@ def assert_alike(one: tuple, other: tuple) -> None:
 
 
 @pytest.fixture
-def accelerator():
-    """Makes one; there is one state of all of them in a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield partial(Accelerator, cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
+def accelerator() -> Callable[..., Accelerator]:
+    return partial(Accelerator, cpu=True)
 
 
 def test_an_accelerator_that_asks_for_nothing_changes_nothing(accelerator) -> None:
