@@ -1,6 +1,8 @@
 """shrank: low-rank twins for the linear and convolution layers of any PyTorch model."""
 
+import importlib
 import os
+from typing import TYPE_CHECKING
 
 from .calibration.batches import Batch, batches
 from .calibration.calibration import Calibration, calibrate
@@ -13,6 +15,7 @@ from .fusing import compile_pass as compile_pass
 from .fusing.fuse import Fused, fuse, unfuse
 from .healing.heal import Healing, heal
 from .healing.options import HealOptions
+from .healing.recorded import RecordedLogits, record_logits
 from .layers.ced import CED
 from .layers.led import LED
 from .linalg import Metric
@@ -21,6 +24,7 @@ from .measuring.layer_errors import measure_errors
 from .measuring.tasks import lm_eval_model
 from .measuring.tuning import tune, tune_this_process
 from .model import peft_hook as peft_hook
+from .model.storage import unpivot
 from .model.subclasses import treat_as_base
 from .ops.availability import why_not
 from .ops.dispatch import (
@@ -44,10 +48,30 @@ from .saving import diffusers_hook as diffusers_hook
 from .saving import safetensors_hook as safetensors_hook
 from .saving import transformers_hook as transformers_hook
 from .saving.checkpoint import load, save
+from .util.processes import across_processes
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .healing.trainer import DistillationTrainer
+    from .layers.tensor_parallel import ColwiseParallel, RowwiseParallel
 
 if os.environ.get("SHRANK_TUNE") == "1":
     tune_this_process()
+
+
+# What takes long to import, or needs transformers: modules by the names that they are asked for.
+_ON_DEMAND = {
+    "ColwiseParallel": ".layers.tensor_parallel",
+    "DistillationTrainer": ".healing.trainer",
+    "RowwiseParallel": ".layers.tensor_parallel",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _ON_DEMAND:
+        return getattr(importlib.import_module(_ON_DEMAND[name], __name__), name)
+    raise AttributeError(f"module 'shrank' has no attribute {name!r}")
+
 
 __all__ = [
     "CED",
@@ -57,6 +81,8 @@ __all__ = [
     "Budget",
     "Calibrate",
     "Calibration",
+    "ColwiseParallel",
+    "DistillationTrainer",
     "Energy",
     "Evaluation",
     "Fraction",
@@ -71,7 +97,10 @@ __all__ = [
     "PlanOptions",
     "Rank",
     "RankPlan",
+    "RecordedLogits",
+    "RowwiseParallel",
     "__version__",
+    "across_processes",
     "apply",
     "apply_anchored",
     "auto_fact",
@@ -94,10 +123,12 @@ __all__ = [
     "make_plan",
     "measure_errors",
     "merge",
+    "record_logits",
     "report",
     "save",
     "treat_as_base",
     "tune",
     "unfuse",
+    "unpivot",
     "why_not",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,14 @@ if library := os.environ.get("SHRANK_TEST_LIBRARY"):  # C++ ops for the CPU; the
 def one_thread():
     """Tiny models lose more to the hand-over between threads than they gain, many times more on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator():
+    """A process has one state of all its Accelerators, which keeps the precision of the first."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

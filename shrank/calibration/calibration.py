@@ -23,6 +23,7 @@ from ..util import tensor_file
 from ..util.files import write_text
 from ..util.fingerprint import Unhashable, fingerprint
 from ..util.names import checks_keywords
+from ..util.processes import current
 from ..util.progress import track
 from .activation_files import saved_on_disk
 from .batches import Batch, as_batches, bound
@@ -31,6 +32,7 @@ from .metric_source import LayerStatistics
 from .moment_files import FORMAT, write_moments
 from .observer import Accumulator
 from .request import Calibrate
+from .sameness import agree_on
 from .sharing import LayerCalls, observe_calls, plan_passes
 from .streams import Masking, warn_of_masks_that_fit_nothing
 
@@ -169,10 +171,13 @@ def calibrated(survey: Survey, request: Calibrate, layers: Iterable[str] | None)
     """As `calibrate`, of a model that was looked at before."""
     model = survey.model
     batches, loss = bound(as_batches(request.data), model), as_sensitivity(request.loss)
+    wanted = None if layers is None else set(layers)
+    agree_on(model, batches)
+    how = (wanted and sorted(wanted), type(loss), request.seed, request.max_memory)
+    current().agree("the layers and the loss to calibrate", how)
     key = _key(model, batches, loss, request.seed) if request.cache else None
     temporary = None if key else tempfile.TemporaryDirectory(prefix="shrank-")
     folder = Path(request.cache) / key if key else Path(temporary.name)
-    wanted = None if layers is None else set(layers)
     with frozen(model), torch.set_grad_enabled(loss is not None):
         found = _found(survey, batches, loss, wanted, folder, request)
     if temporary:
@@ -209,10 +214,11 @@ def _found(
         folder / f"{_digest([[site.fqn for site in group.sites] for group in groups])}.safetensors" for groups in passes
     ]
     for number, (file, groups) in enumerate(zip(files, passes, strict=True), 1):
-        if not file.exists():
-            masking.prepare(batches)
+        if not all(current().exchange(file.exists())):
+            masking.prepare(current().share(batches))
             accumulator = Accumulator(groups, loss is not None, masking)
             _run(model, accumulator, batches, loss, request, f"calibrating, pass {number} of {len(passes)}")
+            accumulator.add_up()
             write_moments(file, accumulator)
     return Calibration(folder, files, calls.unseen)
 
@@ -222,7 +228,7 @@ def _calls(
 ) -> LayerCalls:
     """What the layers are called with, from the folder if it is there."""
     file = folder / f"{_digest([site.fqn for site in sites])}.json"
-    if file.exists():
+    if all(current().exchange(file.exists())):
         return LayerCalls(**json.loads(file.read_text()))
     seen = observe_calls(model, sites, batches, masking, others)
     warn_of_masks_that_fit_nothing(batches)
@@ -240,7 +246,7 @@ def _run(
 ) -> None:
     """One pass over the data."""
     with in_eval_mode(model), hooked(accumulator.hooks()):
-        for number, batch in enumerate(track(batches, progress)):
+        for number, batch in track(current().share(enumerate(batches)), progress):
             accumulator.masking.begin(batch)
             with saved_on_disk(model) if request.spill and loss else nullcontext():
                 output = batch.call(model)

@@ -156,13 +156,8 @@ def divergences(answer: Tensor, target: Tensor) -> Tensor:
     not.
     """
     answer, target = answer.float(), target.float()
-    for whose, logits in (("the dense model's", target), ("the model's", answer)):
-        largest = logits.amax(-1) if logits.numel() else logits.new_zeros(())
-        if not bool(largest.isfinite().all()):  # the largest is NaN if any is
-            raise NotComparable(
-                f"{whose} logits hold NaN or +inf, or nothing but -inf, in row "
-                f"{int((~largest.isfinite()).nonzero()[0, 0])}"
-            )
+    require_logits("the dense model's", target)
+    require_logits("the model's", answer)
     ruled_out = target == -torch.inf
     if bool((impossible := (answer == -torch.inf) & ~ruled_out).any()):
         row, token = impossible.nonzero()[0].tolist()
@@ -173,6 +168,15 @@ def divergences(answer: Tensor, target: Tensor) -> Tensor:
     answer, target = (F.log_softmax(logits, -1) for logits in (answer, target))
     difference = (target - answer).masked_fill(ruled_out, 0.0)  # -inf less -inf
     return (target.exp() * difference).sum(-1)
+
+
+def require_logits(whose: str, logits: Tensor) -> None:
+    """NotComparable where a row of logits (tokens, vocabulary) is no distribution."""
+    largest = logits.amax(-1) if logits.numel() else logits.new_zeros(())
+    if not bool(largest.isfinite().all()):  # the largest is NaN if any is
+        raise NotComparable(
+            f"{whose} logits hold NaN or +inf, or nothing but -inf, in row {int((~largest.isfinite()).nonzero()[0, 0])}"
+        )
 
 
 def next_token_targets(logits: Tensor, batch: Batch, aligned: bool) -> tuple[Tensor, Tensor]:

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from torch import Tensor
 
 from ..util import tensor_file
+from ..util.processes import current
 from .observer import Accumulator
 
 FORMAT = 2
 
 
 def write_moments(file: Path, accumulator: Accumulator) -> None:
+    """Of processes on one disk the first writes, and the others link: their files live on when its are gone."""
+    here = current()
+    if here.is_first:
+        _write(file, accumulator)
+    written = here.exchange(file)[0]
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(written, file)
+        except OSError:  # on another machine, or another disk
+            _write(file, accumulator)
+
+
+def _write(file: Path, accumulator: Accumulator) -> None:
     """What was added up in one pass."""
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -11,46 +11,10 @@ from torch import Tensor, nn
 from ..linalg import Moments
 from ..model.hooks import Hook, input_of
 from ..model.survey import Site
-from .sharing import ROWS_IN_FLOAT32, Group, Inputs
+from ..util.processes import current
+from .moment import Moment
+from .sharing import Group, Inputs
 from .streams import Masking, MaskOfCall
-
-
-class Moment:
-    """Sum of x x^T over rows x, or of t x^T with other rows t beside them, for every group of features.
-
-    Its memory is taken before the run: between activations it would keep some of these, once freed, from going back to
-    the system.
-    """
-
-    def __init__(self, groups: int, side: int, device: torch.device) -> None:
-        self.rows = 0
-        self._recent: Tensor | None = torch.zeros(groups, side, side, device=device)
-        self._total: Tensor | None = None
-        self._mean: Tensor | None = None
-
-    def add(self, rows: Tensor, others: Tensor | None = None) -> None:
-        """rows, others: (G, T, m), float32."""
-        if self._mean is not None:
-            raise RuntimeError("the mean of this moment was taken: nothing can be added to it")
-        if not self.rows:
-            self._recent = self._recent.to(rows.device)  # that of an offloaded layer is known only now
-        self._recent.baddbmm_((rows if others is None else others).mT, rows)
-        before, self.rows = self.rows, self.rows + rows.shape[1]
-        if before // ROWS_IN_FLOAT32 != self.rows // ROWS_IN_FLOAT32:
-            recent = self._recent.double()
-            self._total = recent if self._total is None else self._total.add_(recent)
-            self._recent.zero_()
-
-    def is_finite(self) -> Tensor:
-        return (self._recent if self._mean is None else self._mean).diagonal(dim1=-2, dim2=-1).sum().isfinite()
-
-    def take_mean(self) -> Tensor:
-        """Over the rows, float32, zero without any. It takes the place of the sum: nothing can be added any more."""
-        if self._mean is None:
-            total = self._recent if self._total is None else self._total.add_(self._recent)
-            self._recent = self._total = None
-            self._mean = total.div_(max(self.rows, 1)).float()
-        return self._mean
 
 
 class Observed:
@@ -61,7 +25,8 @@ class Observed:
         self.target, self.shape = site.adapter, site.shape
         # Behind more outputs than inputs the gradients are needed only as the inputs feel them.
         self.gradient_of_inputs = of_inputs and self.shape.out_features > self.shape.in_features
-        self.data, self.sums = self.moment(of_inputs) if leader is None else None, None
+        self.data = self.moment(of_inputs) if leader is None else None
+        self.sums: tuple[Tensor, Tensor] | None = None  # of what `data` is of, and of squares of inputs, float64
         self.gradient = self.moment(self.gradient_of_inputs) if gradients else None
         self.inputs = Inputs()
 
@@ -129,6 +94,16 @@ class Observed:
             rows = rows[counts.to(rows.device)]
         return rows.unflatten(1, (groups, -1)).transpose(0, 1)
 
+    def add_up(self) -> None:
+        """As of its moments, which were added up already."""
+        if self.data is not None and self.data.rows:
+            sums = self.sums
+            if sums is None:  # this process saw none of it
+                data, energy = self.data.take_mean(), self.shape.in_features
+                groups = 1 if self.of_inputs else self.shape.groups
+                sums = (data.new_zeros(data.shape[:2]), data.new_zeros(groups, energy // groups))
+            self.sums = tuple(current().summed(total.double()) for total in sums)
+
     def moments(self, samples: int) -> Moments:
         leader, tokens = self.leader, self.leader.data.rows
         mean, energy = (total / tokens for total in leader.sums)
@@ -177,8 +152,25 @@ class Accumulator:
                 f"{'gradients' if what == 'gradient' else 'inputs' if layer.of_inputs else 'outputs'}"
             )
 
+    def add_up(self) -> None:
+        """Over the processes that each saw a share of the data."""
+        self.samples = sum(current().exchange(self.samples))
+        add_up(self._layers)
+
     def results(self) -> Iterator[tuple[str, Moments, str]]:
         """(name, moments, name of the layer whose data they are), for every layer that saw any."""
         for layer in self._layers:
             if layer.leader.data.rows:
                 yield layer.site.fqn, layer.moments(self.samples), layer.leader.site.fqn
+
+
+def add_up(layers: Iterable[Observed], others: Iterable[Moment] = ()) -> None:
+    """Make what the `current` processes saw of these layers, and in these other moments, one; of one alone, it is."""
+    here, layers = current(), list(layers)
+    if here.size == 1:
+        return
+    moments = [m for x in layers for m in (x.data, x.gradient) if m is not None] + list(others)
+    for moment, *rows in zip(moments, *here.exchange([m.rows for m in moments]), strict=True):
+        moment.add_up(sum(rows))
+    for layer in layers:
+        layer.add_up()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..model.adapters import target
 from ..model.hooks import hooked, in_eval_mode, input_of
 from ..model.survey import Site
+from ..util.processes import current
 from ..util.progress import track
 from .batches import Batch
 from .streams import Masking
@@ -84,16 +85,16 @@ def observe_calls(
 
     others: layers that are not asked about, whose shapes masks may have as well.
     """
-    seen: dict[str, list[int]] = {}  # numbers of the inputs, in the order of the first calls
-    calls = {site.fqn: [0] * len(batches) for site in sites}
-    rows, inputs = dict.fromkeys(calls, 0), Inputs()
+    here = current()
+    # Of every batch the numbers of each layer's inputs, in the order of the first calls.
+    seen: dict[int, dict[str, list[int]]] = {}
+    rows, inputs = {site.fqn: 0 for site in sites}, Inputs()
 
     def note(site: Site, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         leading = tuple(target(module).tokens(output).shape[:-1])
         mask = masking.call(site.fqn)(leading)
         rows[site.fqn] += math.prod(leading) if mask is None else int(mask.sum())
-        calls[site.fqn][done] += 1
-        seen.setdefault(site.fqn, []).append(inputs.number(input_of(args, kwargs)))
+        seen[number].setdefault(site.fqn, []).append(inputs.number(input_of(args, kwargs)))
 
     def match(site: Site, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         masking.call(site.fqn)(tuple(target(module).tokens(output).shape[:-1]))
@@ -103,14 +104,29 @@ def observe_calls(
         *((site.module, partial(note, site)) for site in sites),
         *((site.module, partial(match, site)) for site in others),
     ]
-    masking.prepare(batches)
+    share = here.share(enumerate(batches))
+    masking.prepare(batch for _, batch in share)
     with in_eval_mode(model), hooked(hooks):
-        for done, batch in enumerate(track(batches, "looking at the data")):  # noqa: B007 (note reads it)
+        for number, batch in track(share, "looking at the data"):
+            seen[number] = {}
             masking.begin(batch)
             batch.call(model)
+    parts = here.exchange((seen, rows))
+    rows = {name: sum(part[name] for _, part in parts) for name in rows}
+    in_order = dict(sorted(pair for part, _ in parts for pair in part.items()))
+    return _together(list(in_order.values()), rows, sites)
+
+
+def _together(seen: list[dict[str, list[int]]], rows: dict[str, int], sites: list[Site]) -> LayerCalls:
+    """What all batches say: of each, the numbers of every layer's inputs."""
+    calls = {name: [len(batch.get(name, ())) for batch in seen] for name in rows}
+    inputs: dict[str, list[tuple[int, int]]] = {}
+    for number, batch in enumerate(seen):
+        for name, numbers in batch.items():
+            inputs.setdefault(name, []).extend((number, n) for n in numbers)
     shared: dict[object, list[str]] = {}
     vectors = {site.fqn for site in sites if site.adapter.takes_vectors}
-    for name, numbers in seen.items():
+    for name, numbers in inputs.items():
         if rows[name]:
             shared.setdefault(tuple(numbers) if name in vectors else name, []).append(name)
     unseen = [name for name, n in rows.items() if not n]

@@ -17,7 +17,8 @@ from ..compression.auto_fact import auto_fact
 from ..data.file_batches import batches_from_file
 from ..data.model_inputs import require_next_token
 from ..healing.heal import heal as heal_model
-from ..healing.options import LEARNING_RATE
+from ..healing.options import LEARNING_RATE, HealOptions
+from ..healing.recorded import record_logits
 from ..measuring.layer_errors import measure_errors
 from ..model.notes import HEALING, noted
 from ..planning.make_plan import eligible, make_plan
@@ -27,6 +28,7 @@ from ..reporting.page import report as write_page
 from ..saving.checkpoint import inspect_file
 from ..saving.folders import transformer_folder
 from ..util.files import size_on_disk
+from . import launched
 from .options import (
     DAMAGED,
     USAGE,
@@ -92,8 +94,8 @@ def plan(
     report: Annotated[Path | None, typer.Option(help="Write an HTML page about the plan.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what would happen to every layer and why; changes nothing."""
-    with errors():
+    """Show what would happen to every layer and why; changes nothing. Runs under torchrun too."""
+    with errors(across=True) as here:
         from ..saving.transformers_folder import load_model
 
         rule = one_of(rank=rank, keep=keep, energy=energy)
@@ -104,9 +106,9 @@ def plan(
             batches = _batches(calibrate, model, source, loss, max_length, batch_size)
             found = run_calibration(model, batches, loss=loss, layers=layers)
         made = make_plan(model, rule, calibration=found, **options)
-        if save:
+        if save and here.is_first:
             made.save(save)
-        if report:
+        if report and here.is_first:
             write_page(made, report)
     show(made.to_dict(), table(made), as_json, made.summary)
     require_layers(made)
@@ -138,11 +140,13 @@ def compress(
     """Write a low-rank copy of a model that from_pretrained loads after `import shrank`.
 
     With --calibrate, --keep is the share of all replaced layers together, spent where the data says it matters.
+
+    Several processes share the work: torchrun --nproc-per-node 4 -m shrank compress ...
     """
     require_free(out, force)
     if (heal or anchored) and calibrate is None:
         fail(f"--{'heal' if heal else 'anchored'} needs data: --calibrate", USAGE)
-    with errors():
+    with errors(across=True) as here:
         from ..saving.transformers_folder import load_model, save_model
 
         rule = one_of(rank=rank, keep=keep, energy=energy, plan=plan)
@@ -158,6 +162,8 @@ def compress(
         if heal:
             model = heal_model(model, dense, batches, steps=heal, loss="lm" if loss == "lm" else "none")
         done = model.shrank_plan
+        if not here.is_first:
+            return
         if report:
             done = measure_errors(done, dense, model, batches[:8]) if dense is not None else done
             write_page(done, report)
@@ -182,21 +188,44 @@ def heal_command(
     batch_size: BatchSize = 8,
     loss: Annotated[str, typer.Option(help="Train on this as well: lm (next token) or none.")] = "none",
     checkpoint: Annotated[Path | None, typer.Option(help="A file to resume from.")] = None,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches of a step, in each process.")] = 1,
+    bf16: Annotated[bool, typer.Option(help="Compute in bfloat16, and train in float32.")] = False,
+    recompute: Annotated[bool, typer.Option(help="Run blocks again in the backward pass, for less memory.")] = False,
+    logits: Annotated[
+        Path | None,
+        typer.Option(help="Keep the dense model's largest logits in this folder first, and train without that model."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Logits of every token in --logits.")] = 64,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Train the factors of a compressed model to do as the dense one does, and write the best that was reached."""
+    """Train the factors of a compressed model to do as the dense one does, and write the best that was reached.
+
+    Several processes share the work: torchrun --nproc-per-node 4 -m shrank heal ...
+    """
     require_free(out, force)
-    with errors():
+    with errors(across=True) as here:
         from ..saving.transformers_folder import load_model, save_model
 
         model = load_model(student)
         require_low_rank(describe(model), student)
         dense = load_model(teacher)
         batches = _batches(text, dense, teacher, loss, max_length, batch_size)
+        if logits:
+            dense = record_logits(dense, batches, logits, top=top)
         model = heal_model(
-            model, dense, batches, steps=steps, learning_rate=learning_rate, loss=loss, checkpoint=checkpoint
+            model,
+            dense,
+            batches,
+            steps=steps,
+            learning_rate=learning_rate,
+            loss=loss,
+            checkpoint=checkpoint,
+            options=HealOptions(hidden=0.0 if logits else 1.0, recompute=recompute),
+            accelerator=launched.accelerator(accumulate, bf16),
         )
+        if not here.is_first:
+            return
         save_model(model, student, out)
     done = noted(model, HEALING)
     show(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,8 @@ from ..model.subclasses import subclasses_in, treat_as_base
 from ..planning.plan import RankPlan
 from ..planning.rank import Energy
 from ..util.files import is_empty_or_absent
+from ..util.processes import Processes
+from . import launched
 
 FAILED, USAGE, NOTHING, DAMAGED = 1, 2, 3, 4
 
@@ -54,6 +57,8 @@ Padding = Annotated[str, typer.Option(help="Of a convolution: likewise, or befor
 
 
 def show(data: object, table: RenderableType | None, as_json: bool, note: str = "") -> None:
+    if not launched.is_first():
+        return
     console = Console(width=None if Console().is_terminal else 160)
     if as_json:
         typer.echo(json.dumps(data, indent=1))
@@ -120,22 +125,34 @@ def require_free(out: Path, force: bool) -> None:
 
 
 @contextmanager
-def errors(code: int = FAILED):
-    """Turn the errors that a user can cause into a line on standard error and an exit code, and warnings into lines."""
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            yield
-    except typer.Exit:
-        raise  # a RuntimeError by inheritance
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        fail(str(error), code)
+def errors(code: int = FAILED, across: bool = False) -> Iterator[Processes]:
+    """Turn the errors that a user can cause into a line on standard error and an exit code, and warnings into lines.
+
+    across: the processes that torchrun started do together what is inside; without it, they are an error.
+    """
+    if not across and launched.count() > 1:
+        fail(f"this command runs in one process, and torchrun started {launched.count()}: leave torchrun out", USAGE)
+    with launched.group(across):
+        try:
+            with warnings.catch_warnings(), launched.together(across) as here:
+                warnings.showwarning = _show_warning
+                yield here
+        except typer.Exit:
+            raise  # a RuntimeError by inheritance
+        except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+            fail(str(error), code)
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:
-    Console(stderr=True).print(f"[bold yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+    if launched.is_first():
+        _tell(f"[bold yellow]warning:[/] {escape(str(message))}")
 
 
 def fail(message: str, code: int) -> None:
-    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    if launched.is_first():  # what another process failed of, this one knows
+        _tell(f"[bold red]error:[/] {escape(message)}")
     raise typer.Exit(code)
+
+
+def _tell(text: str) -> None:
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)

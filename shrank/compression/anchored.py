@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..calibration.batches import Batch, bound
 from ..calibration.calibration import Calibration
 from ..calibration.metric_source import MetricSource
-from ..calibration.observer import Observed
+from ..calibration.observer import Observed, add_up
 from ..calibration.sharing import Group, observe_calls
 from ..calibration.streams import Masking
 from ..linalg import Metric, Moments
@@ -30,6 +30,7 @@ from ..model.hooks import hooked, in_eval_mode, input_of
 from ..model.surgery import finish
 from ..model.survey import Site, Survey
 from ..planning.plan import LayerPlan, RankPlan
+from ..util.processes import current
 from ..util.progress import track
 from .apply import carry_out, resolve
 
@@ -108,7 +109,7 @@ class _Pair:
         self.here = Observed(group.sites[0], None, group.of_inputs, gradients=False)
         self.names, self.share = [site.fqn for site in group.sites], share
         self.expected: list[Tensor] = []  # what they see in the dense model, call by call of one batch
-        self.alike, self.anchor, self.sum = True, self.here.moment(group.of_inputs), 0.0
+        self.alike, self.anchor, self.sum = True, self.here.moment(group.of_inputs), None
 
     def note(self, masking: Masking, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         mask = masking.call(self.here.site.fqn)
@@ -126,10 +127,28 @@ class _Pair:
         wanted = torch.lerp(rows, wanted, self.share)
         self.here.observe(x, output, mask)
         self.anchor.add(rows, wanted)
-        self.sum = self.sum + wanted.sum(1).double()
+        total = wanted.sum(1).double()
+        self.sum = total if self.sum is None else self.sum + total
+
+    def add_up(self) -> None:
+        """As of its moments, which were added up already."""
+        if self.anchor.rows:
+            none = self.anchor.take_mean().sum(-1).double().zero_()
+            self.sum = current().summed(none if self.sum is None else self.sum)
 
     def moments(self) -> Moments:
         return replace(self.here.moments(0), anchor=self.anchor.take_mean(), anchor_mean=self.sum / self.anchor.rows)
+
+
+def _add_up(pairs: list[_Pair]) -> None:
+    """Make what the `current` processes saw, each of a share of the data, one."""
+    here = current()
+    for pair, *alike in zip(pairs, *here.exchange([pair.alike for pair in pairs]), strict=True):
+        pair.alike = all(alike)
+    alike = [pair for pair in pairs if pair.alike]
+    add_up((pair.here for pair in alike), (pair.anchor for pair in alike))
+    for pair in alike if here.size > 1 else ():
+        pair.add_up()
 
 
 class _Enough(Exception):
@@ -149,11 +168,11 @@ def _observed(
 
     masking: of the dense model. calls: of every layer, by batch.
     """
-    pairs = [_Pair(group, share) for group in groups]
+    pairs, here = [_Pair(group, share) for group in groups], current()
     # Where the data decides how often a layer runs, it may run more often behind compressed layers: look to the end.
     steady = len(batches) > 1 and all(len(set(calls[pair.here.site.fqn])) == 1 for pair in pairs)
     with in_eval_mode(model, masking.model):
-        for number, batch in enumerate(batches):
+        for number, batch in here.share(enumerate(batches)):
             if enough := sum(calls[pair.here.site.fqn][number] for pair in pairs):
                 for where, look, end in (
                     (masking.model, _Pair.note, enough),
@@ -164,6 +183,7 @@ def _observed(
                 for pair in pairs:
                     pair.alike &= not pair.expected
                     pair.expected.clear()
+    _add_up(pairs)
     if unlike := [name for pair in pairs for name in pair.names if not (pair.alike and pair.anchor.rows)]:
         warnings.warn(f"not anchored, as the dense model calls them otherwise: {', '.join(unlike)}", stacklevel=5)
     return {name: pair.moments() for pair in pairs for name in pair.names if name not in unlike}

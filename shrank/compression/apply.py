@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration.metric_source import MetricSource, metric_of
-from ..linalg import FactorizationError, factorize, factorize_weighted, pivoted
+from ..calibration.metric_source import MetricSource
+from ..calibration.sameness import agree_on
 from ..model import surgery
 from ..model.adapters import LOW_RANK, target, with_groups
 from ..model.dense import dense_twin, require_plain
 from ..model.survey import Site, Survey, count
 from ..planning.plan import LayerPlan, RankPlan
-from ..util.parallel import in_parallel, workers_for
+from ..util.processes import current
 from ..util.progress import track
+from .twins import twins
 
 _log = logging.getLogger("shrank")
 
@@ -54,7 +53,9 @@ def carry_out(survey: Survey, plan: RankPlan, calibration: MetricSource | None =
     raises it."""
     done = {layer.fqn: layer for layer in plan}
     jobs = resolve(survey, plan)
-    for site, layer, twin in track(_twins(jobs, calibration), "factorising", total=len(jobs)):
+    agree_on(survey.model)
+    current().agree("the plan", plan.to_dict())
+    for site, layer, twin in track(twins(jobs, calibration), "factorising", total=len(jobs)):
         done[layer.fqn] = layer
         if twin is None:
             warnings.warn(f"{layer.fqn} stays dense: {layer.reason}", stacklevel=3)
@@ -123,40 +124,6 @@ def merge(model: nn.Module) -> nn.Module:
     for site in reversed(sites):  # innermost first: a stage of a low-rank layer may be low-rank itself
         surgery.replace(survey, site, dense_twin(site.module))
     return surgery.finish(survey, None)
-
-
-def _twins(
-    jobs: list[tuple[Site, LayerPlan]], calibration: MetricSource | None
-) -> Iterator[tuple[Site, LayerPlan, nn.Module | None]]:
-    """What shall stand in for each layer, in order, with the plan as it came out; None where it cannot be factorised.
-
-    Takes the layers off `jobs`, so that nobody holds one that was replaced.
-    """
-    workers = workers_for(site.module.weight for site, _ in jobs)
-    jobs.reverse()
-    return in_parallel(partial(_twin, calibration), iter(lambda: jobs.pop() if jobs else None, None), workers)
-
-
-@torch.no_grad()
-def _twin(calibration: MetricSource | None, job: tuple[Site, LayerPlan]) -> tuple[Site, LayerPlan, nn.Module | None]:
-    (site, layer), bias = job, job[0].module.bias
-    adapter = site.adapter
-    matrices, rank = adapter.matrices(layer.shape), layer.rank // layer.shape.down_groups
-    try:
-        metric = metric_of(calibration, site, matrices)
-        factors = factorize(matrices, rank) if metric is None else factorize_weighted(matrices, metric, rank)
-    except FactorizationError as error:
-        return site, replace(layer, rank=None, error=None, reason=str(error)), None
-    twin = adapter.twin(layer.rank, layer.shape)
-    twin.take(
-        pivoted(factors) if layer.shape.pivoted else factors,
-        bias if factors.shift is None else _shifted(bias, factors.shift),
-    )
-    return site, replace(layer, error=factors.relative_error), twin
-
-
-def _shifted(bias: nn.Parameter, shift: Tensor) -> nn.Parameter:
-    return nn.Parameter((bias + shift.flatten()).to(bias.dtype), bias.requires_grad)
 
 
 def _describe_layer(site: Site) -> LayerPlan:

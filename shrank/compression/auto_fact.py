@@ -21,6 +21,7 @@ from ..planning.make_plan import eligible_in, plan_of
 from ..planning.options import PlanOptions, members, options_of
 from ..planning.plan import RankPlan
 from ..planning.rank import Rank
+from ..util.processes import current
 from ..util.progress import track
 from .anchored import SHARE, carry_out_anchored
 from .apply import carry_out
@@ -143,7 +144,12 @@ def _plan(survey: Survey, rank: Rank | Budget, data: _Data, options: PlanOptions
 
 def _smallest_good_enough(survey: Survey, budget: Budget, data: _Data, options: PlanOptions) -> RankPlan:
     """The plan of the smallest share of weights whose model loses at most `tolerated_drop`, found by bisection."""
-    wanted = budget.eval_fn(survey.model) - budget.tolerated_drop
+
+    def quality(model: nn.Module) -> float:
+        figures = current().exchange(float(budget.eval_fn(model)))
+        return figures[0]  # where others measure something else, the first one's counts
+
+    wanted = quality(survey.model) - budget.tolerated_drop
     low, high, best, plan = 0.0, 1.0, None, None
     nothing = True
     for _ in track(range(_TRIALS), "bisecting"):
@@ -154,7 +160,7 @@ def _smallest_good_enough(survey: Survey, budget: Budget, data: _Data, options: 
             low = keep
             continue
         nothing = nothing and not plan.low_rank
-        if plan.low_rank and budget.eval_fn(data.applied(Survey(copy.deepcopy(survey.model)), plan)) >= wanted:
+        if plan.low_rank and quality(data.applied(Survey(copy.deepcopy(survey.model)), plan)) >= wanted:
             high, best = keep, plan
         else:
             low = keep

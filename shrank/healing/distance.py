@@ -36,16 +36,20 @@ def distance(
     masking: Masking,
     hidden: float,
     loss: TrainingLoss | None = None,
+    called: nn.Module | None = None,
 ) -> Tensor:
     """The divergence of the logits, or where there are none the relative error of the output, plus `hidden` times the
     mean relative error of the outputs of the blocks that `masking` is of, plus half the student's own mean `loss`;
-    scalar, with the gradients of the student alone. Raises NotComparable."""
+    scalar, with the gradients of the student alone. Raises NotComparable.
+
+    called: what wraps the student, and is run in its place.
+    """
     blocks = list(masking.modules)
     masking.begin(batch)
     with torch.no_grad(), _watched(teacher, blocks, masking) as wanted, hooked(masking.hooks()):
         output = batch.call(teacher)
     with _watched(student, blocks) as found:
-        answer = batch.call(student)
+        answer = batch.call(called or student)
     logits = next((t for t in nested.named(output, "logits") if t is not None), None)
     compare = relative_error if logits is None else divergence
     total = compare(main_output(answer), main_output(output), batch.mask_for)
@@ -58,6 +62,11 @@ def distance(
         ]
         errors = [relative_error(x, y, mask) for x, y, mask in pairs]  # routers may send blocks other tokens
         total = total + hidden * (torch.stack(errors).mean() if errors else 0.0)
+    return with_task(total, answer, batch, loss)
+
+
+def with_task(total: Tensor, answer: object, batch: Batch, loss: TrainingLoss | None) -> Tensor:
+    """A distance plus half the student's own mean loss, if there is one to train on."""
     return total if loss is None else total + _TASK * loss.mean(answer, batch)
 
 
@@ -85,7 +94,7 @@ def _watched(
         yield outputs
 
 
-def _rows(tensor: Tensor, mask: MaskOfCall) -> Tensor:
+def rows_of(tensor: Tensor, mask: MaskOfCall) -> Tensor:
     """(tokens that count, features), float32."""
     counts = mask(tuple(tensor.shape[:-1]))
     rows = tensor.float().flatten(0, -2)
@@ -94,13 +103,13 @@ def _rows(tensor: Tensor, mask: MaskOfCall) -> Tensor:
 
 def divergence(answer: Tensor, target: Tensor, mask: MaskOfCall) -> Tensor:
     """Mean KL(target || answer) over tokens, nats; 0 without any."""
-    found = divergences(_rows(answer, mask), _rows(target, mask))
+    found = divergences(rows_of(answer, mask), rows_of(target, mask))
     return found.sum() / max(len(found), 1)
 
 
 def relative_error(answer: Tensor, target: Tensor, mask: MaskOfCall) -> Tensor:
     """Squared error over the target's energy; infinities that both have alike count nothing."""
-    answer, target = _rows(answer, mask), _rows(target, mask)
+    answer, target = rows_of(answer, mask), rows_of(target, mask)
     alike = answer.isinf() & (answer == target)
     answer, target = answer.masked_fill(alike, 0.0), target.masked_fill(alike, 0.0)
     for whose, rows in (("the dense model's", target), ("the model's", answer)):

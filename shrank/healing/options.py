@@ -22,6 +22,7 @@ class HealOptions:
         train: The parameters of the "low_rank" layers, or "all".
         hidden: Weight of the mean relative error of the blocks' outputs in the loss.
         evaluate_every: Steps between evaluations on held-out data.
+        recompute: Compute what happens inside of the blocks once more in the backward pass, instead of keeping it.
         seed: Of the order of the data.
 
     Raises:
@@ -31,6 +32,7 @@ class HealOptions:
     train: Literal["low_rank", "all"] = "low_rank"
     hidden: float = 1.0
     evaluate_every: int = 50
+    recompute: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -46,3 +48,5 @@ class RunOptions(HealOptions):
 
     steps: int = 300
     learning_rate: float = LEARNING_RATE
+    batches: int = 1  # a step, of all processes together
+    precision: str = "no"

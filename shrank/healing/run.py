@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,13 +13,16 @@ from torch import Tensor, nn
 
 from ..calibration.batches import Batch
 from ..calibration.losses import NotComparable, TrainingLoss
-from ..model.adapters import LOW_RANK
 from ..model.hooks import in_eval_mode
 from ..util import tensor_file
 from ..util.fingerprint import Unhashable, fingerprint
+from ..util.processes import current
 from ..util.progress import track
+from .accelerated import Means
 from .distance import distance, masking_of_blocks
 from .options import RunOptions
+from .parts import outermost_blocks, run_again, trained_parameters
+from .recorded import RecordedLogits
 from .schedule import batch_of_step, rate
 
 _AFTER_A_SETBACK = 1 / 3  # of the rate, from the best weights on
@@ -25,34 +30,46 @@ _BETAS, _LARGEST_NORM = (0.9, 0.95), 1.0
 
 
 class Run:
-    """One healing: the models, the masters of the trained weights in float32, and how far it has come."""
+    """One healing: the models, the masters of the trained weights in float32, and how far it has come.
+
+    distance: of the student from the dense model in one batch. teacher: that model, where it is there.
+    """
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | RecordedLogits,
         batches: list[Batch],
         held: list[Batch],
         options: RunOptions,
         loss: TrainingLoss | None,
+        means: Means,
     ) -> None:
         self.student, self.teacher, self.batches, self.held = student, teacher, batches, held
-        self.options, self.loss = options, loss
-        self.trained = _trained(student, options.train)
+        self.options, self.loss, self.means = options, loss, means
+        self.trained = trained_parameters(student, options.train)
         self.masters = {name: p.detach().float().clone() for name, p in self.trained.items()}
         self.best = {name: master.clone() for name, master in self.masters.items()}
         self.optimizer = torch.optim.AdamW(
             self.masters.values(), lr=options.learning_rate, betas=_BETAS, weight_decay=0.0
         )
-        self.masking = masking_of_blocks(student, teacher, (*batches, *held))
+        if isinstance(teacher, RecordedLogits):
+            self.models = (student,)
+            self.distance = partial(teacher.distance, student, loss=loss)
+        else:
+            self.models = (student, teacher)
+            masking = masking_of_blocks(student, teacher, (*batches, *held))
+            self.distance = partial(distance, student, teacher, masking=masking, hidden=options.hidden, loss=loss)
+        blocks = outermost_blocks(student) if options.recompute else []
+        self.again = partial(run_again, student, blocks) if blocks else nullcontext
         self.step, self.best_step, self.curve = 0, 0, []
 
     def all_of_it(self, checkpoint: Path | None) -> None:
         """Train, and leave the student with its best weights and both models' flags as they were."""
         self.key = self._key_of() if checkpoint is not None else ""
-        flags = {p: p.requires_grad for model in (self.student, self.teacher) for p in model.parameters()}
+        flags = {p: p.requires_grad for model in self.models for p in model.parameters()}
         try:
-            with in_eval_mode(self.student, self.teacher):  # with dropout the teacher's outputs could not be reached
+            with in_eval_mode(*self.models):  # with dropout the teacher's outputs could not be reached
                 for parameter in flags:
                     parameter.requires_grad_(False)
                 for parameter in self.trained.values():
@@ -64,7 +81,7 @@ class Run:
                 parameter.requires_grad_(flag)
 
     def train(self, checkpoint: Path | None) -> None:
-        if checkpoint is not None and checkpoint.exists():
+        if checkpoint is not None and _is_there(checkpoint):
             self._resume(checkpoint)
         if not self.curve:
             self._evaluate()
@@ -73,7 +90,7 @@ class Run:
             self._take_step()
             if self.step % self.options.evaluate_every == 0 or self.step == self.options.steps:
                 self._evaluate()
-                if checkpoint is not None:
+                if checkpoint is not None and current().is_first:
                     self._save(checkpoint)
 
     def take_best(self) -> None:
@@ -83,18 +100,38 @@ class Run:
                 parameter.grad = None
 
     def _take_step(self) -> None:
-        loss = self._loss(batch_of_step(self.batches, self.step, self.options.seed), "")
-        loss.backward()
-        for name, master in self.masters.items():
-            gradient = self.trained[name].grad
-            master.grad = torch.zeros_like(master) if gradient is None else gradient.float()
-            self.trained[name].grad = None
+        count = self.options.batches
+        for master in self.masters.values():
+            master.grad = None
+        for number in current().share(range(self.step * count, (self.step + 1) * count)):
+            loss = self._loss(batch_of_step(self.batches, number, self.options.seed), "")
+            (loss / count).backward()
+            self._take_gradients()
+        self._sum_gradients()
         nn.utils.clip_grad_norm_(self.masters.values(), _LARGEST_NORM)
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate * rate(self.step, self.options.steps) * self._slowed()
         self.optimizer.step()
         self._show_masters()
         self.step += 1
+
+    def _take_gradients(self) -> None:
+        """Add those of the weights to the masters', in float32."""
+        for name, master in self.masters.items():
+            gradient, self.trained[name].grad = self.trained[name].grad, None
+            if gradient is not None:
+                master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
+
+    def _sum_gradients(self) -> None:
+        """Over the processes."""
+        for master in self.masters.values():
+            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+        here = current()
+        if here.size > 1:
+            gradients = [master.grad for master in self.masters.values()]
+            total = here.summed(torch.cat([g.flatten() for g in gradients]))
+            for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
 
     def _show_masters(self) -> None:
         with torch.no_grad():
@@ -103,7 +140,7 @@ class Run:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        loss = sum(self._loss(batch, "held-out ").item() for batch in self.held) / len(self.held)
+        loss = self._held_out_loss()
         if not self.curve or loss < min(value for _, value in self.curve):
             self.best_step = self.step
             self.best = {name: master.clone() for name, master in self.masters.items()}
@@ -114,6 +151,14 @@ class Run:
             self._show_masters()
         self.curve.append((self.step, loss))
 
+    def _held_out_loss(self) -> float:
+        """Every process runs as many batches, some twice: a teacher that is sharded between them waits for all."""
+        here, count = current(), len(self.held)
+        own = here.share(i % count for i in range(-(-count // here.size) * here.size))
+        losses = {i: self._loss(self.held[i], "held-out ").item() for i in own}
+        losses = {i: loss for part in here.exchange(losses) for i, loss in part.items()}
+        return sum(losses[i] for i in range(count)) / count
+
     def _slowed(self) -> float:
         """What setbacks have left of the rate."""
         losses = [loss for _, loss in self.curve]
@@ -122,7 +167,8 @@ class Run:
     def _loss(self, batch: Batch, kind: str) -> Tensor:
         """Of one batch; RuntimeError where it is not finite."""
         try:
-            loss = distance(self.student, self.teacher, batch, self.masking, self.options.hidden, self.loss)
+            with self.means.autocast(), self.again():
+                loss = self.distance(batch=batch)
             if bool(loss.isfinite()):
                 return loss
             problem = NotComparable(f"the loss is {loss.item()}")
@@ -177,7 +223,7 @@ class Run:
                     "options": asdict(self.options),
                     "loss": self.loss,
                     "shapes": shapes,
-                    "teacher": self.teacher,
+                    "teacher": self.teacher.key if isinstance(self.teacher, RecordedLogits) else self.teacher,
                     "data": data,
                 }
             )
@@ -185,14 +231,9 @@ class Run:
             raise ValueError(f"checkpoint: this healing could not be known again: {error}; do without") from error
 
 
-def _trained(student: nn.Module, train: str) -> dict[str, nn.Parameter]:
-    """The parameters to train, by name, each once."""
-    inside = {id(p) for m in student.modules() if isinstance(m, LOW_RANK) for p in m.parameters()}
-    chosen = {
-        name: p
-        for name, p in student.named_parameters()
-        if p.is_floating_point() and (train == "all" or id(p) in inside)
-    }
-    if not chosen:
-        raise ValueError("the student has no low-rank layers to train: compress it first")
-    return chosen
+def _is_there(checkpoint: Path) -> bool:
+    """For all processes; ValueError where only some see it."""
+    seen = current().exchange(checkpoint.exists())
+    if any(seen) and not all(seen):
+        raise ValueError(f"{checkpoint}: process {seen.index(False)} does not see it; give a place that all see")
+    return all(seen)

@@ -87,6 +87,12 @@ class Shape:
         return ends + self.params(rank) + (self.out_features if bias else 0)
 
     @property
+    def work(self) -> float:
+        """Of finding factors of the dense weight, up to a factor: Gram matrices and their eigenvectors."""
+        rows, columns = self.out_features / self.groups, self.in_features / self.groups
+        return self.groups * min(rows, columns) ** 2 * (rows + columns)
+
+    @property
     def break_even_rank(self) -> int:
         """The largest rank that stores no more than the dense layer."""
         return self.rank_for(self.dense_params - self.index_size)

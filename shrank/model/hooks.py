@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # (module, args, kwargs, output) -> the output to use instead, or None.
 Hook = Callable[[nn.Module, tuple, dict, object], object]
@@ -51,6 +53,21 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def recomputing(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Runs of these modules, none inside of another, keep nothing for the backward pass, which runs them again."""
+    patched = {module: vars(module).get("forward") for module in modules}
+    try:
+        for module in patched:
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+        yield
+    finally:
+        for module, own in patched.items():
+            del module.forward
+            if own is not None:  # as accelerate puts one there
+                module.forward = own
 
 
 def input_of(args: tuple, kwargs: dict) -> Tensor:

@@ -18,6 +18,24 @@ from .survey import Site, Survey
 Stored = Factors | PivotedFactors
 
 
+def unpivot(model: nn.Module) -> nn.Module:
+    """Store pivoted layers with plain factors, in place.
+
+    The matrices stay the same, and take R (K + N) numbers instead of R (K + N - R). Plain factors can be quantized,
+    trained and split between processes.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        The root of the model.
+
+    Raises:
+        ValueError: Another tool changed a pivoted layer. The model is then as it was.
+    """
+    return with_plain_factors(model)[0]
+
+
 def with_plain_factors(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """The model, changed in place, with plain factors in its pivoted layers, and the names of these."""
     return _stored_otherwise(model, lambda site: site.module.pivoted, unpivoted)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ..calibration.metric_source import LayerStatistics, metric_of
+from ..calibration.sameness import agree_on
 from ..linalg import FactorizationError, Shape, energy_curve, spectrum, squared_errors
 from ..model.adapters import LOW_RANK, is_lazy
 from ..model.survey import Site, Survey, count, is_unit
-from ..util.parallel import in_parallel, workers_for
-from ..util.progress import track
+from ..util.parallel import dealt, workers_for
 from .budget import Budget, SmallestGoodEnough
 from .costs import PricedLayer
 from .options import Eligibility, PlanOptions, StaysDense, fit, options_of
@@ -61,6 +61,7 @@ def make_plan(
 
 def plan_of(survey: Survey, rank: Rank | Budget, calibration: LayerStatistics | None, options: PlanOptions) -> RankPlan:
     """As `make_plan`, of a model that was looked at before."""
+    agree_on(survey.model)
     rule = _rule(rank, calibration)
     counted: set[int] = set()
     eligibility = Eligibility(options, survey.model)
@@ -69,7 +70,7 @@ def plan_of(survey: Survey, rank: Rank | Budget, calibration: LayerStatistics | 
     if isinstance(rule, Budget):
         planned, trade_off = _by_budget(layers, rule, options, calibration)
     else:
-        planned = [_by_rule(layer, rule, options) for layer in track(layers, "planning")]
+        planned = dealt(lambda layer: _by_rule(layer, rule, options), layers, [x.cost for x in layers], 1, "planning")
         if options.errors:
             planned = _with_errors(planned, layers)
     other = count(survey.model.parameters()) - sum(layer.size for layer in planned)
@@ -152,6 +153,11 @@ class _Layer:
         tokens = None if known is None else 0 if self.saw_nothing else known.tokens(self.site.fqn)
         return PricedLayer(self.site.fqn, tokens, self.site.adapter.takes_vectors)
 
+    @property
+    def cost(self) -> float:
+        """What its spectrum takes, up to a factor."""
+        return 0.0 if self.why_dense else self.site.shape.work
+
     def stays_dense(self, reason: object) -> LayerPlan:
         return replace(self.draft, reason=str(reason))
 
@@ -179,18 +185,23 @@ def _by_budget(
     """Overridden layers by their rules, all other eligible ones by the budget."""
     rules = {layer.site.fqn: budget.rule_for(layer.site.fqn) for layer in layers if not layer.why_dense}
     ruled = [layer for layer in layers if rules.get(layer.site.fqn) is not None]
-    fixed = [Paid(_by_rule(layer, rules[layer.site.fqn], options), layer.priced) for layer in ruled]
+    planned = dealt(lambda x: _by_rule(x, rules[x.site.fqn], options), ruled, [x.cost for x in ruled], 1, "planning")
+    fixed = [Paid(plan, layer.priced) for plan, layer in zip(planned, ruled, strict=True)]
     undecided = [layer for layer in layers if not (layer.why_dense or layer.saw_nothing) and layer not in ruled]
 
-    def candidate(layer: _Layer) -> Candidate | LayerPlan:
+    def squares(layer: _Layer) -> Tensor | LayerPlan:
         try:
-            return Candidate(layer.site, layer.draft, layer.priced, layer.spectrum.square())
+            return layer.spectrum.square().cpu()
         except FactorizationError as reason:
             return layer.stays_dense(reason)
 
     workers = workers_for(layer.site.module.weight for layer in undecided)
-    results = list(track(in_parallel(candidate, undecided, workers), "spectra", total=len(undecided)))
-    candidates = [x for x in results if isinstance(x, Candidate)]
+    results = dealt(squares, undecided, [x.cost for x in undecided], workers, "spectra")
+    candidates = [
+        Candidate(x.site, x.draft, x.priced, found)
+        for x, found in zip(undecided, results, strict=True)
+        if isinstance(found, Tensor)
+    ]
     weighted = calibration is not None and calibration.has_gradients
     planned, trade_off = spend(budget, candidates, fixed, options, weighted)
     without_spectrum = [x for x in results if isinstance(x, LayerPlan)]
@@ -218,7 +229,7 @@ def _with_errors(planned: list[LayerPlan], layers: list[_Layer]) -> list[LayerPl
 
     both = list(zip(planned, layers, strict=True))
     workers = workers_for(layer.site.module.weight for plan, layer in both if plan.rank is not None)
-    return list(track(in_parallel(with_error, both, workers), "errors", total=len(both)))
+    return dealt(with_error, both, [x.cost for x in layers], workers, "errors")
 
 
 def _size(site: Site, counted: set[int]) -> int:

@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..compression.apply import attach_empty, merge
+from ..layers.led import LED
 from ..layers.pivots import Pivots
 from ..layers.seal import DENSE_NAME
 from ..layers.two_stage import UNITS
@@ -109,10 +110,20 @@ class ShrankQuantizer(HfQuantizer):
         self.expected = {name: p.shape for name, p in model.named_parameters()}
         return model
 
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Called with the plan of tensor parallelism and that of experts."""
+        if plan is model.tp_plan and any(isinstance(m, LED) for m in model.modules()):
+            from .transformers_parallel import make_aware
+
+            make_aware(model, plan)
+
     def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
+        is_split = (getattr(model, "_tp_size", None) or 1) > 1
+        self._restore_parallel_plan(model, is_split)
+        if not is_split:
+            _check_shapes(model, self.expected)
         # transformers only warns of weights that the checkpoint lacks and draws them at random. That is right for parts
         # that the saved class did not have, and where it was told to ignore sizes; elsewhere plan and weights disagree.
-        _check_shapes(model, self.expected)
         stages = set(_stages(model))
         checked = set(stages)
         if _is_saved_class(model) or self.may_lack_plans:
@@ -135,6 +146,16 @@ class ShrankQuantizer(HfQuantizer):
         vars(model).pop("quantization_method", None)
         remove_plan(model.config)
         return model
+
+    def _restore_parallel_plan(self, model: PreTrainedModel, is_split: bool) -> None:
+        """Give the plan of tensor parallelism back as the model's class has it."""
+        if not hasattr(HfQuantizer, "update_parallel_plan"):
+            if is_split:
+                raise ValueError("this transformers cannot split low-rank layers between processes: 5.24 can")
+        elif any(isinstance(m, LED) for m in model.modules()):
+            from .transformers_parallel import as_published
+
+            as_published(model.tp_plan)
 
     def _is_stored_in_another_size(self, fqn: str, model: nn.Module) -> bool:
         """Whether the files have a parameter of this module in another shape: of that transformers itself makes an

@@ -51,6 +51,7 @@ _IRRELEVANT = {
     "_name_or_path",
     "name_or_path",
     "_commit_hash",
+    "_original_object_hash",  # of a generation config: another one in every process
     "_non_persistent_buffers_set",
     "_is_hf_initialized",
     "_state_dict_hooks",

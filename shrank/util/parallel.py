@@ -1,15 +1,18 @@
-"""Work on many layers at once: factorisations of single layers use several cores badly."""
+"""Work on many layers at once, in threads and in processes: factorisations of single layers use several cores badly."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from .processes import current
+from .progress import track
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -42,3 +45,16 @@ def in_parallel(function: Callable[[T], R], items: Iterable[T], workers: int) ->
             waiting.extend(executor.submit(function, x) for x in islice(items, 1))
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def dealt(
+    function: Callable[[T], R], items: Sequence[T], costs: Sequence[float], workers: int, description: str
+) -> list[R]:
+    """function(item) for every item, in order, each computed by one of the `current` processes and sent to the others:
+    R can be pickled, its tensors are on the CPU."""
+    here = current()
+    owners = here.owners(costs)
+    own = [i for i, owner in enumerate(owners) if owner == here.rank]
+    done = track(in_parallel(function, (items[i] for i in own), workers), description, total=len(own))
+    results = {i: result for part in here.exchange(dict(zip(own, done, strict=True))) for i, result in part.items()}
+    return [results[i] for i in range(len(items))]

@@ -1,4 +1,5 @@
-"""A progress bar for work that takes more than a second; nothing where standard error is no terminal."""
+"""A progress bar for work that takes more than a second; nothing where standard error is no terminal, and of several
+processes only the first one's."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import Progress
 
+from .processes import current
+
 T = TypeVar("T")
 _PATIENCE = 1.0  # seconds
 
@@ -17,7 +20,7 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     """Yield the items, showing how many are done once that has taken longer than a second; total: how many there are,
     if they cannot tell."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not (console.is_terminal and current().is_first):
         yield from items
         return
     started = time.monotonic()

@@ -198,7 +198,7 @@ def test_the_cache_is_gone_on_from_and_only_for_the_same(tmp_path, monkeypatch) 
 
 
 def test_sums_go_to_float64_in_time(monkeypatch) -> None:
-    monkeypatch.setattr("shrank.calibration.observer.ROWS_IN_FLOAT32", 64)
+    monkeypatch.setattr("shrank.calibration.moment.ROWS_IN_FLOAT32", 64)
     model, calls = mlp(1), [draw(50, 32) + 100 for _ in range(9)]
     found = calibrate(model, calls, loss=half_square)
     assert_saw(found, model, observed(model, calls))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shrank.calibration.observer import Moment
+from shrank.calibration.moment import Moment
 from tests.common.models import draw
 from tests.common.tolerances import assert_close
 

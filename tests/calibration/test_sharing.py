@@ -231,7 +231,7 @@ def test_calibrations_without_a_layer_are_calibrations() -> None:
 
 def test_memory_is_planned_for_all_the_rows(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("shrank.calibration.sharing.ROWS_IN_FLOAT32", 64)
-    monkeypatch.setattr("shrank.calibration.observer.ROWS_IN_FLOAT32", 64)
+    monkeypatch.setattr("shrank.calibration.moment.ROWS_IN_FLOAT32", 64)
     room = 4 * 3 * 2 * WIDTH**2  # moments and gradients of one layer, each a float64 sum beside a float32 one
     calibrate(mlp(2), [draw(4, WIDTH), draw(400, WIDTH)], cache=tmp_path, max_memory=room)  # not two small batches
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2

@@ -19,6 +19,7 @@ from transformers import BatchEncoding
 
 from shrank.util.fingerprint import Unhashable, fingerprint
 from tests.common.models import HF_MODELS, draw, hf_inputs, hf_model, mlp, tokens
+from tests.common.processes import in_processes
 
 Pair = namedtuple("Pair", "x note")
 WEIGHT = 1.0
@@ -215,3 +216,11 @@ def test_recurrent_models_are_known_by_their_weights() -> None:
 def test_what_has_no_value_is_named(value: object) -> None:
     with pytest.raises(Unhashable, match=r"\[0\]\['deep'\]\.x is a "):
         fingerprint({"deep": Box(value)})
+
+
+def _of_a_model(rank: int) -> str:
+    return fingerprint(hf_model("gpt2"))
+
+
+def test_a_model_that_generates_is_known_in_another_process(tmp_path) -> None:
+    assert in_processes(_of_a_model, folder=tmp_path, joined=False) == [_of_a_model(0)] * 2
