@@ -43,6 +43,7 @@ from .saving import diffusers_hook as diffusers_hook
 from .saving import safetensors_hook as safetensors_hook
 from .saving import transformers_hook as transformers_hook
 from .saving.checkpoint import load, save
+from .streaming.checkpoint import Checkpoint
 from .version import __version__
 
 if os.environ.get("SHRANK_TUNE") == "1":
@@ -56,6 +57,7 @@ __all__ = [
     "Budget",
     "Calibrate",
     "Calibration",
+    "Checkpoint",
     "Energy",
     "Evaluation",
     "Fraction",

@@ -49,12 +49,14 @@ def apply(model: nn.Module, plan: RankPlan, calibration: MetricSource | None = N
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def carry_out(survey: Survey, plan: RankPlan, calibration: MetricSource | None = None) -> RankPlan:
-    """Replace the planned layers; the plan with the errors found. `surgery.finish` must follow; ValueError as `apply`
-    raises it."""
+def carry_out(
+    survey: Survey, plan: RankPlan, calibration: MetricSource | None = None, workers: int | None = None
+) -> RankPlan:
+    """Replace the planned layers, so many at a time; the plan with the errors found. `surgery.finish` must follow;
+    ValueError as `apply` raises it."""
     done = {layer.fqn: layer for layer in plan}
     jobs = resolve(survey, plan)
-    for site, layer, twin in track(_twins(jobs, calibration), "factorising", total=len(jobs)):
+    for site, layer, twin in track(_twins(jobs, calibration, workers), "factorising", total=len(jobs)):
         done[layer.fqn] = layer
         if twin is None:
             warnings.warn(f"{layer.fqn} stays dense: {layer.reason}", stacklevel=3)
@@ -126,13 +128,13 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def _twins(
-    jobs: list[tuple[Site, LayerPlan]], calibration: MetricSource | None
+    jobs: list[tuple[Site, LayerPlan]], calibration: MetricSource | None, workers: int | None
 ) -> Iterator[tuple[Site, LayerPlan, nn.Module | None]]:
     """What shall stand in for each layer, in order, with the plan as it came out; None where it cannot be factorised.
 
     Takes the layers off `jobs`, so that nobody holds one that was replaced.
     """
-    workers = workers_for(site.module.weight for site, _ in jobs)
+    workers = workers or workers_for(site.module.weight for site, _ in jobs)
     jobs.reverse()
     return in_parallel(partial(_twin, calibration), iter(lambda: jobs.pop() if jobs else None, None), workers)
 

@@ -15,6 +15,8 @@ from .factors import Factors
 from .moments import Metric
 from .svd import FactorizationError, _checked, _signs
 
+_ROWS = 2048  # of a matrix that are worked on together
+
 
 def squared_errors(matrices: Tensor, metric: Metric) -> Tensor:
     """What each direction adds to the squared error if it is cut: (G, m) for matrices (G, N, K), descending, float64.
@@ -39,9 +41,9 @@ def factorize_weighted(matrices: Tensor, metric: Metric, rank: int) -> Factors:
         raise FactorizationError(f"the eigensolver did not converge: {error}") from error
     squares, leading = squares.flip(-1).clamp_min(0), vectors.flip(-1)[..., :rank]
     if metric.on_inputs:
-        up, down = W @ left @ leading, leading.mT @ right
+        up, down = W @ (left @ leading), leading.mT @ right  # never W @ left, which is as large as W
     else:
-        up, down = left @ leading, leading.mT @ right @ W
+        up, down = left @ leading, (leading.mT @ right) @ W
     up, triangle = torch.linalg.qr(up)
     signs = _signs(up)
     up, down = up * signs, signs.mT * (triangle @ down)
@@ -105,12 +107,18 @@ def _mean_error(W: Tensor, up: Tensor, down: Tensor, metric: Metric, basis: tupl
 
 
 def _output_error(W: Tensor, up: Tensor, down: Tensor, metric: Metric, basis: tuple[Tensor, Tensor, Tensor]) -> float:
-    """The relative error of the outputs, whatever it does to the loss."""
+    """The relative error of the outputs, whatever it does to the loss; by some rows at a time, as all would be several
+    matrices as large as the weight."""
     if metric.on_inputs:
-        lost, whole = W - up @ down, W
+        kept, whole = (up, down), W
     else:
         left, leading, right = basis
         whole = torch.eye(W.shape[-2], dtype=W.dtype, device=W.device).expand_as(metric.data)
-        lost = whole - left @ leading @ (leading.mT @ right)
-    energies = [(m @ metric.data * m).sum().clamp_min(0).item() for m in (lost, whole)]
-    return (energies[0] / energies[1]) ** 0.5 if energies[1] else 0.0
+        kept = left @ leading, leading.mT @ right
+    energies = metric.data.new_zeros(2)
+    for rows in torch.arange(whole.shape[-2], device=W.device).split(_ROWS):
+        part = whole[..., rows, :]
+        for number, m in enumerate((part - kept[0][..., rows, :] @ kept[1], part)):
+            energies[number] += (m @ metric.data * m).sum()
+    lost, total = energies.clamp_min(0).tolist()
+    return (lost / total) ** 0.5 if total else 0.0
