@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -211,9 +210,22 @@ def carried_out(
 
 
 def _stages(model: nn.Module, shared: list[list[Site]]) -> list[list[list[Site]]]:
-    """The layers in the order of execution, those of one block together."""
+    """The layers in the order of execution, those of one block together: also where layers of later blocks share an
+    input, as those of a decoder that look at the encoder."""
     blocks = blocks_of(model)
-    return [list(stage) for _, stage in groupby(shared, lambda sharing: blocks[sharing[0].fqn])]
+    stages: list[tuple[str, list[list[Site]]]] = []
+    later: dict[str, list[list[Site]]] = {}
+    for sharing in shared:
+        now, *others = (
+            [s for s in sharing if blocks[s.fqn] == b] for b in dict.fromkeys(blocks[s.fqn] for s in sharing)
+        )
+        block = blocks[now[0].fqn]
+        if not stages or stages[-1][0] != block:
+            stages.append((block, later.pop(block, [])))
+        stages[-1][1].append(now)
+        for part in others:
+            later.setdefault(blocks[part[0].fqn], []).append(part)
+    return [stage for _, stage in (*stages, *later.items())]
 
 
 def groups_in(sharing: list[Site], calibration: Calibration) -> list[Group]:

@@ -215,7 +215,7 @@ class _Run:
             with torch.no_grad():
                 output = forward(*args, **kwargs)
         for value in (*args, *kwargs.values()):
-            if not isinstance(value, _PLAIN) and any(nested.tensors(value)):
+            if not isinstance(value, _PLAIN) and next(nested.tensors(value), None) is not None:
                 raise Unstreamable(f"{unit} shares a {type(value).__name__} with other parts of the model")
         return output
 

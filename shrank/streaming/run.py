@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 
 from ..calibration.calibration import Calibration
 from ..calibration.losses import as_sensitivity
@@ -157,7 +158,8 @@ def _swept(sweeps: Sweeps) -> Calibration:
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
     """Inside, a model keeps no keys and values: through these its blocks would know of each other."""
-    configs = [config for config in configs_in(model.config) if getattr(config, "use_cache", False)]
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]  # with configs of their own
+    configs = [c for part in parts for c in configs_in(part.config) if getattr(c, "use_cache", False)]
     try:
         for config in configs:
             config.use_cache = False
