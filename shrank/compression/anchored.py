@@ -213,19 +213,20 @@ def _stages(model: nn.Module, shared: list[list[Site]]) -> list[list[list[Site]]
     """The layers in the order of execution, those of one block together: also where layers of later blocks share an
     input, as those of a decoder that look at the encoder."""
     blocks = blocks_of(model)
+    last = {blocks[sharing[0].fqn]: number for number, sharing in enumerate(shared)}
     stages: list[tuple[str, list[list[Site]]]] = []
     later: dict[str, list[list[Site]]] = {}
-    for sharing in shared:
-        now, *others = (
-            [s for s in sharing if blocks[s.fqn] == b] for b in dict.fromkeys(blocks[s.fqn] for s in sharing)
-        )
-        block = blocks[now[0].fqn]
+    for number, sharing in enumerate(shared):
+        block, parts = blocks[sharing[0].fqn], {}
         if not stages or stages[-1][0] != block:
             stages.append((block, later.pop(block, [])))
-        stages[-1][1].append(now)
-        for part in others:
-            later.setdefault(blocks[part[0].fqn], []).append(part)
-    return [stage for _, stage in (*stages, *later.items())]
+        for site in sharing:
+            own = blocks[site.fqn]
+            parts.setdefault(own if last.get(own, 0) > number else block, []).append(site)
+        stages[-1][1].append(parts.pop(block))
+        for own, part in parts.items():
+            later.setdefault(own, []).append(part)
+    return [stage for _, stage in stages]
 
 
 def groups_in(sharing: list[Site], calibration: Calibration) -> list[Group]:

@@ -23,7 +23,7 @@ def squared_errors(matrices: Tensor, metric: Metric) -> Tensor:
 
     Raises FactorizationError on NaN or infinity.
     """
-    problem = _problem(_goal(matrices, metric), metric)[0]
+    problem = _problem(_inner(matrices, metric), metric)[0]
     return torch.linalg.eigvalsh(problem).flip(-1).clamp_min(0)
 
 
@@ -33,13 +33,13 @@ def factorize_weighted(matrices: Tensor, metric: Metric, rank: int) -> Factors:
     `up` has orthonormal columns. In a 16-bit dtype `down` is fitted to the rounded `up`. Raises FactorizationError on
     NaN, infinity or an eigensolver that does not converge.
     """
-    W = _goal(matrices, metric)
-    problem, left, right = _problem(W, metric)
+    problem, left, right = _problem(_inner(matrices, metric), metric)
     try:
         squares, vectors = torch.linalg.eigh(problem)
     except torch.linalg.LinAlgError as error:
         raise FactorizationError(f"the eigensolver did not converge: {error}") from error
     squares, leading = squares.flip(-1).clamp_min(0), vectors.flip(-1)[..., :rank]
+    W = _goal(matrices, metric)
     if metric.on_inputs:
         up, down = W @ (left @ leading), leading.mT @ right  # never W @ left, which is as large as W
     else:
@@ -75,17 +75,23 @@ def _goal(matrices: Tensor, metric: Metric) -> Tensor:
     return W if metric.goal is None else metric.goal
 
 
-def _problem(W: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
+def _inner(matrices: Tensor, metric: Metric) -> Tensor | None:
+    """What the error is measured by beside the data: the gradient, else on the input side W^T W, on the output side
+    nothing. The matrices in float64, several times as large as all else, are gone when it returns."""
+    W = _goal(matrices, metric)
+    return W.mT @ W if metric.on_inputs and metric.gradient is None else metric.gradient
+
+
+def _problem(inner: Tensor | None, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
     """(P, L, M): P = V diag(squares) V^T has the leading V with up = L V, down = V^T M W on the output side, and
     up = W L V, down = V^T M on the input side."""
     if metric.on_inputs:
         root, inverse = _roots(metric.data)
-        inner = W.mT @ W if metric.gradient is None else metric.gradient
         return root @ inner @ root, root, inverse
-    if metric.gradient is None:
-        eye = torch.eye(W.shape[-2], dtype=W.dtype, device=W.device).expand_as(metric.data)
-        return metric.data, eye, eye
-    root, inverse = _roots(metric.gradient)
+    if inner is None:
+        eye = torch.eye(metric.data.shape[-1], dtype=metric.data.dtype, device=metric.data.device)
+        return metric.data, eye.expand_as(metric.data), eye.expand_as(metric.data)
+    root, inverse = _roots(inner)
     return root @ metric.data @ root, inverse, root
 
 

@@ -67,7 +67,8 @@ class Checkpoint(Streamed):
 
         Raises:
             ValueError: The source is damaged, or FOLDER.streaming is that of another run.
-            TypeError: An option that needs a model in memory.
+            TypeError: An option needs a model in memory, or something given has no value to know the run again by.
+            OSError: A file cannot be written, as on a full disk. What was done is kept.
         """
         if isinstance(rank, Budget) and isinstance(rank.goal, SmallestGoodEnough):
             raise TypeError(
@@ -84,6 +85,10 @@ class Checkpoint(Streamed):
         target = Path(folder)
         try:
             return Run(MappedModel(self.source), self.source, target, calibrate, anchored).carry_out(rank, options)
+        except OSError as error:
+            if not (work := work_folder(target)).exists():
+                raise
+            raise OSError(f"{error}; what was done is kept in {work}, and the same call goes on from there") from error
         except Unstreamable as reason:
             warnings.warn(f"{self.source} is compressed in memory: {reason}", stacklevel=3)
             shutil.rmtree(work_folder(target), ignore_errors=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..calibration.batches import Batch
 from ..calibration.losses import Sensitivity
 from ..util import nested, tensor_file
+from ..util.files import write_text
 from .cut import Cut, Leaf
 
 
@@ -31,26 +32,24 @@ class SentBack(Sensitivity):
             tensor.register_post_accumulate_grad_hook(partial(take, leaf))
         if self._cut.course.is_last(self._unit, batch.number):
             own = torch.Generator().manual_seed(self._seed * 1_000_003 + batch.number)
-            samples = self._loss.backward(output, batch, own)
+            write_text(self._samples(batch.number), str(self._loss.backward(output, batch, own)))
         else:
-            samples = self._given(output, batch.number)
+            self._send(output, batch.number)
         tensors = {
             f"{unit}:{number}:{draw}": gradient.contiguous()
             for (unit, number), gradients in arrived.items()
             for draw, gradient in enumerate(gradients)
         }
-        tensor_file.write(self._file(self._unit, batch.number), tensors, {"samples": str(samples)})
-        return samples
+        tensor_file.write(self._file(self._unit, batch.number), tensors, {"through": self._unit})
+        return int(self._samples(batch.number).read_text())
 
-    def _given(self, output: object, number: int) -> int:
+    def _send(self, output: object, number: int) -> None:
         """Send what arrived at the units behind on through this one."""
         draws: dict[int, dict[int, Tensor]] = {}
-        samples = 0
         for consumer in self._cut.course.consumers(self._unit, number):
             file = self._file(consumer, number)
-            shapes, about = tensor_file.read_table(file)
-            samples = int(about["samples"])
-            mine = [name for name in shapes if name.rpartition(":")[0].rpartition(":")[0] == self._unit]
+            names = tensor_file.read_table(file)[0]
+            mine = [name for name in names if name.rsplit(":", 2)[0] == self._unit]
             for name, gradient in tensor_file.read(file, mine).items():
                 leaf, draw = map(int, name.split(":")[-2:])
                 sums = draws.setdefault(draw, {})
@@ -61,7 +60,10 @@ class SentBack(Sensitivity):
             if reached:
                 ends = [outputs[leaf] for leaf in reached]
                 torch.autograd.backward(ends, list(reached.values()), retain_graph=draw + 1 < len(draws))
-        return samples
+
+    def _samples(self, number: int) -> Path:
+        """Where it is noted from how many rows of the output the gradients of a batch stem."""
+        return self._folder / f"{number:06d}.samples"
 
     def _file(self, unit: str, number: int) -> Path:
         return self._folder / self._cut.place(unit) / f"{number:06d}.safetensors"
