@@ -32,17 +32,22 @@ class Checkpoint(Streamed):
         self.source = os.fspath(source)
 
     def model(self) -> nn.Module:
-        """Map the model from its files.
+        """Map the model from its files; where they cannot be mapped, load it, with a warning that says why.
 
         Returns:
             The model. What is not touched of its parameters takes no memory, and they must not be changed in place.
 
         Raises:
-            ValueError: The folder is damaged, or its files cannot be mapped as they are; the text says why.
+            ValueError: The folder is damaged; the text says what is missing.
         """
+        from ..saving.transformers_folder import load_model
         from .mapped import MappedModel  # with transformers, which not everybody has
 
-        return MappedModel(self.source).model
+        try:
+            return MappedModel(self.source).model
+        except Unstreamable as reason:
+            warnings.warn(f"{self.source} is loaded into memory: {reason}", stacklevel=2)
+            return load_model(self.source)
 
     def compressed(
         self,

@@ -23,7 +23,7 @@ from ..util.progress import track
 from .cut import END, Course, Cut
 from .gradients import SentBack
 from .mapped import MappedModel, bytes_of
-from .values import Unstreamable
+from .values import Unstreamable, read_masks, write_masks
 
 
 @dataclass
@@ -131,12 +131,16 @@ class Sweeps:
         file = self.folder / "visits" / f"{self.cut.place(unit)}.json"
         sites = [site for site in self.units[unit] if site.fqn in self._wanted]
         noted = json.loads(file.read_text()) if file.exists() else None
+        masks = {number: self.batches[number].masks for number in numbers}
+        before = {number: len(held.derived) for number, held in masks.items()}
         if noted is None:
             others = [site for site in self.units[unit] if site not in sites]
             batches = [call_of(self.batches[number], partial(self._kept, unit)) for number in numbers]
             calls = observe_calls(self.mapped.model, sites, batches, self.masking, others)
         else:
             calls = LayerCalls(**noted["calls"])
+            for number, derived in read_masks(file.with_suffix(".safetensors")).items():
+                masks[number].restore(derived)
             for key, leaves in noted["needs"].items():
                 self.course.of(key).update(map(tuple, leaves))
         for number in numbers:
@@ -146,6 +150,7 @@ class Sweeps:
             for number in (n for n, there in zip(numbers, nexts, strict=True) if there is None):
                 self.cut.forget(unit, number)  # the last runs again with what comes after it
             needs = {key: sorted(self.course.of(key)) for key in (unit, END)}
+            write_masks(file.with_suffix(".safetensors"), {n: held.derived[before[n] :] for n, held in masks.items()})
             noted = {"unit": unit, "calls": asdict(calls), "needs": needs, "nexts": nexts}
             write_text(file, json.dumps(noted))
         seen = [site for site in sites if site.fqn not in calls.unseen]

@@ -1,14 +1,16 @@
-"""What a block returns, in a file: its tensors, and how they lie in tuples, lists and dicts."""
+"""What a block returns, in a file: its tensors, and how they lie in tuples, lists and dicts; and masks behind it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..calibration.masks import Mask
 from ..util import nested, tensor_file
 
 _LAYOUT, _ROWS = "layout", torch.contiguous_format
@@ -32,6 +34,23 @@ def read_value(file: Path, wanted: Callable[[int], bool], made: Callable[[int, T
     layout = json.loads(tensor_file.read_table(file)[1][_LAYOUT])
     held = tensor_file.read(file, {str(entry["tensor"]) for entry in _tensors_in(layout) if _is_read(entry, wanted)})
     return _rebuilt(layout, held, made)
+
+
+def write_masks(file: Path, masks: dict[int, Iterable[Mask]]) -> None:
+    """Write masks of batches, by number."""
+    listed = [(number, mask) for number, several in masks.items() for mask in several]
+    about = [[number, mask.name, mask.stream, mask.time_first] for number, mask in listed]
+    tensors = {str(i): mask.counts.contiguous() for i, (_, mask) in enumerate(listed)}
+    tensor_file.write(file, tensors, {_LAYOUT: json.dumps(about)})
+
+
+def read_masks(file: Path) -> dict[int, list[Mask]]:
+    """What was written."""
+    names, about = tensor_file.read_table(file)
+    held, masks = tensor_file.read(file, names), defaultdict(list)
+    for i, (number, name, stream, time_first) in enumerate(json.loads(about[_LAYOUT])):
+        masks[number].append(Mask(name, held[str(i)], stream, time_first))
+    return masks
 
 
 def _laid_out(value: object, numbers: dict[int, int], whose: str) -> object:

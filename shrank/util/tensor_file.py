@@ -14,8 +14,8 @@ from .files import replacing
 
 
 def write(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write contiguous tensors that own their memory, and strings, to one file, atomically; OSError if the disk does not
-    take them."""
+    """Write contiguous tensors that own their memory, and strings, to one file, atomically; OSError if that
+    fails, as on a full disk."""
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
