@@ -92,9 +92,8 @@ class Fit:
             done = carried_out(self.survey, self.plan, names, metric(unit), workers=1)
             after(unit)
             RankPlan(tuple(done.values())).save(self._notes(unit))
-            module = self.mapped.model.get_submodule(unit)
-            write_shard(self._shard(unit), unit, module)
-            module.to("meta")
+            write_shard(self._shard(unit), unit, self.mapped.model)
+            self.mapped.model.get_submodule(unit).to("meta")
             self.mapped.release(self.mapped.model)
 
     def write_rest(self) -> None:

@@ -19,20 +19,18 @@ _METADATA = {"format": "pt"}  # as transformers writes it
 INDEX = "model.safetensors.index.json"
 
 
-def write_shard(file: Path, name: str, module: nn.Module) -> None:
-    """Write a unit of this name, with a seal for every low-rank layer."""
-    held = {**module.state_dict(), **seals(module)}
-    _write(file, {f"{name}.{key}": value for key, value in held.items()})
+def write_shard(file: Path, unit: str, model: nn.Module) -> None:
+    """Write a unit, with a seal for every low-rank layer."""
+    module, skipped = model.get_submodule(unit), _not_written(model)
+    held = {f"{unit}.{key}": value for key, value in {**module.state_dict(), **seals(module)}.items()}
+    _write(file, {name: value for name, value in held.items() if name not in skipped})
 
 
 def write_rest(file: Path, model: nn.Module, units: Iterable[str]) -> None:
-    """Write what a model has outside of its units; of tied tensors, the one that the others are tied to."""
-    inside = tuple(f"{unit}." for unit in units)
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    ignored = set(model._keys_to_ignore_on_save or ())
-    state = model.state_dict()
-    skipped = ignored | {name for name in tied if name in state and _same(state[name], state[tied[name]])}
-    _write(file, {n: value for n, value in state.items() if not n.startswith(inside) and n not in skipped})
+    """Write what a model has outside of its units."""
+    inside, skipped = tuple(f"{unit}." for unit in units), _not_written(model)
+    held = {name: value for name, value in model.state_dict().items() if not name.startswith(inside)}
+    _write(file, {name: value for name, value in held.items() if name not in skipped})
 
 
 def assembled(shards: list[Path], folder: Path) -> None:
@@ -58,8 +56,15 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> None:
     tensor_file.write(file, {name: value.detach().contiguous() for name, value in tensors.items()}, _METADATA)
 
 
+def _not_written(model: nn.Module) -> set[str]:
+    """Names that transformers does not save: of tied tensors only the one that the others are tied to is."""
+    state = model.state_dict()
+    tied = {name: other for name, other in model.all_tied_weights_keys.items() if {name, other} <= state.keys()}
+    return {*(model._keys_to_ignore_on_save or ()), *(n for n, other in tied.items() if _same(state[n], state[other]))}
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+    return not one.is_meta and one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
 def _linked(old: Path, new: Path) -> None:

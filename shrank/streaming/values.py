@@ -40,7 +40,7 @@ def write_masks(file: Path, masks: dict[int, Iterable[Mask]]) -> None:
     """Write masks of batches, by number."""
     listed = [(number, mask) for number, several in masks.items() for mask in several]
     about = [[number, mask.name, mask.stream, mask.time_first] for number, mask in listed]
-    tensors = {str(i): mask.counts.contiguous() for i, (_, mask) in enumerate(listed)}
+    tensors = {str(i): mask.counts.clone(memory_format=_ROWS) for i, (_, mask) in enumerate(listed)}
     tensor_file.write(file, tensors, {_LAYOUT: json.dumps(about)})
 
 

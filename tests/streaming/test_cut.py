@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from shrank.calibration.batches import Batch, as_batches
 from shrank.calibration.losses import Custom
+from shrank.calibration.masks import Mask
 from shrank.streaming.cut import END, Course, Cut
 from shrank.streaming.gradients import SentBack
-from shrank.streaming.values import Unstreamable, read_value, write_value
+from shrank.streaming.values import Unstreamable, read_masks, read_value, write_masks, write_value
 from tests.common.models import WIDTH, draw, seeded
 from tests.common.tolerances import assert_close
 
@@ -150,3 +151,15 @@ def test_values_in_files(tmp_path) -> None:
     assert torch.equal(found[2], torch.zeros(4, dtype=torch.bfloat16))  # not wanted
     with pytest.raises(Unstreamable, match="it returns a Batch, which no file can hold"):
         write_value(tmp_path / "other", replace(as_batches([twice])[0]), "it")
+
+
+def test_masks_in_files(tmp_path) -> None:
+    masks = [Mask("attention_mask", draw(2, 7) > 0, "audio"), Mask("other", draw(2, 3) > 0, None, time_first=True)]
+    write_masks(tmp_path / "masks", {3: masks, 4: [], 5: masks[:1]})
+    found = read_masks(tmp_path / "masks")
+    assert found.keys() == {3, 5} and len(found[3]) == 2
+    for mask, here in zip(masks, found[3], strict=True):
+        assert torch.equal(mask.counts, here.counts)
+        assert (mask.name, mask.stream, mask.time_first) == (here.name, here.stream, here.time_first)
+    write_masks(tmp_path / "none", {0: []})
+    assert read_masks(tmp_path / "none") == {}
