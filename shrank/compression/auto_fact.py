@@ -108,7 +108,7 @@ def auto_fact(
     )
     if isinstance(rank, RankPlan) and fitting != PlanOptions():
         raise TypeError("a RankPlan already says what to do: give it without further options")
-    if isinstance(module, Streamed) or stream is not None:
+    if stream is not None or _is_streamed(module):
         return _streamed(module, stream, rank, replace(fitting, errors=False), _data(calibrate, anchored))
     if deepcopy:
         copied = copy.deepcopy(module)
@@ -128,6 +128,10 @@ def auto_fact(
     return data.applied(survey, plan)
 
 
+def _is_streamed(module: nn.Module | Streamed) -> bool:
+    return isinstance(module, Streamed) and not isinstance(module, nn.Module)
+
+
 def _streamed(
     module: nn.Module | Streamed,
     folder: str | os.PathLike | None,
@@ -136,7 +140,7 @@ def _streamed(
     data: _Data,
 ) -> nn.Module:
     """What `auto_fact` does of a model that is not in memory."""
-    if not isinstance(module, Streamed):
+    if not _is_streamed(module):
         raise TypeError(f"stream: give shrank.Checkpoint(folder), got a {type(module).__name__}, which is in memory")
     if folder is None:
         raise TypeError(f"a {type(module).__name__} is not in memory: say where to write with stream=folder")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from pathlib import Path
 
@@ -96,7 +95,6 @@ class Checkpoint(Streamed):
             raise OSError(f"{error}; what was done is kept in {work}, and the same call goes on from there") from error
         except Unstreamable as reason:
             warnings.warn(f"{self.source} is compressed in memory: {reason}", stacklevel=3)
-            shutil.rmtree(work_folder(target), ignore_errors=True)
         model = load_model(self.source)
         further = {} if isinstance(rank, RankPlan) else vars(options)
         model = auto_fact(model, rank, calibrate=calibrate, anchored=anchored, **further)

@@ -35,6 +35,7 @@ from .journal import put_in_place, taken_up, work_folder
 from .mapped import MappedModel
 from .shards import assembled, bare
 from .sweeps import Sweeps
+from .values import Unstreamable
 
 
 class Run:
@@ -55,11 +56,18 @@ class Run:
     def carry_out(self, rank: Rank | Budget | RankPlan, options: PlanOptions) -> nn.Module:
         """The compressed model, mapped from the files that were written; or the dense one, if nothing was to be
         done."""
-        mapped, work = self.mapped, self.work
-        survey = Survey(mapped.model)
+        survey = Survey(self.mapped.model)
         if isinstance(rank, RankPlan):
             resolve(survey, rank)
-        taken_up(work, self._about(rank, options))
+        taken_up(self.work, self._about(rank, options))
+        try:
+            return self._carried_out(survey, rank, options)
+        except Unstreamable:
+            shutil.rmtree(self.work)
+            raise
+
+    def _carried_out(self, survey: Survey, rank: Rank | Budget | RankPlan, options: PlanOptions) -> nn.Module:
+        mapped, work = self.mapped, self.work
         with torch.inference_mode(False), torch.no_grad(), _without_cache(mapped.model):
             wanted = {x.fqn for x in rank.low_rank} if isinstance(rank, RankPlan) else eligible_in(survey, options)
             sweeps = Sweeps(mapped, _units(survey), set(wanted), self.how, work) if self.how else None

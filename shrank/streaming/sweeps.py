@@ -17,6 +17,7 @@ from ..calibration.observer import Accumulator
 from ..calibration.request import Calibrate
 from ..calibration.sharing import LayerCalls, observe_calls
 from ..calibration.streams import Masking, warn_of_masks_that_fit_nothing
+from ..model.hooks import hooked
 from ..model.survey import Site
 from ..util.files import write_text
 from ..util.progress import track
@@ -60,7 +61,7 @@ class Sweeps:
         self.course = Course([[] for _ in self.batches])
         names = {unit: [site.fqn for site in sites] for unit, sites in units.items()}
         self.cut = Cut(mapped.model, names, folder / "outputs", self.course)
-        self.masking = masking_of(mapped.model, units)
+        self.masking = Masking(mapped.model, {site.fqn: site.module for sites in units.values() for site in sites})
         self.visits: list[Visit] = []
 
     def forward(self, measure: bool) -> None:
@@ -108,13 +109,12 @@ class Sweeps:
 
     def _look_ahead(self) -> None:
         """Find out what masks there are for, where that needs runs of the whole model."""
-        release = lambda module, *_: self.mapped.release(module)  # noqa: E731
-        handles = [module.register_forward_hook(release) for module in self.cut.modules().values()]
-        try:
+
+        def let_go(module: nn.Module, *_: object) -> None:
+            self.mapped.release(module)
+
+        with hooked((module, let_go) for module in self.cut.modules().values()):
             self.masking.prepare(self.batches)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _order(self, nexts: dict[int, str | None]) -> Iterator[str]:
         """The units as batches reach them; of several that batches wait at, the first in the model."""
@@ -187,7 +187,3 @@ class Sweeps:
 def call_of(batch: Batch, run: Callable[[nn.Module, Batch], object]) -> Batch:
     """A batch that is run by a function, which gets it as it was."""
     return replace(batch, forward=lambda model, moved: run(model, replace(moved, forward=batch.forward)))
-
-
-def masking_of(model: nn.Module, units: dict[str, list[Site]]) -> Masking:
-    return Masking(model, {site.fqn: model.get_submodule(site.fqn) for sites in units.values() for site in sites})
