@@ -2,8 +2,8 @@
 
 python -m benchmarks.quality.streamed OUT [LAYERS]
 
-OUT: a JSON file. LAYERS: a pattern of the layers that may change, all by default. 16 windows of 128
-tokens; keep 0.8 by the sensitivity of the outputs; layers fitted alone, and anchored.
+OUT: a JSON file. LAYERS: a pattern of the layers that may change, all by default. 8 windows of 64 tokens; keep 0.8 by
+the sensitivity of the outputs; layers fitted alone, and anchored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.provenance import provenance
 from benchmarks.quality.tasks import SmolLM2
 from shrank.saving.transformers_folder import load_model
 
-_WINDOWS, _TOKENS, _TEXTS = 16, 128, 4
+_WINDOWS, _TOKENS, _TEXTS = 8, 64, 4
 
 
 def compared(source: Path, target: Path, layers: str, how: shrank.Calibrate, anchored: float) -> dict[str, object]:
