@@ -38,7 +38,8 @@ def factorize_weighted(matrices: Tensor, metric: Metric, rank: int) -> Factors:
         squares, vectors = torch.linalg.eigh(problem)
     except torch.linalg.LinAlgError as error:
         raise FactorizationError(f"the eigensolver did not converge: {error}") from error
-    squares, leading = squares.flip(-1).clamp_min(0), vectors.flip(-1)[..., :rank]
+    squares, leading = squares.flip(-1).clamp_min(0), vectors[..., vectors.shape[-1] - rank :].flip(-1)
+    del problem, vectors  # before the matrices in float64, which are larger still
     W = _goal(matrices, metric)
     if metric.on_inputs:
         up, down = W @ (left @ leading), leading.mT @ right  # never W @ left, which is as large as W
