@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from benchmarks.provenance import RESULTS, provenance
 
 _STD, _TEXTS = 0.02, 2
 _EVERY = 0.1  # seconds
-_PEAKS = ("VmHWM", "VmRSS", "RssAnon", "RssFile")
+_PEAKS = ("VmRSS", "RssAnon", "RssFile")
 _REPLACED = ("self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
 
 
@@ -123,10 +124,12 @@ def main() -> None:
     if not (given.folder / "dense").exists():
         make(given.folder / "dense", given.blocks)
     size = sum(file.stat().st_size for file in (given.folder / "dense").glob("*.safetensors"))
+    about = provenance("cpu")
     command = [sys.executable, "-m", "benchmarks.speed.bench_streaming", *sys.argv[1:], "--inside"]
     found = watched(command, given.folder / "small.streaming")
+    load = {"load averages at the end": os.getloadavg()}
     settings = {"blocks": given.blocks, "tokens": _TEXTS * given.tokens, "measure": given.measure, "bytes": size}
-    given.out.write_text(json.dumps({"about": provenance("cpu"), **settings, **found}, indent=1) + "\n")
+    given.out.write_text(json.dumps({"about": about, **load, **settings, **found}, indent=1) + "\n")
     shutil.rmtree(given.folder)
 
 
