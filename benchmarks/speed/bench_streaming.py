@@ -28,7 +28,7 @@ from benchmarks.provenance import RESULTS, provenance
 _STD, _TEXTS = 0.02, 2
 _EVERY = 0.1  # seconds
 _PEAKS = ("VmRSS", "RssAnon", "RssFile")
-_REPLACED = ("self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
+_REPLACED = ("self_attn.k_proj", "mlp.up_proj")
 
 
 def make(folder: Path, blocks: int) -> None:
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64, help="of each of two texts")
-    parser.add_argument("--measure", default="model.layers.0.*")
+    parser.add_argument("--measure", default="model.layers.[01].*")
     parser.add_argument("--replace", nargs="*", default=[f"model.layers.0.{n}" for n in _REPLACED])
     parser.add_argument("--out", type=Path, default=RESULTS / "streaming.json")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
