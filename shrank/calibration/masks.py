@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -101,6 +101,15 @@ class Masks:
 
     def __len__(self) -> int:
         return len(self.found)
+
+    @property
+    def derived(self) -> tuple[Mask, ...]:
+        """Those behind convolutions that ran so far."""
+        return tuple(self._derived)
+
+    def restore(self, derived: Iterable[Mask]) -> None:
+        """Take masks for those behind convolutions that ran in another process."""
+        self._derived += derived
 
     @property
     def have_padding(self) -> bool:

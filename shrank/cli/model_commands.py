@@ -27,6 +27,7 @@ from ..planning.tables import table
 from ..reporting.page import report as write_page
 from ..saving.checkpoint import inspect_file
 from ..saving.folders import transformer_folder
+from ..streaming.checkpoint import Checkpoint
 from ..util.files import size_on_disk
 from . import launched
 from .options import (
@@ -71,6 +72,15 @@ Loss = Annotated[str, typer.Option(help="What errors are weighted by: output, lm
 Anchored = Annotated[float, typer.Option(help="Fit block by block, to this share of the dense outputs, such as 0.25.")]
 MaxLength = Annotated[
     int, typer.Option(min=1, help="Tokens of a text that are used, at most as many as the model has positions for.")
+]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        help=(
+            "Work from the files, a block at a time, for a model that does not fit in memory. After whatever stopped "
+            "it, the same command goes on where it was, by what it keeps in OUT.streaming."
+        )
+    ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts, images or sounds that are run together.")]
 
@@ -133,6 +143,7 @@ def compress(
     allow_slower: AllowSlower = False,
     pivot: Pivot = None,
     treat_as_base: TreatAsBase = None,
+    stream: Stream = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page about what was done.")] = None,
     force: Force = False,
     as_json: Json = False,
@@ -146,18 +157,22 @@ def compress(
     require_free(out, force)
     if (heal or anchored) and calibrate is None:
         fail(f"--{'heal' if heal else 'anchored'} needs data: --calibrate", USAGE)
+    if heal and stream:
+        fail("--heal trains the whole model in memory: compress with --stream, then use shrank heal", USAGE)
     with errors(across=True) as here:
         from ..saving.transformers_folder import load_model, save_model
 
         rule = one_of(rank=rank, keep=keep, energy=energy, plan=plan)
         options = plan_options(pivot, include=include, exclude=exclude, round_to=round_to, allow_slower=allow_slower)
-        model, dense = load_model(source), None
+        checkpoint = Checkpoint(source) if stream else None
+        model, dense = checkpoint.model() if checkpoint else load_model(source), None
         trust(model, treat_as_base)
         if calibrate and (plan or eligible(model, **options)):
             batches = _batches(calibrate, model, source, loss, max_length, batch_size)
             options |= {"calibrate": Calibrate(batches, loss=loss), "anchored": anchored}
-            dense = copy.deepcopy(model) if heal or report else None
-        model = auto_fact(model, RankPlan.load(plan) if plan else rule, **options)
+            dense = copy.deepcopy(model) if heal or (report and not stream) else None
+        rule = RankPlan.load(plan) if plan else rule
+        model = auto_fact(checkpoint, rule, stream=out, **options) if checkpoint else auto_fact(model, rule, **options)
         require_layers(model.shrank_plan)
         if heal:
             model = heal_model(model, dense, batches, steps=heal, loss="lm" if loss == "lm" else "none")
@@ -167,7 +182,8 @@ def compress(
         if report:
             done = measure_errors(done, dense, model, batches[:8]) if dense is not None else done
             write_page(done, report)
-        save_model(model, source, out)
+        if not stream:
+            save_model(model, source, out)
     healing = f"\n{_told(model)}" if heal else ""
     show(
         {**done.to_dict(), "bytes": size_on_disk(out)},

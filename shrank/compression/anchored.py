@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +24,7 @@ from ..calibration.observer import Observed, add_up
 from ..calibration.sharing import Group, observe_calls
 from ..calibration.streams import Masking
 from ..linalg import Metric, Moments
+from ..model.blocks import blocks_of
 from ..model.hooks import hooked, in_eval_mode, input_of
 from ..model.surgery import finish
 from ..model.survey import Site, Survey
@@ -70,10 +69,9 @@ def carry_out_anchored(
     survey: Survey, plan: RankPlan, batches: list[Batch], calibration: Calibration, share: float
 ) -> RankPlan:
     """As `apply_anchored`; the plan with the errors found. `finish` must follow."""
-    if not 0 < share <= 1:
-        raise ValueError(f"anchored must lie in (0, 1], got {share}")
+    require_share(share)
     sites = [site for site, layer in resolve(survey, plan) if layer.fqn in calibration]
-    _warn_of_few_tokens(plan, calibration, sites)
+    warn_of_few_tokens(plan, calibration, sites)
     dense = copy.deepcopy(survey.model)
     batches = bound(batches, dense)
     masking = Masking(dense, {site.fqn: dense.get_submodule(site.fqn) for site in sites})
@@ -83,12 +81,17 @@ def carry_out_anchored(
     by_name = {site.fqn: site for site in sites}
     stages = _stages(survey.model, [[by_name[name] for name in names] for names in seen.shared])
     anchored = {site.fqn for stage in stages for sharing in stage for site in sharing}
-    done = _carried_out(survey, plan, {layer.fqn for layer in plan} - anchored, calibration)
+    done = carried_out(survey, plan, {layer.fqn for layer in plan} - anchored, calibration)
     for stage in track(stages, "compressing block by block"):
-        groups = [group for sharing in stage for group in _groups(sharing, calibration)]
-        found = _Anchored(calibration, _observed(survey.model, masking, groups, batches, seen.calls, share))
-        done |= _carried_out(survey, plan, {site.fqn for group in groups for site in group.sites}, found)
+        groups = [group for sharing in stage for group in groups_in(sharing, calibration)]
+        found = anchored_at(calibration, survey.model, masking, groups, batches, seen.calls, share)
+        done |= carried_out(survey, plan, {site.fqn for group in groups for site in group.sites}, found)
     return replace(plan, layers=tuple(done[layer.fqn] for layer in plan))
+
+
+def require_share(share: float) -> None:
+    if not 0 < share <= 1:
+        raise ValueError(f"anchored must lie in (0, 1], got {share}")
 
 
 class _Anchored(MetricSource):
@@ -99,6 +102,20 @@ class _Anchored(MetricSource):
 
     def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
         return self._calibration.metric(fqn, matrices, centred, self._moments.get(fqn))
+
+
+def anchored_at(
+    calibration: Calibration,
+    model: nn.Module,
+    masking: Masking,
+    groups: list[Group],
+    batches: list[Batch],
+    calls: dict[str, list[int]],
+    share: float,
+) -> MetricSource:
+    """The norms of a calibration, of the layers in these groups at what they see in a model that is compressed before
+    them; masking: of the dense model, calls: of every layer, by batch."""
+    return _Anchored(calibration, _observed(model, masking, groups, batches, calls, share))
 
 
 class _Pair:
@@ -204,35 +221,41 @@ def _run(model: nn.Module, batch: Batch, hooks: dict[str, Callable], enough: int
         batch.call(model)
 
 
-def _carried_out(survey: Survey, plan: RankPlan, names: set[str], calibration: MetricSource) -> dict[str, LayerPlan]:
-    """What became of these layers of the plan, which were replaced."""
+def carried_out(
+    survey: Survey, plan: RankPlan, names: set[str], calibration: MetricSource | None, workers: int | None = None
+) -> dict[str, LayerPlan]:
+    """What became of these layers of the plan, which were replaced, so many at a time."""
     part = replace(plan, layers=tuple(x for x in plan if x.fqn in names))
-    return {layer.fqn: layer for layer in carry_out(survey, part, calibration)}
+    return {layer.fqn: layer for layer in carry_out(survey, part, calibration, workers)}
 
 
 def _stages(model: nn.Module, shared: list[list[Site]]) -> list[list[list[Site]]]:
-    """The layers in the order of execution, those of one block together: the outermost entry of a list of modules that
-    holds no more than half of them."""
-    lists = {name for name, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)}
-    holders = {site.fqn: list(accumulate(site.fqn.split("."), "{}.{}".format)) for sites in shared for site in sites}
-    held = Counter(name for names in holders.values() for name in names)
+    """The layers in the order of execution, those of one block together: also where layers of later blocks share an
+    input, as those of a decoder that look at the encoder."""
+    blocks = blocks_of(model)
+    last = {blocks[sharing[0].fqn]: number for number, sharing in enumerate(shared)}
+    stages: list[tuple[str, list[list[Site]]]] = []
+    later: dict[str, list[list[Site]]] = {}
+    for number, sharing in enumerate(shared):
+        block, parts = blocks[sharing[0].fqn], {}
+        if not stages or stages[-1][0] != block:
+            stages.append((block, later.pop(block, [])))
+        for site in sharing:
+            own = blocks[site.fqn]
+            parts.setdefault(own if last.get(own, 0) > number else block, []).append(site)
+        stages[-1][1].append(parts.pop(block))
+        for own, part in parts.items():
+            later.setdefault(own, []).append(part)
+    return [stage for _, stage in stages]
 
-    def block(sharing: list[Site]) -> str:
-        names = holders[sharing[0].fqn]
-        return next(
-            (name for name in names if name.rpartition(".")[0] in lists and 2 * held[name] <= len(holders)), names[-1]
-        )
 
-    return [list(stage) for _, stage in groupby(shared, block)]
-
-
-def _groups(sharing: list[Site], calibration: Calibration) -> list[Group]:
+def groups_in(sharing: list[Site], calibration: Calibration) -> list[Group]:
     """Layers of one input, observed on the side on which the calibration observed them."""
     by_inputs = tuple(site for site in sharing if calibration.of_inputs(site.fqn))
     return [Group(by_inputs, True)] * bool(by_inputs) + [Group((s,), False) for s in sharing if s not in by_inputs]
 
 
-def _warn_of_few_tokens(plan: RankPlan, calibration: Calibration, sites: list[Site]) -> None:
+def warn_of_few_tokens(plan: RankPlan, calibration: Calibration, sites: list[Site]) -> None:
     few = [
         f"{site.fqn} ({calibration.tokens(site.fqn)} for {inputs} inputs)"
         for site in sites

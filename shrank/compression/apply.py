@@ -48,14 +48,16 @@ def apply(model: nn.Module, plan: RankPlan, calibration: MetricSource | None = N
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def carry_out(survey: Survey, plan: RankPlan, calibration: MetricSource | None = None) -> RankPlan:
-    """Replace the planned layers; the plan with the errors found. `surgery.finish` must follow; ValueError as `apply`
-    raises it."""
+def carry_out(
+    survey: Survey, plan: RankPlan, calibration: MetricSource | None = None, workers: int | None = None
+) -> RankPlan:
+    """Replace the planned layers, so many at a time; the plan with the errors found. `surgery.finish` must follow;
+    ValueError as `apply` raises it."""
     done = {layer.fqn: layer for layer in plan}
     jobs = resolve(survey, plan)
     agree_on(survey.model)
     current().agree("the plan", plan.to_dict())
-    for site, layer, twin in track(twins(jobs, calibration), "factorising", total=len(jobs)):
+    for site, layer, twin in track(twins(jobs, calibration, workers), "factorising", total=len(jobs)):
         done[layer.fqn] = layer
         if twin is None:
             warnings.warn(f"{layer.fqn} stays dense: {layer.reason}", stacklevel=3)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -21,6 +22,7 @@ from ..planning.make_plan import eligible_in, plan_of
 from ..planning.options import PlanOptions, members, options_of
 from ..planning.plan import RankPlan
 from ..planning.rank import Rank
+from ..planning.spectra import Spectra
 from ..util.processes import current
 from ..util.progress import track
 from .anchored import SHARE, carry_out_anchored
@@ -31,12 +33,27 @@ if TYPE_CHECKING:
 
     from ..planning.keywords import FittingKeywords
 
-_PARAMETERS = ("module", "rank", "deepcopy", "calibrate", "anchored")
+_PARAMETERS = ("module", "rank", "deepcopy", "calibrate", "anchored", "stream")
 _TRIALS = 7  # halvings of the share kept: to within 1 / 128
 
 
+@runtime_checkable
+class Streamed(Protocol):
+    """A model that is not in memory, and is compressed from files into files."""
+
+    def compressed(
+        self,
+        folder: str | os.PathLike,
+        rank: Rank | Budget | RankPlan,
+        options: PlanOptions,
+        calibrate: Calibrate | None,
+        anchored: float,
+    ) -> nn.Module:
+        """The model, compressed into a folder."""
+
+
 def auto_fact(
-    module: nn.Module,
+    module: nn.Module | Streamed,
     rank: Rank | Budget | RankPlan,
     groups_out: bool = False,
     skip_high_groups: bool = True,
@@ -46,12 +63,13 @@ def auto_fact(
     *,
     calibrate: Iterable[object] | Calibrate | Calibration | None = None,
     anchored: float | bool = False,
+    stream: str | os.PathLike | None = None,
     **options: Unpack[FittingKeywords],
 ) -> nn.Module:
     """Replace the linear and convolution layers of a model by low-rank twins initialised from their weights.
 
     Args:
-        module: The model, changed in place unless `deepcopy`.
+        module: The model, changed in place unless `deepcopy`; or with `stream` a `shrank.Checkpoint`.
         rank: An int, for every layer; a float in (0, 1), the fraction of each layer's break-even rank, or with data the
             share of all weights that a Budget keeps; a rule such as Energy(0.9); a dict of glob pattern -> rule; a
             function (fqn, module) -> rank | None; a Budget for all layers together; or a RankPlan.
@@ -67,6 +85,8 @@ def auto_fact(
         anchored: Compress block by block. Each block is fitted at the inputs that the compressed blocks before it give,
             to a mixture of the outputs there and those of the dense model. A number in (0, 1] is the share of the
             latter; True stands for a quarter. Needs the data itself, and runs it twice for each block.
+        stream: A folder, to compress a `shrank.Checkpoint` into: block by block, from its files into others. Repeated
+            after whatever stopped it, the same call goes on where it was.
         **options: The other fields of PlanOptions.
 
     Returns:
@@ -89,6 +109,8 @@ def auto_fact(
     )
     if isinstance(rank, RankPlan) and fitting != PlanOptions():
         raise TypeError("a RankPlan already says what to do: give it without further options")
+    if stream is not None or _is_streamed(module):
+        return _streamed(module, stream, rank, replace(fitting, errors=False), _data(calibrate, anchored))
     if deepcopy:
         copied = copy.deepcopy(module)
         fitting = replace(fitting, submodules=_counterparts(module, fitting.submodules, copied))
@@ -105,6 +127,29 @@ def auto_fact(
     if not plan.low_rank:
         warnings.warn(f"no layer was replaced: {plan.why_dense()}", stacklevel=2)
     return data.applied(survey, plan)
+
+
+def _is_streamed(module: nn.Module | Streamed) -> bool:
+    return isinstance(module, Streamed) and not isinstance(module, nn.Module)
+
+
+def _streamed(
+    module: nn.Module | Streamed,
+    folder: str | os.PathLike | None,
+    rank: Rank | Budget | RankPlan,
+    options: PlanOptions,
+    data: _Data,
+) -> nn.Module:
+    """What `auto_fact` does of a model that is not in memory."""
+    if not _is_streamed(module):
+        raise TypeError(f"stream: give shrank.Checkpoint(folder), got a {type(module).__name__}, which is in memory")
+    if folder is None:
+        raise TypeError(f"a {type(module).__name__} is not in memory: say where to write with stream=folder")
+    if current().size > 1:
+        raise ValueError(f"stream: one process reads and writes the files, and these are {current().size}")
+    if data.calibration is not None:
+        raise TypeError("stream: give calibrate= the data itself; a Calibration is that of a model in memory")
+    return module.compressed(folder, rank, options, data.how, data.anchored)
 
 
 @dataclass(frozen=True)
@@ -139,7 +184,7 @@ def _data(given: Iterable[object] | Calibrate | Calibration | None, anchored: fl
 
 
 def _plan(survey: Survey, rank: Rank | Budget, data: _Data, options: PlanOptions) -> RankPlan:
-    return plan_of(survey, rank, data.calibration, options)
+    return plan_of(survey, rank, Spectra(data.calibration), options)
 
 
 def _smallest_good_enough(survey: Survey, budget: Budget, data: _Data, options: PlanOptions) -> RankPlan:

@@ -21,7 +21,9 @@ Job = tuple[Site, LayerPlan]
 Parts = dict[str, Tensor]
 
 
-def twins(jobs: list[Job], calibration: MetricSource | None) -> Iterator[tuple[Site, LayerPlan, nn.Module | None]]:
+def twins(
+    jobs: list[Job], calibration: MetricSource | None, workers: int | None = None
+) -> Iterator[tuple[Site, LayerPlan, nn.Module | None]]:
     """What shall stand in for each layer, in order, with the plan as it came out; None where it cannot be factorised.
 
     Takes the layers off `jobs`, so that nobody holds one that was replaced.
@@ -34,7 +36,7 @@ def twins(jobs: list[Job], calibration: MetricSource | None) -> Iterator[tuple[S
         layer, parts = _factorised(calibration, job)
         return job[0], layer, _twin(job[0], layer, parts)
 
-    workers = workers_for(site.module.weight for site, _ in jobs)
+    workers = workers or workers_for(site.module.weight for site, _ in jobs)
     jobs.reverse()
     yield from in_parallel(made, iter(lambda: jobs.pop() if jobs else None, None), workers)
 

@@ -15,13 +15,15 @@ from .factors import Factors
 from .moments import Metric
 from .svd import FactorizationError, _checked, _signs
 
+_ROWS = 2048  # of a matrix that are worked on together
+
 
 def squared_errors(matrices: Tensor, metric: Metric) -> Tensor:
     """What each direction adds to the squared error if it is cut: (G, m) for matrices (G, N, K), descending, float64.
 
     Raises FactorizationError on NaN or infinity.
     """
-    problem = _problem(_goal(matrices, metric), metric)[0]
+    problem = _problem(_inner(matrices, metric), metric)[0]
     return torch.linalg.eigvalsh(problem).flip(-1).clamp_min(0)
 
 
@@ -31,17 +33,18 @@ def factorize_weighted(matrices: Tensor, metric: Metric, rank: int) -> Factors:
     `up` has orthonormal columns. In a 16-bit dtype `down` is fitted to the rounded `up`. Raises FactorizationError on
     NaN, infinity or an eigensolver that does not converge.
     """
-    W = _goal(matrices, metric)
-    problem, left, right = _problem(W, metric)
+    problem, left, right = _problem(_inner(matrices, metric), metric)
     try:
         squares, vectors = torch.linalg.eigh(problem)
     except torch.linalg.LinAlgError as error:
         raise FactorizationError(f"the eigensolver did not converge: {error}") from error
-    squares, leading = squares.flip(-1).clamp_min(0), vectors.flip(-1)[..., :rank]
+    squares, leading = squares.flip(-1).clamp_min(0), vectors[..., vectors.shape[-1] - rank :].flip(-1)
+    del problem, vectors  # before the matrices in float64, which are larger still
+    W = _goal(matrices, metric)
     if metric.on_inputs:
-        up, down = W @ left @ leading, leading.mT @ right
+        up, down = W @ (left @ leading), leading.mT @ right  # never W @ left, which is as large as W
     else:
-        up, down = left @ leading, leading.mT @ right @ W
+        up, down = left @ leading, (leading.mT @ right) @ W
     up, triangle = torch.linalg.qr(up)
     signs = _signs(up)
     up, down = up * signs, signs.mT * (triangle @ down)
@@ -73,17 +76,23 @@ def _goal(matrices: Tensor, metric: Metric) -> Tensor:
     return W if metric.goal is None else metric.goal
 
 
-def _problem(W: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
+def _inner(matrices: Tensor, metric: Metric) -> Tensor | None:
+    """What the error is measured by beside the data: the gradient, else on the input side W^T W, on the output side
+    nothing. The matrices in float64, several times as large as all else, are gone when it returns."""
+    W = _goal(matrices, metric)
+    return W.mT @ W if metric.on_inputs and metric.gradient is None else metric.gradient
+
+
+def _problem(inner: Tensor | None, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
     """(P, L, M): P = V diag(squares) V^T has the leading V with up = L V, down = V^T M W on the output side, and
     up = W L V, down = V^T M on the input side."""
     if metric.on_inputs:
         root, inverse = _roots(metric.data)
-        inner = W.mT @ W if metric.gradient is None else metric.gradient
         return root @ inner @ root, root, inverse
-    if metric.gradient is None:
-        eye = torch.eye(W.shape[-2], dtype=W.dtype, device=W.device).expand_as(metric.data)
-        return metric.data, eye, eye
-    root, inverse = _roots(metric.gradient)
+    if inner is None:
+        eye = torch.eye(metric.data.shape[-1], dtype=metric.data.dtype, device=metric.data.device)
+        return metric.data, eye.expand_as(metric.data), eye.expand_as(metric.data)
+    root, inverse = _roots(inner)
     return root @ metric.data @ root, inverse, root
 
 
@@ -105,12 +114,18 @@ def _mean_error(W: Tensor, up: Tensor, down: Tensor, metric: Metric, basis: tupl
 
 
 def _output_error(W: Tensor, up: Tensor, down: Tensor, metric: Metric, basis: tuple[Tensor, Tensor, Tensor]) -> float:
-    """The relative error of the outputs, whatever it does to the loss."""
+    """The relative error of the outputs, whatever it does to the loss; by some rows at a time, as all would be several
+    matrices as large as the weight."""
     if metric.on_inputs:
-        lost, whole = W - up @ down, W
+        kept, whole = (up, down), W
     else:
         left, leading, right = basis
         whole = torch.eye(W.shape[-2], dtype=W.dtype, device=W.device).expand_as(metric.data)
-        lost = whole - left @ leading @ (leading.mT @ right)
-    energies = [(m @ metric.data * m).sum().clamp_min(0).item() for m in (lost, whole)]
-    return (energies[0] / energies[1]) ** 0.5 if energies[1] else 0.0
+        kept = left @ leading, leading.mT @ right
+    energies = metric.data.new_zeros(2)
+    for rows in torch.arange(whole.shape[-2], device=W.device).split(_ROWS):
+        part = whole[..., rows, :]
+        for number, m in enumerate((part - kept[0][..., rows, :] @ kept[1], part)):
+            energies[number] += (m @ metric.data * m).sum()
+    lost, total = energies.clamp_min(0).tolist()
+    return (lost / total) ** 0.5 if total else 0.0

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..calibration.metric_source import LayerStatistics, metric_of
+from ..calibration.metric_source import LayerStatistics
 from ..calibration.sameness import agree_on
-from ..linalg import FactorizationError, Shape, energy_curve, spectrum, squared_errors
+from ..linalg import FactorizationError, Shape, energy_curve
 from ..model.adapters import LOW_RANK, is_lazy
 from ..model.survey import Site, Survey, count, is_unit
-from ..util.parallel import dealt, workers_for
+from ..util.parallel import dealt
 from .budget import Budget, SmallestGoodEnough
 from .costs import PricedLayer
 from .options import Eligibility, PlanOptions, StaysDense, fit, options_of
 from .plan import LayerPlan, RankPlan
 from .rank import Fraction, Layer, Rank, RankRule, as_rule
+from .spectra import Spectra
 from .spending import Candidate, Paid, TradeOff, spend
 
 if TYPE_CHECKING:
@@ -56,23 +57,23 @@ def make_plan(
         TypeError: An option does not exist, or `rank` is none of the above.
         ValueError: A rule or an option is out of its range, or the budget is less than the least possible.
     """
-    return plan_of(Survey(model), rank, calibration, options_of("make_plan", options, _PARAMETERS))
+    return plan_of(Survey(model), rank, Spectra(calibration), options_of("make_plan", options, _PARAMETERS))
 
 
-def plan_of(survey: Survey, rank: Rank | Budget, calibration: LayerStatistics | None, options: PlanOptions) -> RankPlan:
+def plan_of(survey: Survey, rank: Rank | Budget, spectra: Spectra, options: PlanOptions) -> RankPlan:
     """As `make_plan`, of a model that was looked at before."""
     agree_on(survey.model)
-    rule = _rule(rank, calibration)
+    rule = _rule(rank, spectra.calibration)
     counted: set[int] = set()
     eligibility = Eligibility(options, survey.model)
-    layers = [_Layer(site, _draft(site, counted), eligibility, calibration) for site in _sites(survey, options)]
+    layers = [_Layer(site, _draft(site, counted), eligibility, spectra) for site in _sites(survey, options)]
     trade_off = TradeOff()
     if isinstance(rule, Budget):
-        planned, trade_off = _by_budget(layers, rule, options, calibration)
+        planned, trade_off = _by_budget(layers, rule, options, spectra)
     else:
         planned = dealt(lambda layer: _by_rule(layer, rule, options), layers, [x.cost for x in layers], 1, "planning")
         if options.errors:
-            planned = _with_errors(planned, layers)
+            planned = _with_errors(planned, layers, spectra)
     other = count(survey.model.parameters()) - sum(layer.size for layer in planned)
     return RankPlan(tuple(planned), other, trade_off.curve, trade_off.spent)
 
@@ -124,7 +125,7 @@ class _Layer:
     site: Site
     draft: LayerPlan
     eligibility: Eligibility
-    calibration: LayerStatistics | None
+    spectra: Spectra
 
     @cached_property
     def why_dense(self) -> str:
@@ -138,9 +139,11 @@ class _Layer:
 
     def spectrum_of(self, shape: Shape) -> Tensor:
         """Of a twin with other groups than the weight."""
-        matrices = self.site.adapter.matrices(shape)
-        metric = metric_of(self.calibration, self.site, matrices)
-        return spectrum(matrices) if metric is None else squared_errors(matrices, metric).sqrt()
+        return self.spectra.of(self.site, shape)
+
+    @property
+    def calibration(self) -> LayerStatistics | None:
+        return self.spectra.calibration
 
     @property
     def saw_nothing(self) -> bool:
@@ -180,7 +183,7 @@ def _by_rule(layer: _Layer, rule: RankRule, options: PlanOptions) -> LayerPlan:
 
 
 def _by_budget(
-    layers: list[_Layer], budget: Budget, options: PlanOptions, calibration: LayerStatistics | None
+    layers: list[_Layer], budget: Budget, options: PlanOptions, spectra: Spectra
 ) -> tuple[list[LayerPlan], TradeOff]:
     """Overridden layers by their rules, all other eligible ones by the budget."""
     rules = {layer.site.fqn: budget.rule_for(layer.site.fqn) for layer in layers if not layer.why_dense}
@@ -195,14 +198,14 @@ def _by_budget(
         except FactorizationError as reason:
             return layer.stays_dense(reason)
 
-    workers = workers_for(layer.site.module.weight for layer in undecided)
+    workers = spectra.workers(layer.site.module.weight for layer in undecided)
     results = dealt(squares, undecided, [x.cost for x in undecided], workers, "spectra")
     candidates = [
         Candidate(x.site, x.draft, x.priced, found)
         for x, found in zip(undecided, results, strict=True)
         if isinstance(found, Tensor)
     ]
-    weighted = calibration is not None and calibration.has_gradients
+    weighted = spectra.calibration is not None and spectra.calibration.has_gradients
     planned, trade_off = spend(budget, candidates, fixed, options, weighted)
     without_spectrum = [x for x in results if isinstance(x, LayerPlan)]
     decided = {x.fqn: x for x in (*(paid.layer for paid in fixed), *without_spectrum, *planned)}
@@ -212,7 +215,7 @@ def _by_budget(
     ], trade_off
 
 
-def _with_errors(planned: list[LayerPlan], layers: list[_Layer]) -> list[LayerPlan]:
+def _with_errors(planned: list[LayerPlan], layers: list[_Layer], spectra: Spectra) -> list[LayerPlan]:
     """With the error to expect at their ranks, or dense where their weights have no spectrum."""
 
     def with_error(both: tuple[LayerPlan, _Layer]) -> LayerPlan:
@@ -228,7 +231,7 @@ def _with_errors(planned: list[LayerPlan], layers: list[_Layer]) -> list[LayerPl
         return replace(plan, error=math.sqrt(max(0.0, 1.0 - kept)))
 
     both = list(zip(planned, layers, strict=True))
-    workers = workers_for(layer.site.module.weight for plan, layer in both if plan.rank is not None)
+    workers = spectra.workers(layer.site.module.weight for plan, layer in both if plan.rank is not None)
     return dealt(with_error, both, [x.cost for x in layers], workers, "errors")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -17,6 +18,9 @@ from .checks import is_plan
 from .folders import MODULES, copy_beside, transformer_folder, transformer_of
 from .model_card import write_card
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 def load_model(source: str) -> nn.Module:
     """The model in a folder or hub repository, as the class that wrote it; ValueError or OSError if there is none.
@@ -28,12 +32,18 @@ def load_model(source: str) -> nn.Module:
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
         raise ValueError(f"{source}: no such folder")
     source = transformer_folder(source)
-    config = transformers.AutoConfig.from_pretrained(source)
-    name = (config.architectures or ["AutoModel"])[0]
-    model_class = getattr(transformers, name, None)
-    if model_class is None:
-        raise ValueError(f"{source}: transformers {transformers.__version__} has no class {name}")
+    model_class = class_of(transformers.AutoConfig.from_pretrained(source), source)
     return model_class.from_pretrained(source, dtype="auto")
+
+
+def class_of(config: PreTrainedConfig, source: str) -> type[nn.Module]:
+    """The class that wrote a config; ValueError if this transformers does not have it."""
+    import transformers
+
+    name = (config.architectures or ["AutoModel"])[0]
+    if (found := getattr(transformers, name, None)) is None:
+        raise ValueError(f"{source}: transformers {transformers.__version__} has no class {name}")
+    return found
 
 
 def save_model(model: nn.Module, source: str, folder: str | os.PathLike) -> None:
@@ -47,9 +57,15 @@ def save_model(model: nn.Module, source: str, folder: str | os.PathLike) -> None
     place = transformer_of(source)
     with replacing(folder) as temporary:
         model.save_pretrained(temporary / place)
-        if Path(source).is_dir():
-            copy_beside(model, Path(source), temporary, place)
-        write_card(model, source, temporary, _loading_code(model, source, Path(folder).name))
+        complete(model, source, temporary, Path(folder).name)
+
+
+def complete(model: nn.Module, source: str, folder: Path, name: str) -> None:
+    """Add to a folder with the weights of a model what its source has beside them, and its card; name: of the folder,
+    in the end."""
+    if Path(source).is_dir():
+        copy_beside(model, Path(source), folder, transformer_of(source))
+    write_card(model, source, folder, _loading_code(model, source, name))
 
 
 def _loading_code(model: nn.Module, source: str, name: str) -> str:

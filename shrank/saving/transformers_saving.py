@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from inspect import BoundArguments, signature
+from pathlib import Path
 
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -16,6 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from wrapt import wrap_function_wrapper
 
 from ..compression.apply import describe, indented
+from ..planning.plan import RankPlan
 from .checks import check_saveable, has_low_rank, is_plan, seals, stand_in_for, why_not_data
 from .transformers_loading import ShrankConfig, ShrankQuantizer, remove_plan
 
@@ -26,7 +28,7 @@ def save_pretrained(save: Callable, model: PreTrainedModel, args: tuple, kwargs:
     """save_pretrained of any model of transformers: for what it has become, which nothing knows before."""
     low_rank = has_low_rank(model)
     ours = isinstance(getattr(model, "hf_quantizer", None), ShrankQuantizer)
-    if not (low_rank or ours or any(is_plan(vars(c).get("quantization_config")) for c in _configs(model.config))):
+    if not (low_rank or ours or any(is_plan(vars(c).get("quantization_config")) for c in configs_in(model.config))):
         return save(*args, **kwargs)
     stand_in = _stand_in(model)
     call = signature(_save_plainly).bind(stand_in, *args, **kwargs)
@@ -43,12 +45,23 @@ def save_pretrained(save: Callable, model: PreTrainedModel, args: tuple, kwargs:
     return _save_plainly(*call.args, **call.kwargs)
 
 
+def save_config(model: PreTrainedModel, plan: RankPlan, folder: Path) -> None:
+    """Write the configs that `save_pretrained` writes of a model whose layers became what this plan says."""
+    config = _stand_in(model).config
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.quantization_config = ShrankConfig.of(plan)
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
 def _stand_in(model: PreTrainedModel) -> PreTrainedModel:
     """The model with a config of its own, without plans and without a quantizer of shrank, which reads and does not
     write."""
     stand_in = stand_in_for(model)
     stand_in.config = copy.deepcopy(model.config)
-    for config in _configs(stand_in.config):
+    for config in configs_in(stand_in.config):
         remove_plan(config)
     if isinstance(vars(stand_in).get("hf_quantizer"), ShrankQuantizer):
         # With it goes what it knew of names: a model that was merged is saved as any other of its class.
@@ -57,14 +70,14 @@ def _stand_in(model: PreTrainedModel) -> PreTrainedModel:
     return stand_in
 
 
-def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+def configs_in(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     """A config and those of the parts of a composite model."""
     yield config
     for value in vars(config).values():
         parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
         for part in parts:
             if isinstance(part, PreTrainedConfig):
-                yield from _configs(part)
+                yield from configs_in(part)
 
 
 def _check(model: PreTrainedModel, call: BoundArguments) -> None:

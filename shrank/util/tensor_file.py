@@ -14,9 +14,13 @@ from .files import replacing
 
 
 def write(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write contiguous tensors that own their memory, and strings, to one file, atomically."""
+    """Write contiguous tensors that own their memory, and strings, to one file, atomically; OSError if that
+    fails, as on a full disk."""
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def read_table(path: str | os.PathLike) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import shrank
 from shrank.cli import model_commands
 from shrank.cli.app import app
-from shrank.cli.options import FAILED, NOTHING, module_class, plan_options, trust
+from shrank.cli.options import FAILED, NOTHING, USAGE, module_class, plan_options, trust
 from shrank.data.file_batches import batches_from_file
 from shrank.model import subclasses
 from shrank.saving.transformers_folder import load_model
@@ -84,6 +84,33 @@ def test_what_the_data_says_reaches_the_plan(model_folder, data_folder, tmp_path
         errors.append({x["fqn"]: x["error"] for x in made["layers"] if x["rank"]})
     apart = {fqn for fqn in errors[0] if errors[0][fqn] != pytest.approx(errors[1][fqn], rel=1e-3)}
     assert any(fqn.startswith("decoder") for fqn in apart)
+
+
+@pytest.mark.parametrize("name", ["llama", "whisper"])
+def test_compress_from_files(name: str, model_folder, data_folder, tmp_path) -> None:
+    source, path = model_folder(name), data_folder / ("texts.txt" if name == "llama" else "spoken")
+    options = ("--keep", 0.6, "--calibrate", path, "--loss", "none", "--max-length", 10, "--batch-size", 5)
+    done = run("compress", source, *options, "--out", tmp_path / "memory", "--json")
+    streamed = run(
+        "compress", source, *options, "--stream", "--report", tmp_path / "a.html", "--out", tmp_path / "small"
+    )
+    assert (done.exit_code, streamed.exit_code) == (0, 0), streamed.output
+    one, other = (load_model(str(tmp_path / folder)).state_dict() for folder in ("memory", "small"))
+    assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+    kept = [
+        {file.name for file in (tmp_path / folder).iterdir() if "model" not in file.name}
+        for folder in ("memory", "small")
+    ]
+    assert kept[0] == kept[1] and (tmp_path / "a.html").exists()
+
+
+def test_what_streaming_does_not_do(model_folder, data_folder, tmp_path) -> None:
+    stream = ("--stream", "--out", tmp_path / "small")
+    healed = run("compress", model_folder("llama"), "--keep", 0.5, "--calibrate", data_folder, "--heal", 2, *stream)
+    assert healed.exit_code == USAGE and "then use shrank heal" in healed.stderr
+    nothing = run("compress", model_folder("llama"), "--keep", 0.5, "--include", "none", *stream)
+    assert nothing.exit_code == NOTHING and "no layer can be replaced" in nothing.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_sentence_transformers_folder(model_folder, data_folder, tmp_path) -> None:

@@ -1,0 +1,30 @@
+"""What the directions of a layer's weight are worth: by the weight alone, or by what a calibration knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from ..calibration.metric_source import LayerStatistics, metric_of
+from ..linalg import Shape, spectrum, squared_errors
+from ..model.survey import Site
+from ..util.parallel import workers_for
+
+
+class Spectra:
+    """Singular values of layers' weights; with a calibration, in its norm."""
+
+    def __init__(self, calibration: LayerStatistics | None) -> None:
+        self.calibration = calibration
+
+    def workers(self, weights: Iterable[Tensor]) -> int:
+        """How many of the layers that these are the weights of to work on at once."""
+        return workers_for(weights)
+
+    def of(self, site: Site, shape: Shape) -> Tensor:
+        """(G, m), descending, for the groups that a twin of this shape has; FactorizationError where the layer must
+        stay dense."""
+        matrices = site.adapter.matrices(shape)
+        metric = metric_of(self.calibration, site, matrices)
+        return spectrum(matrices) if metric is None else squared_errors(matrices, metric).sqrt()
