@@ -11,9 +11,10 @@ from pathlib import Path
 from torch import nn
 
 from ..calibration.batches import Batch, bound
-from ..calibration.calibration import LEAST_MEMORY, Calibration, moment_files, run_pass, warn_of_unseen
+from ..calibration.calibration import Calibration, warn_of_unseen
 from ..calibration.losses import Sensitivity
 from ..calibration.observer import Accumulator
+from ..calibration.passes import LEAST_MEMORY, moment_files, run_pass
 from ..calibration.request import Calibrate
 from ..calibration.sharing import LayerCalls, observe_calls
 from ..calibration.streams import Masking, warn_of_masks_that_fit_nothing

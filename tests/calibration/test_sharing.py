@@ -185,10 +185,10 @@ def test_what_no_batch_reaches_is_told_and_nothing_else() -> None:
 
 
 def test_an_interrupted_calibration_is_gone_on_from(tmp_path, monkeypatch) -> None:
-    from shrank.calibration import calibration
+    from shrank.calibration import passes
 
     model, calls = seeded(Two), CASES["reached later"][1]
-    write, written = calibration.write_moments, []
+    write, written = passes.write_moments, []
 
     def interrupted(*args: object) -> None:
         written.append(args)
@@ -196,7 +196,7 @@ def test_an_interrupted_calibration_is_gone_on_from(tmp_path, monkeypatch) -> No
             raise KeyboardInterrupt
         write(*args)
 
-    monkeypatch.setattr(calibration, "write_moments", interrupted)
+    monkeypatch.setattr(passes, "write_moments", interrupted)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(KeyboardInterrupt):
