@@ -34,7 +34,9 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("by", "dtype", "end"), RUNS, ids=lambda each: str(each).split(".")[-1].split("'")[0])
+@pytest.mark.parametrize(
+    ("by", "dtype", "end"), RUNS, ids=lambda each: getattr(each, "__name__", str(each)).split(".")[-1]
+)
 @pytest.mark.parametrize(("K", "N", "R"), LAYERS, ids=["x".join(map(str, each)) for each in LAYERS])
 def bench_layer(K: int, N: int, R: int, by, dtype: torch.dtype, end: str, benchmark, report) -> None:
     """Time of PyTorch's calls over that of ours; the weights come from memory, as those of a model do."""
