@@ -207,8 +207,10 @@ def table(facts: dict) -> Table:
         shown.add_row("weights on their way", f"{_kib(flow['bytes_of_sm'])} an SM; it needs {_kib(flow['needed'])}")
     word = "measured" if facts["status"].startswith("measured") else "predicted"
     if predicted is not None:
-        shown.add_row(word, _us(predicted))
-        shown.add_row("floor", f"{_us(facts['floor_us'])}; {word} is {predicted / facts['floor_us']:.2f}x that")
+        shown.add_row(word, microseconds_text(predicted))
+        shown.add_row(
+            "floor", f"{microseconds_text(facts['floor_us'])}; {word} is {predicted / facts['floor_us']:.2f}x that"
+        )
     shown.add_row(
         "runner-up",
         f"{runner_up['kernel']}, {_beside(runner_up['microseconds'], predicted, word)}" if runner_up else "none",
@@ -250,10 +252,10 @@ def _layer(problem: dict) -> str:
     )
 
 
-def _us(microseconds: float) -> str:
+def microseconds_text(microseconds: float) -> str:
     return f"{microseconds:.3g} us" if microseconds < 100 else f"{microseconds:,.0f} us"
 
 
 def _beside(microseconds: float, chosen: float, word: str) -> str:
     """A predicted time beside that of the choice, which is predicted or measured."""
-    return f"{_us(microseconds)}: {microseconds / chosen:.2f}x the {word} time"
+    return f"{microseconds_text(microseconds)}: {microseconds / chosen:.2f}x the {word} time"
