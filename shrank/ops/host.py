@@ -19,7 +19,7 @@ LIBRARY = Path(__file__).parents[1] / "_host.abi3.so"
 # Where they win, measured for layers of 64 to 4096 inputs (benchmarks/speed/bench_cpu_layers.py): of more rows the
 # products take longer than the weights, and those of numbers of 16 bits, which are widened first, do sooner.
 MOST_ROWS = {torch.float32: 8, torch.bfloat16: 2}
-FEWEST_WEIGHTS = 1 << 16  # of less, a call takes longer than the product
+FEWEST_WEIGHTS = {torch.float32: 1 << 16, torch.bfloat16: 1 << 13}  # of less, calls take as long as the products
 
 
 @cache
@@ -43,8 +43,10 @@ IS_HERE = not problems()
 
 def are_few(x: Tensor, down: Tensor, up: Tensor) -> bool:
     """Whether x has so few rows, and the layer weights enough, that the kernels are faster."""
-    most = MOST_ROWS.get(x.dtype, 0)
-    return IS_HERE and x.numel() <= most * down.shape[1] and down.numel() + up.numel() >= FEWEST_WEIGHTS
+    if not IS_HERE or x.dtype not in MOST_ROWS:
+        return False
+    few = x.numel() <= MOST_ROWS[x.dtype] * down.shape[1]
+    return few and down.numel() + up.numel() >= FEWEST_WEIGHTS[x.dtype]
 
 
 def rows(*given: object) -> Tensor:

@@ -210,13 +210,14 @@ def test_few_rows_are_so_many(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
 
 
 @needs_host_kernels
-def test_layers_are_large_from_so_many_weights_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", host.FEWEST_WEIGHTS)
+def test_layers_are_large_from_so_many_weights_on(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "rows", counted(host.rows, seen := []))
-    rank = host.FEWEST_WEIGHTS // 512
+    rank, x = host.FEWEST_WEIGHTS[dtype] // 512, draw(1, 256, dtype=dtype)
     with torch.no_grad():
-        LED(256, 256, rank - 1)(draw(1, 256))
+        LED(256, 256, rank - 1, dtype=dtype)(x)
         assert not seen
-        LED(256, 256, rank)(draw(1, 256))
+        LED(256, 256, rank, dtype=dtype)(x)
         assert seen
 
 
