@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "../kernels/activation.cuh"
+#include "../arch/scalar.cuh"
 
 namespace shrank::host {
 namespace {
@@ -112,13 +112,12 @@ template <typename T> void shrink_as(const FewRows& layer, int64_t first, int64_
   products.finish();
 }
 
-template <typename T, Activation activation>
-void expand_as(const FewRows& layer, int64_t first, int64_t last) {
+template <typename T> void expand_as(const FewRows& layer, int64_t first, int64_t last) {
   const int64_t pivots = layer.order ? layer.R : 0;
   const auto place = [&](int64_t n) { return layer.order ? layer.order[n] : n; };
   const auto end = [&](int64_t m, int64_t n, float z) {
     const int64_t i = m * layer.N + n;
-    static_cast<T*>(layer.y)[i] = arch::round_to<T>(activate<T, activation>(z) + number<T>(layer.residual, i));
+    static_cast<T*>(layer.y)[i] = arch::round_to<T>(z + number<T>(layer.residual, i));
   };
   const auto take = [&](int64_t m, int64_t n, float sum) { end(m, n, sum + number<T>(layer.bias, place(n) - pivots)); };
   Products<T, decltype(take)> products(layer.h, layer.M, layer.R, take);
@@ -134,11 +133,6 @@ void expand_as(const FewRows& layer, int64_t first, int64_t last) {
   products.finish();
 }
 
-template <typename T> void expand_of(const FewRows& layer, int64_t first, int64_t last) {
-  with_activation(layer.activation,
-                  [&](auto activation) { expand_as<T, decltype(activation)::value>(layer, first, last); });
-}
-
 }  // namespace
 
 void shrink(const FewRows& layer, int64_t first, int64_t last) {
@@ -146,7 +140,7 @@ void shrink(const FewRows& layer, int64_t first, int64_t last) {
 }
 
 void expand(const FewRows& layer, int64_t first, int64_t last) {
-  layer.dtype == Dtype::float32 ? expand_of<float>(layer, first, last) : expand_of<bfloat16>(layer, first, last);
+  layer.dtype == Dtype::float32 ? expand_as<float>(layer, first, last) : expand_as<bfloat16>(layer, first, last);
 }
 
 void widen_bfloat16(const void* from, float* to, int64_t count) {

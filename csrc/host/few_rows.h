@@ -10,9 +10,9 @@
 
 namespace shrank::host {
 
-// y = activation(h up^T + bias) + residual with h = x down^T, which is rounded to dtype as two layers round it. With an
-// order, outputs that are pivots are h itself: order[n] is the place of output n among the R pivots and then the N - R
-// rows of up. All is row-major without gaps.
+// y = h up^T + bias + residual with h = x down^T, which is rounded to dtype as two layers round it. With an order,
+// outputs that are pivots are h itself: order[n] is the place of output n among the R pivots and then the N - R rows of
+// up. All is row-major without gaps.
 struct FewRows {
   const float* x;          // (M, K)
   const void* down;        // (R, K)
@@ -25,7 +25,6 @@ struct FewRows {
   void* y;                 // (M, N)
   int64_t M, K, N, R;
   Dtype dtype;  // of all but x and h: float32 or bfloat16
-  Activation activation;
 };
 
 // The columns [first, last) of h, and then, of all of h, those of y: threads share them out.

@@ -33,8 +33,8 @@ template <typename Run> void share_out(int64_t columns, int64_t products, const 
 }
 
 Tensor low_rank_rows(const Tensor& x, const Tensor& down, const Tensor& up, const std::optional<Tensor>& bias,
-                     std::string_view activation, const std::optional<Tensor>& residual,
-                     const std::optional<Tensor>& order, const std::optional<Tensor>& pivot_bias) {
+                     const std::optional<Tensor>& residual, const std::optional<Tensor>& order,
+                     const std::optional<Tensor>& pivot_bias) {
   STD_TORCH_CHECK(x.dim() >= 1, kOp, ": x is 0-dimensional, wanted (..., K)");
   const int64_t K = x.size(x.dim() - 1);
   STD_TORCH_CHECK(down.dim() == 2 && down.size(1) == K, kOp, ": down is ", shape(down), ", wanted (R, ", K, ")");
@@ -88,8 +88,7 @@ Tensor low_rank_rows(const Tensor& x, const Tensor& down, const Tensor& up, cons
                       K,
                       N,
                       R,
-                      dtype,
-                      activation_of(kOp, activation)};
+                      dtype};
   share_out(R, M * K, [&](int64_t begin, int64_t end) { shrink(layer, begin, end); });
   share_out(N, M * R, [&](int64_t begin, int64_t end) { expand(layer, begin, end); });
   return y;
@@ -100,8 +99,8 @@ Tensor low_rank_rows(const Tensor& x, const Tensor& down, const Tensor& up, cons
 
 STABLE_TORCH_LIBRARY_FRAGMENT(shrank, library) {
   library.def(
-      "low_rank_rows(Tensor x, Tensor down, Tensor up, Tensor? bias=None, str activation='none', "
-      "Tensor? residual=None, Tensor? order=None, Tensor? pivot_bias=None) -> Tensor");
+      "low_rank_rows(Tensor x, Tensor down, Tensor up, Tensor? bias=None, Tensor? residual=None, "
+      "Tensor? order=None, Tensor? pivot_bias=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(shrank, CPU, library) {

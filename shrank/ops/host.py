@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 from torch.torch_version import TorchVersion
 
 from .native import OLDEST_TORCH
+from .reference import ACTIVATIONS
 
 LIBRARY = Path(__file__).parents[1] / "_host.abi3.so"
 # Where they win, measured for layers of 64 to 4096 inputs (benchmarks/speed/bench_cpu_layers.py): of more rows the
@@ -50,13 +52,28 @@ def are_few(x: Tensor, down: Tensor, up: Tensor) -> bool:
 
 
 def rows(*given: object) -> Tensor:
-    """(x, down, up, bias, activation, residual, order, pivot_bias): as the op has them."""
+    """(x, down, up, bias, residual, order, pivot_bias): the op."""
     return torch.ops.shrank.low_rank_rows.default(*given)
 
 
-def low_rank_linear(*given: object) -> Tensor:
+def _finished(z: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+    """activation(z) + residual, of an activation: PyTorch's compute several numbers at once."""
+    y = silu(z, inplace=True) if activation == "silu" else ACTIVATIONS[activation](z)
+    return y if residual is None else y.add_(residual)
+
+
+def low_rank_linear(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
     """As `reference.low_rank_linear`."""
-    return rows(*given)
+    if activation == "none":
+        return rows(x, down, up, bias, residual)
+    return _finished(rows(x, down, up, bias), activation, residual)
 
 
 def low_rank_gated(
@@ -70,7 +87,8 @@ def low_rank_gated(
     activation: str = "silu",
 ) -> Tensor:
     """As `reference.low_rank_gated`."""
-    return rows(x, gate_down, gate_up, gate_bias, activation).mul_(rows(x, down, up, bias))
+    gate = _finished(rows(x, gate_down, gate_up, gate_bias), activation, None)
+    return gate.mul_(rows(x, down, up, bias))
 
 
 def low_rank_pivoted(
@@ -84,4 +102,6 @@ def low_rank_pivoted(
     residual: Tensor | None = None,
 ) -> Tensor:
     """As `dispatch.low_rank_pivoted`."""
-    return rows(x, down, up, bias, activation, residual, order, pivot_bias)
+    if activation == "none":
+        return rows(x, down, up, bias, residual, order, pivot_bias)
+    return _finished(rows(x, down, up, bias, None, order, pivot_bias), activation, residual)
