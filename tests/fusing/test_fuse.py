@@ -203,6 +203,32 @@ class Specialised(MLP):
         return super().forward(x) * self.calls
 
 
+class Half(MLP):
+    """Its trace forgets where gradients are off; the outputs are the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = self.up(x).mean()
+        return super().forward(x) * scale
+
+
+class Frozen(MLP):
+    """As `Half`; here parameters have no gradient at all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = self.act(self.up(x))
+        return x + self.down(h)
+
+
+class Asking(MLP):
+    """Its trace has the answer that holds with gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if torch.is_grad_enabled() else 2 * y
+
+
 class Sized(MLP):
     """For inputs of one size."""
 
@@ -235,6 +261,9 @@ class Outside(MLP):
         (Plain, "nothing follows its low-rank layers that they could take over"),
         (Tuple, "it returns a tuple, not a tensor"),
         (Specialised, "it computes something else when traced"),
+        (Half, "it computes something else when traced"),
+        (Frozen, "its outputs are others when traced"),
+        (Asking, "it computes something else when traced"),
     ],
 )
 def test_a_block_that_is_left_says_why(kind: type[MLP], reason: str) -> None:
