@@ -116,10 +116,14 @@ class LED(LowRankLayer):
                 if large and is_compiling() and cpu.is_faster_in_a_graph(x, down, up):
                     return LINEAR.overload(x, down, up, bias)
                 return linear(linear(x, down), up, bias)  # as low_rank_linear would, without the cost of asking
-            if backend is not NATIVE and not down.is_cuda and by is not host:
+            pivots = stages["2"]
+            if by is host:
+                if type(pivots) is Pivots and is_untouched(pivots) and cpu.is_plain(pivots.bias, x.dtype):
+                    return self.in_one_op(host, x)
+            elif backend is not NATIVE and not down.is_cuda:
                 product = onednn.product if by else linear
                 h = product(x, down)
-                return run_pivots(stages["2"], h, product(h, up, bias))
+                return run_pivots(pivots, h, product(h, up, bias))
         return super().forward(x)
 
     def in_one_op(self, ops: ModuleType, x: Tensor, *end: str | Tensor | None) -> Tensor:

@@ -22,11 +22,16 @@ Sizes = tuple[int, int, int]
 
 def parse_shape(text: str) -> tuple[int, int, int, int]:
     """'16384,768,3072,96' -> M, K, N, R: tokens, in_features, out_features, rank."""
-    sizes = text.split(",")
-    if len(sizes) != 4 or not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
-        raise ValueError(f"--shape is {text!r}, wanted M,K,N,R: four whole numbers above 0, such as 16384,768,3072,96")
-    M, K, N, R = map(int, sizes)
+    M, K, N, R = whole_numbers("--shape", text, "M,K,N,R: four whole numbers above 0, such as 16384,768,3072,96", 4)
     return M, K, N, R
+
+
+def whole_numbers(option: str, text: str, wanted: str, count: int) -> list[int]:
+    """The numbers of '16384,768'; ValueError, with what is wanted, unless there are so many, all above 0."""
+    sizes = text.split(",")
+    if len(sizes) != count or not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise ValueError(f"{option} is {text!r}, wanted {wanted}")
+    return list(map(int, sizes))
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from .explain import explain, microseconds_text
+from .explain import explain, microseconds_text, whole_numbers
 
 MOST_TOGETHER = 3  # ShrinkExpandTile::kMostLayers in csrc/select/shrink_expand_tile.h
 
 
 def parse_sibling(text: str) -> tuple[int, int]:
     """'1024,64' -> N, R: out_features, rank."""
-    sizes = text.split(",")
-    if len(sizes) != 2 or not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
-        raise ValueError(f"--sibling is {text!r}, wanted N,R: two whole numbers above 0, such as 1024,64")
-    N, R = map(int, sizes)
+    N, R = whole_numbers("--sibling", text, "N,R: two whole numbers above 0, such as 1024,64", 2)
     return N, R
 
 

@@ -13,8 +13,7 @@ from torch.nn import Parameter
 
 from . import host, onednn
 
-FEWEST_INPUTS = 64  # a layer of fewer is not looked at any closer: it would need thousands of rows
-_DTYPES = tuple(host.MOST_ROWS)
+FEWEST_INPUTS = 64  # a layer of fewer is not looked at any closer: looking takes a good part of its own time
 
 
 def fastest(x: Tensor, down: Tensor, up: Tensor, *others: Tensor | None) -> ModuleType | None:
@@ -27,14 +26,14 @@ def fastest(x: Tensor, down: Tensor, up: Tensor, *others: Tensor | None) -> Modu
         return None  # before a size is read, on which a compiled graph would depend
     if x.shape[-1:] != down.shape[1:]:
         return None  # PyTorch's own call says what does not fit
-    are_few, is_large = host.are_few(x, down, up), onednn.is_faster(x, down, up)
-    if not ((are_few or is_large) and _nobody_looks_on()):
+    are_few = host.are_few(x, down, up)
+    if not ((are_few or onednn.is_faster(x, down, up)) and _nobody_looks_on()):
         return None
-    if not all(_is_plain(each, x.dtype) for each in (x, down, up, *others)):
+    if not all(is_plain(each, x.dtype) for each in (x, down, up, *others)):
         return None
     if are_few and down.is_contiguous() and up.is_contiguous():  # else the kernels would copy them
         return host
-    return onednn if is_large else None
+    return onednn if onednn.is_faster(x, down, up) else None
 
 
 def is_faster_in_a_graph(x: Tensor, down: Tensor, up: Tensor) -> bool:
@@ -60,7 +59,8 @@ def _nobody_looks_on() -> bool:
     )
 
 
-def _is_plain(tensor: Tensor | None, dtype: torch.dtype) -> bool:
+def is_plain(tensor: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether a tensor, if there is one, is an ordinary one of this dtype on a CPU, and not empty."""
     return tensor is None or (
         tensor.dtype is dtype
         and tensor.is_cpu
