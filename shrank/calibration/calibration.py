@@ -140,6 +140,7 @@ def calibrate(
     max_memory: int | None = None,
     spill: bool = False,
     seed: int = 0,
+    inputs: bool = False,
 ) -> Calibration:
     """Run data through a model, which is not changed, and note what its layers see.
 
@@ -156,6 +157,8 @@ def calibrate(
             default half of what the model takes in float32, and at least 64 MiB.
         spill: Keep what a backward pass needs in temporary files.
         seed: Of the random directions that "output" draws.
+        inputs: Observe linear layers by their inputs where these are more numbers than their outputs, too. Rounding
+            weights to a few bits needs it.
 
     Returns:
         The moments of every layer, in files that are read when asked for.
@@ -165,7 +168,7 @@ def calibrate(
     """
     if isinstance(data, Calibration):
         return data
-    request = Calibrate(data, loss, cache, max_memory, spill, seed)
+    request = Calibrate(data, loss, cache, max_memory, spill, seed, inputs)
     return calibrated(Survey(model), request, layers)
 
 
@@ -175,7 +178,7 @@ def calibrated(survey: Survey, request: Calibrate, layers: Iterable[str] | None)
     batches, loss = bound(as_batches(request.data), model), as_sensitivity(request.loss)
     wanted = None if layers is None else set(layers)
     agree_on(model, batches)
-    how = (wanted and sorted(wanted), type(loss), request.seed, request.max_memory)
+    how = (wanted and sorted(wanted), type(loss), request.seed, request.max_memory, request.inputs)
     current().agree("the layers and the loss to calibrate", how)
     key = _key(model, batches, loss, request.seed) if request.cache else None
     temporary = None if key else tempfile.TemporaryDirectory(prefix="shrank-")

@@ -42,9 +42,11 @@ def moment_files(
     max_memory = request.max_memory
     if max_memory is None:
         max_memory = max(2 * sum(p.numel() for p in masking.model.parameters()), LEAST_MEMORY)
-    passes = plan_passes(sites, calls, loss is not None, max_memory)
+    passes = plan_passes(sites, calls, loss is not None, max_memory, request.inputs)
+    side = ["inputs"] if request.inputs else []
     files = [
-        folder / f"{_digest([[site.fqn for site in group.sites] for group in groups])}.safetensors" for groups in passes
+        folder / f"{_digest([*side, *([site.fqn for site in group.sites] for group in groups)])}.safetensors"
+        for groups in passes
     ]
     for number, (file, groups) in enumerate(zip(files, passes, strict=True), 1):
         if not all(current().exchange(file.exists())):

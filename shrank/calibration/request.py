@@ -22,6 +22,8 @@ class Calibrate:
         max_memory: Bytes for moments that are held at a time.
         spill: Keep what a backward pass needs in temporary files.
         seed: Of the random directions that "output" draws.
+        inputs: Observe linear layers by their inputs where these are more numbers than their outputs, too. Rounding
+            weights to a few bits needs it, and `auto_fact` sees to it where a plan or a budget has bits.
     """
 
     data: Iterable[object]
@@ -30,3 +32,4 @@ class Calibrate:
     max_memory: int | None = None
     spill: bool = False
     seed: int = 0
+    inputs: bool = False

@@ -60,11 +60,16 @@ class LayerCalls:
     unseen: list[str]
 
 
-def plan_passes(sites: list[Site], calls: LayerCalls, gradients: bool, max_memory: int) -> list[list[Group]]:
+def plan_passes(
+    sites: list[Site], calls: LayerCalls, gradients: bool, max_memory: int, inputs: bool = False
+) -> list[list[Group]]:
     """The layers in groups that share their inputs, in the order of execution, split so that the moments of each part
-    fit into `max_memory` bytes (of a single group, whatever it needs)."""
+    fit into `max_memory` bytes (of a single group, whatever it needs).
+
+    inputs: linear layers are observed by their inputs, however many these are.
+    """
     by_name = {site.fqn: site for site in sites}
-    groups = [group for names in calls.shared for group in _sided([by_name[name] for name in names])]
+    groups = [group for names in calls.shared for group in _sided([by_name[name] for name in names], inputs)]
     spilled = 1 if calls.rows < ROWS_IN_FLOAT32 else 3  # a float64 sum beside the float32 one
     passes: list[list[Group]] = []
     free = 0
@@ -133,12 +138,13 @@ def _together(seen: list[dict[str, list[int]]], rows: dict[str, int], sites: lis
     return LayerCalls(list(shared.values()), calls, max(rows.values(), default=0), unseen)
 
 
-def _sided(sites: list[Site]) -> list[Group]:
-    """The layers with one input as a group that observes it, or each alone if their outputs are fewer numbers."""
+def _sided(sites: list[Site], inputs: bool) -> list[Group]:
+    """The layers with one input as a group that observes it; or each alone, if their outputs are fewer numbers and
+    nobody insists on the `inputs`."""
     if not sites[0].adapter.takes_vectors:
         return [Group((site,), False) for site in sites]
     shapes = [site.shape for site in sites]
-    if shapes[0].in_features ** 2 <= sum(shape.out_features**2 for shape in shapes):
+    if inputs or shapes[0].in_features ** 2 <= sum(shape.out_features**2 for shape in shapes):
         return [Group(tuple(sites), True)]
     return [Group((site,), False) for site in sites]
 

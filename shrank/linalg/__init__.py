@@ -4,27 +4,35 @@ make, pivots, and how a budget is spent. Imports nothing of shrank.
 
 from .allocation import Allocation, BudgetTooSmall, Options, allocate, frontier
 from .factors import Factors, Shape
+from .grids import AS_IT_IS, Grid, Storage
 from .moments import Metric, Moments, metric
 from .pivots import PivotedFactors, pivoted, unpivoted
+from .quantization import Quantized, gptq, nearest
 from .svd import FactorizationError, energy_curve, factorize, spectrum
 from .weighted import factorize_weighted, squared_errors
 
 __all__ = [
+    "AS_IT_IS",
     "Allocation",
     "BudgetTooSmall",
     "FactorizationError",
     "Factors",
+    "Grid",
     "Metric",
     "Moments",
     "Options",
     "PivotedFactors",
+    "Quantized",
     "Shape",
+    "Storage",
     "allocate",
     "energy_curve",
     "factorize",
     "factorize_weighted",
     "frontier",
+    "gptq",
     "metric",
+    "nearest",
     "pivoted",
     "spectrum",
     "squared_errors",

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .grids import AS_IT_IS, Grid, Storage
+
 # oneDNN computes a convolution in blocks of 16 output channels per group, with AVX2 and with AVX-512: 64 -> 32 channels
 # of 3x3 on 32x32 images take 0.76, 0.78 and 0.78 ms at ranks 8, 14 and 16, and 1.34 ms dense (channels_last, batch 8);
 # 128 -> 16 channels of 64 taps take 37.3 ms at rank 7 and 37.4 ms dense (torch 2.13, two threads).
@@ -62,6 +64,36 @@ class Shape:
     def params(self, rank: int | None) -> int:
         """Weights stored at this rank; None means dense."""
         return self.dense_params if rank is None else self.low_rank_params(rank)
+
+    def stored_params(self, rank: int | None, storage: Storage = AS_IT_IS) -> int:
+        """As `params`; those of a correction are stored beside the dense ones."""
+        return self.params(rank) + (self.dense_params if storage.corrected else 0)
+
+    def bytes(self, rank: int | None, storage: Storage = AS_IT_IS, itemsize: int = 2) -> int:
+        """On disk, without the bias: whole numbers packed, their scales in 16 bits, `itemsize` bytes for all others.
+
+        ValueError where the groups of a grid do not divide the rows.
+        """
+
+        def matrix(rows: int, columns: int, grid: Grid | None) -> int:
+            return rows * columns * itemsize if grid is None else grid.bytes(rows, columns)
+
+        dense = matrix(self.out_features, self.in_features // self.groups, storage.grid)
+        if rank is None:
+            return dense
+        outputs, grid = self.out_features - (rank if self.pivoted else 0), storage.of_factors
+        down = matrix(rank, self.in_features // self.down_groups, grid)
+        factors = down + matrix(outputs, rank // self.up_groups, grid) + 4 * self.index_size
+        return factors + (dense if storage.corrected else 0)
+
+    def fits(self, rank: int | None, storage: Storage) -> bool:
+        """Whether the groups of all grids divide the rows that they are of."""
+        dense, factors = storage.grid if rank is None or storage.corrected else None, storage.of_factors
+        if dense is not None and not dense.fits(self.in_features // self.groups):
+            return False
+        if rank is None or factors is None:
+            return True
+        return factors.fits(self.in_features // self.down_groups) and factors.fits(rank // self.up_groups)
 
     def flops(self, rank: int | None) -> int:
         """Floating-point operations for one token (one output position of a convolution)."""

@@ -80,9 +80,8 @@ _ELSEWHERE = {
     name: f"calibrate=shrank.batches(data, {name}=)"
     for name in ("tokenizer", "mask", "batch_size", "max_length", "forward")
 }
-_ELSEWHERE |= {
-    name: f"calibrate=shrank.Calibrate(data, {name}=)" for name in ("loss", "cache", "max_memory", "spill", "seed")
-}
+_OF_CALIBRATE = ("loss", "cache", "max_memory", "spill", "seed", "inputs")
+_ELSEWHERE |= {name: f"calibrate=shrank.Calibrate(data, {name}=)" for name in _OF_CALIBRATE}
 
 
 def options_of(function: str, given: Mapping[str, object], others: Iterable[str] = ()) -> PlanOptions:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..layers.two_stage import UNITS
-from ..linalg import Shape
+from ..linalg import AS_IT_IS, Grid, Shape, Storage
 from ..util.files import write_text
 from .plan_checks import FORMAT, check_plan
 from .tables import text
@@ -31,6 +31,7 @@ class LayerPlan:
         reason: Why this rank, or why dense.
         measured: The relative error of the outputs on other data; None if it was not measured.
         spectrum: Singular values over the largest, at evenly spaced ranks from the first to the last.
+        storage: How its weights are stored: in their dtype, or in fewer bits.
     """
 
     fqn: str
@@ -42,11 +43,23 @@ class LayerPlan:
     reason: str = ""
     measured: float | None = None
     spectrum: tuple[float, ...] = ()
+    storage: Storage = AS_IT_IS
 
     @property
     def params_after(self) -> int:
         """Its weights at the planned rank."""
-        return self.size if self.rank is None else self.shape.low_rank_params(self.rank)
+        return self.size if self.rank is None else self.shape.stored_params(self.rank, self.storage)
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is done to it: it gets a rank, or fewer bits."""
+        return self.rank is not None or self.storage.grid is not None
+
+    def bytes(self, itemsize: int = 2) -> int:
+        """Those of its weights on disk as planned, with `itemsize` for a number that has no grid."""
+        if not self.changes:
+            return self.size * itemsize
+        return self.shape.bytes(self.rank, self.storage, itemsize)
 
     @property
     def grows(self) -> bool:
@@ -84,6 +97,11 @@ class RankPlan:
             if layer.fqn == fqn:
                 return layer
         raise KeyError(f"the plan has no layer {fqn!r}")
+
+    @property
+    def changed(self) -> tuple[LayerPlan, ...]:
+        """The layers to which something is done."""
+        return tuple(layer for layer in self.layers if layer.changes)
 
     @property
     def low_rank(self) -> tuple[LayerPlan, ...]:
@@ -133,7 +151,8 @@ class RankPlan:
             raise ValueError(f"{fqn!r}: rank must be at least 1, got {rank}; None keeps it dense")
         if rank is not None and chosen.shape is None:
             raise ValueError(f"{fqn!r} cannot be low-rank: {chosen.reason}")
-        changed = replace(chosen, rank=rank, error=None, reason=reason)
+        storage = Storage(chosen.storage.grid) if rank is None else chosen.storage  # there is nothing left to correct
+        changed = replace(chosen, rank=rank, error=None, reason=reason, storage=storage)
         return replace(self, layers=tuple(changed if x is chosen else x for x in self.layers))
 
     def diff(self, other: RankPlan) -> dict[str, tuple[int | None, int | None]]:
@@ -231,7 +250,16 @@ class RankPlan:
 
 
 def _layer_from_dict(entry: dict) -> LayerPlan:
-    shape = entry.get("shape")
-    return LayerPlan(
-        **{**entry, "spectrum": tuple(entry.get("spectrum", ())), "shape": None if shape is None else Shape(**shape)}
-    )
+    shape, storage = entry.get("shape"), entry.get("storage")
+    made = {
+        "spectrum": tuple(entry.get("spectrum", ())),
+        "shape": None if shape is None else Shape(**shape),
+        "storage": AS_IT_IS if storage is None else storage_from_dict(storage),
+    }
+    return LayerPlan(**{**entry, **made})
+
+
+def storage_from_dict(entry: dict) -> Storage:
+    """The value that `dataclasses.asdict` made this of."""
+    grids = {key: None if entry.get(key) is None else Grid(**entry[key]) for key in ("grid", "factor_grid")}
+    return Storage(corrected=entry.get("corrected", False), **grids)

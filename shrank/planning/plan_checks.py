@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-FORMAT = 2
-_READABLE = (1, 2)
+FORMAT = 3
+_READABLE = (1, 2, 3)
 
 
 def check_plan(data: object, layer_keys: Collection[str], shape_keys: Collection[str]) -> None:
@@ -17,8 +17,8 @@ def check_plan(data: object, layer_keys: Collection[str], shape_keys: Collection
         raise ValueError("not a shrank plan: expected an object with the key 'layers'")
     if data.get("format") not in _READABLE:
         raise ValueError(
-            f"plan of format {data.get('format')!r}; this version of shrank reads format "
-            f"{' and '.join(map(str, _READABLE))}"
+            f"plan of format {data.get('format')!r}; this version of shrank reads formats "
+            f"{', '.join(map(str, _READABLE))}"
         )
     layers = data["layers"]
     if not isinstance(layers, list):
@@ -59,6 +59,34 @@ def _check_layer(entry: object, keys: Collection[str], shape_keys: Collection[st
     _check_count(entry.get("size"), f"{name}: size")
     if shape is not None:
         _check_shape(shape, name, shape_keys)
+    if (storage := entry.get("storage")) is not None:
+        _check_storage(storage, name, rank, shape)
+
+
+def _check_storage(storage: object, name: str, rank: int | None, shape: object) -> None:
+    if not isinstance(storage, dict) or storage.keys() - {"grid", "corrected", "factor_grid"}:
+        raise ValueError(f"{name}: storage must have the keys grid, corrected and factor_grid, got {storage!r:.80}")
+    grids = {key: storage.get(key) for key in ("grid", "factor_grid")}
+    for key, grid in grids.items():
+        if grid is None:
+            continue
+        if not isinstance(grid, dict) or grid.keys() != {"bits", "group_size"}:
+            raise ValueError(f"{name}: {key} must have exactly the keys bits and group_size, got {grid!r:.80}")
+        if grid["bits"] not in (4, 8):
+            raise ValueError(f"{name}: bits of {key} must be 4 or 8, got {grid['bits']!r}")
+        if grid["group_size"] is not None:
+            _check_count(grid["group_size"], f"{name}: group_size of {key}", least=1)
+    corrected = storage.get("corrected", False)
+    if not isinstance(corrected, bool):
+        raise ValueError(f"{name}: corrected must be true or false, got {corrected!r}")
+    if grids["grid"] is None and (corrected or grids["factor_grid"] is not None):
+        raise ValueError(f"{name}: a correction is of a weight on a grid, and there is none")
+    if corrected and rank is None:
+        raise ValueError(f"{name}: a correction needs a rank")
+    if grids["factor_grid"] is not None and not corrected:
+        raise ValueError(f"{name}: factor_grid without a correction")
+    if grids["grid"] is not None and shape is None:
+        raise ValueError(f"{name}: has a grid but no shape")
 
 
 def _check_shape(shape: object, name: str, keys: Collection[str]) -> None:

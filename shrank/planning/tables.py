@@ -47,12 +47,13 @@ def _cells(layer: LayerPlan) -> tuple[str, ...]:
     groups = f"/{shape.groups}" if shape and shape.groups > 1 else ""
     pivots = "p" if shape and shape.pivoted else ""
     rank = "dense" if layer.rank is None else f"{layer.rank}{pivots}"
+    stored = f" {layer.storage}" if layer.changes and str(layer.storage) else ""
     error = "" if layer.error is None else f"{layer.error:.4f}"
     return (
         layer.fqn or "(root)",
         layer.kind,
         size + groups,
-        rank,
+        rank + stored,
         f"{layer.size:,}",
         f"{layer.params_after:,}",
         error,

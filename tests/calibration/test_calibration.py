@@ -100,6 +100,19 @@ def test_moments_are_the_means_of_outer_products(build, x) -> None:
     assert_saw(found, model, observed(model, calls))
 
 
+def test_inputs_are_observed_on_request(tmp_path) -> None:
+    model, calls = seeded(Branches), [draw(2, 5, 32), draw(2, 5, 32) * 2 + 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the layer that is never called
+        by_outputs, by_inputs = (
+            calibrate(model, calls, loss=half_square, cache=tmp_path, inputs=inputs) for inputs in (False, True)
+        )
+    assert not by_outputs["narrow"].of_inputs and by_inputs["narrow"].of_inputs
+    assert_saw(by_inputs, model, observed(model, calls))
+    W, ours, theirs = model.narrow.weight.detach(), by_inputs["narrow"], by_outputs["narrow"]
+    assert_close(W @ ours.data @ W.mT, theirs.data)  # what the inputs' moment makes of the outputs'
+
+
 def test_convolutions_are_seen_by_their_outputs_per_group() -> None:
     model, calls = seeded(Mixed), [draw(2, 16, 8, 8)]
     found = calibrate(model, calls, loss=half_square)

@@ -7,7 +7,8 @@ from torch import nn
 
 from shrank.layers.ced import CED
 from shrank.layers.led import LED
-from shrank.linalg import Shape
+from shrank.linalg import Grid, Quantized, Shape, Storage, nearest
+from tests.common.models import draw
 
 
 def weights(module: nn.Module) -> int:
@@ -50,3 +51,40 @@ def test_traffic_is_every_tensor_once(rank: int | None, bias: bool, residual: bo
     x, y = 20 * tokens, 30 * tokens
     moved = x + y * (1 + residual) + sum(p.numel() for p in layer.parameters())
     assert shape.traffic(tokens, rank, bias, residual) == moved
+
+
+def packed(quantized: Quantized) -> int:
+    """Bytes of a matrix that is packed as small as whole bytes in every row allow."""
+    rows, columns = quantized.values.shape
+    return rows * ((columns * quantized.grid.bits + 7) // 8) + 2 * quantized.scales.numel()
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 5), Grid(8), Grid(8, 10)], ids=str)
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_bytes_are_those_of_the_tensors(grid: Grid, pivoted: bool) -> None:
+    shape, rank = Shape(30, 20, pivoted=pivoted), 10
+    down, up = nearest(draw(rank, 20), grid), nearest(draw(20 if pivoted else 30, rank), grid)
+    dense, index = nearest(draw(30, 20), grid), 4 * 30 * pivoted
+    assert shape.bytes(None) == 2 * shape.bytes(None, itemsize=1) == 2 * 600
+    assert shape.bytes(rank) == 2 * shape.params(rank) + index
+    assert shape.bytes(None, Storage(grid)) == packed(dense)
+    assert shape.bytes(rank, Storage(grid)) == packed(down) + packed(up) + index
+    assert shape.bytes(rank, Storage(grid, True)) == packed(dense) + 2 * shape.params(rank) + index
+    assert shape.bytes(rank, Storage(grid, True, grid)) == packed(dense) + packed(down) + packed(up) + index
+    assert shape.stored_params(rank, Storage(grid, True)) == 600 + shape.params(rank)
+
+
+def test_groups_that_fit() -> None:
+    shape, of_four = Shape(30, 20), Grid(4, 4)
+    assert shape.fits(None, Storage(of_four)) and not Shape(20, 30).fits(None, Storage(of_four))
+    assert shape.fits(8, Storage(of_four)) and not shape.fits(10, Storage(of_four))
+    assert shape.fits(10, Storage(of_four, True)) and not shape.fits(10, Storage(of_four, True, of_four))
+    assert shape.fits(10, Storage(of_four, True, Grid(8)))
+
+
+@pytest.mark.parametrize(
+    ("storage", "says"), [({"corrected": True}, "give its grid"), ({"factor_grid": Grid(8)}, "is that of a correction")]
+)
+def test_a_storage_that_cannot_be(storage: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Storage(**storage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import shrank
 from shrank import RankPlan
+from shrank.linalg import Grid, Storage
 from tests.common.models import TiedLM, seeded
 
 
@@ -58,12 +60,42 @@ def test_edits_make_new_plans() -> None:
         made.with_rank("1", 3)
 
 
+STORAGES = (Storage(Grid(8)), Storage(Grid(4, 8)), Storage(Grid(4, 8), True), Storage(Grid(4, 8), True, Grid(8)))
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_bits_in_json_in_the_table_and_in_bytes(storage: Storage) -> None:
+    made = plan()
+    layer = replace(made.low_rank[0], storage=storage)
+    made = replace(made, layers=(layer, *made.layers[1:]))
+    assert RankPlan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    assert f" {layer.rank} {storage} " in str(made)
+    assert layer.bytes() == layer.shape.bytes(layer.rank, storage) and layer.params_after >= layer.rank
+
+
+def test_a_layer_of_fewer_bits_changes_without_a_rank() -> None:
+    layer = replace(plan().low_rank[0], rank=None)
+    assert not layer.changes and layer.bytes() == 2 * layer.size
+    layer = replace(layer, storage=Storage(Grid(8)))
+    assert layer.changes and layer.size < layer.bytes() < 2 * layer.size and layer.params_after == layer.size
+
+
+def test_a_correction_needs_its_rank() -> None:
+    made = plan()
+    layer = replace(made.low_rank[0], storage=Storage(Grid(4, 8), True))
+    made = replace(made, layers=(layer,)).with_rank(layer.fqn, None)
+    assert made[layer.fqn].storage == Storage(Grid(4, 8))
+
+
 def test_json_round_trip(tmp_path) -> None:
     made = shrank.make_plan(nn.ModuleDict({"a": model(), "b": seeded(TiedLM)}), 8)
     for field in ("rank", "shape", "error"):  # the plan has both kinds of every field
         assert {getattr(layer, field) is None for layer in made} == {True, False}
     made.save(tmp_path / "plan.json")
     assert RankPlan.load(tmp_path / "plan.json") == made
+
+
+BITS = {"grid": {"bits": 8, "group_size": None}}
 
 
 @pytest.mark.parametrize(
@@ -87,6 +119,16 @@ def test_json_round_trip(tmp_path) -> None:
         (lambda d: d["layers"][0].update(kind=3), "must be strings"),
         (lambda d: d["layers"][0].update(error="small"), "error must be a number"),
         (lambda d: d["layers"].append(d["layers"][0]), "lists layers twice: 0"),
+        (lambda d: d["layers"][0].update(storage=[4]), "storage must have the keys"),
+        (lambda d: d["layers"][0].update(storage={"bits": 4}), "storage must have the keys"),
+        (lambda d: d["layers"][0].update(storage={"grid": {"bits": 4}}), "exactly the keys bits and group_size"),
+        (lambda d: d["layers"][0].update(storage={"grid": {"bits": 3, "group_size": 8}}), "4 or 8, got 3"),
+        (lambda d: d["layers"][0].update(storage={"grid": {"bits": 4, "group_size": 0}}), "group_size of grid must be"),
+        (lambda d: d["layers"][0].update(storage={"corrected": True}), "a correction is of a weight on a grid"),
+        (lambda d: d["layers"][0].update(storage={"corrected": 1}), "corrected must be true or false"),
+        (lambda d: d["layers"][1].update(storage=BITS), "has a grid but no shape"),
+        (lambda d: d["layers"][0].update(storage={**BITS, "factor_grid": BITS["grid"]}), "without a correction"),
+        (lambda d: d["layers"][0].update(rank=None, storage={**BITS, "corrected": True}), "a correction needs a rank"),
     ],
 )
 def test_foreign_json_is_refused_by_what_is_wrong(change, says: str) -> None:
