@@ -1,0 +1,108 @@
+"""Weights on a grid: a tensor of torchao in a module, two arrays of whole numbers and scales in a file.
+
+torchao is asked for only where there is something to put on a grid (`pip install shrank[quant]`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..linalg import Grid, Quantized
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of which torchao has weights
+ACTIVATIONS = ("int8",)
+# What a weight `NAME` on a grid is called in files.
+VALUES, SCALES = ".values", ".scales"
+
+
+def torchao_tensors() -> ModuleType:
+    """The classes of tensors; ImportError that says how to install torchao, where it is not."""
+    try:
+        from . import torchao_tensors as found
+    except ImportError as error:
+        raise ImportError(f"weights of 4 or 8 bits need torchao: pip install 'shrank[quant]' ({error})") from error
+    return found
+
+
+def quantized_weight(quantized: Quantized, activations: str | None = None) -> nn.Parameter:
+    """A weight (N, K) on a grid as a parameter that `F.linear` takes, which never trains.
+
+    activations: "int8", to round what it multiplies to 8 bits at every call, with a scale for each token; None: not.
+    """
+    return nn.Parameter(torchao_tensors().made(quantized, activations), requires_grad=False)
+
+
+def is_quantized(weight: object) -> bool:
+    """Whether a weight was made by `quantized_weight`."""
+    return getattr(type(weight), "is_of_shrank", False)
+
+
+def quantized_of(weight: Tensor) -> Quantized:
+    """What `quantized_weight` made this of, uncopied."""
+    return weight.quantized()
+
+
+def activations_of(weight: Tensor) -> str | None:
+    return weight.activations()
+
+
+def plain(weight: Tensor) -> Tensor:
+    """The weight itself, or the numbers (N, K) that one on a grid stands for."""
+    return quantized_of(weight).dequantized() if is_quantized(weight) else weight
+
+
+def packed(quantized: Quantized) -> tuple[Tensor, Tensor]:
+    """Values and scales for a file: (N, K) int8, or of 4 bits (N, ceil(K / 2)) uint8 with the first of two in the lower
+    half; scales (N, groups) in 16 bits, or as they are where no 16 bits hold them."""
+    values = quantized.values
+    if quantized.grid.bits == 4:
+        values = nn.functional.pad(values, (0, values.shape[1] % 2)).view(torch.uint8) & 15
+        values = values[:, ::2] | (values[:, 1::2] << 4)
+    return values.contiguous(), _in_16_bits(quantized.scales)
+
+
+def packed_shapes(rows: int, columns: int, grid: Grid) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shapes of what `packed` gives for a weight (rows, columns)."""
+    return (rows, -(-columns * grid.bits // 8)), (rows, grid.groups(columns))
+
+
+def unpacked(values: Tensor, scales: Tensor, columns: int, grid: Grid, dtype: torch.dtype) -> Quantized:
+    """What `packed` took, of a weight with so many columns and with scales in `dtype`; ValueError says what is wrong
+    with either."""
+    if reason := why_not_packed(values, scales, columns, grid):
+        raise ValueError(reason)
+    if grid.bits == 4:
+        both = torch.stack((values & 15, values >> 4), 2).flatten(1)[:, :columns]
+        values = (both.to(torch.int8) ^ 8) - 8
+    return Quantized(values.contiguous(), scales.to(dtype), grid)
+
+
+def why_not_packed(values: Tensor, scales: Tensor, columns: int, grid: Grid) -> str:
+    """What is wrong with the values and scales of a weight with so many columns; "" if nothing is."""
+    wanted = torch.int8 if grid.bits == 8 else torch.uint8
+    if values.dtype is not wanted:
+        return f"values are {values.dtype}, wanted {wanted}"
+    if not scales.is_floating_point():
+        return f"scales are {scales.dtype}, wanted floating-point numbers"
+    shapes = packed_shapes(len(values) if values.dim() else 0, columns, grid)
+    for name, found, shape in zip(("values", "scales"), (values, scales), shapes, strict=True):
+        if tuple(found.shape) != shape:
+            return f"{name} have the shape {tuple(found.shape)}, wanted {shape} for {grid}"
+    if not scales.is_meta and not bool(scales.isfinite().all()):
+        return "scales hold NaN or infinity"
+    return ""
+
+
+def _in_16_bits(scales: Tensor) -> Tensor:
+    if torch.finfo(scales.dtype).bits == 16:
+        return scales.contiguous()
+    for dtype in (torch.float16, torch.bfloat16):
+        if torch.equal((small := scales.to(dtype)).to(scales.dtype), scales):
+            return small.contiguous()
+    return scales.contiguous()
