@@ -8,6 +8,7 @@ from .grids import AS_IT_IS, Grid, Storage
 from .moments import Metric, Moments, metric
 from .pivots import PivotedFactors, pivoted, unpivoted
 from .quantization import Quantized, gptq, nearest
+from .quantized_factors import Loss, QuantizedDense, QuantizedFactors, quantized_dense, quantized_factors
 from .svd import FactorizationError, energy_curve, factorize, spectrum
 from .weighted import factorize_weighted, squared_errors
 
@@ -18,11 +19,14 @@ __all__ = [
     "FactorizationError",
     "Factors",
     "Grid",
+    "Loss",
     "Metric",
     "Moments",
     "Options",
     "PivotedFactors",
     "Quantized",
+    "QuantizedDense",
+    "QuantizedFactors",
     "Shape",
     "Storage",
     "allocate",
@@ -34,6 +38,8 @@ __all__ = [
     "metric",
     "nearest",
     "pivoted",
+    "quantized_dense",
+    "quantized_factors",
     "spectrum",
     "squared_errors",
     "unpivoted",

@@ -58,6 +58,8 @@ class Metric:
 
     `mean`: of the data, if the bias is to make up for it; else None. `goal`: the matrices (G, N, K) to approximate, if
     they are not the layer's own, and `shift` (G, N) what its mean output then lacks even without an error.
+    `inputs` (1, K, K): the data of the inputs, where they were observed, as rounding of weights needs them whatever
+    side is smaller; `input_mean` (1, K): their mean, if the bias is to make up for it.
     """
 
     data: Tensor
@@ -66,6 +68,8 @@ class Metric:
     mean: Tensor | None
     goal: Tensor | None = None
     shift: Tensor | None = None
+    inputs: Tensor | None = None
+    input_mean: Tensor | None = None
 
 
 def metric(matrices: Tensor, moments: Moments, centred: bool) -> Metric:
@@ -88,10 +92,13 @@ def metric(matrices: Tensor, moments: Moments, centred: bool) -> Metric:
         cross = _mixed(_about(moments.anchor, wanted, mean, centred), prior, share)
         goal, shift, data, mean, gradient = _anchored(W, moments.of_inputs, cross, wanted, data, mean, gradient)
         W = goal
+    inputs, input_mean = (data, mean) if moments.of_inputs else (None, None)
     if moments.of_inputs and not on_inputs:
         data, mean = W @ data @ W.mT, (W @ mean[..., None])[..., 0]
     gradient = _shrunk_gradient(W, gradient, moments.gradient_samples, on_inputs)
-    return Metric(data, gradient, on_inputs, mean if centred else None, goal, shift if centred else None)
+    if not centred:
+        mean = shift = input_mean = None
+    return Metric(data, gradient, on_inputs, mean, goal, shift, inputs, input_mean)
 
 
 def _anchored(
