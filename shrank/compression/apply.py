@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from ..calibration.metric_source import MetricSource
 from ..calibration.sameness import agree_on
+from ..layers.packed import PackedLinear
+from ..layers.quantized import is_quantized, storage_of, torchao_tensors
+from ..linalg import AS_IT_IS
 from ..model import surgery
 from ..model.adapters import LOW_RANK, target, with_groups
-from ..model.dense import dense_twin, require_plain
+from ..model.dense import dense_twin, plain_twin, require_plain
+from ..model.on_grid import why_not_on_grid
 from ..model.survey import Site, Survey, count
 from ..planning.plan import LayerPlan, RankPlan
 from ..util.processes import current
@@ -69,7 +73,8 @@ def carry_out(
 
 
 def attach_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
-    """Replace the planned layers by twins whose weights are not set: what loading a checkpoint fills.
+    """Replace the planned layers by twins whose weights are not set: what loading a checkpoint fills, and `unpack` ends
+    where there are weights on a grid.
 
     Layers that are low-rank already, as planned, stay. Raises ValueError, before anything is changed, if the plan does
     not fit the model.
@@ -78,6 +83,20 @@ def attach_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
     for site, twin in _empty_twins(survey, plan):
         surgery.replace(survey, site, twin.to_empty(device=site.module.weight.device))
     return surgery.finish(survey, plan)
+
+
+def unpack(model: nn.Module) -> nn.Module:
+    """The model, whose weights on a grid were read by now, with linear layers that compute; ValueError, which names the
+    layer, on values or scales that no weight has."""
+    survey = Survey(model)
+    for site in survey.sites(inside_low_rank=True):
+        if isinstance(site.module, PackedLinear):
+            try:
+                made = site.module.made()
+            except ValueError as error:
+                raise ValueError(f"{site.fqn or '(root)'}.weight: {error}") from error
+            surgery.replace(survey, site, made)
+    return survey.model
 
 
 def expected_state(model: nn.Module, plan: RankPlan) -> dict[str, Tensor]:
@@ -99,16 +118,20 @@ def describe(model: nn.Module) -> RankPlan:
         model: Any model.
 
     Returns:
-        A plan of its low-rank layers alone.
+        A plan of its low-rank layers, and of the linear layers that shrank put on a grid, alone.
     """
-    plan = RankPlan(tuple(_describe_layer(site) for site in Survey(model).low_rank()))
+    sites = Survey(model).sites(inside_low_rank=True)
+    plan = RankPlan(
+        tuple(_describe_layer(site) for site in sites if isinstance(site.module, LOW_RANK) or _is_ours(site))
+    )
     return replace(plan, other_params=count(model.parameters()) - plan.params_after)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Turn every low-rank layer back into the dense layer it stands for, in place.
+    """Turn every low-rank layer back into the dense layer it stands for, in place, and weights on a grid into plain
+    ones.
 
     Args:
         model: Any model.
@@ -123,21 +146,40 @@ def merge(model: nn.Module) -> nn.Module:
     survey = Survey(model)
     sites = survey.low_rank()
     require_plain(sites, "merged")
+    on_grid = [site for site in survey.sites() if _is_ours(site)]
     for site in reversed(sites):  # innermost first: a stage of a low-rank layer may be low-rank itself
         surgery.replace(survey, site, dense_twin(site.module))
+    for site in on_grid:
+        surgery.replace(survey, site, plain_twin(site.module))
     return surgery.finish(survey, None)
 
 
+def _is_ours(site: Site) -> bool:
+    """Whether it is a linear layer with a weight on a grid, and not a stage of a low-rank layer."""
+    return not site.inside and is_quantized(site.module._parameters.get("weight"))
+
+
 def _describe_layer(site: Site) -> LayerPlan:
-    layer, shape = site.module, site.module.shape
-    return LayerPlan(site.fqn, layer.kind, shape.dense_params, shape, layer.rank)
+    layer = site.module
+    if isinstance(layer, LOW_RANK):
+        shape = layer.shape
+        return LayerPlan(site.fqn, layer.kind, shape.dense_params, shape, layer.rank, storage=layer.storage)
+    found = target(layer, vouched=True)
+    return LayerPlan(site.fqn, found.kind, found.shape().dense_params, found.shape(), storage=storage_of(layer))
 
 
 def _empty_twins(survey: Survey, plan: RankPlan) -> list[tuple[Site, nn.Module]]:
     """The sites of the planned layers and a twin on the meta device for each, whose stages may be low-rank in turn."""
     twins = []
     for site, layer in resolve(survey, plan.outermost, loading=True):
-        twin = Survey(target(site.module, vouched=True).twin(layer.rank, layer.shape))
+        grid, found = layer.storage.grid, target(site.module, vouched=True)
+        if layer.rank is None:
+            twins.append((site, PackedLinear(site.module, grid, layer.storage.activations)))
+            continue
+        twin = Survey(found.twin(layer.rank, layer.shape))
+        if grid is not None:
+            for number in (0, 1):
+                twin.model.stages[number] = PackedLinear(twin.model.stages[number], grid, layer.storage.activations)
         for inner_site, inner_twin in _empty_twins(twin, plan.inside(layer.fqn)):
             surgery.replace(twin, inner_site, inner_twin)
         twins.append((site, twin.model))
@@ -148,13 +190,15 @@ def resolve(survey: Survey, plan: RankPlan, loading: bool = False) -> list[tuple
     """The sites of the planned layers; ValueError lists everything about the plan that does not fit the model."""
     sites = {site.fqn: site for site in survey.sites(inside_low_rank=True)}
     jobs, problems = [], []
-    for layer in plan.low_rank:
+    if any(layer.storage.grid for layer in plan.changed):
+        torchao_tensors()
+    for layer in plan.changed:
         site = sites.get(layer.fqn)
         if site is None:
             problems.append(f"{layer.fqn!r}: the model has no such layer")
         elif loading and isinstance(site.module, LOW_RANK) and _same_structure(_describe_layer(site), layer):
             continue
-        elif problem := _misfit(site, layer, loading):
+        elif problem := _misfit(site, layer, loading) or _why_not_stored(site, layer, plan):
             problems.append(f"{layer.fqn!r}: {problem}")
         else:
             jobs.append((site, layer))
@@ -176,6 +220,9 @@ def _misfit(site: Site, layer: LayerPlan, loading: bool) -> str:
         return "; ".join(reasons)
     if found.kind != layer.kind:
         return f"it is a {found.kind} here and a {layer.kind} in the plan"
+    if layer.rank is None:
+        here = found.shape()
+        return "" if here == layer.shape else f"it is {here} here and {layer.shape} in the plan"
     shape = with_groups(found.shape(), layer.rank, layer.shape.up_groups > 1, layer.shape.pivoted)
     if reason := found.why_not_grouped(shape):
         return reason
@@ -188,5 +235,16 @@ def _misfit(site: Site, layer: LayerPlan, loading: bool) -> str:
     return ""
 
 
+def _why_not_stored(site: Site, layer: LayerPlan, plan: RankPlan) -> str:
+    """What keeps the layer from having the few bits that are planned; '' if nothing does, or it has none."""
+    if layer.storage.grid is None:
+        return ""
+    if plan.inside(layer.fqn).layers:
+        return "its stages are low-rank themselves: merge it, and factorise it once"
+    return why_not_on_grid(target(site.module, vouched=True), layer.shape, layer.rank, layer.storage)
+
+
 def _same_structure(here: LayerPlan, planned: LayerPlan) -> bool:
-    return (here.kind, here.shape, here.rank) == (planned.kind, planned.shape, planned.rank)
+    # Weights on a grid are no memory that could be written over.
+    plain = here.storage == planned.storage == AS_IT_IS
+    return plain and (here.kind, here.shape, here.rank) == (planned.kind, planned.shape, planned.rank)

@@ -10,15 +10,30 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.metric_source import MetricSource, metric_of
-from ..linalg import FactorizationError, Factors, PivotedFactors, factorize, factorize_weighted, pivoted
+from ..layers.quantized import quantized_weight
+from ..linalg import (
+    AS_IT_IS,
+    FactorizationError,
+    Factors,
+    Metric,
+    PivotedFactors,
+    Quantized,
+    factorize,
+    factorize_weighted,
+    pivoted,
+    quantized_dense,
+    quantized_factors,
+)
 from ..model.survey import Site
 from ..planning.plan import LayerPlan
 from ..util.parallel import in_parallel, workers_for
 from ..util.processes import current
 
 Job = tuple[Site, LayerPlan]
-# What a twin is made of: down, up, with pivots their order, and what a bias must gain, if anything.
+# What a twin is made of: down, up, with pivots their order, and what a bias must gain, if anything. Of a dense weight
+# on a grid, the weight; all that is on a grid has its scales beside it.
 Parts = dict[str, Tensor]
+_SCALES = ".scales"
 
 
 def twins(
@@ -69,24 +84,68 @@ def _dealt(jobs: list[Job], calibration: MetricSource | None) -> Iterator[tuple[
 def _factorised(calibration: MetricSource | None, job: Job) -> tuple[LayerPlan, Parts]:
     """The plan with the error found and the parts of the twin; without any, with the reason."""
     site, layer = job
-    matrices, rank = site.adapter.matrices(layer.shape), layer.rank // layer.shape.down_groups
+    matrices = site.adapter.matrices(layer.shape)
+    if layer.storage.grid is not None:
+        return _on_grid(metric_of(calibration, site, matrices), matrices, layer)
+    rank = layer.rank // layer.shape.down_groups
     try:
         metric = metric_of(calibration, site, matrices)
         factors = factorize(matrices, rank) if metric is None else factorize_weighted(matrices, metric, rank)
     except FactorizationError as error:
-        return replace(layer, rank=None, error=None, reason=str(error)), {}
+        return _failed(layer, error), {}
     stored = pivoted(factors) if layer.shape.pivoted else factors
     parts = {"down": stored.down, "up": stored.up, "order": getattr(stored, "order", None), "shift": factors.shift}
     return replace(layer, error=factors.relative_error), {n: t.contiguous() for n, t in parts.items() if t is not None}
+
+
+def _on_grid(metric: Metric | None, matrices: Tensor, layer: LayerPlan) -> tuple[LayerPlan, Parts]:
+    """As `_factorised`, of a layer whose weights get few bits."""
+    try:
+        if layer.rank is None:
+            found = quantized_dense(matrices, metric, layer.storage.grid)
+            held = {"weight": found.weight}
+        else:
+            found = quantized_factors(matrices, metric, layer.rank, layer.storage.grid)
+            held = {"down": found.down, "up": found.up}
+    except FactorizationError as error:
+        return _failed(layer, error), {}
+    parts = {name: each.values for name, each in held.items()}
+    parts |= {name + _SCALES: each.scales for name, each in held.items()}
+    if found.loss.shift is not None:
+        parts["shift"] = found.loss.shift
+    return replace(layer, error=found.loss.relative_error), parts
+
+
+def _failed(layer: LayerPlan, error: FactorizationError) -> LayerPlan:
+    """Of a layer that stays as it is."""
+    return replace(layer, rank=None, error=None, reason=str(error), storage=AS_IT_IS)
 
 
 @torch.no_grad()
 def _twin(site: Site, layer: LayerPlan, parts: Parts) -> nn.Module | None:
     if not parts:
         return None
-    twin, bias, order = site.adapter.twin(layer.rank, layer.shape), site.module.bias, parts.get("order")
+    bias, order = site.module.bias, parts.get("order")
     if "shift" in parts:
         bias = nn.Parameter((bias + parts["shift"].flatten()).to(bias.dtype), bias.requires_grad)
-    down, up = parts["down"], parts["up"]
+    if layer.storage.grid is not None:
+        return _of_few_bits(site, layer, parts, bias)
+    twin, down, up = site.adapter.twin(layer.rank, layer.shape), parts["down"], parts["up"]
     twin.take(Factors(down, up, 0.0, 1.0) if order is None else PivotedFactors(down, up, order, 1.0), bias)
+    return twin
+
+
+def _of_few_bits(site: Site, layer: LayerPlan, parts: Parts, bias: nn.Parameter | None) -> nn.Module:
+    """The dense layer again, or its twin, with weights of torchao."""
+
+    def weight(name: str) -> nn.Parameter:
+        held = Quantized(parts[name], parts[name + _SCALES], layer.storage.grid)
+        return quantized_weight(held, layer.storage.activations)
+
+    if layer.rank is None:
+        made = site.adapter.like()
+        made.weight, made.bias = weight("weight"), bias
+        return made
+    twin = site.adapter.twin(layer.rank, layer.shape)
+    twin.set_factors(weight("down"), weight("up"), bias)
     return twin

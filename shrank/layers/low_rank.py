@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..linalg import FactorizationError, Factors, PivotedFactors, Shape, factorize, pivoted
+from ..linalg import AS_IT_IS, FactorizationError, Factors, PivotedFactors, Shape, Storage, factorize, pivoted
 from ..ops import reference
 from .merged_weight import merged
 from .plain import is_untouched, why_no_matrix, why_not_plain
+from .quantized import is_quantized, plain, quantized_of, storage_of
 from .seal import drop_seal
 from .two_stage import assign_bias, factors_of, is_pivoted, merged_bias, ops_for, run, set_stages
 
@@ -69,7 +71,7 @@ class LowRankLayer(nn.Module):
 
     @property
     def down(self) -> Tensor:
-        """The first factor, in the layout of the first stage's weight."""
+        """The first factor, in the layout of the first stage's weight; of one on a grid the numbers it stands for."""
         return self._factor(0)
 
     @property
@@ -98,6 +100,8 @@ class LowRankLayer(nn.Module):
     def weight(self) -> Tensor:
         """The dense weight, multiplied out when used."""
         like = self.stages[0].weight
+        if is_quantized(like):
+            like = quantized_of(like).scales  # of the same dtype and device; what scales them scales the product
         if not isinstance(like, Tensor):
             return like  # a method where the stage is quantized, as it would be on the dense layer
         return merged(like, self.weight_shape, self.dense_weight, self, "weight")
@@ -157,7 +161,31 @@ class LowRankLayer(nn.Module):
         for name, stage in zip(_NAMES, self.stages, strict=False):
             if reason := why_not_plain(stage, sharded):
                 return f"its {name} stage {reason}"
+        stored = [storage_of(stage) for stage in self.stages[:2]]
+        if self._common(*stored) is None:
+            return f"its stages are stored in two ways: {' and '.join(str(each or 'plain') for each in stored)}"
         return ""
+
+    @property
+    def storage(self) -> Storage:
+        """How the factors are stored; ValueError if each is in another way."""
+        if (found := self._common(*map(storage_of, self.stages[:2]))) is None:
+            raise ValueError(f"{type(self).__name__}: {self.why_not_plain()}")
+        return found
+
+    def _common(self, down: Storage | None, up: Storage | None) -> Storage | None:
+        """The one way in which both stages are stored; None if there is none."""
+        if down is None or up is None:
+            return AS_IT_IS if down is up else None
+        columns = (self.shape.in_features, self.rank)
+        # A group as long as the row is the whole row.
+        sizes = [each.grid.group_size or n for each, n in zip((down, up), columns, strict=True)]
+        whole = [size == n for size, n in zip(sizes, columns, strict=True)]
+        size = None if all(whole) else sizes[whole[0]]
+        alike = all(n == size or every for n, every in zip(sizes, whole, strict=True))
+        fits = size is None or all(n % size == 0 for n in columns)
+        found = replace(down, grid=replace(down.grid, group_size=size))
+        return found if alike and fits and found == replace(up, grid=replace(up.grid, group_size=size)) else None
 
     def built_with(self, number: int, name: str) -> object:
         """An attribute of a stage; of one that peft has adapted, that of the layer inside."""
@@ -174,7 +202,7 @@ class LowRankLayer(nn.Module):
         stage = self.stages[number]
         if reason := why_no_matrix(stage):
             raise RuntimeError(f"{type(self).__name__}: its {_NAMES[number]} stage {reason}")
-        return stage.weight
+        return plain(stage.weight)
 
     def assign(self, name: str, value: Tensor | None) -> None:
         """Give the layer another dense `weight` or `bias`; ValueError where its factors cannot express it."""
@@ -206,6 +234,8 @@ class LowRankLayer(nn.Module):
             )
         if reason := self.why_not_plain():
             raise RuntimeError(f"{owner}.weight cannot be assigned: {reason}")
+        if self.storage != AS_IT_IS:
+            raise RuntimeError(f"{owner}.weight cannot be assigned to factors of {self.storage}: merge the model first")
         try:
             found = factorize(self.blocks_of(weight.detach()), self.rank // self.shape.down_groups)
         except FactorizationError as error:

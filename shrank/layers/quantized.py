@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..linalg import Grid, Quantized
+from ..linalg import Grid, Quantized, Storage
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -52,9 +52,33 @@ def activations_of(weight: Tensor) -> str | None:
     return weight.activations()
 
 
+def storage_of(module: nn.Module) -> Storage | None:
+    """How the weight of a layer, or below what peft made of it, is stored; None for one that is not on a grid."""
+    module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    weight = module._parameters.get("weight")
+    return Storage(quantized_of(weight).grid, activations=activations_of(weight)) if is_quantized(weight) else None
+
+
 def plain(weight: Tensor) -> Tensor:
     """The weight itself, or the numbers (N, K) that one on a grid stands for."""
     return quantized_of(weight).dequantized() if is_quantized(weight) else weight
+
+
+def packed_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state for a file: every weight on a grid as the two arrays that `packed` gives, in place of the weight; one for
+    all its names."""
+    found: dict[str, Tensor] = {}
+    made: dict[tuple, tuple[Tensor, Tensor]] = {}
+    for name, value in state.items():
+        if is_quantized(value):
+            held = quantized_of(value)
+            place = held.values.device, held.values.data_ptr()
+            if value.is_meta or place not in made:
+                made[place] = packed(held)
+            found[name + VALUES], found[name + SCALES] = made[place]
+        else:
+            found[name] = value
+    return found
 
 
 def packed(quantized: Quantized) -> tuple[Tensor, Tensor]:

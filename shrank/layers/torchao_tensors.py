@@ -77,3 +77,4 @@ def _converted(func: object, types: object, args: tuple, kwargs: dict) -> Tensor
 
 for _kind in (RowsOfInt8, GroupsOfInts):
     _kind.implements(torch.ops.aten._to_copy.default)(_converted)
+torch.serialization.add_safe_globals([RowsOfInt8, GroupsOfInts])

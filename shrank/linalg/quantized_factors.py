@@ -85,9 +85,8 @@ def quantized_factors(
 
 
 def _refit(residual: Tensor, seen: Tensor, between: Tensor, noise: Tensor) -> Tensor:
-    """What up must gain for the outputs that down, rounded, lacks: their least squares, but in directions of h with less
-    in them than rounding put into each of the K. Those would take large numbers, for which the scales of all others
-    would have to grow."""
+    """What up must gain for the outputs that down, rounded, lacks: their least squares, but for directions of h with
+    less in them than rounding put into each of the K: these would take large numbers, and larger scales with them."""
     strength = noise.diagonal().sum() / residual.shape[1]
     strength = strength + _DAMPING * between.diagonal().mean() + torch.finfo(between.dtype).tiny
     damped = between + strength * torch.eye(len(between)).to(between)

@@ -44,6 +44,10 @@ class Target:
         """Why the twin cannot have the groups of this shape; '' if it can."""
         return ""
 
+    def why_not_on_grid(self, rank: int | None) -> str:
+        """Why the layer, or at a rank its factors, cannot have weights of few bits; '' if they can."""
+        return f"torchao computes no {self.kind} with weights of few bits"
+
     def matrices(self, shape: Shape) -> Tensor:
         """The weight as (G, N/G, K/G), one matrix per group of the twin's first stage."""
         raise NotImplementedError
@@ -80,6 +84,15 @@ class LinearTarget(Target):
     def shape(self) -> Shape:
         return Shape(*self.module.weight.shape)
 
+    def why_not_on_grid(self, rank: int | None) -> str:
+        return ""
+
+    def like(self) -> nn.Linear:
+        """A layer of the same interface, on the meta device."""
+        linear = self.module
+        made = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, **self._meta())
+        return as_subclass(made, linear)
+
     def matrices(self, shape: Shape) -> Tensor:
         return self.module.weight.detach()[None]
 
@@ -108,6 +121,10 @@ class HFConv1DTarget(Target):
 
     def shape(self) -> Shape:
         return Shape(*self.module.weight.mT.shape)
+
+    def why_not_on_grid(self, rank: int | None) -> str:
+        # It multiplies by its weight transposed, which no tensor of torchao can; its factors are linear layers.
+        return super().why_not_on_grid(rank) if rank is None else ""
 
     def matrices(self, shape: Shape) -> Tensor:
         return self.module.weight.detach().mT[None]

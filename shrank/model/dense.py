@@ -8,8 +8,9 @@ from torch import nn
 
 from ..layers.low_rank import LowRankLayer
 from ..layers.plain import why_not_quiet
+from ..layers.quantized import plain
 from ..layers.two_stage import merged_bias
-from .adapters import adapter_of
+from .adapters import adapter_of, target
 from .survey import Site
 
 
@@ -40,3 +41,10 @@ def dense_twin(layer: LowRankLayer) -> nn.Module:
     if bias is not None:
         dense.bias = nn.Parameter(bias.detach())
     return dense
+
+
+def plain_twin(linear: nn.Linear) -> nn.Linear:
+    """A linear layer with the numbers that the weight of this one, on a grid, stands for."""
+    made = target(linear, vouched=True).like()
+    made.weight, made.bias = nn.Parameter(plain(linear.weight)), linear.bias
+    return made

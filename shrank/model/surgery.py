@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..layers.ced import CED
 from ..layers.led import LED
+from ..layers.quantized import is_quantized
 from . import notes
 from .adapters import LOW_RANK
 from .survey import Site, Survey
@@ -27,6 +28,7 @@ _FAST_PATHS = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }
+_ON_GRID = ("values", "scales")  # of a weight that is being read
 _SAVED_FAST_PATH = "_shrank_fast_path"
 # What the replaced and the replacing classes set themselves, and accelerate's wrapping; all else is the user's.
 _OWN_ATTRIBUTES = {"nx", "nf", "forward", "_hf_hook", "_old_forward"}.union(
@@ -61,6 +63,8 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
     new.train(old.training)
     trainable = {name: p.requires_grad for name, p in _leaf_parameters(old)}
     for name, parameter in _leaf_parameters(new):
+        if is_quantized(parameter) or name in _ON_GRID:
+            continue  # which never trains
         if parameter.requires_grad != (wanted := trainable.get(name, True)):  # which an inference tensor may not change
             parameter.requires_grad_(wanted)
     for name in _HOOKS:

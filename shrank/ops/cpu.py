@@ -44,7 +44,7 @@ def is_faster_in_a_graph(x: Tensor, down: Tensor, up: Tensor) -> bool:
     if (
         is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
-        or not (x.is_cpu and down.is_cpu and x.dtype == down.dtype)
+        or not (x.is_cpu and down.is_cpu and x.dtype == down.dtype and type(down) in (Tensor, Parameter))
     ):
         return False
     return host.are_few(x, down, up) or onednn.is_faster_in_a_graph(x, down, up)

@@ -262,4 +262,4 @@ def _layer_from_dict(entry: dict) -> LayerPlan:
 def storage_from_dict(entry: dict) -> Storage:
     """The value that `dataclasses.asdict` made this of."""
     grids = {key: None if entry.get(key) is None else Grid(**entry[key]) for key in ("grid", "factor_grid")}
-    return Storage(corrected=entry.get("corrected", False), **grids)
+    return Storage(corrected=entry.get("corrected", False), activations=entry.get("activations"), **grids)

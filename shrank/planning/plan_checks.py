@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 
 FORMAT = 3
 _READABLE = (1, 2, 3)
+_OF_STORAGE = {"grid", "corrected", "factor_grid", "activations"}
 
 
 def check_plan(data: object, layer_keys: Collection[str], shape_keys: Collection[str]) -> None:
@@ -64,8 +65,8 @@ def _check_layer(entry: object, keys: Collection[str], shape_keys: Collection[st
 
 
 def _check_storage(storage: object, name: str, rank: int | None, shape: object) -> None:
-    if not isinstance(storage, dict) or storage.keys() - {"grid", "corrected", "factor_grid"}:
-        raise ValueError(f"{name}: storage must have the keys grid, corrected and factor_grid, got {storage!r:.80}")
+    if not isinstance(storage, dict) or storage.keys() - _OF_STORAGE:
+        raise ValueError(f"{name}: storage must have the keys {', '.join(sorted(_OF_STORAGE))}, got {storage!r:.80}")
     grids = {key: storage.get(key) for key in ("grid", "factor_grid")}
     for key, grid in grids.items():
         if grid is None:
@@ -87,6 +88,8 @@ def _check_storage(storage: object, name: str, rank: int | None, shape: object) 
         raise ValueError(f"{name}: factor_grid without a correction")
     if grids["grid"] is not None and shape is None:
         raise ValueError(f"{name}: has a grid but no shape")
+    if (activations := storage.get("activations")) not in (None, "int8") or (activations and grids["grid"] is None):
+        raise ValueError(f"{name}: activations must be 'int8', beside a grid, or null, got {activations!r:.80}")
 
 
 def _check_shape(shape: object, name: str, keys: Collection[str]) -> None:

@@ -19,9 +19,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..compression.apply import attach_empty, merge
+from ..compression.apply import attach_empty, merge, unpack
 from ..layers.led import LED
+from ..layers.packed import PackedLinear
 from ..layers.pivots import Pivots
+from ..layers.quantized import SCALES, VALUES
 from ..layers.seal import DENSE_NAME
 from ..layers.two_stage import UNITS
 from ..linalg import Shape
@@ -112,6 +114,8 @@ class ShrankQuantizer(HfQuantizer):
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
         """Called with the plan of tensor parallelism and that of experts."""
+        if any(isinstance(m, PackedLinear) for m in model.modules()):
+            raise ValueError("weights of few bits cannot be split between processes: merge the model first")
         if plan is model.tp_plan and any(isinstance(m, LED) for m in model.modules()):
             from .transformers_parallel import make_aware
 
@@ -134,6 +138,7 @@ class ShrankQuantizer(HfQuantizer):
             name for name, m in lacking.items() if m in stages or not self._is_stored_in_another_size(name, model)
         ]:
             raise ValueError(f"the checkpoint lacks weights that its plan asks for: {', '.join(missing[:5])}")
+        unpack(model)
         for module in model.modules():
             if isinstance(module, Pivots):
                 module.settle()
@@ -192,7 +197,7 @@ def _shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
 
 def _stages(model: nn.Module) -> Iterator[nn.Module]:
     for layer in model.modules():
-        if isinstance(layer, LOW_RANK):
+        if isinstance(layer, LOW_RANK | PackedLinear):
             yield from (m for m in layer.modules() if m._parameters)
 
 
@@ -217,7 +222,7 @@ def _check_shapes(model: PreTrainedModel, expected: dict[str, torch.Size]) -> No
 
 def _seal_patterns(plan: RankPlan, model: PreTrainedModel) -> set[str]:
     """Patterns of the names of seals, of which there is no need to warn; one for all layers of a stack."""
-    names = {name for layer in plan.low_rank for name in _possible_names(layer.fqn, model)}
+    names = {name for layer in plan.changed for name in _possible_names(layer.fqn, model)}
     return {"^" + re.sub(r"\d+", r"\\d+", re.escape(f"{name}.{DENSE_NAME}")) + "$" for name in names}
 
 
@@ -254,7 +259,7 @@ def _as_loaded(plan: RankPlan, model: nn.Module) -> RankPlan:
 def _resized(plan: RankPlan, model: nn.Module) -> set[str]:
     """Planned layers that the model being loaded has in another size: a head for other labels, or for more words."""
     modules = dict(model.named_modules())
-    layers = [(layer, target(modules[layer.fqn])) for layer in plan.low_rank if layer.fqn in modules]
+    layers = [(layer, target(modules[layer.fqn])) for layer in plan.changed if layer.fqn in modules]
     return {
         layer.fqn
         for layer, found in layers
@@ -267,5 +272,6 @@ def _size(shape: Shape) -> tuple[int, int]:
 
 
 def _outer(name: str) -> str:
-    """The layer of the dense model to which a name belongs: stages of low-rank layers are not in it."""
-    return re.split(rf"\.?(?:{'|'.join(UNITS)})\.", name)[0]
+    """The layer of the dense model to which a name of what it became belongs; of any other name, the name."""
+    packed = name.removesuffix(f".{DENSE_NAME}{VALUES}").removesuffix(f".{DENSE_NAME}{SCALES}")
+    return re.split(rf"\.?(?:{'|'.join(UNITS)})\.", packed)[0]

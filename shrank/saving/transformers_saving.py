@@ -17,8 +17,9 @@ from transformers.modeling_utils import PreTrainedModel
 from wrapt import wrap_function_wrapper
 
 from ..compression.apply import describe, indented
+from ..layers.quantized import packed_state
 from ..planning.plan import RankPlan
-from .checks import check_saveable, has_low_rank, is_plan, seals, stand_in_for, why_not_data
+from .checks import check_saveable, is_compressed, is_plan, seals, stand_in_for, why_not_data
 from .transformers_loading import ShrankConfig, ShrankQuantizer, remove_plan
 
 _save_plainly = PreTrainedModel.save_pretrained
@@ -26,7 +27,7 @@ _save_plainly = PreTrainedModel.save_pretrained
 
 def save_pretrained(save: Callable, model: PreTrainedModel, args: tuple, kwargs: dict) -> object:
     """save_pretrained of any model of transformers: for what it has become, which nothing knows before."""
-    low_rank = has_low_rank(model)
+    low_rank = is_compressed(model)
     ours = isinstance(getattr(model, "hf_quantizer", None), ShrankQuantizer)
     if not (low_rank or ours or any(is_plan(vars(c).get("quantization_config")) for c in configs_in(model.config))):
         return save(*args, **kwargs)
@@ -37,8 +38,11 @@ def save_pretrained(save: Callable, model: PreTrainedModel, args: tuple, kwargs:
         _check(model, call)
         state = dict(call.arguments.get("state_dict") or model.state_dict())
         if wrong := [f"{name}: {reason}" for name, value in state.items() if (reason := why_not_data(value))]:
-            raise ValueError(f"safetensors hold only plain tensors; save before quantizing:{indented(wrong)}")
-        call.arguments["state_dict"] = state | seals(model)
+            raise ValueError(
+                "safetensors hold only plain tensors, and what shrank.quantize_factors made; save before quantizing by "
+                f"others:{indented(wrong)}"
+            )
+        call.arguments["state_dict"] = packed_state(state) | seals(model)
         if "save_original_format" in signature(_save_plainly).parameters:
             call.arguments["save_original_format"] = False
         stand_in.config.quantization_config = ShrankConfig.of(describe(model))
