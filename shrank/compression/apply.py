@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..calibration.calibration import Calibration
 from ..calibration.metric_source import MetricSource
 from ..calibration.sameness import agree_on
 from ..layers.packed import PackedLinear
@@ -59,6 +60,7 @@ def carry_out(
     ValueError as `apply` raises it."""
     done = {layer.fqn: layer for layer in plan}
     jobs = resolve(survey, plan)
+    _require_inputs(jobs, calibration)
     agree_on(survey.model)
     current().agree("the plan", plan.to_dict())
     for site, layer, twin in track(twins(jobs, calibration, workers), "factorising", total=len(jobs)):
@@ -95,7 +97,7 @@ def unpack(model: nn.Module) -> nn.Module:
                 made = site.module.made()
             except ValueError as error:
                 raise ValueError(f"{site.fqn or '(root)'}.weight: {error}") from error
-            surgery.replace(survey, site, made)
+            surgery.put_in_place(survey, site, made)
     return survey.model
 
 
@@ -190,7 +192,7 @@ def resolve(survey: Survey, plan: RankPlan, loading: bool = False) -> list[tuple
     """The sites of the planned layers; ValueError lists everything about the plan that does not fit the model."""
     sites = {site.fqn: site for site in survey.sites(inside_low_rank=True)}
     jobs, problems = [], []
-    if any(layer.storage.grid for layer in plan.changed):
+    if has_grids(plan):
         torchao_tensors()
     for layer in plan.changed:
         site = sites.get(layer.fqn)
@@ -211,6 +213,22 @@ def indented(problems: list[str]) -> str:
     """The problems, a line each, for the end of a message; of many, the first ten and how many more there are."""
     more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
     return "".join(f"\n  {line}" for line in [*problems[:10], *more])
+
+
+def has_grids(plan: RankPlan) -> bool:
+    return any(layer.storage.grid for layer in plan)
+
+
+def _require_inputs(jobs: list[tuple[Site, LayerPlan]], calibration: MetricSource | None) -> None:
+    """ValueError if weights are to be rounded by a calibration that did not observe what they multiply."""
+    if not isinstance(calibration, Calibration):
+        return
+    on_grid = [layer.fqn for _, layer in jobs if layer.storage.grid and layer.fqn in calibration]
+    if lacking := [fqn for fqn in on_grid if not calibration.of_inputs(fqn)]:
+        raise ValueError(
+            f"the calibration observed outputs, and weights are rounded by their inputs: calibrate(..., inputs=True); "
+            f"{', '.join(lacking[:5])}"
+        )
 
 
 def _misfit(site: Site, layer: LayerPlan, loading: bool) -> str:

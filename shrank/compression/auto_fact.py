@@ -26,7 +26,7 @@ from ..planning.spectra import Spectra
 from ..util.processes import current
 from ..util.progress import track
 from .anchored import SHARE, carry_out_anchored
-from .apply import carry_out
+from .apply import carry_out, has_grids
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -116,15 +116,17 @@ def auto_fact(
         fitting = replace(fitting, submodules=_counterparts(module, fitting.submodules, copied))
         module = copied
     data, survey = _data(calibrate, anchored), Survey(module)
+    if fitting.grid or (isinstance(rank, RankPlan) and has_grids(rank)):
+        data = data.of_inputs()
     if isinstance(rank, RankPlan):
-        plan, data = rank, data.seen_by(survey, [layer.fqn for layer in rank.low_rank])
+        plan, data = rank, data.seen_by(survey, [layer.fqn for layer in rank.changed])
     else:
         # Errors come with the factors; computing the spectra first would decompose every layer twice.
         fitting = replace(fitting, errors=bool(options.get("errors", False)))
         data = data.seen_by(survey, [] if data.how is None else eligible_in(survey, fitting))
         search = isinstance(rank, Budget) and isinstance(rank.goal, SmallestGoodEnough)
         plan = (_smallest_good_enough if search else _plan)(survey, rank, data, fitting)
-    if not plan.low_rank:
+    if not plan.changed:
         warnings.warn(f"no layer was replaced: {plan.why_dense()}", stacklevel=2)
     return data.applied(survey, plan)
 
@@ -147,6 +149,10 @@ def _streamed(
         raise TypeError(f"a {type(module).__name__} is not in memory: say where to write with stream=folder")
     if current().size > 1:
         raise ValueError(f"stream: one process reads and writes the files, and these are {current().size}")
+    if options.grid or (isinstance(rank, RankPlan) and has_grids(rank)):
+        raise ValueError(
+            "stream: weights of few bits are made of a model in memory: compress it, then quantize_factors"
+        )
     if data.calibration is not None:
         raise TypeError("stream: give calibrate= the data itself; a Calibration is that of a model in memory")
     return module.compressed(folder, rank, options, data.how, data.anchored)
@@ -163,6 +169,10 @@ class _Data:
     def seen_by(self, survey: Survey, layers: list[str]) -> _Data:
         """With the calibration of these layers, if there is data."""
         return self if self.how is None else replace(self, calibration=calibrated(survey, self.how, layers))
+
+    def of_inputs(self) -> _Data:
+        """Observing the inputs of linear layers, as rounding of weights needs."""
+        return self if self.how is None else replace(self, how=replace(self.how, inputs=True))
 
     def applied(self, survey: Survey, plan: RankPlan) -> nn.Module:
         """The model after the plan was carried out on it."""

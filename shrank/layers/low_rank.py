@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import ModuleType
 from typing import ClassVar
 
@@ -13,7 +12,7 @@ from ..linalg import AS_IT_IS, FactorizationError, Factors, PivotedFactors, Shap
 from ..ops import reference
 from .merged_weight import merged
 from .plain import is_untouched, why_no_matrix, why_not_plain
-from .quantized import is_quantized, plain, quantized_of, storage_of
+from .quantized import is_quantized, plain, quantized_of, storage_of_both, why_not_alike
 from .seal import drop_seal
 from .two_stage import assign_bias, factors_of, is_pivoted, merged_bias, ops_for, run, set_stages
 
@@ -161,31 +160,12 @@ class LowRankLayer(nn.Module):
         for name, stage in zip(_NAMES, self.stages, strict=False):
             if reason := why_not_plain(stage, sharded):
                 return f"its {name} stage {reason}"
-        stored = [storage_of(stage) for stage in self.stages[:2]]
-        if self._common(*stored) is None:
-            return f"its stages are stored in two ways: {' and '.join(str(each or 'plain') for each in stored)}"
-        return ""
+        return why_not_alike(self.stages)
 
     @property
     def storage(self) -> Storage:
         """How the factors are stored; ValueError if each is in another way."""
-        if (found := self._common(*map(storage_of, self.stages[:2]))) is None:
-            raise ValueError(f"{type(self).__name__}: {self.why_not_plain()}")
-        return found
-
-    def _common(self, down: Storage | None, up: Storage | None) -> Storage | None:
-        """The one way in which both stages are stored; None if there is none."""
-        if down is None or up is None:
-            return AS_IT_IS if down is up else None
-        columns = (self.shape.in_features, self.rank)
-        # A group as long as the row is the whole row.
-        sizes = [each.grid.group_size or n for each, n in zip((down, up), columns, strict=True)]
-        whole = [size == n for size, n in zip(sizes, columns, strict=True)]
-        size = None if all(whole) else sizes[whole[0]]
-        alike = all(n == size or every for n, every in zip(sizes, whole, strict=True))
-        fits = size is None or all(n % size == 0 for n in columns)
-        found = replace(down, grid=replace(down.grid, group_size=size))
-        return found if alike and fits and found == replace(up, grid=replace(up.grid, group_size=size)) else None
+        return storage_of_both(self.stages)
 
     def built_with(self, number: int, name: str) -> object:
         """An attribute of a stage; of one that peft has adapted, that of the layer inside."""

@@ -47,7 +47,7 @@ class PackedLinear(nn.Module):
         values, scales = self.weight.values.detach(), self.weight.scales.detach()
         weight = unpacked(values, scales, self.in_features, self.grid, scales.dtype)
         self.linear.weight, self.linear.bias = quantized_weight(weight, self.activations), self.bias
-        return self.linear
+        return self.linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         raise RuntimeError("a layer of few bits whose weights were not read to the end: loading it failed")

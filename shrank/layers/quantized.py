@@ -5,12 +5,14 @@ torchao is asked for only where there is something to put on a grid (`pip instal
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..linalg import Grid, Quantized, Storage
+from ..linalg import AS_IT_IS, Grid, Quantized, Storage
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -57,6 +59,34 @@ def storage_of(module: nn.Module) -> Storage | None:
     module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     weight = module._parameters.get("weight")
     return Storage(quantized_of(weight).grid, activations=activations_of(weight)) if is_quantized(weight) else None
+
+
+def storage_of_both(stages: Sequence[nn.Module]) -> Storage:
+    """How two stages are stored; ValueError if each is in another way."""
+    found = [storage_of(stage) for stage in stages[:2]]
+    if None in found:
+        if found[0] is found[1]:
+            return AS_IT_IS
+    else:
+        # Of a group as long as the row nobody knows whether it was meant as the row.
+        columns = [stage.weight.shape[1] for stage in stages[:2]]
+        for size in dict.fromkeys(each.grid.group_size for each in found):
+            meant = [
+                replace(each, grid=replace(each.grid, group_size=size if (each.grid.group_size or n) == size else None))
+                for each, n in zip(found, columns, strict=True)
+            ]
+            if meant[0] == meant[1] and meant[0].grid.group_size == size:
+                return meant[0]
+    raise ValueError(f"its stages are stored in two ways: {' and '.join(str(each or 'plain') for each in found)}")
+
+
+def why_not_alike(stages: Sequence[nn.Module]) -> str:
+    """What keeps two stages from being stored in one way; '' if nothing does."""
+    try:
+        storage_of_both(stages)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def plain(weight: Tensor) -> Tensor:

@@ -42,6 +42,11 @@ _OWN_ATTRIBUTES = {"nx", "nf", "forward", "_hf_hook", "_old_forward"}.union(
 def replace(survey: Survey, site: Site, new: nn.Module) -> None:
     """Put `new` wherever the site's module is, with its flags, hooks and attributes."""
     carry_over(site.module, new)
+    put_in_place(survey, site, new)
+
+
+def put_in_place(survey: Survey, site: Site, new: nn.Module) -> None:
+    """Put `new` as it is wherever the site's module is."""
     for put in site.places:
         put(new)
     if site.module is survey.model:

@@ -24,6 +24,8 @@ class FittingKeywords(TypedDict, total=False):
     allow_dense: bool
     errors: bool
     pivot: bool | Literal["auto"]
+    bits: int | None
+    group_size: int | None
 
 
 class PlanKeywords(FittingKeywords, total=False):

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..calibration.metric_source import LayerStatistics
 from ..calibration.sameness import agree_on
-from ..linalg import FactorizationError, Shape, energy_curve
+from ..linalg import AS_IT_IS, FactorizationError, Shape, Storage, energy_curve
 from ..model.adapters import LOW_RANK, is_lazy
+from ..model.on_grid import why_not_on_grid
 from ..model.survey import Site, Survey, count, is_unit
 from ..util.parallel import dealt
 from .budget import Budget, SmallestGoodEnough
@@ -63,6 +64,7 @@ def make_plan(
 def plan_of(survey: Survey, rank: Rank | Budget, spectra: Spectra, options: PlanOptions) -> RankPlan:
     """As `make_plan`, of a model that was looked at before."""
     agree_on(survey.model)
+    options = options.for_grid()
     rule = _rule(rank, spectra.calibration)
     counted: set[int] = set()
     eligibility = Eligibility(options, survey.model)
@@ -72,8 +74,10 @@ def plan_of(survey: Survey, rank: Rank | Budget, spectra: Spectra, options: Plan
         planned, trade_off = _by_budget(layers, rule, options, spectra)
     else:
         planned = dealt(lambda layer: _by_rule(layer, rule, options), layers, [x.cost for x in layers], 1, "planning")
-        if options.errors:
-            planned = _with_errors(planned, layers, spectra)
+    if options.grid is not None:
+        planned = [_on_grid(plan, layer, options) for plan, layer in zip(planned, layers, strict=True)]
+    if options.errors and (options.grid is not None or not isinstance(rule, Budget)):
+        planned = _with_errors(planned, layers, spectra)
     other = count(survey.model.parameters()) - sum(layer.size for layer in planned)
     return RankPlan(tuple(planned), other, trade_off.curve, trade_off.spent)
 
@@ -182,6 +186,16 @@ def _by_rule(layer: _Layer, rule: RankRule, options: PlanOptions) -> LayerPlan:
     return replace(layer.draft, rank=rank, shape=shape, reason=f"break-even rank {shape.break_even_rank}")
 
 
+def _on_grid(plan: LayerPlan, layer: _Layer, options: PlanOptions) -> LayerPlan:
+    """With the bits of the options, if the layer may change and can have them."""
+    if layer.why_dense:
+        return plan
+    storage = Storage(options.grid)
+    if reason := why_not_on_grid(layer.site.adapter, plan.shape, plan.rank, storage):
+        return replace(plan, reason=f"{plan.reason}; not in {options.grid}: {reason}")
+    return replace(plan, storage=storage)
+
+
 def _by_budget(
     layers: list[_Layer], budget: Budget, options: PlanOptions, spectra: Spectra
 ) -> tuple[list[LayerPlan], TradeOff]:
@@ -220,18 +234,20 @@ def _with_errors(planned: list[LayerPlan], layers: list[_Layer], spectra: Spectr
 
     def with_error(both: tuple[LayerPlan, _Layer]) -> LayerPlan:
         plan, layer = both
-        if plan.rank is None:
+        if not plan.changes:
             return plan
         shape = plan.shape
         try:
+            if plan.storage.grid is not None:
+                return replace(plan, error=layer.spectra.error_on_grid(layer.site, plan.rank, plan.storage.grid))
             singular = layer.spectrum if shape.down_groups == shape.groups else layer.spectrum_of(shape)
         except FactorizationError as reason:
-            return replace(plan, rank=None, reason=str(reason))
+            return replace(plan, rank=None, reason=str(reason), storage=AS_IT_IS)
         kept = energy_curve(singular)[plan.rank // shape.down_groups].item()
         return replace(plan, error=math.sqrt(max(0.0, 1.0 - kept)))
 
     both = list(zip(planned, layers, strict=True))
-    workers = spectra.workers(layer.site.module.weight for plan, layer in both if plan.rank is not None)
+    workers = spectra.workers(layer.site.module.weight for plan, layer in both if plan.changes)
     return dealt(with_error, both, [x.cost for x in layers], workers, "errors")
 
 

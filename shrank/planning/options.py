@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import nn
 
-from ..linalg import Shape
+from ..linalg import Grid, Shape
 from ..model.adapters import Target, with_groups
 from ..model.survey import Site
 from ..util.names import checks_keywords, unknown_keyword
@@ -44,9 +44,12 @@ class PlanOptions:
         errors: Compute the expected error of every layer.
         pivot: Store factors in R (K + N - R) numbers. "auto": where a budget pays for it with rank, in layers that are
             in eval mode and not on a GPU, where many tokens take longer with pivots than with plain factors.
+        bits: 4 or 8, for the weights of all linear layers that may change, dense or factors; without pivots then.
+        group_size: Weights with one scale, of which ranks become multiples; None: each row has one.
 
     Raises:
-        ValueError: A number is below 1, max_rank below min_rank, or pivot none of True, False and "auto".
+        ValueError: A number is below 1, max_rank below min_rank, pivot none of True, False and "auto"; bits neither 4
+            nor 8, or together with pivot=True; group_size without bits.
     """
 
     groups_out: bool = False
@@ -64,8 +67,14 @@ class PlanOptions:
     allow_dense: bool = True
     errors: bool = True
     pivot: bool | Literal["auto"] = "auto"
+    bits: int | None = None
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
+        if self.bits is None and self.group_size is not None:
+            raise ValueError(f"group_size {self.group_size} is that of weights of few bits: give bits=4 or 8")
+        if self.grid is not None and self.pivot is True:
+            raise ValueError("pivoted factors lose too much in few bits: give pivot=False with bits")
         for name in ("round_to", "min_rank", "max_rank", "min_features"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -73,6 +82,18 @@ class PlanOptions:
             raise ValueError(f"pivot must be True, False or 'auto', got {self.pivot!r}")
         if self.max_rank is not None and self.min_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"max_rank {self.max_rank} is below min_rank {self.min_rank}")
+
+    @property
+    def grid(self) -> Grid | None:
+        """That of all weights which may have one; None: none."""
+        return None if self.bits is None else Grid(self.bits, self.group_size)
+
+    def for_grid(self) -> PlanOptions:
+        """With ranks that the groups divide, and without pivots, where there is a grid."""
+        if self.grid is None:
+            return self
+        multiple = math.lcm(self.round_to or 1, self.group_size or 1)
+        return replace(self, pivot=False, round_to=multiple if self.group_size else self.round_to)
 
 
 # What a caller may take for an option, and what gives it.

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from ..calibration.metric_source import LayerStatistics, metric_of
-from ..linalg import Shape, spectrum, squared_errors
+from ..linalg import Grid, Shape, quantized_dense, quantized_factors, spectrum, squared_errors
 from ..model.survey import Site
 from ..util.parallel import workers_for
 
@@ -28,3 +28,12 @@ class Spectra:
         matrices = site.adapter.matrices(shape)
         metric = metric_of(self.calibration, site, matrices)
         return spectrum(matrices) if metric is None else squared_errors(matrices, metric).sqrt()
+
+    def error_on_grid(self, site: Site, rank: int | None, grid: Grid) -> float:
+        """The relative error of a layer, or at a rank of its factors, with weights on a grid; FactorizationError as
+        above, ValueError where a calibration did not observe the layer's inputs."""
+        matrices = site.adapter.matrices(site.shape)
+        metric = metric_of(self.calibration, site, matrices)
+        if rank is None:
+            return quantized_dense(matrices, metric, grid).loss.relative_error
+        return quantized_factors(matrices, metric, rank, grid).loss.relative_error
