@@ -11,6 +11,7 @@ from .calibration.request import Calibrate
 from .compression.anchored import apply_anchored
 from .compression.apply import apply, describe, merge
 from .compression.auto_fact import auto_fact
+from .compression.quantize_factors import quantize_factors
 from .fusing import compile_pass as compile_pass
 from .fusing.fuse import Fused, fuse, unfuse
 from .healing.heal import Healing, heal
@@ -18,7 +19,7 @@ from .healing.options import HealOptions
 from .healing.recorded import RecordedLogits, record_logits
 from .layers.ced import CED
 from .layers.led import LED
-from .linalg import Metric
+from .linalg import Grid, Metric, Storage
 from .measuring.language_model import Evaluation, evaluate
 from .measuring.layer_errors import measure_errors
 from .measuring.tasks import lm_eval_model
@@ -89,6 +90,7 @@ __all__ = [
     "Evaluation",
     "Fraction",
     "Fused",
+    "Grid",
     "HealOptions",
     "Healing",
     "LatencyTable",
@@ -101,6 +103,7 @@ __all__ = [
     "RankPlan",
     "RecordedLogits",
     "RowwiseParallel",
+    "Storage",
     "__version__",
     "across_processes",
     "apply",
@@ -125,6 +128,7 @@ __all__ = [
     "make_plan",
     "measure_errors",
     "merge",
+    "quantize_factors",
     "record_logits",
     "report",
     "save",

@@ -202,7 +202,9 @@ def _found(
 ) -> Calibration:
     """What the layers see, in files of the folder; those that are there already are not made again."""
     model = survey.model
-    possible = [site for site in survey.sites() if site.adapter is not None]
+    # Stages of low-rank layers are observed for whoever names them.
+    known = survey.sites(inside_low_rank=wanted is not None)
+    possible = [s for s in known if s.adapter is not None and (not s.inside or s.fqn in wanted)]
     sites = [site for site in possible if (wanted is None or site.fqn in wanted) and not site.why_not()]
     masking = Masking(model, {site.fqn: site.module for site in possible})
     calls = layer_calls(folder, model, sites, batches, masking, [site for site in possible if site not in sites])

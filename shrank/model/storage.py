@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ..layers.low_rank import LowRankLayer
 from ..layers.two_stage import merged_bias
 from ..linalg import Factors, PivotedFactors, pivoted, unpivoted
 from . import surgery
@@ -39,6 +40,12 @@ def unpivot(model: nn.Module) -> nn.Module:
 def with_plain_factors(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """The model, changed in place, with plain factors in its pivoted layers, and the names of these."""
     return _stored_otherwise(model, lambda site: site.module.pivoted, unpivoted)
+
+
+def plain_factors_of(layer: LowRankLayer) -> Factors:
+    """The plain factors of a low-rank layer, which is not changed."""
+    factors = layer.factors()
+    return unpivoted(factors) if isinstance(factors, PivotedFactors) else factors
 
 
 def with_pivots(model: nn.Module, names: list[str]) -> nn.Module:

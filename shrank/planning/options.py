@@ -140,19 +140,25 @@ class Eligibility:
 
     def why_not(self, site: Site) -> str:
         """The reasons for which this layer cannot or may not change; "" if it may."""
-        options = self._options
         if reasons := site.why_not():
             return "; ".join(reasons)
+        if reason := self.why_not_chosen(site):
+            return reason
+        shape, options = site.shape, self._options
+        smaller = min(shape.out_features, shape.in_features) // shape.groups
+        if smaller < options.min_features and not options.allow_growth:
+            return f"too small: its smaller side is {smaller}, below min_features={options.min_features}"
+        return ""
+
+    def why_not_chosen(self, site: Site) -> str:
+        """Which of the options leave this layer out; "" if none does."""
+        options = self._options
         if self._allowed is not None and id(site.module) not in self._allowed:
             return "not in submodules"
         if options.include is not None and not _matches(options.include, site):
             return "not included"
         if options.exclude is not None and _matches(options.exclude, site):
             return "excluded"
-        shape = site.shape
-        smaller = min(shape.out_features, shape.in_features) // shape.groups
-        if smaller < options.min_features and not options.allow_growth:
-            return f"too small: its smaller side is {smaller}, below min_features={options.min_features}"
         return ""
 
 

@@ -235,6 +235,9 @@ class RankPlan:
             f"their weights {touched:,} -> {kept:,}" + (f" ({kept / touched:.1%})" if touched else ""),
             f"whole model {before:,} -> {after:,}" + (f" ({after / before:.1%})" if before else ""),
         ]
+        if on_grid := [x for x in self.layers if x.storage.grid is not None]:
+            before, after = (sum(b) for b in zip(*((x.size * 2, x.bytes()) for x in on_grid), strict=True))
+            parts.append(f"{len(on_grid)} in few bits, bytes {before:,} in 16 bits -> {after:,}")
         if grown := [x.fqn for x in self.low_rank if x.grows]:
             parts.append(f"{len(grown)} grow")
         return "; ".join(parts)

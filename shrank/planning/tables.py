@@ -30,7 +30,7 @@ def table(plan: RankPlan) -> Table:
     for column, justify in _COLUMNS.items():
         made.add_column(column, justify=justify, overflow="fold", no_wrap=column != "reason")
     for layer in plan:
-        made.add_row(*_cells(layer), style="dim" if layer.rank is None else None)
+        made.add_row(*_cells(layer), style=None if layer.changes else "dim")
     return made
 
 
