@@ -34,9 +34,11 @@ from .options import (
     DAMAGED,
     USAGE,
     AllowSlower,
+    Bits,
     EnergyOption,
     Exclude,
     Force,
+    GroupSize,
     Include,
     Json,
     Keep,
@@ -50,9 +52,9 @@ from .options import (
     fail,
     one_of,
     plan_options,
+    require_compressed,
     require_free,
     require_layers,
-    require_low_rank,
     show,
     trust,
 )
@@ -99,6 +101,8 @@ def plan(
     round_to: RoundTo = None,
     allow_slower: AllowSlower = False,
     pivot: Pivot = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
     treat_as_base: TreatAsBase = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan to this JSON file.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page about the plan.")] = None,
@@ -108,13 +112,21 @@ def plan(
     with errors(across=True) as here:
         from ..saving.transformers_folder import load_model
 
-        rule = one_of(rank=rank, keep=keep, energy=energy)
-        options = plan_options(pivot, include=include, exclude=exclude, round_to=round_to, allow_slower=allow_slower)
+        rule = one_of(bits, rank=rank, keep=keep, energy=energy)
+        options = plan_options(
+            pivot,
+            include=include,
+            exclude=exclude,
+            round_to=round_to,
+            allow_slower=allow_slower,
+            bits=bits,
+            group_size=group_size,
+        )
         model, found = load_model(source), None
         trust(model, treat_as_base)
         if calibrate and (layers := eligible(model, **options)):
             batches = _batches(calibrate, model, source, loss, max_length, batch_size)
-            found = run_calibration(model, batches, loss=loss, layers=layers)
+            found = run_calibration(model, batches, loss=loss, layers=layers, inputs=bits is not None)
         made = make_plan(model, rule, calibration=found, **options)
         if save and here.is_first:
             made.save(save)
@@ -142,6 +154,8 @@ def compress(
     round_to: RoundTo = None,
     allow_slower: AllowSlower = False,
     pivot: Pivot = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
     treat_as_base: TreatAsBase = None,
     stream: Stream = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page about what was done.")] = None,
@@ -162,8 +176,16 @@ def compress(
     with errors(across=True) as here:
         from ..saving.transformers_folder import load_model, save_model
 
-        rule = one_of(rank=rank, keep=keep, energy=energy, plan=plan)
-        options = plan_options(pivot, include=include, exclude=exclude, round_to=round_to, allow_slower=allow_slower)
+        rule = one_of(bits, rank=rank, keep=keep, energy=energy, plan=plan)
+        options = plan_options(
+            pivot,
+            include=include,
+            exclude=exclude,
+            round_to=round_to,
+            allow_slower=allow_slower,
+            bits=bits,
+            group_size=group_size,
+        )
         checkpoint = Checkpoint(source) if stream else None
         model, dense = checkpoint.model() if checkpoint else load_model(source), None
         trust(model, treat_as_base)
@@ -224,7 +246,7 @@ def heal_command(
         from ..saving.transformers_folder import load_model, save_model
 
         model = load_model(student)
-        require_low_rank(describe(model), student)
+        require_compressed(describe(model), student)
         dense = load_model(teacher)
         batches = _batches(text, dense, teacher, loss, max_length, batch_size)
         if logits:
@@ -270,20 +292,20 @@ def inspect(
 
 
 def merge_command(source: Source, out: Out, force: Force = False, as_json: Json = False) -> None:
-    """Write a dense model: every low-rank layer multiplied out."""
+    """Write a dense model: every low-rank layer multiplied out, and weights of few bits as plain numbers."""
     require_free(out, force)
     with errors():
         from ..saving.transformers_folder import load_model, save_model
 
         model = load_model(source)
         before = describe(model)
-        require_low_rank(before, source)
+        require_compressed(before, source)
         save_model(merge(model), source, out)
     show(
-        {"path": str(out), "merged": len(before.low_rank), "bytes": size_on_disk(out)},
+        {"path": str(out), "merged": len(before.changed), "bytes": size_on_disk(out)},
         None,
         as_json,
-        f"wrote {out}: {len(before.low_rank)} layers merged, {size_on_disk(out):,} bytes",
+        f"wrote {out}: {len(before.changed)} layers merged, {size_on_disk(out):,} bytes",
     )
 
 

@@ -42,6 +42,8 @@ Pivot = Annotated[
         help="Store factors in fewer numbers, or never; without either, where a budget gains by it.",
     ),
 ]
+Bits = Annotated[int | None, typer.Option(help="4 or 8, for the weights of all linear layers that may change.")]
+GroupSize = Annotated[int | None, typer.Option(help="Weights of a row with one scale; without it, each row has one.")]
 TreatAsBase = Annotated[
     list[str] | None,
     typer.Option(
@@ -69,13 +71,19 @@ def show(data: object, table: RenderableType | None, as_json: bool, note: str = 
         console.print(note, highlight=False)
 
 
-def one_of(**given: object) -> object:
-    """The rank rule of the one option that was given."""
+def one_of(bits: int | None = None, **given: object) -> object:
+    """The rank rule of the one option that was given; with bits there may be none, and all layers stay dense."""
     chosen = {name: value for name, value in given.items() if value is not None}
+    if bits and not chosen:
+        return _dense
     if len(chosen) != 1:
         fail(f"give exactly one of {', '.join('--' + n for n in given)}; got {len(chosen)}", USAGE)
     ((name, value),) = chosen.items()
     return Energy(value) if name == "energy" else value
+
+
+def _dense(fqn: str, module: nn.Module) -> None:
+    """A rule that gives no layer a rank."""
 
 
 def plan_options(pivot: bool | None, **given: object) -> dict[str, object]:
@@ -108,14 +116,14 @@ def module_class(name: str) -> type[nn.Module]:
 
 
 def require_layers(made: RankPlan) -> None:
-    """End with the most frequent reasons where nothing is low-rank."""
-    if made.low_rank:
+    """End with the most frequent reasons where nothing is to be done."""
+    if made.changed:
         return
     fail(f"no layer can be replaced: {made.why_dense()}", NOTHING)
 
 
-def require_low_rank(made: RankPlan, source: str) -> None:
-    if not made.low_rank:
+def require_compressed(made: RankPlan, source: str) -> None:
+    if not made.changed:
         fail(f"{source} has no low-rank layer", NOTHING)
 
 
