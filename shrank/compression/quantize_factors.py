@@ -81,7 +81,7 @@ def quantize_factors(
     done |= {layer.fqn: layer for layer in carry_out(survey, RankPlan(layers), found)} if layers else {}
     plan = RankPlan(tuple(done.values()), 0)
     plan = replace(plan, other_params=count(survey.model.parameters()) - plan.params_after)
-    if not any(layer.storage.grid for layer in plan):
+    if not chosen:
         warnings.warn(f"no weight was rounded: {_reasons(plan)}", stacklevel=2)
     return surgery.finish(survey, plan)
 

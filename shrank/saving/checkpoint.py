@@ -107,7 +107,8 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         if name.endswith("_unit.2.order") and not torch.equal(value.sort().values.long(), torch.arange(len(value)))
     ]:
         raise ValueError(f"{path}: no permutation of outputs: {', '.join(wrong[:5])}")
-    if wrong := packed_problems(header.plan, state):
+    wrong = [f"{name}: a dtype of what the file does not hold" for name in header.dtypes if name + SCALES not in state]
+    if wrong := wrong + packed_problems(header.plan, state):
         raise ValueError(f"{path}: does not fit the model:{indented(wrong)}")
     model = attach_empty(model, header.plan)
     if any(t.is_meta for t in model.state_dict().values()):
@@ -134,8 +135,8 @@ def read_header(path: str | os.PathLike) -> Header:
     if not isinstance(aliases, dict) or not all(isinstance(n, str) and n in shapes for n in aliases.values()):
         raise ValueError(f"{path}: shared tensors refer to names that the file does not hold: {aliases!r:.200}")
     dtypes, known = content.get("dtypes", {}), [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    if not isinstance(dtypes, dict) or not all(f"{n}{SCALES}" in {*shapes, *aliases} for n in dtypes):
-        raise ValueError(f"{path}: dtypes of weights that the file does not hold: {dtypes!r:.200}")
+    if not isinstance(dtypes, dict):
+        raise ValueError(f"{path}: dtypes of weights must be an object, got {dtypes!r:.200}")
     if wrong := [value for value in dtypes.values() if value not in known]:
         raise ValueError(f"{path}: weights are {', '.join(known)}, got {wrong[0]!r:.80}")
     return Header(plan, shapes, aliases, dtypes)

@@ -21,6 +21,7 @@ from ..compression.apply import attach_empty, merge, unpack
 from ..layers.led import LED
 from ..layers.packed import PackedLinear
 from ..layers.pivots import Pivots
+from ..layers.quantized import VALUES
 from ..layers.seal import DENSE_NAME
 from ..model.adapters import LOW_RANK, target
 from ..planning.plan import RankPlan
@@ -186,7 +187,14 @@ def remove_plan(config: PreTrainedConfig) -> None:
 
 
 def _shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
-    return {name: shape for file in files for name, shape in tensor_file.read_table(file)[0].items()}
+    """The shapes of all tensors; ValueError on values of weights of few bits that are none: transformers casts them."""
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        shapes = tensor_file.read_table(file)[0]
+        if wrong := tensor_file.not_of_bytes(file, [n for n in shapes if n.endswith(f"{DENSE_NAME}{VALUES}")]):
+            raise ValueError(f"{file}: values are whole numbers of 8 bits, and these are not: {', '.join(wrong[:5])}")
+        found |= shapes
+    return found
 
 
 def _stages(model: nn.Module) -> Iterator[nn.Module]:
