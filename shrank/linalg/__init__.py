@@ -1,8 +1,9 @@
 """Pure tensors in, tensors out: factors and what they cost, singular values, second moments and the norms that they
-make, pivots, and how a budget is spent. Imports nothing of shrank.
+make, pivots, whole numbers of few bits and what rounding loses, and how a budget is spent. Imports nothing of shrank.
 """
 
 from .allocation import Allocation, BudgetTooSmall, Options, allocate, frontier
+from .correction import Lost, QuantizedCorrected, quantized_corrected
 from .factors import Factors, Shape
 from .grids import AS_IT_IS, Grid, Storage
 from .moments import Metric, Moments, metric
@@ -20,11 +21,13 @@ __all__ = [
     "Factors",
     "Grid",
     "Loss",
+    "Lost",
     "Metric",
     "Moments",
     "Options",
     "PivotedFactors",
     "Quantized",
+    "QuantizedCorrected",
     "QuantizedDense",
     "QuantizedFactors",
     "Shape",
@@ -38,6 +41,7 @@ __all__ = [
     "metric",
     "nearest",
     "pivoted",
+    "quantized_corrected",
     "quantized_dense",
     "quantized_factors",
     "spectrum",

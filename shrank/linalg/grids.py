@@ -59,14 +59,15 @@ class Storage:
     """How the weights of a layer are stored.
 
     Args:
-        grid: That of the dense weight, or of both factors; None: in the dtype of the layer.
+        grid: That of the dense weight, or of both factors; None: in the dtype of the layer, or where it is corrected in
+            whatever form another tool gave it.
         corrected: The dense weight stays, on the grid, and the factors add what it lost.
         factor_grid: That of the factors of a correction; None: in the dtype of the layer.
         activations: "int8": what weights on a grid multiply is rounded to 8 bits at every call; None: not.
 
     Raises:
-        ValueError: A correction of a weight that lost nothing, a grid of factors that correct nothing, or activations
-            of another kind or beside weights without a grid.
+        ValueError: A grid of factors that correct nothing, or activations of another kind or beside weights without a
+            grid.
     """
 
     grid: Grid | None = None
@@ -79,15 +80,14 @@ class Storage:
             raise ValueError(f"activations must be 'int8' or None, got {self.activations!r}")
         if self.activations and self.grid is None:
             raise ValueError("activations are rounded where they meet weights on a grid: give its grid")
-        if self.corrected and self.grid is None:
-            raise ValueError("a correction is of a weight on a grid: give its grid")
         if self.factor_grid is not None and not self.corrected:
             raise ValueError("factor_grid is that of a correction; the grid of low-rank factors is grid")
 
     def __str__(self) -> str:
         """In a word, "" for the dtype of the layer."""
         factors = (f"+{self.factor_grid}" if self.factor_grid else "+") if self.corrected else ""
-        return f"{self.grid or ''}{factors}" + (f" x {self.activations}" if self.activations else "")
+        grid = self.grid or ("quantized" if self.corrected else "")
+        return f"{grid}{factors}" + (f" x {self.activations}" if self.activations else "")
 
     @property
     def of_factors(self) -> Grid | None:
