@@ -11,6 +11,7 @@ from .calibration.request import Calibrate
 from .compression.anchored import apply_anchored
 from .compression.apply import apply, describe, merge
 from .compression.auto_fact import auto_fact
+from .compression.correct import correct, uncorrect
 from .compression.quantize_factors import quantize_factors
 from .fusing import compile_pass as compile_pass
 from .fusing.fuse import Fused, fuse, unfuse
@@ -18,6 +19,7 @@ from .healing.heal import Healing, heal
 from .healing.options import HealOptions
 from .healing.recorded import RecordedLogits, record_logits
 from .layers.ced import CED
+from .layers.corrected import CorrectedLinear
 from .layers.led import LED
 from .linalg import Grid, Metric, Storage
 from .measuring.language_model import Evaluation, evaluate
@@ -49,6 +51,7 @@ from .saving import diffusers_hook as diffusers_hook
 from .saving import safetensors_hook as safetensors_hook
 from .saving import transformers_hook as transformers_hook
 from .saving.checkpoint import load, save
+from .saving.lora_adapter import export_lora
 from .streaming.checkpoint import Checkpoint
 from .util.processes import across_processes
 from .version import __version__
@@ -85,6 +88,7 @@ __all__ = [
     "Calibration",
     "Checkpoint",
     "ColwiseParallel",
+    "CorrectedLinear",
     "DistillationTrainer",
     "Energy",
     "Evaluation",
@@ -112,9 +116,11 @@ __all__ = [
     "backend",
     "batches",
     "calibrate",
+    "correct",
     "describe",
     "eligible",
     "evaluate",
+    "export_lora",
     "figures",
     "fuse",
     "heal",
@@ -134,6 +140,7 @@ __all__ = [
     "save",
     "treat_as_base",
     "tune",
+    "uncorrect",
     "unfuse",
     "unpivot",
     "why_not",

@@ -23,6 +23,7 @@ from ..model.survey import Site, Survey, count
 from ..planning.plan import LayerPlan, RankPlan
 from ..util.processes import current
 from ..util.progress import track
+from .empty_twin import empty_twin
 from .twins import twins
 
 _log = logging.getLogger("shrank")
@@ -174,14 +175,10 @@ def _empty_twins(survey: Survey, plan: RankPlan) -> list[tuple[Site, nn.Module]]
     """The sites of the planned layers and a twin on the meta device for each, whose stages may be low-rank in turn."""
     twins = []
     for site, layer in resolve(survey, plan.outermost, loading=True):
-        grid, found = layer.storage.grid, target(site.module, vouched=True)
         if layer.rank is None:
-            twins.append((site, PackedLinear(site.module, grid, layer.storage.activations)))
+            twins.append((site, PackedLinear(site.module, layer.storage.grid, layer.storage.activations)))
             continue
-        twin = Survey(found.twin(layer.rank, layer.shape))
-        if grid is not None:
-            for number in (0, 1):
-                twin.model.stages[number] = PackedLinear(twin.model.stages[number], grid, layer.storage.activations)
+        twin = Survey(empty_twin(site, layer))
         for inner_site, inner_twin in _empty_twins(twin, plan.inside(layer.fqn)):
             surgery.replace(twin, inner_site, inner_twin)
         twins.append((site, twin.model))
@@ -256,7 +253,8 @@ def _misfit(site: Site, layer: LayerPlan, loading: bool) -> str:
 def _why_not_stored(site: Site, layer: LayerPlan, plan: RankPlan) -> str:
     """What keeps the layer from having the few bits that are planned; '' if nothing does, or it has none."""
     if layer.storage.grid is None:
-        return ""
+        of_another = "it corrects a weight that another tool quantized, as shrank.correct does beside that"
+        return of_another if layer.storage.corrected else ""
     if plan.inside(layer.fqn).layers:
         return "its stages are low-rank themselves: merge it, and factorise it once"
     return why_not_on_grid(target(site.module, vouched=True), layer.shape, layer.rank, layer.storage)

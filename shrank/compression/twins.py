@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.metric_source import MetricSource, metric_of
+from ..layers.corrected import CorrectedLinear
 from ..layers.quantized import quantized_weight
 from ..linalg import (
     AS_IT_IS,
@@ -21,6 +22,7 @@ from ..linalg import (
     factorize,
     factorize_weighted,
     pivoted,
+    quantized_corrected,
     quantized_dense,
     quantized_factors,
 )
@@ -104,13 +106,17 @@ def _on_grid(metric: Metric | None, matrices: Tensor, layer: LayerPlan) -> tuple
         if layer.rank is None:
             found = quantized_dense(matrices, metric, layer.storage.grid)
             held = {"weight": found.weight}
+        elif layer.storage.corrected:
+            found = quantized_corrected(matrices, metric, layer.rank, layer.storage.grid, layer.storage.factor_grid)
+            held = {"weight": found.weight, "down": found.down, "up": found.up}
         else:
             found = quantized_factors(matrices, metric, layer.rank, layer.storage.grid)
             held = {"down": found.down, "up": found.up}
     except FactorizationError as error:
         return _failed(layer, error), {}
-    parts = {name: each.values for name, each in held.items()}
-    parts |= {name + _SCALES: each.scales for name, each in held.items()}
+    parts = {}
+    for name, each in held.items():
+        parts |= {name: each.values, name + _SCALES: each.scales} if isinstance(each, Quantized) else {name: each}
     if found.loss.shift is not None:
         parts["shift"] = found.loss.shift
     return replace(layer, error=found.loss.relative_error), parts
@@ -136,16 +142,22 @@ def _twin(site: Site, layer: LayerPlan, parts: Parts) -> nn.Module | None:
 
 
 def _of_few_bits(site: Site, layer: LayerPlan, parts: Parts, bias: nn.Parameter | None) -> nn.Module:
-    """The dense layer again, or its twin, with weights of torchao."""
-
-    def weight(name: str) -> nn.Parameter:
-        held = Quantized(parts[name], parts[name + _SCALES], layer.storage.grid)
-        return quantized_weight(held, layer.storage.activations)
-
+    """The dense layer again, corrected or not, or its twin, with weights of torchao."""
+    storage, weights = layer.storage, {}
+    for name, grid in (("weight", storage.grid), ("down", storage.of_factors), ("up", storage.of_factors)):
+        if name + _SCALES in parts:
+            held = Quantized(parts[name], parts[name + _SCALES], grid)
+            weights[name] = quantized_weight(held, storage.activations)
+        elif name in parts:
+            weights[name] = nn.Parameter(parts[name])
+    if layer.rank is not None and not storage.corrected:
+        twin = site.adapter.twin(layer.rank, layer.shape)
+        twin.set_factors(weights["down"], weights["up"], bias)
+        return twin
+    made = site.adapter.like()
+    made.weight, made.bias = weights["weight"], bias
     if layer.rank is None:
-        made = site.adapter.like()
-        made.weight, made.bias = weight("weight"), bias
         return made
-    twin = site.adapter.twin(layer.rank, layer.shape)
-    twin.set_factors(weight("down"), weight("up"), bias)
+    twin = CorrectedLinear(made, layer.rank, device="meta")
+    twin.set_factors(weights["down"], weights["up"], None)
     return twin

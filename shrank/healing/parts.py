@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ..layers.quantized import is_quantized
 from ..model.adapters import LOW_RANK
 from ..model.hooks import recomputing
 from .distance import common_blocks
@@ -46,7 +47,7 @@ def trained_parameters(student: nn.Module, train: str) -> dict[str, nn.Parameter
     chosen = {
         name: p
         for name, p in student.named_parameters()
-        if p.is_floating_point() and (train == "all" or id(p) in inside)
+        if p.is_floating_point() and not is_quantized(p) and (train == "all" or id(p) in inside)
     }
     if not chosen:
         raise ValueError("the student has no low-rank layers to train: compress it first")

@@ -16,6 +16,7 @@ from .pivots import Pivots, run_pivots
 from .plain import is_untouched
 
 UNITS = ("led_unit", "ced_unit")  # what the sequence of stages is called, in attributes and checkpoints
+BASE = "led_base"  # likewise the layer that a correction is beside
 _OF_PIVOTED_KERNELS = (torch.float16, torch.bfloat16)
 NO_PIVOTED_KERNEL = (
     "backend is native, but it has no kernel for a pivoted convolution with groups: auto_fact(..., pivot=False)"

@@ -54,6 +54,29 @@ def put_in_place(survey: Survey, site: Site, new: nn.Module) -> None:
     site.module = new
 
 
+def wrap(survey: Survey, site: Site, new: nn.Module) -> None:
+    """Put `new` wherever the site's module is, which goes on in it without its hooks: these are `new`'s now, and all
+    parameters train that did."""
+    old = site.module
+    _with_flags_kept(survey, site, new)
+    fresh = vars(nn.Module())
+    vars(old).update({name: fresh[name] for name in _HOOKS})
+
+
+def unwrap(survey: Survey, site: Site, inner: nn.Module) -> None:
+    """Put a part of the site's module wherever that is, as it is, with the hooks of the whole."""
+    _with_flags_kept(survey, site, inner)
+
+
+def _with_flags_kept(survey: Survey, site: Site, new: nn.Module) -> None:
+    """As `replace`; parameters train that did."""
+    flags = {parameter: parameter.requires_grad for parameter in new.parameters()}
+    replace(survey, site, new)
+    for parameter, flag in flags.items():
+        if parameter.requires_grad != flag:
+            parameter.requires_grad_(flag)
+
+
 def finish(survey: Survey, plan: object) -> nn.Module:
     """The (perhaps new) root after the last replacement, with a note of the plan and the fast paths set right."""
     notes.note(survey.model, notes.PLAN, plan)

@@ -155,9 +155,9 @@ class Eligibility:
         options = self._options
         if self._allowed is not None and id(site.module) not in self._allowed:
             return "not in submodules"
-        if options.include is not None and not _matches(options.include, site):
+        if options.include is not None and not selects(options.include, site):
             return "not included"
-        if options.exclude is not None and _matches(options.exclude, site):
+        if options.exclude is not None and selects(options.exclude, site):
             return "excluded"
         return ""
 
@@ -225,7 +225,8 @@ def _round(rank: int, shape: Shape, options: PlanOptions) -> int:
     return max(rank // multiple, 1) * multiple
 
 
-def _matches(selector: Selector, site: Site) -> bool:
+def selects(selector: Selector, site: Site) -> bool:
+    """Whether a selector means this layer."""
     if callable(selector):
         return bool(selector(site.module, site.fqn))
     patterns = [selector] if isinstance(selector, str) else selector

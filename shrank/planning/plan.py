@@ -63,8 +63,8 @@ class LayerPlan:
 
     @property
     def grows(self) -> bool:
-        """Whether it stores more at the planned rank than now."""
-        return self.params_after > self.size
+        """Whether it stores more as planned than now; of weights on a grid bytes count, against those of 16 bits."""
+        return self.params_after > self.size if self.storage.grid is None else self.bytes() > 2 * self.size
 
 
 @dataclass(frozen=True)

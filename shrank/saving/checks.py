@@ -33,11 +33,11 @@ def seals(model: nn.Module) -> dict[str, Tensor]:
 
 def _sealed(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[int, ...]]]:
     """Every name of every layer that needs a seal, with the shape of its dense weight."""
-    stages = {id(m) for layer in model.modules() if isinstance(layer, LOW_RANK) for m in layer.stages.modules()}
+    parts = {id(m) for x in model.modules() if isinstance(x, LOW_RANK) for _, part in x.parts() for m in part.modules()}
     for fqn, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, LOW_RANK):
             yield fqn, layer, tuple(layer.weight_shape)
-        elif is_on_grid(layer) and id(layer) not in stages:
+        elif is_on_grid(layer) and id(layer) not in parts:
             yield fqn, layer, tuple(layer.weight.shape)
 
 
@@ -81,7 +81,7 @@ def check_saveable(model: nn.Module) -> None:
     problems = [
         f"{fqn or '(root)'}: {reason}"
         for fqn, layer in model.named_modules()
-        if isinstance(layer, LOW_RANK) and (reason := layer.why_not_plain(sharded=True))
+        if isinstance(layer, LOW_RANK) and (reason := layer.why_not_saved())
     ]
     if problems:
         raise ValueError(

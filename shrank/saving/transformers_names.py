@@ -10,7 +10,7 @@ from torch import nn
 
 from ..layers.quantized import SCALES, VALUES
 from ..layers.seal import DENSE_NAME
-from ..layers.two_stage import UNITS
+from ..layers.two_stage import BASE, UNITS
 from ..linalg import Shape
 from ..model.adapters import target
 from ..planning.plan import RankPlan
@@ -65,4 +65,4 @@ def _size(shape: Shape) -> tuple[int, int]:
 def outer(name: str) -> str:
     """The layer of the dense model to which a name of what it became belongs; of any other name, the name."""
     packed = name.removesuffix(f".{DENSE_NAME}{VALUES}").removesuffix(f".{DENSE_NAME}{SCALES}")
-    return re.split(rf"\.?(?:{'|'.join(UNITS)})\.", packed)[0]
+    return re.split(rf"(?:^|\.)(?:{'|'.join((*UNITS, BASE))})(?:\.|$)", packed)[0]

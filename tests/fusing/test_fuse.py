@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import shrank
 from shrank.fusing.blocks import FusedForward
 from shrank.ops import dispatch, onednn
+from tests.common.corrected import corrected
+from tests.common.models import hf_model, hf_outputs
 from tests.common.ops import ops_of, pretend_native
 from tests.common.tolerances import assert_close
 
@@ -73,6 +75,13 @@ def test_a_block_computes_the_same_with_the_same_gradients(training: bool) -> No
             torch.autograd.grad(each(X).square().sum(), of)[0] for each, of in ((model, one), (plain, other))
         )
         assert_close(ours, theirs)
+
+
+def test_what_follows_a_correction_stays_where_it_is() -> None:
+    model = corrected(hf_model("bert"))
+    before = hf_outputs(model)
+    assert not shrank.fuse(model).blocks
+    assert torch.equal(hf_outputs(model), before)
 
 
 def test_the_ops_get_the_activation_and_the_residual(monkeypatch: pytest.MonkeyPatch) -> None:
