@@ -3,7 +3,7 @@ make, pivots, whole numbers of few bits and what rounding loses, and how a budge
 """
 
 from .allocation import Allocation, BudgetTooSmall, Options, allocate, frontier
-from .correction import Lost, QuantizedCorrected, quantized_corrected
+from .correction import Lost, QuantizedCorrected, corrected_errors, quantized_corrected
 from .factors import Factors, Shape
 from .grids import AS_IT_IS, Grid, Storage
 from .moments import Metric, Moments, metric
@@ -33,6 +33,7 @@ __all__ = [
     "Shape",
     "Storage",
     "allocate",
+    "corrected_errors",
     "energy_curve",
     "factorize",
     "factorize_weighted",

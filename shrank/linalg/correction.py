@@ -77,6 +77,17 @@ class Lost:
         return loss_of(self.weight, self.rounded.double() + added.double(), self.metric)
 
 
+def corrected_errors(matrices: Tensor, metric: Metric | None, grid: Grid) -> Tensor:
+    """What a weight (1, N, K) loses on a grid with corrections of rank 0, 1, ..., m: (m + 1,), float64.
+
+    Squared, in the unit of `squared_errors`; of one rounding of the weight, by which `quantized_corrected` begins.
+    Raises FactorizationError on NaN or infinity, ValueError on a metric without inputs or groups that do not divide K.
+    """
+    weight = _wanted(matrices, metric)
+    on_grid = _on_grid(weight, inputs_of(metric), grid, matrices.dtype)
+    return Lost(weight, numbers(on_grid), metric).left()
+
+
 @dataclass(frozen=True)
 class QuantizedCorrected:
     """A weight (N, K) on a grid and the factors that are added, down (R, K) and up (N, R): plain, or on a grid too."""
@@ -97,7 +108,7 @@ def quantized_corrected(
     FactorizationError on NaN, infinity or an eigensolver that does not converge; ValueError on a metric without inputs,
     or groups that do not divide K or R.
     """
-    weight = (matrices if metric is None or metric.goal is None else metric.goal)[0].double()
+    weight = _wanted(matrices, metric)
     best = last = _rounded(weight, torch.zeros_like(weight), metric, rank, grid, matrices.dtype)
     for _ in range(again):
         last = _rounded(weight, last.added, metric, rank, grid, matrices.dtype)
@@ -108,6 +119,11 @@ def quantized_corrected(
     held = quantized_factors(lost.error, lost.norm, rank, factor_grid, best.factors, matrices.dtype)
     loss = lost.loss(numbers(held.up) @ numbers(held.down))
     return QuantizedCorrected(best.on_grid, held.down, held.up, loss)
+
+
+def _wanted(matrices: Tensor, metric: Metric | None) -> Tensor:
+    """The weight (N, K) to come near to, float64."""
+    return (matrices if metric is None or metric.goal is None else metric.goal)[0].double()
 
 
 @dataclass(frozen=True)

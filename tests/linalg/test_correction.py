@@ -12,6 +12,7 @@ from shrank.linalg import (
     Lost,
     Metric,
     Quantized,
+    corrected_errors,
     gptq,
     metric,
     nearest,
@@ -72,6 +73,7 @@ def test_errors_are_in_the_unit_of_weights_on_a_grid(N: int, K: int, gradients: 
     dense = quantized_dense(W[None], norm, FOUR)
     lost = Lost(W, dense.weight.dequantized(), norm)
     assert lost.left()[0].item() == pytest.approx(dense.loss.squared_error)
+    assert_close(corrected_errors(W[None], norm, FOUR), lost.left())
     assert lost.squared_norm == pytest.approx(dense.loss.squared_norm)
     corrected = quantized_corrected(W[None], norm, 5, FOUR)
     assert torch.equal(corrected.weight.values, dense.weight.values)
