@@ -21,10 +21,8 @@ from ..linalg import (
     Quantized,
     factorize,
     factorize_weighted,
+    on_grids,
     pivoted,
-    quantized_corrected,
-    quantized_dense,
-    quantized_factors,
 )
 from ..model.survey import Site
 from ..planning.plan import LayerPlan
@@ -35,7 +33,7 @@ Job = tuple[Site, LayerPlan]
 # What a twin is made of: down, up, with pivots their order, and what a bias must gain, if anything. Of a dense weight
 # on a grid, the weight; all that is on a grid has its scales beside it.
 Parts = dict[str, Tensor]
-_SCALES = ".scales"
+_HELD, _SCALES = ("weight", "down", "up"), ".scales"
 
 
 def twins(
@@ -103,19 +101,13 @@ def _factorised(calibration: MetricSource | None, job: Job) -> tuple[LayerPlan, 
 def _on_grid(metric: Metric | None, matrices: Tensor, layer: LayerPlan) -> tuple[LayerPlan, Parts]:
     """As `_factorised`, of a layer whose weights get few bits."""
     try:
-        if layer.rank is None:
-            found = quantized_dense(matrices, metric, layer.storage.grid)
-            held = {"weight": found.weight}
-        elif layer.storage.corrected:
-            found = quantized_corrected(matrices, metric, layer.rank, layer.storage.grid, layer.storage.factor_grid)
-            held = {"weight": found.weight, "down": found.down, "up": found.up}
-        else:
-            found = quantized_factors(matrices, metric, layer.rank, layer.storage.grid)
-            held = {"down": found.down, "up": found.up}
+        found = on_grids(matrices, metric, layer.rank, layer.storage)
     except FactorizationError as error:
         return _failed(layer, error), {}
     parts = {}
-    for name, each in held.items():
+    for name in _HELD:
+        if (each := getattr(found, name, None)) is None:
+            continue
         parts |= {name: each.values, name + _SCALES: each.scales} if isinstance(each, Quantized) else {name: each}
     if found.loss.shift is not None:
         parts["shift"] = found.loss.shift

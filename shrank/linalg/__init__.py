@@ -3,13 +3,21 @@ make, pivots, whole numbers of few bits and what rounding loses, and how a budge
 """
 
 from .allocation import Allocation, BudgetTooSmall, Options, allocate, frontier
-from .correction import Lost, QuantizedCorrected, corrected_errors, quantized_corrected
+from .correction import Lost, QuantizedCorrected, corrected_errors, on_grids, quantized_corrected
 from .factors import Factors, Shape
 from .grids import AS_IT_IS, Grid, Storage
 from .moments import Metric, Moments, metric
 from .pivots import PivotedFactors, pivoted, unpivoted
 from .quantization import Quantized, gptq, nearest
-from .quantized_factors import Loss, QuantizedDense, QuantizedFactors, quantized_dense, quantized_factors
+from .quantized_factors import (
+    Loss,
+    QuantizedDense,
+    QuantizedFactors,
+    inputs_of,
+    loss_of,
+    quantized_dense,
+    quantized_factors,
+)
 from .svd import FactorizationError, energy_curve, factorize, spectrum
 from .weighted import factorize_weighted, squared_errors
 
@@ -39,8 +47,11 @@ __all__ = [
     "factorize_weighted",
     "frontier",
     "gptq",
+    "inputs_of",
+    "loss_of",
     "metric",
     "nearest",
+    "on_grids",
     "pivoted",
     "quantized_corrected",
     "quantized_dense",

@@ -14,10 +14,20 @@ import torch
 from torch import Tensor
 
 from .factors import Factors
-from .grids import Grid
+from .grids import Grid, Storage
 from .moments import Metric
 from .quantization import Quantized
-from .quantized_factors import Loss, _on_grid, inputs_of, loss_of, numbers, quantized_factors
+from .quantized_factors import (
+    Loss,
+    QuantizedDense,
+    QuantizedFactors,
+    _on_grid,
+    inputs_of,
+    loss_of,
+    numbers,
+    quantized_dense,
+    quantized_factors,
+)
 from .svd import factorize, spectrum
 from .weighted import factorize_weighted, rounded, squared_errors
 
@@ -124,6 +134,17 @@ def quantized_corrected(
 def _wanted(matrices: Tensor, metric: Metric | None) -> Tensor:
     """The weight (N, K) to come near to, float64."""
     return (matrices if metric is None or metric.goal is None else metric.goal)[0].double()
+
+
+def on_grids(
+    matrices: Tensor, metric: Metric | None, rank: int | None, storage: Storage
+) -> QuantizedDense | QuantizedFactors | QuantizedCorrected:
+    """A weight (1, N, K) as this storage has it, dense for rank None; raises as the functions for each."""
+    if rank is None:
+        return quantized_dense(matrices, metric, storage.grid)
+    if storage.corrected:
+        return quantized_corrected(matrices, metric, rank, storage.grid, storage.factor_grid)
+    return quantized_factors(matrices, metric, rank, storage.grid)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+BITS = (3, 4, 8)
+ONE_OF_BITS = "3, 4 or 8"
 SCALE_BYTES = 2  # a scale is kept in 16 bits
 
 
@@ -23,8 +25,8 @@ class Grid:
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise ValueError(f"bits must be 4 or 8, got {self.bits}")
+        if self.bits not in BITS:
+            raise ValueError(f"bits must be {ONE_OF_BITS}, got {self.bits}")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, or None for whole rows, got {self.group_size}")
 

@@ -19,11 +19,12 @@ from ..model.survey import Site, Survey, count, is_unit
 from ..util.parallel import dealt
 from .budget import Budget, SmallestGoodEnough
 from .costs import PricedLayer
+from .losses import Candidate
 from .options import Eligibility, PlanOptions, StaysDense, fit, options_of
 from .plan import LayerPlan, RankPlan
 from .rank import Fraction, Layer, Rank, RankRule, as_rule
 from .spectra import Spectra
-from .spending import Candidate, Paid, TradeOff, spend
+from .spending import Paid, TradeOff, spend
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -158,7 +159,9 @@ class _Layer:
         """As budgets price it; one that saw nothing in the calibration never runs."""
         known = self.calibration
         tokens = None if known is None else 0 if self.saw_nothing else known.tokens(self.site.fqn)
-        return PricedLayer(self.site.fqn, tokens, self.site.adapter.takes_vectors)
+        return PricedLayer(
+            self.site.fqn, tokens, self.site.adapter.takes_vectors, self.site.module.weight.element_size()
+        )
 
     @property
     def cost(self) -> float:
@@ -220,7 +223,7 @@ def _by_budget(
         if isinstance(found, Tensor)
     ]
     weighted = spectra.calibration is not None and spectra.calibration.has_gradients
-    planned, trade_off = spend(budget, candidates, fixed, options, weighted)
+    planned, trade_off = spend(budget, candidates, fixed, options, weighted, spectra)
     without_spectrum = [x for x in results if isinstance(x, LayerPlan)]
     decided = {x.fqn: x for x in (*(paid.layer for paid in fixed), *without_spectrum, *planned)}
     return [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+from ..linalg.grids import BITS, ONE_OF_BITS
+
 FORMAT = 3
 _READABLE = (1, 2, 3)
 _OF_STORAGE = {"grid", "corrected", "factor_grid", "activations"}
@@ -73,8 +75,8 @@ def _check_storage(storage: object, name: str, rank: int | None, shape: object) 
             continue
         if not isinstance(grid, dict) or grid.keys() != {"bits", "group_size"}:
             raise ValueError(f"{name}: {key} must have exactly the keys bits and group_size, got {grid!r:.80}")
-        if grid["bits"] not in (4, 8):
-            raise ValueError(f"{name}: bits of {key} must be 4 or 8, got {grid['bits']!r}")
+        if grid["bits"] not in BITS:
+            raise ValueError(f"{name}: bits of {key} must be {ONE_OF_BITS}, got {grid['bits']!r}")
         if grid["group_size"] is not None:
             _check_count(grid["group_size"], f"{name}: group_size of {key}", least=1)
     corrected = storage.get("corrected", False)
