@@ -116,7 +116,7 @@ def auto_fact(
         fitting = replace(fitting, submodules=_counterparts(module, fitting.submodules, copied))
         module = copied
     data, survey = _data(calibrate, anchored), Survey(module)
-    if fitting.grid or (isinstance(rank, RankPlan) and has_grids(rank)):
+    if fitting.grid or _rounds(rank):
         data = data.of_inputs()
     if isinstance(rank, RankPlan):
         plan, data = rank, data.seen_by(survey, [layer.fqn for layer in rank.changed])
@@ -129,6 +129,11 @@ def auto_fact(
     if not plan.changed:
         warnings.warn(f"no layer was replaced: {plan.why_dense()}", stacklevel=2)
     return data.applied(survey, plan)
+
+
+def _rounds(rank: Rank | Budget | RankPlan) -> bool:
+    """Whether it may give layers weights of few bits."""
+    return has_grids(rank) if isinstance(rank, RankPlan) else isinstance(rank, Budget) and rank.rounds
 
 
 def _is_streamed(module: nn.Module | Streamed) -> bool:
@@ -149,7 +154,7 @@ def _streamed(
         raise TypeError(f"a {type(module).__name__} is not in memory: say where to write with stream=folder")
     if current().size > 1:
         raise ValueError(f"stream: one process reads and writes the files, and these are {current().size}")
-    if options.grid or (isinstance(rank, RankPlan) and has_grids(rank)):
+    if options.grid or _rounds(rank):
         raise ValueError(
             "stream: weights of few bits are made of a model in memory: compress it, then quantize_factors"
         )

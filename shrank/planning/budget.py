@@ -107,6 +107,11 @@ class Budget:
         return SmallestGoodEnough(self.eval_fn, self.tolerated_drop)
 
     @property
+    def rounds(self) -> bool:
+        """Whether it may give layers weights of few bits."""
+        return self.keep_bytes is not None and bool(self.grids.bits)
+
+    @property
     def grids(self) -> Grids:
         """On what grids weights may be rounded."""
         return Grids(tuple(self.bits), tuple(self.group_sizes), tuple(self.correction_ranks))

@@ -66,7 +66,7 @@ def plan_of(survey: Survey, rank: Rank | Budget, spectra: Spectra, options: Plan
     """As `make_plan`, of a model that was looked at before."""
     agree_on(survey.model)
     options = options.for_grid()
-    rule = _rule(rank, spectra.calibration)
+    rule = _rule(rank, spectra.calibration, options)
     counted: set[int] = set()
     eligibility = Eligibility(options, survey.model)
     layers = [_Layer(site, _draft(site, counted), eligibility, spectra) for site in _sites(survey, options)]
@@ -83,13 +83,15 @@ def plan_of(survey: Survey, rank: Rank | Budget, spectra: Spectra, options: Plan
     return RankPlan(tuple(planned), other, trade_off.curve, trade_off.spent)
 
 
-def _rule(rank: Rank | Budget, calibration: LayerStatistics | None) -> RankRule | Budget:
+def _rule(rank: Rank | Budget, calibration: LayerStatistics | None, options: PlanOptions) -> RankRule | Budget:
     rule = rank if isinstance(rank, Budget) else as_rule(rank)
     if isinstance(rule, Budget) and isinstance(rule.goal, SmallestGoodEnough):
         raise ValueError(
             "a Budget(eval_fn=) is spent by trying compressed models, which a plan alone does not make: "
             "call auto_fact(model, budget, deepcopy=True) and take its shrank_plan"
         )
+    if isinstance(rule, Budget) and rule.keep_bytes is not None and options.grid is not None:
+        raise ValueError("keep_bytes chooses the bits of every layer: give Budget(bits=), not bits=")
     if calibration is not None and isinstance(rank, Real) and isinstance(rule, Fraction):
         return Budget(keep_params=rule.keep)
     return rule
