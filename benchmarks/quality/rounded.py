@@ -1,7 +1,8 @@
 """The published methods of rounding weights to a few bits and of correcting what that loses, as simply as they can be
 written: every layer alike, numbers that stand for those of a grid put into dense layers.
 
-A weight (N, K) has one scale for every `group` of a row, of which the largest weight is the end of the grid.
+A weight (N, K) has one scale for every `group` of a row, of which the largest weight is the end of the grid: half a
+step beyond the largest number, as GPTQ has it.
 """
 
 from __future__ import annotations
@@ -15,21 +16,19 @@ from torch import Tensor, nn
 
 from benchmarks.quality.baselines import Statistics, _roots, layers, matrix
 
-MOST = 7.5  # of 4 bits, -8 to 7: half a step beyond, as GPTQ's symmetric grid has it
 _DAMPING = 0.01  # of the mean diagonal entry, as in GPTQ
 _EXPONENTS = 20  # tried by AWQ, from 0 to 1
-Round = Callable[[Tensor, Statistics, int], Tensor]
+Round = Callable[[Tensor, Statistics, int, int], Tensor]
 Correct = Callable[[Tensor, Statistics, int], tuple[Tensor, Tensor]]
 
 
-def rtn(W: Tensor, _: Statistics, group: int) -> Tensor:
+def rtn(W: Tensor, _: Statistics, group: int, bits: int = 4) -> Tensor:
     """Every weight to the nearest number of its group's grid."""
     groups = W.unflatten(1, (-1, group))
-    scale = _scale(groups)
-    return ((groups / scale).round().clamp(-8, 7) * scale).flatten(1)
+    return _nearest(groups, _scale(groups, bits), bits).flatten(1)
 
 
-def gptq(W: Tensor, seen: Statistics, group: int) -> Tensor:
+def gptq(W: Tensor, seen: Statistics, group: int, bits: int = 4) -> Tensor:
     """Column by column in their order, the later ones making up for the earlier (Frantar et al., 2023)."""
     H = seen.inputs.double() / seen.tokens
     H = H + _DAMPING * H.diagonal().mean() * torch.eye(len(H)).double()
@@ -37,14 +36,14 @@ def gptq(W: Tensor, seen: Statistics, group: int) -> Tensor:
     W, rounded = W.clone(), torch.empty_like(W)
     for column in range(W.shape[1]):
         if column % group == 0:
-            scale = _scale(W[:, column : column + group])
+            scale = _scale(W[:, column : column + group], bits)
         w = W[:, column : column + 1]
-        rounded[:, column : column + 1] = q = (w / scale).round().clamp(-8, 7) * scale
+        rounded[:, column : column + 1] = q = _nearest(w, scale, bits)
         W[:, column:] -= ((w - q) / inverse[column, column]) @ inverse[column : column + 1, column:]
     return rounded
 
 
-def awq(W: Tensor, seen: Statistics, group: int) -> Tensor:
+def awq(W: Tensor, seen: Statistics, group: int, bits: int = 4) -> Tensor:
     """Columns scaled up by a power of their inputs' mean magnitude before they are rounded: the power that loses least
     of the outputs (Lin et al., 2024; its clipping left out)."""
     magnitude, moment = (seen.magnitude.double() / seen.tokens).clamp_min(1e-8), seen.inputs.double()
@@ -52,7 +51,7 @@ def awq(W: Tensor, seen: Statistics, group: int) -> Tensor:
     for step in range(_EXPONENTS):
         scale = magnitude ** (step / _EXPONENTS)
         scale = scale / (scale.max() * scale.min()).sqrt()
-        rounded = rtn(W * scale, seen, group) / scale
+        rounded = rtn(W * scale, seen, group, bits) / scale
         lost = ((W - rounded) @ moment * (W - rounded)).sum().item()
         if lost < best:
             best, found = lost, rounded
@@ -103,10 +102,18 @@ class Rounded:
     """A model's layers rounded by one method, once, and corrected at any rank."""
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, method: Method, seen: dict[str, Statistics], names: list[str], group: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        seen: dict[str, Statistics],
+        names: list[str],
+        group: int,
+        bits: int = 4,
+    ) -> None:
         self.model, self.correct, self.seen = model, method.correct, seen
         weights = {name: matrix(module) for name, module in layers(model, ()).items() if name in names}
-        self.rounded = {name: method.round(W, seen[name], group) for name, W in weights.items()}
+        self.rounded = {name: method.round(W, seen[name], group, bits) for name, W in weights.items()}
         self.lost = {name: W - self.rounded[name] for name, W in weights.items()}
         most = 0 if method.correct is None else max(map(min, (W.shape for W in weights.values())))
         self.factors = {name: method.correct(E, seen[name], most) for name, E in self.lost.items()} if most else {}
@@ -130,5 +137,10 @@ def _rows_in_int8(factor: Tensor) -> Tensor:
     return (factor / scale).round() * scale
 
 
-def _scale(groups: Tensor) -> Tensor:
-    return (groups.abs().amax(-1, keepdim=True) / MOST).clamp_min(1e-12)
+def _scale(groups: Tensor, bits: int) -> Tensor:
+    return (groups.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 0.5)).clamp_min(1e-12)
+
+
+def _nearest(weights: Tensor, scale: Tensor, bits: int) -> Tensor:
+    half = 2 ** (bits - 1)
+    return (weights / scale).round().clamp(-half, half - 1) * scale

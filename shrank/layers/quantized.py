@@ -112,7 +112,7 @@ def packed_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def packed(quantized: Quantized) -> tuple[Tensor, Tensor]:
-    """Values and scales for a file: (N, K) int8, or of fewer bits one after another, the lowest first, in uint8 (N, bytes
+    """Values and scales for a file: (N, K) int8, or of fewer bits one after another, lowest first, in uint8 (N, bytes
     of a row); scales (N, groups) in 16 bits, or as they are where no 16 bits hold them."""
     values = quantized.values
     if quantized.grid.bits < 8:
