@@ -42,6 +42,7 @@ from .options import (
     Include,
     Json,
     Keep,
+    KeepBytes,
     Out,
     Pivot,
     Rank,
@@ -91,6 +92,7 @@ def plan(
     source: Source,
     rank: Rank = None,
     keep: Keep = None,
+    keep_bytes: KeepBytes = None,
     energy: EnergyOption = None,
     calibrate: Data = None,
     loss: Loss = "output",
@@ -112,7 +114,7 @@ def plan(
     with errors(across=True) as here:
         from ..saving.transformers_folder import load_model
 
-        rule = one_of(bits, rank=rank, keep=keep, energy=energy)
+        rule = one_of(bits, rank=rank, keep=keep, keep_bytes=keep_bytes, energy=energy)
         options = plan_options(
             pivot,
             include=include,
@@ -126,7 +128,7 @@ def plan(
         trust(model, treat_as_base)
         if calibrate and (layers := eligible(model, **options)):
             batches = _batches(calibrate, model, source, loss, max_length, batch_size)
-            found = run_calibration(model, batches, loss=loss, layers=layers, inputs=bits is not None)
+            found = run_calibration(model, batches, loss=loss, layers=layers, inputs=bool(bits or keep_bytes))
         made = make_plan(model, rule, calibration=found, **options)
         if save and here.is_first:
             made.save(save)
@@ -141,6 +143,7 @@ def compress(
     out: Out,
     rank: Rank = None,
     keep: Keep = None,
+    keep_bytes: KeepBytes = None,
     energy: EnergyOption = None,
     plan: Annotated[Path | None, typer.Option(help="A plan as JSON, from `shrank plan --save`.")] = None,
     calibrate: Data = None,
@@ -176,7 +179,7 @@ def compress(
     with errors(across=True) as here:
         from ..saving.transformers_folder import load_model, save_model
 
-        rule = one_of(bits, rank=rank, keep=keep, energy=energy, plan=plan)
+        rule = one_of(bits, rank=rank, keep=keep, keep_bytes=keep_bytes, energy=energy, plan=plan)
         options = plan_options(
             pivot,
             include=include,

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..model.subclasses import subclasses_in, treat_as_base
 from ..planning.plan import RankPlan
+from ..planning.budget import Budget
 from ..planning.rank import Energy
 from ..util.files import is_empty_or_absent
 from ..util.processes import Processes
@@ -30,6 +31,12 @@ Out = Annotated[Path, typer.Option(help="Folder to write; must not exist or be e
 Force = Annotated[bool, typer.Option(help="Replace the output folder.")]
 Rank = Annotated[int | None, typer.Option(help="The same rank for every layer.")]
 Keep = Annotated[float | None, typer.Option(help="Share of each replaced layer's parameters to keep, in (0, 1).")]
+KeepBytes = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the bytes of the replaced layers' weights to keep, in (0, 1): by low rank, by few bits, or both."
+    ),
+]
 EnergyOption = Annotated[float | None, typer.Option(help="Share of the squared singular values to keep, in (0, 1].")]
 Include = Annotated[list[str] | None, typer.Option(help="Only layers whose name matches this glob; repeatable.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Not layers whose name matches this glob; repeatable.")]
@@ -71,15 +78,19 @@ def show(data: object, table: RenderableType | None, as_json: bool, note: str = 
         console.print(note, highlight=False)
 
 
+_RULES = {"energy": Energy, "keep_bytes": lambda share: Budget(keep_bytes=share)}
+
+
 def one_of(bits: int | None = None, **given: object) -> object:
     """The rank rule of the one option that was given; with bits there may be none, and all layers stay dense."""
     chosen = {name: value for name, value in given.items() if value is not None}
     if bits and not chosen:
         return _dense
     if len(chosen) != 1:
-        fail(f"give exactly one of {', '.join('--' + n for n in given)}; got {len(chosen)}", USAGE)
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        fail(f"give exactly one of {names}; got {len(chosen)}", USAGE)
     ((name, value),) = chosen.items()
-    return Energy(value) if name == "energy" else value
+    return _RULES[name](value) if name in _RULES else value
 
 
 def _dense(fqn: str, module: nn.Module) -> None:

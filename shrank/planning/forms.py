@@ -61,7 +61,7 @@ def _low_rank(site: Site, shape: Shape, options: PlanOptions) -> Iterator[Form]:
 def _on_grids(site: Site, shape: Shape, options: PlanOptions, grids: Grids) -> Iterator[Form]:
     """The dense weight on a grid, with and without a correction, and plain factors on one where they are smaller."""
     if not site.adapter.why_not_on_grid(None):
-        for grid in grids.of(shape.in_features):
+        for grid in grids.of(shape.in_features, shape.in_features):
             if options.allow_dense:
                 yield Form(None, shape, Storage(grid))
             corrected = Storage(grid, True, _OF_CORRECTIONS)

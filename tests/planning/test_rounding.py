@@ -64,6 +64,7 @@ def test_convolutions_keep_their_dtype() -> None:
 def test_rows_that_no_group_divides_have_one_scale() -> None:
     assert ALL.of(30) == [Grid(8), Grid(4), Grid(3)]
     assert ALL.of(24) == [Grid(8), Grid(4, 8), Grid(3, 8)]
+    assert ALL.of(16, 16) == [Grid(8), Grid(4, 8), Grid(4), Grid(3, 8), Grid(3)]
 
 
 @pytest.mark.parametrize("shape", [(OUT, IN), (IN, OUT), (IN, IN)], ids=str)
