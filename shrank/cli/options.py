@@ -16,8 +16,8 @@ from rich.markup import escape
 from torch import nn
 
 from ..model.subclasses import subclasses_in, treat_as_base
-from ..planning.plan import RankPlan
 from ..planning.budget import Budget
+from ..planning.plan import RankPlan
 from ..planning.rank import Energy
 from ..util.files import is_empty_or_absent
 from ..util.processes import Processes
