@@ -2,7 +2,7 @@
 
 Bytes are those of the compressed layers' weights on disk, relative to these in 16 bits.
 
-python -m benchmarks.quality.sizes [TASK ...] [--budgets 0.35 0.28] [--ours] [--draw-only]
+python -m benchmarks.quality.sizes [TASK ...] [--budgets 0.35 0.28] [--methods "shrank" "GPTQ*"] [--draw-only]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +46,7 @@ OWN = {
 }
 BITS_AND_GROUPS = ((8, 32), (4, 32), (4, 128), (3, 32), (3, 128))
 CORRECTED = ((4, 32, 16), (4, 128, 16), (4, 128, 32))  # bits, group, rank of factors in int8
+SVD_LLM = {"SVD-LLM": None, "SVD-LLM + int8": Grid(8), "SVD-LLM + int4": Grid(4, 32)}
 RANKS = (0.9, 0.8, 0.6, 0.5, 0.4)  # shares of the weights that SVD-LLM keeps, alone and in few bits
 QUALITY = {"cosine": True, "word error rate": False, "perplexity": False, "mean cents": False}  # larger is better
 
@@ -88,7 +90,8 @@ class Bench:
         return tuple((totals[0] / totals[1]).tolist())
 
 
-def rows(name: str, budgets: tuple[float, ...], ours_alone: bool) -> Iterator[dict]:
+def rows(name: str, budgets: tuple[float, ...], methods: list[str]) -> Iterator[dict]:
+    """Of the methods that match one of these patterns; the dense model comes first."""
     task = TASKS[name]()
     dense = task.model()
     found = baselines.layers(dense, task.exclude)
@@ -101,6 +104,8 @@ def rows(name: str, budgets: tuple[float, ...], ours_alone: bool) -> Iterator[di
     # A model in float32 has twice the bytes, of which half the share is kept.
     share = 2 / next(iter(found.values())).weight.element_size()
     for method, (of_budget, options) in OWN.items():
+        if not _matches(method, methods):
+            continue
         for keep in budgets:
             started = time.perf_counter()
             try:
@@ -115,38 +120,45 @@ def rows(name: str, budgets: tuple[float, ...], ours_alone: bool) -> Iterator[di
                 continue
             taken = round(time.perf_counter() - started)
             yield bench.planned(method, small, budget=keep, **{"calibrated in s": seconds, "compressed in s": taken})
-    if not ours_alone and task.kfac:
-        yield from _published(bench)
+    if task.kfac:
+        yield from _published(bench, methods)
 
 
-def _published(bench: Bench) -> Iterator[dict]:
+def _matches(method: str, methods: list[str]) -> bool:
+    return any(fnmatchcase(method, pattern) for pattern in methods)
+
+
+def _published(bench: Bench, methods: list[str]) -> Iterator[dict]:
     """Every layer alike."""
     task, dense, names = bench.task, bench.dense, list(bench.shapes)
     seen = baselines.statistics(task.model(), shrank.batches(task.batches()), None, task.exclude)
     for bits, group in BITS_AND_GROUPS:
         for method in ("RTN",) if bits == 8 else ("RTN", "AWQ", "GPTQ"):
-            model = Rounded(dense, METHODS[method], seen, names, group, bits).at(0, False)
-            yield bench.uniform(f"{method} int{bits} g{group}", model, Storage(Grid(bits, group)))
+            if _matches(name := f"{method} int{bits} g{group}", methods):
+                model = Rounded(dense, METHODS[method], seen, names, group, bits).at(0, False)
+                yield bench.uniform(name, model, Storage(Grid(bits, group)))
     for bits, group, rank in CORRECTED:
         for method in ("RTN + QERA / EoRA", "GPTQ + EoRA"):
-            model = Rounded(dense, METHODS[method], seen, names, group, bits).at(rank, True)
-            storage = Storage(Grid(bits, group), True, Grid(8))
-            yield bench.corrected(f"{method}, int{bits} g{group} + rank {rank}", model, storage, rank)
-    svd_llm = baselines.approximations(dense, "SVD-LLM", seen, task.exclude)
+            if _matches(name := f"{method}, int{bits} g{group} + rank {rank}", methods):
+                model = Rounded(dense, METHODS[method], seen, names, group, bits).at(rank, True)
+                yield bench.corrected(name, model, Storage(Grid(bits, group), True, Grid(8)), rank)
+    of_svd_llm = {name: form for name, form in SVD_LLM.items() if _matches(name, methods)}
+    svd_llm = baselines.approximations(dense, "SVD-LLM", seen, task.exclude) if of_svd_llm else {}
     for keep in RANKS:
-        yield bench.uniform("SVD-LLM", baselines.compressed(dense, svd_llm, keep), Storage(), keep)
-        for bits, group in ((8, None), (4, 32)):
-            model = _svd_llm_in(bench, svd_llm, seen, keep, bits, group)
-            yield bench.uniform(f"SVD-LLM + int{bits}", model, Storage(Grid(bits, group)), keep)
+        for name, grid in of_svd_llm.items():
+            yield bench.uniform(name, _svd_llm_on(bench, svd_llm, seen, keep, grid), Storage(grid), keep)
 
 
 @torch.no_grad()
-def _svd_llm_in(bench: Bench, found: dict, seen: dict, keep: float, bits: int, group: int | None) -> nn.Module:
-    """SVD-LLM's factors rounded one after the other: to the nearest in 8 bits, by GPTQ in fewer."""
+def _svd_llm_on(bench: Bench, found: dict, seen: dict, keep: float, grid: Grid | None) -> nn.Module:
+    """SVD-LLM's factors as they are, or rounded one after the other: to the nearest in 8 bits, by GPTQ in fewer."""
     model = copy.deepcopy(bench.dense)
     for name, shape in bench.shapes.items():
         rank, weight = _rank(shape, keep), model.get_submodule(name).weight
-        up, down = baselines.split(found[name](rank), rank)
+        if grid is None:
+            weight.copy_(found[name](rank).view(weight.shape))
+            continue
+        (up, down), bits, group = baselines.split(found[name](rank), rank), grid.bits, grid.group_size
         own, moment = seen[name], seen[name].inputs.double() / seen[name].tokens
         down = rtn(down, own, group or down.shape[1], bits) if bits == 8 else gptq(down, own, group, bits)
         between = baselines.Statistics(1, down @ moment @ down.T)
@@ -219,7 +231,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", default=list(TASKS), metavar="TASK")
     parser.add_argument("--budgets", type=float, nargs="*", default=list(BUDGETS))
     parser.add_argument("--threads", type=int, default=THREADS)
-    parser.add_argument("--ours", action="store_true", help="measure no published method")
+    parser.add_argument("--methods", nargs="*", default=["*"], help="patterns of the rows to measure")
     parser.add_argument("--draw-only", action="store_true", help="draw and print what was measured")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -227,7 +239,7 @@ def main() -> None:
         path = RESULTS / f"sizes_{name}.json"
         if not arguments.draw_only:
             results = {**provenance("cpu"), "rows": []}
-            for row in rows(name, tuple(arguments.budgets), arguments.ours):
+            for row in rows(name, tuple(arguments.budgets), arguments.methods):
                 results["rows"].append(row)
                 print(json.dumps(row), flush=True)
                 path.write_text(json.dumps(results, indent=1) + "\n")
