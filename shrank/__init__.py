@@ -39,6 +39,7 @@ from .ops.dispatch import (
 from .planning.budget import Budget
 from .planning.latency import LatencyTable
 from .planning.make_plan import eligible, make_plan
+from .planning.narrowed import NarrowedBlock
 from .planning.options import PlanOptions
 from .planning.plan import LayerPlan, RankPlan
 from .planning.rank import Energy, Fraction, Rank
@@ -96,6 +97,7 @@ __all__ = [
     "LayerStatistics",
     "Metric",
     "MetricSource",
+    "NarrowedBlock",
     "PlanOptions",
     "Rank",
     "RankPlan",

@@ -40,6 +40,7 @@ from .options import (
     Include,
     Json,
     Keep,
+    Narrow,
     Out,
     Pivot,
     Rank,
@@ -99,6 +100,7 @@ def plan(
     round_to: RoundTo = None,
     allow_slower: AllowSlower = False,
     pivot: Pivot = None,
+    narrow: Narrow = None,
     treat_as_base: TreatAsBase = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan to this JSON file.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page about the plan.")] = None,
@@ -109,12 +111,14 @@ def plan(
         from ..saving.transformers_folder import load_model
 
         rule = one_of(rank=rank, keep=keep, energy=energy)
-        options = plan_options(pivot, include=include, exclude=exclude, round_to=round_to, allow_slower=allow_slower)
+        options = plan_options(
+            pivot, narrow, include=include, exclude=exclude, round_to=round_to, allow_slower=allow_slower
+        )
         model, found = load_model(source), None
         trust(model, treat_as_base)
         if calibrate and (layers := eligible(model, **options)):
             batches = _batches(calibrate, model, source, loss, max_length, batch_size)
-            found = run_calibration(model, batches, loss=loss, layers=layers)
+            found = run_calibration(model, batches, loss=loss, layers=layers, narrow=bool(narrow))
         made = make_plan(model, rule, calibration=found, **options)
         if save and here.is_first:
             made.save(save)
@@ -142,6 +146,7 @@ def compress(
     round_to: RoundTo = None,
     allow_slower: AllowSlower = False,
     pivot: Pivot = None,
+    narrow: Narrow = None,
     treat_as_base: TreatAsBase = None,
     stream: Stream = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page about what was done.")] = None,
@@ -163,7 +168,9 @@ def compress(
         from ..saving.transformers_folder import load_model, save_model
 
         rule = one_of(rank=rank, keep=keep, energy=energy, plan=plan)
-        options = plan_options(pivot, include=include, exclude=exclude, round_to=round_to, allow_slower=allow_slower)
+        options = plan_options(
+            pivot, narrow, include=include, exclude=exclude, round_to=round_to, allow_slower=allow_slower
+        )
         checkpoint = Checkpoint(source) if stream else None
         model, dense = checkpoint.model() if checkpoint else load_model(source), None
         trust(model, treat_as_base)

@@ -42,6 +42,13 @@ Pivot = Annotated[
         help="Store factors in fewer numbers, or never; without either, where a budget gains by it.",
     ),
 ]
+Narrow = Annotated[
+    str | None,
+    typer.Option(
+        metavar="each|uniform",
+        help="Let --keep take hidden units out of feed-forward blocks, of each its own number or of all the same.",
+    ),
+]
 TreatAsBase = Annotated[
     list[str] | None,
     typer.Option(
@@ -78,9 +85,13 @@ def one_of(**given: object) -> object:
     return Energy(value) if name == "energy" else value
 
 
-def plan_options(pivot: bool | None, **given: object) -> dict[str, object]:
+def plan_options(pivot: bool | None, narrow: str | None, **given: object) -> dict[str, object]:
     """The fields of PlanOptions that options were given for."""
     options = {name: value for name, value in given.items() if value}
+    if narrow not in (None, "each", "uniform"):
+        fail(f"--narrow must be each or uniform, got {narrow}", USAGE)
+    if narrow:
+        options["narrow"] = "uniform" if narrow == "uniform" else True
     if pivot is not None:
         options["pivot"] = pivot
     return options
@@ -109,7 +120,7 @@ def module_class(name: str) -> type[nn.Module]:
 
 def require_layers(made: RankPlan) -> None:
     """End with the most frequent reasons where nothing is low-rank."""
-    if made.low_rank:
+    if not made.does_nothing:
         return
     fail(f"no layer can be replaced: {made.why_dense()}", NOTHING)
 

@@ -14,10 +14,13 @@ from ..calibration.sameness import agree_on
 from ..model import surgery
 from ..model.adapters import LOW_RANK, target, with_groups
 from ..model.dense import dense_twin, require_plain
+from ..model.feed_forward import narrowed_in
 from ..model.survey import Site, Survey, count
+from ..planning.narrowed import NarrowedBlock, narrowed_shape
 from ..planning.plan import LayerPlan, RankPlan
 from ..util.processes import current
 from ..util.progress import track
+from .narrow import attach_narrow, block_jobs, narrow, narrowed_state
 from .twins import twins
 
 _log = logging.getLogger("shrank")
@@ -53,10 +56,11 @@ def carry_out(
 ) -> RankPlan:
     """Replace the planned layers, so many at a time; the plan with the errors found. `surgery.finish` must follow;
     ValueError as `apply` raises it."""
-    done = {layer.fqn: layer for layer in plan}
     jobs = resolve(survey, plan)
     agree_on(survey.model)
     current().agree("the plan", plan.to_dict())
+    plan = narrow(block_jobs(survey, plan)[0], calibration, plan, workers)
+    done = {layer.fqn: layer for layer in plan}
     for site, layer, twin in track(twins(jobs, calibration, workers), "factorising", total=len(jobs)):
         done[layer.fqn] = layer
         if twin is None:
@@ -75,7 +79,9 @@ def attach_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
     not fit the model.
     """
     survey = Survey(model)
-    for site, twin in _empty_twins(survey, plan):
+    twins = _empty_twins(survey, plan)
+    attach_narrow(block_jobs(survey, plan, loading=True)[0])
+    for site, twin in twins:
         surgery.replace(survey, site, twin.to_empty(device=site.module.weight.device))
     return surgery.finish(survey, plan)
 
@@ -83,12 +89,14 @@ def attach_empty(model: nn.Module, plan: RankPlan) -> nn.Module:
 def expected_state(model: nn.Module, plan: RankPlan) -> dict[str, Tensor]:
     """What `model.state_dict()` would hold after `attach_empty`, the factors on the meta device; raises ValueError as
     that does."""
-    twins = {id(site.module): twin for site, twin in _empty_twins(Survey(model), plan)}
-    paths = {path: twins[id(m)] for path, m in model.named_modules(remove_duplicate=False) if id(m) in twins}
+    survey = Survey(model)
+    states = {id(site.module): twin.state_dict() for site, twin in _empty_twins(survey, plan)}
+    states = narrowed_state(block_jobs(survey, plan, loading=True)[0]) | states
+    paths = {path: states[id(m)] for path, m in model.named_modules(remove_duplicate=False) if id(m) in states}
     expected = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] not in paths}
-    for path, twin in paths.items():
+    for path, state in paths.items():
         prefix = f"{path}." if path else ""
-        expected |= {prefix + name: value for name, value in twin.state_dict().items()}
+        expected |= {prefix + name: value for name, value in state.items()}
     return expected
 
 
@@ -99,9 +107,17 @@ def describe(model: nn.Module) -> RankPlan:
         model: Any model.
 
     Returns:
-        A plan of its low-rank layers alone.
+        A plan of its low-rank layers and of the layers of its narrowed blocks alone.
     """
-    plan = RankPlan(tuple(_describe_layer(site) for site in Survey(model).low_rank()))
+    survey = Survey(model)
+    layers = {site.fqn: _describe_layer(site) for site in survey.low_rank()}
+    dense = {site.fqn: site for site in survey.sites()}
+    blocks = []
+    for block, width in narrowed_in(model):
+        if all(fqn in dense for fqn in block.layers):
+            blocks.append(replace(NarrowedBlock.of(block), width=width))
+            layers |= {fqn: _describe_narrowed(dense[fqn], layers.get(fqn), blocks[-1]) for fqn in block.layers}
+    plan = RankPlan(tuple(layers.values()), narrowed=tuple(blocks))
     return replace(plan, other_params=count(model.parameters()) - plan.params_after)
 
 
@@ -114,7 +130,7 @@ def merge(model: nn.Module) -> nn.Module:
         model: Any model.
 
     Returns:
-        The root of the model.
+        The root of the model. Hidden units that a block lost do not come back, of which there is a warning.
 
     Raises:
         ValueError: Another tool made something of a stage that its weight does not tell: LoRA, quantization, pruning,
@@ -123,6 +139,11 @@ def merge(model: nn.Module) -> nn.Module:
     survey = Survey(model)
     sites = survey.low_rank()
     require_plain(sites, "merged")
+    if lost := [block.name for block, _ in narrowed_in(survey.model)]:
+        warnings.warn(
+            f"{len(lost)} feed-forward blocks, such as {lost[0]}, were narrowed and stay so: their units are gone",
+            stacklevel=3,
+        )
     for site in reversed(sites):  # innermost first: a stage of a low-rank layer may be low-rank itself
         surgery.replace(survey, site, dense_twin(site.module))
     return surgery.finish(survey, None)
@@ -131,6 +152,12 @@ def merge(model: nn.Module) -> nn.Module:
 def _describe_layer(site: Site) -> LayerPlan:
     layer, shape = site.module, site.module.shape
     return LayerPlan(site.fqn, layer.kind, shape.dense_params, shape, layer.rank)
+
+
+def _describe_narrowed(site: Site, layer: LayerPlan | None, block: NarrowedBlock) -> LayerPlan:
+    if layer is None:
+        layer = LayerPlan(site.fqn, site.adapter.kind, 0, site.shape)
+    return replace(layer, size=layer.shape.dense_params // block.width * block.units, narrowed=True)
 
 
 def _empty_twins(survey: Survey, plan: RankPlan) -> list[tuple[Site, nn.Module]]:
@@ -148,16 +175,18 @@ def resolve(survey: Survey, plan: RankPlan, loading: bool = False) -> list[tuple
     """The sites of the planned layers; ValueError lists everything about the plan that does not fit the model."""
     sites = {site.fqn: site for site in survey.sites(inside_low_rank=True)}
     jobs, problems = [], []
+    blocks = {fqn: block for block in plan.narrower for fqn in block.layers}
     for layer in plan.low_rank:
         site = sites.get(layer.fqn)
         if site is None:
             problems.append(f"{layer.fqn!r}: the model has no such layer")
         elif loading and isinstance(site.module, LOW_RANK) and _same_structure(_describe_layer(site), layer):
             continue
-        elif problem := _misfit(site, layer, loading):
+        elif problem := _misfit(site, layer, loading, blocks.get(layer.fqn)):
             problems.append(f"{layer.fqn!r}: {problem}")
         else:
             jobs.append((site, layer))
+    problems += block_jobs(survey, plan, loading)[1]
     if problems:
         raise ValueError(f"the plan does not fit the model:{indented(problems)}")
     return jobs
@@ -169,14 +198,16 @@ def indented(problems: list[str]) -> str:
     return "".join(f"\n  {line}" for line in [*problems[:10], *more])
 
 
-def _misfit(site: Site, layer: LayerPlan, loading: bool) -> str:
-    """What keeps this layer from being replaced as planned; '' if nothing does."""
+def _misfit(site: Site, layer: LayerPlan, loading: bool, block: NarrowedBlock | None) -> str:
+    """What keeps this layer from being replaced as planned, in a block that will be narrowed by then if there is one;
+    '' if nothing does."""
     found = target(site.module, vouched=loading)
     if (found is None or not loading) and (reasons := site.why_not()):
         return "; ".join(reasons)
     if found.kind != layer.kind:
         return f"it is a {found.kind} here and a {layer.kind} in the plan"
-    shape = with_groups(found.shape(), layer.rank, layer.shape.up_groups > 1, layer.shape.pivoted)
+    own = found.shape() if block is None else narrowed_shape(block, layer.fqn, found.shape())
+    shape = with_groups(own, layer.rank, layer.shape.up_groups > 1, layer.shape.pivoted)
     if reason := found.why_not_grouped(shape):
         return reason
     if shape != layer.shape:

@@ -2,10 +2,11 @@
 make, pivots, and how a budget is spent. Imports nothing of shrank.
 """
 
-from .allocation import Allocation, BudgetTooSmall, Options, allocate, frontier
+from .allocation import Allocation, BudgetTooSmall, Options, allocate, combined, frontier
 from .factors import Factors, Shape
 from .grids import AS_IT_IS, Grid, Storage
-from .moments import Metric, Moments, metric
+from .moments import Columns, Metric, Moments, columns, metric
+from .narrowing import Elimination, Refit, eliminate, refit
 from .pivots import PivotedFactors, pivoted, unpivoted
 from .quantization import Quantized, gptq, nearest
 from .svd import FactorizationError, energy_curve, factorize, spectrum
@@ -15,6 +16,8 @@ __all__ = [
     "AS_IT_IS",
     "Allocation",
     "BudgetTooSmall",
+    "Columns",
+    "Elimination",
     "FactorizationError",
     "Factors",
     "Grid",
@@ -23,9 +26,13 @@ __all__ = [
     "Options",
     "PivotedFactors",
     "Quantized",
+    "Refit",
     "Shape",
     "Storage",
     "allocate",
+    "columns",
+    "combined",
+    "eliminate",
     "energy_curve",
     "factorize",
     "factorize_weighted",
@@ -34,6 +41,7 @@ __all__ = [
     "metric",
     "nearest",
     "pivoted",
+    "refit",
     "spectrum",
     "squared_errors",
     "unpivoted",

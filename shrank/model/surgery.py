@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -45,6 +46,26 @@ def replace(survey: Survey, site: Site, new: nn.Module) -> None:
     if site.module is survey.model:
         survey.model = new
     site.module = new
+
+
+def reshape(module: nn.Module, attributes: dict[str, object]) -> None:
+    """Give a layer parameters of another size, and what says it: it stays the module that hooks and others know."""
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+
+@contextmanager
+def reshaped(changes: Iterable[tuple[nn.Module, dict[str, object]]]) -> Iterator[None]:
+    """As `reshape`, of several layers, for as long as the context lasts."""
+    before = []
+    try:
+        for module, attributes in changes:
+            before.append((module, {name: getattr(module, name) for name in attributes}))
+            reshape(module, attributes)
+        yield
+    finally:
+        for module, attributes in reversed(before):
+            reshape(module, attributes)
 
 
 def finish(survey: Survey, plan: object) -> nn.Module:

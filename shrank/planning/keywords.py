@@ -24,6 +24,7 @@ class FittingKeywords(TypedDict, total=False):
     allow_dense: bool
     errors: bool
     pivot: bool | Literal["auto"]
+    narrow: bool | Literal["uniform"]
 
 
 class PlanKeywords(FittingKeywords, total=False):

@@ -44,9 +44,13 @@ class PlanOptions:
         errors: Compute the expected error of every layer.
         pivot: Store factors in R (K + N - R) numbers. "auto": where a budget pays for it with rank, in layers that are
             in eval mode and not on a GPU, where many tokens take longer with pivots than with plain factors.
+        narrow: Let a budget take hidden units out of feed-forward blocks, and fit the matrix behind them again, where
+            that loses less than ranks do. Their layers stay dense and become smaller. "uniform": like blocks get one
+            width, which transformers loads without shrank. It needs data, and cannot be undone.
 
     Raises:
-        ValueError: A number is below 1, max_rank below min_rank, or pivot none of True, False and "auto".
+        ValueError: A number is below 1, max_rank below min_rank, pivot none of True, False and "auto", or narrow none
+            of True, False and "uniform".
     """
 
     groups_out: bool = False
@@ -64,6 +68,7 @@ class PlanOptions:
     allow_dense: bool = True
     errors: bool = True
     pivot: bool | Literal["auto"] = "auto"
+    narrow: bool | Literal["uniform"] = False
 
     def __post_init__(self) -> None:
         for name in ("round_to", "min_rank", "max_rank", "min_features"):
@@ -71,6 +76,8 @@ class PlanOptions:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.pivot not in (True, False, "auto"):
             raise ValueError(f"pivot must be True, False or 'auto', got {self.pivot!r}")
+        if self.narrow not in (True, False, "uniform"):
+            raise ValueError(f"narrow must be True, False or 'uniform', got {self.narrow!r}")
         if self.max_rank is not None and self.min_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"max_rank {self.max_rank} is below min_rank {self.min_rank}")
 

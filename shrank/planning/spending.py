@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 
 from torch import Tensor
@@ -54,6 +53,11 @@ class Candidate:
     def relative_error(self, rank: int | None) -> float:
         return math.sqrt(self.tail(rank) / self.tails[0]) if self.tails[0] else 0.0
 
+    @property
+    def weight(self) -> float:
+        """What the errors of all tokens come to, of which `squares` are the mean."""
+        return float(self.priced.tokens or 1) ** _COHERENCE
+
 
 @dataclass(frozen=True)
 class _Choice:
@@ -71,6 +75,15 @@ class Paid:
     priced: PricedLayer
 
 
+@dataclass(frozen=True)
+class Item:
+    """Layers that the budget decides on together: what they can be, and the plan of each for the option chosen."""
+
+    options: Options
+    names: tuple[str, ...]
+    decided: Callable[[int], list[LayerPlan]]
+
+
 def spend(
     budget: Budget, candidates: list[Candidate], fixed: list[Paid], options: PlanOptions, weighted: bool
 ) -> tuple[list[LayerPlan], TradeOff]:
@@ -81,26 +94,51 @@ def spend(
     """
     if not candidates:
         return [], TradeOff()
-    choices = {x.site.fqn: _choices(x, options) for x in candidates}
     if isinstance(budget.goal, MaxError):
-        return [_within(x, choices[x.site.fqn], budget.goal.error) for x in candidates], TradeOff()
-    cost: Cost = budget.goal
-    items = [[x for x in candidates if x.site.fqn in names] for names in _tied(budget.same_rank, candidates)]
-    problems = [_options(item, choices, cost, weighted) for item in items]
-    dense = sum(cost.of(x.priced, None, x.draft.shape) for x in candidates)
-    dense += sum(cost.of(x.priced, None, x.layer.shape) for x in fixed)
-    paid = sum(cost.of(x.priced, x.layer.rank, x.layer.shape) for x in fixed)
-    bought = allocate([part for part, _ in problems], cost.keep * dense - paid)
-    planned = []
-    for item, (_, common), chosen in zip(items, problems, bought.chosen, strict=True):
-        planned += [_decided(x, choices[x.site.fqn][common[chosen]]) for x in item]
-    whole = sum(_error_of_nothing(x, weighted) for x in candidates) or 1.0
+        return within(candidates, budget.goal.error, options), TradeOff()
+    items = layer_items(budget, candidates, options, weighted)
+    purse = Purse(budget.goal, candidates, fixed, weighted)
+    bought = purse.buy(items)
+    planned = [x for item, chosen in zip(items, bought.chosen, strict=True) for x in item.decided(chosen)]
+    return planned, purse.trade_off(items, bought)
 
-    def share(point: Allocation) -> tuple[float, float]:
-        return (point.cost + paid) / dense, point.error / whole
 
-    curve = _thinned(frontier([part for part, _ in problems]))
-    return planned, TradeOff(tuple(map(share, curve)), share(bought))
+def layer_items(budget: Budget, candidates: list[Candidate], options: PlanOptions, weighted: bool) -> list[Item]:
+    """What each layer, or those of one rank together, can be for the budget's cost."""
+    choices = {x.site.fqn: _choices(x, options) for x in candidates}
+    names = [x.site.fqn for x in candidates]
+    groups = budget.groups(names)
+    groups += [{fqn} for fqn in names if not any(fqn in group for group in groups)]
+    tied = [[x for x in candidates if x.site.fqn in group] for group in groups]
+    return [_item(layers, choices, budget.goal, weighted) for layers in tied]
+
+
+class Purse:
+    """What a budget has to spend on the candidates, after what others were given is paid."""
+
+    def __init__(self, cost: Cost, candidates: list[Candidate], fixed: list[Paid], weighted: bool) -> None:
+        dense = sum(cost.of(x.priced, None, x.draft.shape) for x in candidates)
+        self.dense = dense + sum(cost.of(x.priced, None, x.layer.shape) for x in fixed)
+        self.paid = sum(cost.of(x.priced, x.layer.rank, x.layer.shape) for x in fixed)
+        self.left = cost.keep * self.dense - self.paid
+        self.error = sum(_error_of_nothing(x, weighted) for x in candidates) or 1.0
+
+    def buy(self, items: list[Item]) -> Allocation:
+        """An option for each item; BudgetTooSmall where there is not enough for any."""
+        return allocate([item.options for item in items], self.left)
+
+    def trade_off(self, items: list[Item], bought: Allocation) -> TradeOff:
+        """What these items could have been, and what they were."""
+        curve = _thinned(frontier([item.options for item in items]))
+        return TradeOff(tuple(map(self._share, curve)), self._share(bought))
+
+    def _share(self, point: Allocation) -> tuple[float, float]:
+        return (point.cost + self.paid) / self.dense, point.error / self.error
+
+
+def within(candidates: list[Candidate], error: float, options: PlanOptions) -> list[LayerPlan]:
+    """The layers at their smallest ranks of at most this error."""
+    return [_within(x, _choices(x, options), error) for x in candidates]
 
 
 def _choices(candidate: Candidate, options: PlanOptions) -> dict[int | None, _Choice]:
@@ -130,22 +168,24 @@ def _choices(candidate: Candidate, options: PlanOptions) -> dict[int | None, _Ch
     return choices or dense
 
 
-def _options(
-    item: list[Candidate], choices: dict[str, dict[int | None, _Choice]], cost: Cost, weighted: bool
-) -> tuple[Options, list[int | None]]:
-    """What layers of one rank can be, with the ranks that all of them have."""
-    own = [choices[x.site.fqn] for x in item]
+def _item(layers: list[Candidate], choices: dict[str, dict[int | None, _Choice]], cost: Cost, weighted: bool) -> Item:
+    """Layers of one rank, with the ranks that all of them have."""
+    own = [choices[x.site.fqn] for x in layers]
     common = [rank for rank in own[0] if all(rank in other for other in own)]
     totals, errors = [], []
     for rank in common:
-        totals.append(sum(cost.of(x.priced, rank, c[rank].shape) for x, c in zip(item, own, strict=True)))
-        errors.append(sum(_error(x, c[rank], weighted) for x, c in zip(item, own, strict=True)))
-    return Options(totals, errors), common
+        totals.append(sum(cost.of(x.priced, rank, c[rank].shape) for x, c in zip(layers, own, strict=True)))
+        errors.append(sum(_error(x, c[rank], weighted) for x, c in zip(layers, own, strict=True)))
+
+    def decided(chosen: int) -> list[LayerPlan]:
+        return [_decided(x, c[common[chosen]]) for x, c in zip(layers, own, strict=True)]
+
+    return Item(Options(totals, errors), tuple(x.site.fqn for x in layers), decided)
 
 
 def _error(candidate: Candidate, choice: _Choice, weighted: bool) -> float:
     if weighted:
-        return candidate.tail(choice.rank) * _weight(candidate)
+        return candidate.tail(choice.rank) * candidate.weight
     size = choice.shape.dense_params
     return 0.0 if choice.rank is None else size * (1 - choice.shape.low_rank_params(choice.rank) / size) ** 2
 
@@ -178,27 +218,8 @@ def _relative_spectrum(squares: Tensor) -> tuple[float, ...]:
     return tuple(round((values[i] / values[0]).item(), 7) if values[0] > 0 else 0.0 for i in places)
 
 
-def _tied(same_rank: Iterable[str | Iterable[str]], candidates: list[Candidate]) -> list[set[str]]:
-    """Names of the layers of each item: those of one `same_rank` entry together, all others alone."""
-    groups: list[set[str]] = []
-    free = {x.site.fqn: None for x in candidates}
-    for entry in same_rank:
-        patterns = [entry] if isinstance(entry, str) else list(entry)
-        members = {fqn for fqn in free if any(fnmatchcase(fqn, pattern) for pattern in patterns)}
-        if not members:
-            raise ValueError(f"same_rank: {', '.join(patterns)} matches no layer that the budget may change")
-        groups.append(members)
-        free = {fqn: None for fqn in free if fqn not in members}
-    return groups + [{fqn} for fqn in free]
-
-
 def _error_of_nothing(candidate: Candidate, weighted: bool) -> float:
-    return candidate.tails[0] * _weight(candidate) if weighted else candidate.draft.shape.dense_params
-
-
-def _weight(candidate: Candidate) -> float:
-    """What the errors of all tokens of a layer come to, of which `squares` are the mean."""
-    return float(candidate.priced.tokens or 1) ** _COHERENCE
+    return candidate.tails[0] * candidate.weight if weighted else candidate.draft.shape.dense_params
 
 
 def _thinned(points: list[Allocation]) -> list[Allocation]:

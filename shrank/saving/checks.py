@@ -10,12 +10,18 @@ from torch import Tensor, nn
 from ..layers.plain import why_not_numbers
 from ..layers.seal import DENSE_NAME, seal
 from ..model.adapters import LOW_RANK
+from ..model.feed_forward import narrowed_in
 
 METHOD = "shrank"  # what the config of a saved model calls a plan, where quantized models have their method
 
 
 def has_low_rank(model: nn.Module) -> bool:
     return any(isinstance(m, LOW_RANK) for m in model.modules())
+
+
+def needs_plan(model: nn.Module) -> bool:
+    """Whether a model has layers of another kind or size than its class gives it."""
+    return has_low_rank(model) or any(True for _ in narrowed_in(model))
 
 
 def seals(model: nn.Module) -> dict[str, Tensor]:

@@ -27,7 +27,8 @@ from ..planning.plan import RankPlan
 from ..planning.rank import Rank
 from ..saving.folders import transformer_of
 from ..saving.transformers_folder import complete
-from ..saving.transformers_saving import configs_in, save_config
+from ..saving.transformers_saving import save_config
+from ..saving.transformers_widths import configs_in
 from ..util.fingerprint import fingerprint
 from ..version import __version__
 from .fit import AnchoredFit, Fit, KeptSpectra
