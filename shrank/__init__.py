@@ -9,9 +9,10 @@ from .calibration.calibration import Calibration, calibrate
 from .calibration.metric_source import LayerStatistics, MetricSource
 from .calibration.request import Calibrate
 from .compression.anchored import apply_anchored
-from .compression.apply import apply, describe, merge
+from .compression.apply import apply, merge
 from .compression.auto_fact import auto_fact
 from .compression.correct import correct, uncorrect
+from .compression.describe import describe
 from .compression.quantize_factors import quantize_factors
 from .fusing import compile_pass as compile_pass
 from .fusing.fuse import Fused, fuse, unfuse
@@ -42,6 +43,7 @@ from .ops.dispatch import (
 from .planning.budget import Budget
 from .planning.latency import LatencyTable
 from .planning.make_plan import eligible, make_plan
+from .planning.narrowed import NarrowedBlock
 from .planning.options import PlanOptions
 from .planning.plan import LayerPlan, RankPlan
 from .planning.rank import Energy, Fraction, Rank
@@ -102,6 +104,7 @@ __all__ = [
     "LayerStatistics",
     "Metric",
     "MetricSource",
+    "NarrowedBlock",
     "PlanOptions",
     "Rank",
     "RankPlan",

@@ -51,6 +51,13 @@ Pivot = Annotated[
 ]
 Bits = Annotated[int | None, typer.Option(help="4 or 8, for the weights of all linear layers that may change.")]
 GroupSize = Annotated[int | None, typer.Option(help="Weights of a row with one scale; without it, each row has one.")]
+Narrow = Annotated[
+    str | None,
+    typer.Option(
+        metavar="each|uniform",
+        help="Let --keep take hidden units out of feed-forward blocks, of each its own number or of all the same.",
+    ),
+]
 TreatAsBase = Annotated[
     list[str] | None,
     typer.Option(
@@ -97,9 +104,13 @@ def _dense(fqn: str, module: nn.Module) -> None:
     """A rule that gives no layer a rank."""
 
 
-def plan_options(pivot: bool | None, **given: object) -> dict[str, object]:
+def plan_options(pivot: bool | None, narrow: str | None, **given: object) -> dict[str, object]:
     """The fields of PlanOptions that options were given for."""
     options = {name: value for name, value in given.items() if value}
+    if narrow not in (None, "each", "uniform"):
+        fail(f"--narrow must be each or uniform, got {narrow}", USAGE)
+    if narrow:
+        options["narrow"] = "uniform" if narrow == "uniform" else True
     if pivot is not None:
         options["pivot"] = pivot
     return options
@@ -128,7 +139,7 @@ def module_class(name: str) -> type[nn.Module]:
 
 def require_layers(made: RankPlan) -> None:
     """End with the most frequent reasons where nothing is to be done."""
-    if made.changed:
+    if not made.does_nothing:
         return
     fail(f"no layer can be replaced: {made.why_dense()}", NOTHING)
 

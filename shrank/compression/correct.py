@@ -22,8 +22,8 @@ from ..model.survey import Site, Survey, count
 from ..planning.options import Selector, selects
 from ..planning.plan import LayerPlan, RankPlan
 from ..planning.rank import Rank
+from ..util.lines import indented
 from ..util.progress import track
-from .apply import indented
 from .correction_ranks import Uncorrected, by_rule, by_share, is_share
 from .dense_weights import Dense, DenseWeight, DenseWeights
 

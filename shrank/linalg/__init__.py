@@ -2,11 +2,12 @@
 make, pivots, whole numbers of few bits and what rounding loses, and how a budget is spent. Imports nothing of shrank.
 """
 
-from .allocation import Allocation, BudgetTooSmall, Options, allocate, frontier
+from .allocation import Allocation, BudgetTooSmall, Options, allocate, combined, frontier
 from .correction import Lost, QuantizedCorrected, corrected_errors, on_grids, quantized_corrected
 from .factors import Factors, Shape
 from .grids import AS_IT_IS, Grid, Storage
-from .moments import Metric, Moments, metric
+from .moments import Columns, Metric, Moments, columns, metric
+from .narrowing import Elimination, Refit, eliminate, refit
 from .pivots import PivotedFactors, pivoted, unpivoted
 from .quantization import Quantized, gptq, nearest
 from .quantized_factors import (
@@ -25,6 +26,8 @@ __all__ = [
     "AS_IT_IS",
     "Allocation",
     "BudgetTooSmall",
+    "Columns",
+    "Elimination",
     "FactorizationError",
     "Factors",
     "Grid",
@@ -38,10 +41,14 @@ __all__ = [
     "QuantizedCorrected",
     "QuantizedDense",
     "QuantizedFactors",
+    "Refit",
     "Shape",
     "Storage",
     "allocate",
+    "columns",
+    "combined",
     "corrected_errors",
+    "eliminate",
     "energy_curve",
     "factorize",
     "factorize_weighted",
@@ -56,6 +63,7 @@ __all__ = [
     "quantized_corrected",
     "quantized_dense",
     "quantized_factors",
+    "refit",
     "spectrum",
     "squared_errors",
     "unpivoted",

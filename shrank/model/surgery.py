@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -75,6 +76,26 @@ def _with_flags_kept(survey: Survey, site: Site, new: nn.Module) -> None:
     for parameter, flag in flags.items():
         if parameter.requires_grad != flag:
             parameter.requires_grad_(flag)
+
+
+def reshape(module: nn.Module, attributes: dict[str, object]) -> None:
+    """Give a layer parameters of another size, and what says it: it stays the module that hooks and others know."""
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+
+@contextmanager
+def reshaped(changes: Iterable[tuple[nn.Module, dict[str, object]]]) -> Iterator[None]:
+    """As `reshape`, of several layers, for as long as the context lasts."""
+    before = []
+    try:
+        for module, attributes in changes:
+            before.append((module, {name: getattr(module, name) for name in attributes}))
+            reshape(module, attributes)
+        yield
+    finally:
+        for module, attributes in reversed(before):
+            reshape(module, attributes)
 
 
 def finish(survey: Survey, plan: object) -> nn.Module:

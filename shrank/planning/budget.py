@@ -116,6 +116,23 @@ class Budget:
         """On what grids weights may be rounded."""
         return Grids(tuple(self.bits), tuple(self.group_sizes), tuple(self.correction_ranks))
 
+    @cached_property
+    def _same_rank(self) -> list[list[str]]:
+        return [[entry] if isinstance(entry, str) else list(entry) for entry in self.same_rank]
+
+    def groups(self, names: Iterable[str]) -> list[set[str]]:
+        """The names that each entry of `same_rank` matches, in the first that does; ValueError where one matches
+        none."""
+        groups: list[set[str]] = []
+        free = dict.fromkeys(names)
+        for patterns in self._same_rank:
+            members = {fqn for fqn in free if any(fnmatchcase(fqn, pattern) for pattern in patterns)}
+            if not members:
+                raise ValueError(f"same_rank: {', '.join(patterns)} matches no layer that the budget may change")
+            groups.append(members)
+            free = {fqn: None for fqn in free if fqn not in members}
+        return groups
+
     def rule_for(self, fqn: str) -> RankRule | None:
         """The rule of the first override that matches."""
         for pattern, rule in self.overrides.items():

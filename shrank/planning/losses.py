@@ -43,6 +43,11 @@ class Candidate:
         """The squared error at ranks 0, 1, ... of every group."""
         return [*self.squares.sum(0).flip(0).cumsum(0).flip(0).clamp_min(0).tolist(), 0.0]
 
+    @property
+    def weight(self) -> float:
+        """What the errors of all tokens come to, of which `squares` are the mean."""
+        return float(self.priced.tokens or 1) ** _COHERENCE
+
     def relative(self, squared: float) -> float:
         """The relative error that a squared one is."""
         return math.sqrt(squared / self.tails[0]) if self.tails[0] else 0.0
@@ -117,7 +122,7 @@ class Losses:
         """What the errors of all tokens of a layer come to, of which `squares` are the mean; without gradients, what
         makes layers of one size and one relative error equal."""
         if self._weighted:
-            return float(candidate.priced.tokens or 1) ** _COHERENCE
+            return candidate.weight
         return candidate.draft.shape.dense_params / (candidate.tails[0] or 1.0)
 
     def _workers(self, candidates: Iterable[Candidate]) -> int:

@@ -46,10 +46,13 @@ class PlanOptions:
             in eval mode and not on a GPU, where many tokens take longer with pivots than with plain factors.
         bits: 4 or 8, for the weights of all linear layers that may change, dense or factors; without pivots then.
         group_size: Weights with one scale, of which ranks become multiples; None: each row has one.
+        narrow: Let a budget take hidden units out of feed-forward blocks, and fit the matrix behind them again, where
+            that loses less than ranks do. Their layers stay dense and become smaller. "uniform": like blocks get one
+            width, which transformers loads without shrank. It needs data, and cannot be undone.
 
     Raises:
         ValueError: A number is below 1, max_rank below min_rank, pivot none of True, False and "auto"; bits neither 4
-            nor 8, or together with pivot=True; group_size without bits.
+            nor 8, or together with pivot=True; group_size without bits; narrow none of True, False and "uniform".
     """
 
     groups_out: bool = False
@@ -69,6 +72,7 @@ class PlanOptions:
     pivot: bool | Literal["auto"] = "auto"
     bits: int | None = None
     group_size: int | None = None
+    narrow: bool | Literal["uniform"] = False
 
     def __post_init__(self) -> None:
         if self.bits is None and self.group_size is not None:
@@ -80,6 +84,8 @@ class PlanOptions:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.pivot not in (True, False, "auto"):
             raise ValueError(f"pivot must be True, False or 'auto', got {self.pivot!r}")
+        if self.narrow not in (True, False, "uniform"):
+            raise ValueError(f"narrow must be True, False or 'uniform', got {self.narrow!r}")
         if self.max_rank is not None and self.min_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"max_rank {self.max_rank} is below min_rank {self.min_rank}")
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 from torch import Tensor
 
 from ..linalg import Allocation, Options, allocate, frontier
 from .budget import Budget, MaxError
-from .costs import Bytes, Cost, PricedLayer
+from .costs import Bytes, PricedLayer
 from .forms import Form, Key, forms
 from .losses import Candidate, Losses
 from .options import PlanOptions
@@ -18,7 +17,7 @@ from .plan import LayerPlan
 from .spectra import Spectra
 
 _POINTS_OF_A_CURVE = 65
-_MOST_ROUNDS = 8  # of spending, each with what the last one chose measured
+MOST_ROUNDS = 8  # of spending, each with what the last one chose measured
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,92 @@ class Paid:
     priced: PricedLayer
 
 
+@dataclass(frozen=True)
+class Item:
+    """Layers that the budget decides on together: what they can be; the plan of each, and its form, for the option
+    chosen."""
+
+    options: Options
+    names: tuple[str, ...]
+    decided: Callable[[int], list[LayerPlan]]
+    forms: Callable[[int], list[tuple[Candidate, Form]]]
+
+
+class Market:
+    """What a budget may buy for some layers, and what that costs and loses.
+
+    Args:
+        budget: By weights, bytes, arithmetic or time.
+        candidates: The layers.
+        options: What they may become.
+        weighted: The squared errors of different layers add up.
+        spectra: Who knows what the layers see.
+    """
+
+    def __init__(
+        self, budget: Budget, candidates: list[Candidate], options: PlanOptions, weighted: bool, spectra: Spectra
+    ) -> None:
+        self.budget, self.cost, self.candidates = budget, budget.goal, candidates
+        grids = self.cost.grids if isinstance(self.cost, Bytes) else None
+        self._choices = {x.site.fqn: forms(x.site, x.draft.shape, options, grids) for x in candidates}
+        self.losses = Losses(candidates, self._choices, self.cost, weighted, spectra)
+
+    def items(self) -> list[Item]:
+        """What each layer, or those of one rank together, can be, by what is known now."""
+        names = [x.site.fqn for x in self.candidates]
+        groups = self.budget.groups(names)
+        groups += [{fqn} for fqn in names if not any(fqn in group for group in groups)]
+        tied = [[x for x in self.candidates if x.site.fqn in group] for group in groups]
+        return [self._item(layers) for layers in tied]
+
+    def settle(self, items: Iterable[Item], bought: Allocation) -> bool:
+        """Measure what was bought, as far as it was not; whether there was anything to measure."""
+        pairs = zip(items, bought.chosen, strict=True)
+        return self.losses.settle(form for item, chosen in pairs for form in item.forms(chosen))
+
+    def _item(self, layers: list[Candidate]) -> Item:
+        """Layers of one rank, with the forms that all of them have."""
+        own = [self._choices[x.site.fqn] for x in layers]
+        common = [key for key in own[0] if all(key in other for other in own)]
+        totals, errors = [], []
+        for key in common:
+            of_all = [(x, choices[key]) for x, choices in zip(layers, own, strict=True)]
+            totals.append(sum(self.cost.of(x.priced, form.rank, form.shape, form.storage) for x, form in of_all))
+            errors.append(sum(self.losses.of(x, form) for x, form in of_all))
+
+        def chosen_forms(chosen: int) -> list[tuple[Candidate, Form]]:
+            return [(x, choices[common[chosen]]) for x, choices in zip(layers, own, strict=True)]
+
+        def decided(chosen: int) -> list[LayerPlan]:
+            return [_decided(x, form, self.losses.squared(x, form)) for x, form in chosen_forms(chosen)]
+
+        return Item(Options(totals, errors), tuple(x.site.fqn for x in layers), decided, chosen_forms)
+
+
+class Purse:
+    """What a budget has to spend on the candidates of a market, after what others were given is paid."""
+
+    def __init__(self, market: Market, fixed: list[Paid]) -> None:
+        cost, candidates = market.cost, market.candidates
+        dense = sum(cost.of(x.priced, None, x.draft.shape) for x in candidates)
+        self.dense = dense + sum(cost.of(x.priced, None, x.layer.shape) for x in fixed)
+        self.paid = sum(cost.of(x.priced, x.layer.rank, x.layer.shape, x.layer.storage) for x in fixed)
+        self.left = cost.keep * self.dense - self.paid
+        self.error = sum(market.losses.of_nothing(x) for x in candidates) or 1.0
+
+    def buy(self, items: list[Item]) -> Allocation:
+        """An option for each item; BudgetTooSmall where there is not enough for any."""
+        return allocate([item.options for item in items], self.left)
+
+    def trade_off(self, items: list[Item], bought: Allocation) -> TradeOff:
+        """What these items could have been, and what they were."""
+        curve = _thinned(frontier([item.options for item in items]))
+        return TradeOff(tuple(map(self._share, curve)), self._share(bought))
+
+    def _share(self, point: Allocation) -> tuple[float, float]:
+        return (point.cost + self.paid) / self.dense, point.error / self.error
+
+
 def spend(
     budget: Budget,
     candidates: list[Candidate],
@@ -51,48 +136,22 @@ def spend(
     """
     if not candidates:
         return [], TradeOff()
-    cost = None if isinstance(budget.goal, MaxError) else budget.goal
-    grids = cost.grids if isinstance(cost, Bytes) else None
-    choices = {x.site.fqn: forms(x.site, x.draft.shape, options, grids) for x in candidates}
-    if cost is None:
-        return [_within(x, choices[x.site.fqn], budget.goal.error) for x in candidates], TradeOff()
-    losses = Losses(candidates, choices, cost, weighted, spectra)
-    items = [[x for x in candidates if x.site.fqn in names] for names in _tied(budget.same_rank, candidates)]
-    dense = sum(cost.of(x.priced, None, x.draft.shape) for x in candidates)
-    dense += sum(cost.of(x.priced, None, x.layer.shape) for x in fixed)
-    paid = sum(cost.of(x.priced, x.layer.rank, x.layer.shape, x.layer.storage) for x in fixed)
-    for _ in range(_MOST_ROUNDS):
-        problems = [_options(item, choices, cost, losses) for item in items]
-        bought = allocate([part for part, _ in problems], cost.keep * dense - paid)
-        chosen = [
-            (x, choices[x.site.fqn][common[number]])
-            for item, (_, common), number in zip(items, problems, bought.chosen, strict=True)
-            for x in item
-        ]
-        if not losses.settle(chosen):
+    if isinstance(budget.goal, MaxError):
+        return within(candidates, budget.goal.error, options), TradeOff()
+    market = Market(budget, candidates, options, weighted, spectra)
+    purse = Purse(market, fixed)
+    for _ in range(MOST_ROUNDS):
+        items = market.items()
+        bought = purse.buy(items)
+        if not market.settle(items, bought):
             break
-    planned = [_decided(x, form, losses.squared(x, form)) for x, form in chosen]
-    whole = sum(losses.of_nothing(x) for x in candidates) or 1.0
-
-    def share(point: Allocation) -> tuple[float, float]:
-        return (point.cost + paid) / dense, point.error / whole
-
-    curve = _thinned(frontier([part for part, _ in problems]))
-    return planned, TradeOff(tuple(map(share, curve)), share(bought))
+    planned = [x for item, chosen in zip(items, bought.chosen, strict=True) for x in item.decided(chosen)]
+    return planned, purse.trade_off(items, bought)
 
 
-def _options(
-    item: list[Candidate], choices: dict[str, dict[Key, Form]], cost: Cost, losses: Losses
-) -> tuple[Options, list[Key]]:
-    """What layers of one rank can be, with the forms that all of them have."""
-    own = [choices[x.site.fqn] for x in item]
-    common = [key for key in own[0] if all(key in other for other in own)]
-    totals, errors = [], []
-    for key in common:
-        of_all = [(x, c[key]) for x, c in zip(item, own, strict=True)]
-        totals.append(sum(cost.of(x.priced, form.rank, form.shape, form.storage) for x, form in of_all))
-        errors.append(sum(losses.of(x, form) for x, form in of_all))
-    return Options(totals, errors), common
+def within(candidates: list[Candidate], error: float, options: PlanOptions) -> list[LayerPlan]:
+    """The layers at their smallest ranks of at most this error."""
+    return [_within(x, forms(x.site, x.draft.shape, options, None), error) for x in candidates]
 
 
 def _within(candidate: Candidate, choices: dict[Key, Form], max_error: float) -> LayerPlan:
@@ -124,20 +183,6 @@ def _relative_spectrum(squares: Tensor) -> tuple[float, ...]:
     values = squares.amax(0).clamp_min(0).sqrt()
     places = sorted({round(i * (len(values) - 1) / (_POINTS_OF_A_CURVE - 1)) for i in range(_POINTS_OF_A_CURVE)})
     return tuple(round((values[i] / values[0]).item(), 7) if values[0] > 0 else 0.0 for i in places)
-
-
-def _tied(same_rank: Iterable[str | Iterable[str]], candidates: list[Candidate]) -> list[set[str]]:
-    """Names of the layers of each item: those of one `same_rank` entry together, all others alone."""
-    groups: list[set[str]] = []
-    free = {x.site.fqn: None for x in candidates}
-    for entry in same_rank:
-        patterns = [entry] if isinstance(entry, str) else list(entry)
-        members = {fqn for fqn in free if any(fnmatchcase(fqn, pattern) for pattern in patterns)}
-        if not members:
-            raise ValueError(f"same_rank: {', '.join(patterns)} matches no layer that the budget may change")
-        groups.append(members)
-        free = {fqn: None for fqn in free if fqn not in members}
-    return groups + [{fqn} for fqn in free]
 
 
 def _thinned(points: list[Allocation]) -> list[Allocation]:

@@ -12,6 +12,7 @@ from ..layers.plain import why_not_numbers
 from ..layers.quantized import is_quantized, packed_state
 from ..layers.seal import DENSE_NAME, seal
 from ..model.adapters import LOW_RANK
+from ..model.feed_forward import narrowed_in
 
 METHOD = "shrank"  # what the config of a saved model calls a plan, where quantized models have their method
 
@@ -23,6 +24,11 @@ def is_compressed(model: nn.Module) -> bool:
 
 def is_on_grid(module: nn.Module) -> bool:
     return is_quantized(module._parameters.get("weight"))
+
+
+def needs_plan(model: nn.Module) -> bool:
+    """Whether a model has layers of another kind or size than its class gives it."""
+    return is_compressed(model) or any(True for _ in narrowed_in(model))
 
 
 def seals(model: nn.Module) -> dict[str, Tensor]:
