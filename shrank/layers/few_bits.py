@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .plain import CONVOLUTIONS, why_not_numbers
+from .plain import why_not_numbers
 
 _COLUMNS = 64  # of a weight that are looked at
 # Share of distinct values among a row's first columns: 0.8 and more in int8, 0.65 in fp8, 0.2 to 0.4 in int4 (torchao,
@@ -45,7 +45,7 @@ def quantizer(stage: nn.Module) -> str:
     """
     own = _own(stage)
     weight = own._parameters.get("weight")
-    if type(weight) is nn.Parameter and weight.is_floating_point() or isinstance(own, tuple(CONVOLUTIONS.values())):
+    if type(weight) is nn.Parameter and weight.is_floating_point():
         return ""
     weight = getattr(own, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():

@@ -93,10 +93,10 @@ def _ops_of_pivoted(stages: nn.Sequential, kinds: tuple[type[nn.Module], ...], x
     """Where kernels may run. Other calls are better made by the stages: the third one knows where no gather is needed.
 
     An order may mix the outputs of groups, and then no convolution with groups makes them all. RuntimeError at the
-    first call of pivots that another tool quantized to a few bits.
+    first call of pivots of a linear layer that another tool quantized to a few bits.
     """
     first, second, pivots = stages._modules.values()
-    if not getattr(pivots, "looked_at", True) and (quantizer(first) or quantizer(second)):
+    if getattr(pivots, "dim", 0) == -1 and not pivots.looked_at and (quantizer(first) or quantizer(second)):
         refuse_few_bits(stages, x)
     if not (type(first) in kinds and type(second) in kinds and type(pivots) is Pivots) or _has_groups(first):
         return None

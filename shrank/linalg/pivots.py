@@ -15,10 +15,10 @@ from .factors import Factors
 from .svd import FactorizationError
 from .weighted import rounded
 
-# What rounding adds to a pivot, every other output has as many times as its entry of T says. The rows left of all when
-# others are given up a few at a time have half the sum of T^2 that LU's pivots have, after exchanges until no entry
-# exceeds 1.5: all-MiniLM-L6-v2 at keep 0.8 loses 0.003 of its cosine by int8 with these and 0.006 with those, 0.107 with
-# windows of rows, which are the best for a gather (python -m benchmarks.quality minilm --rounding).
+# What rounding adds to a pivot, another output has as many times as its entry of T says. Rows are given up until R are
+# left, this share of the superfluous ones at a time. By int8 of all-MiniLM-L6-v2 at keep 0.8 the pivots left so lose
+# 0.0046 of its cosine, those of LU with exchanges until no entry exceeds 1.5 0.0077, windows of rows, which need no
+# gather, 0.107, and plain factors 0.0016 (benchmarks/quality/rounding.py).
 _SHARE = 8
 # Rows that are given up together must leave the volume at no less than this, each in turn.
 _SMALLEST_PIVOT = 0.1
@@ -43,7 +43,7 @@ class PivotedFactors:
 
 def pivoted(factors: Factors, dtype: torch.dtype | None = None) -> PivotedFactors:
     """The same matrices with pivots, stored in `dtype`, by default the factors' own."""
-    dtype, (G, N, R) = dtype or factors.up.dtype, factors.up.shape
+    dtype, (_, N, R) = dtype or factors.up.dtype, factors.up.shape
     up, triangle = torch.linalg.qr(factors.up.double())
     down = triangle @ factors.down.double()
     pivots = torch.stack([_rows(group) for group in up])
@@ -96,8 +96,8 @@ def _rows(up: Tensor) -> Tensor:
 
 
 def _left_rows(up: Tensor) -> Tensor:
-    """R rows P for which the trace of (P^T P)^-1, the sum of all entries of [1; T] squared, is small: of all rows, those
-    are given up that it grows least by, a share of the superfluous at a time.
+    """R rows P for which the trace of (P^T P)^-1, the sum of squares of [1; T], is small: of all rows, those are given up
+    that it grows least by, a share of the superfluous at a time.
 
     Source: backward elimination, de Hoog and Mattheij (2007), by which the trace is at most R (N - R + 1).
     """
