@@ -96,7 +96,8 @@ def _ops_of_pivoted(stages: nn.Sequential, kinds: tuple[type[nn.Module], ...], x
     first call of pivots of a linear layer that another tool quantized to a few bits.
     """
     first, second, pivots = stages._modules.values()
-    if getattr(pivots, "dim", 0) == -1 and not pivots.looked_at and (quantizer(first) or quantizer(second)):
+    is_linear = isinstance(pivots, Pivots) and pivots.dim == -1
+    if is_linear and not pivots.looked_at and (quantizer(first) or quantizer(second)):
         refuse_few_bits(stages, x)
     if not (type(first) in kinds and type(second) in kinds and type(pivots) is Pivots) or _has_groups(first):
         return None

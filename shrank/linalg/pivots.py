@@ -96,8 +96,7 @@ def _rows(up: Tensor) -> Tensor:
 
 
 def _left_rows(up: Tensor) -> Tensor:
-    """R rows P for which the trace of (P^T P)^-1, the sum of squares of [1; T], is small: of all rows, those are given up
-    that it grows least by, a share of the superfluous at a time.
+    """R rows P with a small trace of (P^T P)^-1, the sum of squares of [1; T]: those are given up that it grows least by.
 
     Source: backward elimination, de Hoog and Mattheij (2007), by which the trace is at most R (N - R + 1).
     """
