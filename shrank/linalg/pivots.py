@@ -96,7 +96,7 @@ def _rows(up: Tensor) -> Tensor:
 
 
 def _left_rows(up: Tensor) -> Tensor:
-    """R rows P with a small trace of (P^T P)^-1, the sum of squares of [1; T]: those are given up that it grows least by.
+    """R rows P of a small trace of (P^T P)^-1, the squares of [1; T]: rows are given up that it grows least by.
 
     Source: backward elimination, de Hoog and Mattheij (2007), by which the trace is at most R (N - R + 1).
     """
