@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -88,14 +89,18 @@ def _factorised(calibration: MetricSource | None, job: Job) -> tuple[LayerPlan, 
     if layer.storage.grid is not None:
         return _on_grid(metric_of(calibration, site, matrices), matrices, layer)
     rank = layer.rank // layer.shape.down_groups
+    dtype, pivots = matrices.dtype, layer.shape.pivoted
     try:
         metric = metric_of(calibration, site, matrices)
+        # Factors on the way to pivots are not to be rounded twice.
+        matrices = matrices.float() if pivots and dtype.itemsize == 2 else matrices
         factors = factorize(matrices, rank) if metric is None else factorize_weighted(matrices, metric, rank)
+        stored = pivoted(factors, dtype) if pivots else factors
     except FactorizationError as error:
         return _failed(layer, error), {}
-    stored = pivoted(factors) if layer.shape.pivoted else factors
     parts = {"down": stored.down, "up": stored.up, "order": getattr(stored, "order", None), "shift": factors.shift}
-    return replace(layer, error=factors.relative_error), {n: t.contiguous() for n, t in parts.items() if t is not None}
+    error = math.hypot(factors.relative_error, getattr(stored, "rounding", 0.0))
+    return replace(layer, error=error), {n: t.contiguous() for n, t in parts.items() if t is not None}
 
 
 def _on_grid(metric: Metric | None, matrices: Tensor, layer: LayerPlan) -> tuple[LayerPlan, Parts]:

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
-from torch.nn import Linear
+from torch.nn import Linear, Parameter
 from torch.nn.functional import linear
 
 from ..linalg import Factors, PivotedFactors, Shape
@@ -120,7 +120,7 @@ class LED(LowRankLayer):
             if by is host:
                 if type(pivots) is Pivots and is_untouched(pivots) and cpu.is_plain(pivots.bias, x.dtype):
                     return self.in_one_op(host, x)
-            elif backend is not NATIVE and not down.is_cuda:
+            elif backend is not NATIVE and not down.is_cuda and type(down) is type(up) is Parameter:
                 product = onednn.product if by else linear
                 h = product(x, down)
                 return run_pivots(pivots, h, product(h, up, bias))

@@ -14,8 +14,10 @@ class Pivots(nn.Module):
 
     order: (N,), for every output its place among h and then the others. Where h is one window of the outputs, no gather
     is needed. `bias` is that of the outputs in h: added after the others were computed from it, since a large bias
-    would cost h its digits in a 16-bit dtype.
+    would cost h its digits in a 16-bit dtype. `looked_at`: whether stages that another tool made were found to bear it.
     """
+
+    looked_at = False
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..ops import cpu, dispatch, host
 from ..ops.dispatch import Backend, current_backend
+from .few_bits import quantizer, refuse_few_bits
 from .pivots import Pivots, run_pivots
 from .plain import is_untouched
 
@@ -92,9 +93,13 @@ def _has_groups(stage: nn.Module) -> bool:
 def _ops_of_pivoted(stages: nn.Sequential, kinds: tuple[type[nn.Module], ...], x: Tensor) -> ModuleType | None:
     """Where kernels may run. Other calls are better made by the stages: the third one knows where no gather is needed.
 
-    An order may mix the outputs of groups, and then no convolution with groups makes them all.
+    An order may mix the outputs of groups, and then no convolution with groups makes them all. RuntimeError at the
+    first call of pivots of a linear layer that another tool quantized to a few bits.
     """
     first, second, pivots = stages._modules.values()
+    is_linear = isinstance(pivots, Pivots) and pivots.dim == -1
+    if is_linear and not pivots.looked_at and (quantizer(first) or quantizer(second)):
+        refuse_few_bits(stages, x)
     if not (type(first) in kinds and type(second) in kinds and type(pivots) is Pivots) or _has_groups(first):
         return None
     if not all(map(is_untouched, (first, second, pivots))):
