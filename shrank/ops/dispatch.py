@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from . import availability, cpu, multi, native, pivoted_reference, reference, self_check
-from .conv import CONV, check_low_rank_conv, window_of
 from .availability import is_known_to_run
+from .conv import CONV, check_low_rank_conv, window_of
 from .gated import GATED, check_low_rank_gated
 from .linear import LINEAR, check_low_rank_linear
 from .multi import Multi, check_low_rank_linear_multi
