@@ -59,7 +59,7 @@ class SharingForward:
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         own = type(self.block).forward
-        if is_compiling() or is_grad_enabled() or not (_may_be_native(args) or _may_be_native(kwargs.values())):
+        if is_compiling() or is_grad_enabled() or not _may_be_native((*args, *kwargs.values())):
             return own(self.block, *args, **kwargs)
         outer, call = _running.call, Call(self.groups)
         _running.call = call
@@ -122,10 +122,7 @@ class Call:
 def _may_be_native(given: Iterable[object]) -> bool:
     """Whether native kernels may run for one of these."""
     insisted = process.backend is NATIVE
-    for each in given:
-        if isinstance(each, Tensor) and (insisted or each.is_cuda):
-            return True
-    return False
+    return any(isinstance(each, Tensor) and (insisted or each.is_cuda) for each in given)
 
 
 def _is_as_left(layer: LED) -> bool:
