@@ -1,4 +1,4 @@
-"""What is found when a block is traced: modules that somebody watches, what may be passed by, how many calls are less."""
+"""What a trace of a block finds: modules that somebody watches, what may be passed by, how many calls are less."""
 
 from __future__ import annotations
 
