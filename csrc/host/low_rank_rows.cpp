@@ -1,5 +1,6 @@
 // shrank::low_rank_rows: a low-rank layer of a few rows of x on a CPU, in inference (shrank/ops/host.py says when).
 #include <algorithm>
+#include <memory>
 
 #include "../ops/tensors.h"
 #include "few_rows.h"
@@ -67,9 +68,8 @@ Tensor low_rank_rows(const Tensor& x, const Tensor& down, const Tensor& up, cons
   const std::optional<Tensor> ends[] = {plain(bias), plain(pivot_bias), plain(residual)};
   const Tensor y = rows_like(x, N);
   const bool narrow = dtype == Dtype::bfloat16;
-  const Tensor between = torch::stable::new_empty(x, std::vector<int64_t>{M * (R + narrow * K)},
-                                                  torch::headeronly::ScalarType::Float);
-  auto* h = static_cast<float*>(between.mutable_data_ptr());
+  const std::unique_ptr<float[]> between(new float[M * (R + narrow * K)]);
+  float* const h = between.get();
   const auto* wide = static_cast<const float*>(rows.const_data_ptr());
   if (narrow) {
     widen_bfloat16(rows.const_data_ptr(), h + M * R, M * K);

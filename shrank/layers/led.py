@@ -20,7 +20,8 @@ from .plain import is_untouched
 from .two_stage import checked_rank, ops_of, reset_stages
 
 AUTO, NATIVE = Backend.AUTO, Backend.NATIVE
-FEWEST_INPUTS = cpu.FEWEST_INPUTS
+FEWEST_INPUTS, FEWEST_WEIGHTS, FEWEST_NUMBERS = cpu.FEWEST_INPUTS, cpu.FEWEST_WEIGHTS, cpu.FEWEST_NUMBERS
+NEVER = cpu.NEVER
 
 
 class LED(LowRankLayer):
@@ -82,14 +83,15 @@ class LED(LowRankLayer):
         # two_stage.run, inlined for stages that own their parameters: attribute access on modules and more calls (as of
         # current_backend) would cost as much as the product of a small layer (benchmarks/speed/bench_inference.py). All
         # else goes there, and tests/layers/test_run.py holds both to the same answers.
-        stages = self._modules["led_unit"]._modules
+        own = self.__dict__  # a module's attribute takes three times as long as an entry of its dictionary
+        stages = own["_modules"]["led_unit"].__dict__["_modules"]
         first, second = stages["0"], stages["1"]
         a, b = first.__dict__, second.__dict__
-        own, others = a["_parameters"], b["_parameters"]
+        its, others = a["_parameters"], b["_parameters"]
         # DataParallel and FSDP take the parameters away and leave tensors in their places, which the stages know.
         if (
             type(first) is type(second) is Linear
-            and "weight" in own
+            and "weight" in its
             and len(others) == 2
             and not (
                 a["_forward_hooks"]
@@ -104,10 +106,19 @@ class LED(LowRankLayer):
                 or "forward" in b
             )
         ):
-            down, up, bias = own["weight"], others["weight"], others["bias"]
-            backend = process.backend
-            large = self.in_features >= FEWEST_INPUTS and not is_grad_enabled() and backend is AUTO
-            by = cpu.fastest(x, down, up, bias) if large else None
+            down, up, bias = its["weight"], others["weight"], others["bias"]
+            backend, large, by = process.backend, False, None
+            inputs = own["in_features"]
+            if inputs >= FEWEST_INPUTS and backend is AUTO and type(x) is Tensor and not is_grad_enabled():
+                weights = a["out_features"] * (inputs + own["out_features"])
+                # Under a compiler no size is read, on which the graph would depend.
+                large = (
+                    weights >= FEWEST_WEIGHTS.get(x.dtype, NEVER)
+                    or is_compiling()
+                    or x.numel() * weights >= FEWEST_NUMBERS
+                )
+                if large:
+                    by = cpu.fastest(x, down, up, bias)
             if len(stages) == 2:
                 if by:
                     return by.low_rank_linear(x, down, up, bias)

@@ -10,8 +10,10 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import availability, cpu, multi, native, pivoted_reference, reference, self_check
+from .availability import is_known_to_run
 from .conv import CONV, check_low_rank_conv, window_of
 from .gated import GATED, check_low_rank_gated
 from .linear import LINEAR, check_low_rank_linear
@@ -35,10 +37,14 @@ class Backend(Enum):
     NATIVE = "native"
 
 
+TORCH = Backend.TORCH  # an attribute of a module takes a third of the time of one of an Enum
+_BY_NAME: dict[object, Backend] = {spelling: each for each in Backend for spelling in (each, each.value)}
+
+
 def _parse(value: Backend | str, source: str) -> Backend:
     try:
-        return Backend(value)
-    except ValueError:
+        return _BY_NAME[value]
+    except (KeyError, TypeError):  # TypeError: it cannot even be a key
         raise ValueError(f"{source} is {value!r}, wanted {', '.join(b.value for b in Backend)}") from None
 
 
@@ -115,7 +121,7 @@ def low_rank_linear(
             and the native kernels cannot run, with every reason.
         ValueError: The backend is unknown.
     """
-    if _runs_native(LINEAR, backend, x, down, up, bias, residual):
+    if _runs_native(LINEAR, backend, (x, down, up, bias, residual)):
         return LINEAR.call(x, down, up, bias, activation, residual)
     if _are_tensors(x, down, up, bias, residual):
         check_low_rank_linear(x, down, up, bias, activation, residual, _autocast_casts(x))
@@ -151,7 +157,7 @@ def low_rank_linear_multi(
     bias = [None] * len(down) if bias is None else bias
     tensors = (x, *down, *up, *bias)
     counts_fit = len(down) == len(up) == len(bias)
-    if counts_fit and _runs_native(Multi(len(down)), backend, *tensors):
+    if counts_fit and _runs_native(Multi(len(down)), backend, tensors):
         return multi.call(x, down, up, bias)
     if _are_tensors(*tensors):
         check_low_rank_linear_multi(x, down, up, bias, _autocast_casts(x))
@@ -195,7 +201,7 @@ def low_rank_gated(
         ValueError: The backend is unknown.
     """
     given = (x, gate_down, gate_up, gate_bias, down, up, bias)
-    if _runs_native(GATED, backend, *given):
+    if _runs_native(GATED, backend, given):
         return GATED.call(*given, activation)
     if _are_tensors(*given):
         check_low_rank_gated(*given, activation, _autocast_casts(x))
@@ -241,7 +247,7 @@ def low_rank_pivoted(
         ValueError: The backend is unknown.
     """
     given = (x, down, up, bias, pivot_bias, order)
-    if _runs_native(PIVOTED, backend, *given, residual):
+    if _runs_native(PIVOTED, backend, (*given, residual)):
         return PIVOTED.call(*given, activation, residual)
     if _are_tensors(*given, residual):
         check_low_rank_pivoted(*given, activation, residual, _autocast_casts(x))
@@ -306,7 +312,7 @@ def low_rank_conv(
         )
         return y[0]
     window = window_of(down, stride, padding, dilation, groups, up_groups)
-    if _runs_native(CONV, backend, x, down, up, bias, residual):
+    if _runs_native(CONV, backend, (x, down, up, bias, residual)):
         return CONV.call(x, down, up, bias, *window, activation, residual)
     if _are_tensors(x, down, up, bias, residual):
         check_low_rank_conv(x, down, up, bias, window, activation, residual, _autocast_casts(x))
@@ -332,17 +338,23 @@ def _by_pytorch(backend: Backend | str | None, x: Tensor, *others: Tensor | None
     return (_chosen(backend) is Backend.AUTO and cpu.fastest(x, *others)) or reference
 
 
-def _runs_native(op: Op | Multi, backend: Backend | str | None, *tensors: Tensor | None) -> bool:
+def _runs_native(op: Op | Multi, backend: Backend | str | None, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether the op runs, and not PyTorch; RuntimeError with every reason if it was insisted on and cannot."""
-    chosen = _chosen(backend)
-    if chosen is Backend.TORCH:
+    chosen = process.backend if backend is None else _parse(backend, "backend")
+    if chosen is TORCH:
         return False
+    if not is_dynamo_compiling() and is_known_to_run(op.name, tensors):
+        return True
+    if chosen is Backend.AUTO and not availability.is_on_cuda(tensors[0]):
+        return False  # nobody reads the reasons; and CUDA devices are not asked for, which would initialise the driver
     of_tensors = availability.why_not_these(tensors, op.names)
     if of_tensors and chosen is Backend.AUTO:
-        return False  # tensors of a CPU are no reason to ask for CUDA devices, which would initialise the driver
+        return False
     reasons = (*availability.why_not_here(), *of_tensors)
     for name in op.relies_on:
         reasons = reasons or self_check.why_not_op(name, tensors[0])
     if reasons and chosen is Backend.NATIVE:
         raise RuntimeError("backend is native, but the native kernels cannot run:\n- " + "\n- ".join(reasons))
+    if not reasons:
+        availability.note_that_it_ran(op.name, tensors[0])
     return not reasons

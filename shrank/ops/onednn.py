@@ -35,21 +35,21 @@ _IS_HERE = (
 )
 
 
-def is_faster(x: Tensor, down: Tensor, up: Tensor) -> bool:
-    """Whether a layer is large enough. `torch.backends.mkldnn.flags(enabled=False)` switches the products off."""
-    if x.dtype is not torch.float32:
+def is_faster(dtype: torch.dtype, numbers: int, inputs: int, weights: int) -> bool:
+    """Whether a layer is large enough, of so many weights and of x of so many numbers.
+
+    `torch.backends.mkldnn.flags(enabled=False)` switches the products off.
+    """
+    if dtype is not torch.float32:
         return False
-    weights = down.numel() + up.numel()
-    if weights < FEWEST_WEIGHTS and weights * x.numel() < FEWEST_PRODUCTS * down.shape[1]:
+    if weights < FEWEST_WEIGHTS and weights * numbers < FEWEST_PRODUCTS * inputs:
         return False
     return _IS_HERE and torch._C._get_mkldnn_enabled()
 
 
-def is_faster_in_a_graph(x: Tensor, down: Tensor, up: Tensor) -> bool:
+def is_faster_in_a_graph(dtype: torch.dtype, numbers: int, inputs: int, weights: int) -> bool:
     """Whether a layer is as large as makes up for a call in Python, too."""
-    if x.dtype is not torch.float32 or not _IS_HERE:
-        return False
-    return (down.numel() + up.numel()) * x.numel() >= FEWEST_PRODUCTS * down.shape[1]
+    return dtype is torch.float32 and _IS_HERE and weights * numbers >= FEWEST_PRODUCTS * inputs
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:

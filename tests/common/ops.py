@@ -197,6 +197,7 @@ def ops_of(call: Callable[[], object]) -> list[str]:
 
 def pretend_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the native kernels could run here; the ops run what this machine has of them."""
+    monkeypatch.setattr(availability, "is_on_cuda", lambda _: True)
     monkeypatch.setattr(availability, "why_not_here", tuple)
     monkeypatch.setattr(availability, "why_not_these", lambda *_: [])
     monkeypatch.setattr(self_check, "why_not_op", lambda *_: ())

@@ -53,7 +53,6 @@ def fresh(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("SHRANK_CACHE", str(tmp_path))
     monkeypatch.setattr(self_check, "_known", {})
     monkeypatch.setattr(self_check, "_not_made", {})
-    monkeypatch.setattr(self_check, "_right", set())
     monkeypatch.setattr(self_check, "_told", set())
 
 
@@ -249,6 +248,7 @@ def test_a_reason_keeps_one_dtype_of_one_op_from_its_kernels(named, monkeypatch)
 def test_a_found_fault_means_pytorch_and_an_error_where_kernels_are_insisted_on(named, monkeypatch) -> None:
     named[LINEAR.name, "fused"] = lambda found: found._replace(y=found.y + 1)
     check_and_keep("cpu")
+    monkeypatch.setattr(availability, "is_on_cuda", lambda _: True)
     monkeypatch.setattr(availability, "why_not_here", tuple)
     monkeypatch.setattr(availability, "why_not_these", lambda *_: [])
     monkeypatch.setattr(torch.ops.shrank, "low_rank_linear", None, raising=False)
@@ -418,6 +418,7 @@ def test_a_graph_that_is_being_recorded_is_not_disturbed(monkeypatch) -> None:
 
 def test_it_is_a_constant_of_compiled_code(named, monkeypatch) -> None:
     check_and_keep("cpu")
+    monkeypatch.setattr(availability, "is_on_cuda", lambda _: True)
     monkeypatch.setattr(availability, "why_not_here", tuple)
     monkeypatch.setattr(availability, "why_not_these", lambda *_: [])
     x, down, up = (torch.randn(8, 8) for _ in range(3))
