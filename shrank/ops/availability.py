@@ -58,7 +58,7 @@ def why_not_these(tensors: tuple[Tensor | None, ...], names: tuple[str, ...]) ->
             reasons.append(f"{name} is on {tensor.device}, not on a CUDA device")
         elif unfit := _too_old(tensor.get_device()) or _no_image(tensor.get_device()):
             reasons.append(f"{name} is on {unfit}")
-        if name == "order":
+        if _is_of_places(name):
             if tensor.dtype != ORDER_DTYPE:
                 reasons.append(f"{name} is {tensor.dtype}, not {ORDER_DTYPE}")
         elif tensor.dtype not in DTYPES:
@@ -91,7 +91,12 @@ def _are_known_to_fit(tensors: tuple[Tensor | None, ...], names: tuple[str, ...]
 
 def _is_order(tensor: Tensor, tensors: tuple[Tensor | None, ...], names: tuple[str, ...]) -> bool:
     """Asked of the few tensors that are no floating ones."""
-    return tensor.dtype == ORDER_DTYPE and "order" in names and tensor is tensors[names.index("order")]
+    named = zip(tensors, names, strict=True)
+    return tensor.dtype == ORDER_DTYPE and any(each is tensor and _is_of_places(name) for each, name in named)
+
+
+def _is_of_places(name: str) -> bool:
+    return name.partition("[")[0].endswith("order")
 
 
 def _of_surroundings() -> list[str]:

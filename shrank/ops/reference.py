@@ -82,6 +82,10 @@ class GatedGrads(NamedTuple):
     down: Tensor | None
     up: Tensor | None
     bias: Tensor | None
+    gate_pivot_bias: Tensor | None
+    gate_order: None  # places have no gradient
+    pivot_bias: Tensor | None
+    order: None
 
 
 def low_rank_linear(
@@ -172,6 +176,49 @@ def factors_backward(
     )
 
 
+# ---- pivots: h is R of the outputs itself, and up makes the others
+
+
+def in_order(h: Tensor, up: Tensor, bias: Tensor | None, pivot_bias: Tensor | None, order: Tensor) -> Tensor:
+    """The pivots' outputs and the others, each in its place."""
+    own = h if pivot_bias is None else h + pivot_bias.to(h.dtype)  # autocast narrows h alone
+    return torch.cat((own, F.linear(h, up, bias)), -1).index_select(-1, order)
+
+
+def apart(outputs: Tensor, order: Tensor, R: int, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """The way back of `in_order`: what belongs to the R pivots, and to the others."""
+    places = torch.empty_like(outputs).index_copy_(dim, order.long(), outputs)
+    return places.narrow(dim, 0, R), places.narrow(dim, R, places.size(dim) - R)
+
+
+def all_rows(up: Tensor, order: Tensor, groups: int = 1) -> Tensor:
+    """The second factor (N, R / groups, ...) that makes all outputs: rows of the unit matrix for pivots.
+
+    up: (N - R, R / groups, ...). groups: each has pivots of its own, which are its outputs.
+    """
+    unit = torch.eye(up.size(1), dtype=up.dtype, device=up.device).repeat(groups, 1)
+    return torch.cat((unit.view(*unit.shape, *up.shape[2:]), up)).index_select(0, order)
+
+
+def with_all_rows(
+    up: Tensor, bias: Tensor | None, pivot_bias: Tensor | None, order: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """up (N, R) and bias (N,) that make all outputs, whether factors are pivoted or, without an order, are not.
+
+    This moves N R numbers, where putting outputs in order moves M N.
+    """
+    if order is None:
+        return up, bias
+    biases = None
+    if bias is not None or pivot_bias is not None:
+        parts = [
+            up.new_zeros(size) if each is None else each
+            for each, size in ((pivot_bias, up.size(1)), (bias, up.size(0)))
+        ]
+        biases = torch.cat(parts).index_select(0, order)
+    return all_rows(up, order), biases
+
+
 # ---- gated layers
 
 
@@ -183,13 +230,19 @@ def low_rank_gated(
     down: Tensor,
     up: Tensor,
     bias: Tensor | None = None,
+    gate_pivot_bias: Tensor | None = None,
+    gate_order: Tensor | None = None,
+    pivot_bias: Tensor | None = None,
+    order: Tensor | None = None,
     activation: str = "silu",
 ) -> Tensor:
     """activation((x @ gate_down.T) @ gate_up.T + gate_bias) * ((x @ down.T) @ up.T + bias)
 
     x: (..., K)  gate_down: (S, K)  gate_up: (N, S)  down: (R, K)  up: (N, R)  biases: (N,)  ->  (..., N)
+    With an order, the factors of the gate or of the value are pivoted, as those of low_rank_pivoted.
     """
-    return low_rank_gated_forward(x, gate_down, gate_up, gate_bias, down, up, bias, activation).y
+    pivots = gate_pivot_bias, gate_order, pivot_bias, order
+    return low_rank_gated_forward(x, gate_down, gate_up, gate_bias, down, up, bias, *pivots, activation).y
 
 
 def low_rank_gated_forward(
@@ -200,12 +253,22 @@ def low_rank_gated_forward(
     down: Tensor,
     up: Tensor,
     bias: Tensor | None,
+    gate_pivot_bias: Tensor | None,
+    gate_order: Tensor | None,
+    pivot_bias: Tensor | None,
+    order: Tensor | None,
     activation: str,
 ) -> GatedForward:
-    """low_rank_gated with what lies between."""
-    gate = low_rank_linear_forward(x, gate_down, gate_up, gate_bias, activation, None)
-    value = low_rank_linear_forward(x, down, up, bias, "none", None)
-    return GatedForward(gate.y * value.y, gate.h, value.h)
+    """low_rank_gated with what lies between: both h are without the biases of pivots."""
+    gate_h, h = F.linear(x, gate_down), F.linear(x, down)
+    gate = ACTIVATIONS[activation](_expanded(gate_h, gate_up, gate_bias, gate_pivot_bias, gate_order))
+    return GatedForward(gate * _expanded(h, up, bias, pivot_bias, order), gate_h, h)
+
+
+def _expanded(
+    h: Tensor, up: Tensor, bias: Tensor | None, pivot_bias: Tensor | None, order: Tensor | None
+) -> Tensor:
+    return F.linear(h, up, bias) if order is None else in_order(h, up, bias, pivot_bias, order)
 
 
 def gated_backward(
@@ -242,6 +305,10 @@ def low_rank_gated_backward(
     down: Tensor,
     up: Tensor,
     bias: Tensor | None,
+    gate_pivot_bias: Tensor | None,
+    gate_order: Tensor | None,
+    pivot_bias: Tensor | None,
+    order: Tensor | None,
     gate_h: Tensor,
     h: Tensor,
     activation: str,
@@ -250,15 +317,43 @@ def low_rank_gated_backward(
 ) -> GatedGrads:
     """The gradients for which `needs` is true, from grad (..., N) of y and the forward pass's h.
 
-    end: what computes `gated_backward`.
+    end: what computes `gated_backward`. Pivoted factors go through it with all rows.
     """
-    of = end(grad, gate_h, gate_up, gate_bias, h, up, bias, activation, bool(needs.gate_bias), bool(needs.bias))
+    gate_rows, gate_biases = with_all_rows(gate_up, gate_bias, gate_pivot_bias, gate_order)
+    value_rows, biases = with_all_rows(up, bias, pivot_bias, order)
+    needs_gate_bias = bool(needs.gate_bias or needs.gate_pivot_bias)
+    needs_bias = bool(needs.bias or needs.pivot_bias)
+    of = end(grad, gate_h, gate_rows, gate_biases, h, value_rows, biases, activation, needs_gate_bias, needs_bias)
     by_gate, dgate_down, dgate_up = factors_backward(
-        of.gate, x, gate_down, gate_up, gate_h, needs.x, needs.gate_down, needs.gate_up
+        of.gate, x, gate_down, gate_rows, gate_h, needs.x, needs.gate_down, needs.gate_up
     )
-    by_value, ddown, dup = factors_backward(of.value, x, down, up, h, needs.x, needs.down, needs.up)
+    by_value, ddown, dup = factors_backward(of.value, x, down, value_rows, h, needs.x, needs.down, needs.up)
     dx = by_gate + by_value if needs.x else None
-    return GatedGrads(dx, dgate_down, dgate_up, of.gate_bias, ddown, dup, of.bias)
+    dgate_pivots, dgate_up, dgate_bias = _of_stored(dgate_up, of.gate_bias, gate_order, gate_up.size(1))
+    dpivots, dup, dbias = _of_stored(dup, of.bias, order, up.size(1))
+    return GatedGrads(
+        dx,
+        dgate_down,
+        dgate_up,
+        dgate_bias if needs.gate_bias else None,
+        ddown,
+        dup,
+        dbias if needs.bias else None,
+        dgate_pivots if needs.gate_pivot_bias else None,
+        None,
+        dpivots if needs.pivot_bias else None,
+        None,
+    )
+
+
+def _of_stored(
+    dup: Tensor | None, dbias: Tensor | None, order: Tensor | None, R: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the pivots' bias, of up and of its bias, from those of all rows; without an order all are up's."""
+    if order is None:
+        return None, dup, dbias
+    dpivots, dothers = (None, None) if dbias is None else apart(dbias, order, R)
+    return dpivots, None if dup is None else apart(dup, order, R, 0)[1], dothers
 
 
 # ---- convolutions

@@ -44,11 +44,12 @@ class Op:
     end_by_pytorch: Callable[..., tuple]
     pack: Callable[..., tuple] = lambda *between: between
     infer: Callable[..., Tensor] | None = None  # as forward, but y alone: where something is faster at that
+    uses: tuple[str, ...] = ()  # other ops whose kernels it may run
 
     @property
     def relies_on(self) -> tuple[str, ...]:
         """The ops whose kernels may run."""
-        return (self.name,)
+        return (self.name, *self.uses)
 
     @property
     def schemas(self) -> dict[str, str]:
