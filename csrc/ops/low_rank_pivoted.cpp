@@ -136,14 +136,19 @@ bool is_plain(const PivotedUp& of) {
   return is_plain(of.up) && is_plain(of.bias) && is_plain(of.pivot_bias) && is_plain(of.order);
 }
 
+// The second GEMM writes beside a copy of h, and one more call puts all columns in order.
 Tensor pre_activation(const PivotedUp& of, const Tensor& h) {
-  const int64_t R = of.up.size(1), last = h.dim() - 1;
-  Tensor by_place = rows_like(h, of.N());
-  Tensor own = torch::stable::narrow(by_place, last, 0, R),
-         others = torch::stable::narrow(by_place, last, R, of.N() - R);
-  torch::stable::copy_(own, of.pivot_bias ? torch::stable::subtract(h, *of.pivot_bias, -1.0) : h);
-  torch::stable::copy_(others, linear(h, of.up, of.bias));
-  return call_aten("aten::index_select", by_place, last, of.order);
+  const int64_t M = rows_of(h), R = of.up.size(1), N = of.N();
+  const Tensor rows = torch::stable::reshape(h, {M, R});
+  Tensor by_place = torch::stable::new_empty(h, {M, N});
+  Tensor own = torch::stable::narrow(by_place, 1, 0, R);
+  const Tensor others = torch::stable::narrow(by_place, 1, R, N - R);
+  torch::stable::copy_(own, of.pivot_bias ? torch::stable::subtract(rows, *of.pivot_bias, -1.0) : rows);
+  call_aten(Operator{"aten::linear", "out"}, rows, of.up, of.bias, others);
+  const auto batch = h.sizes();
+  std::vector<int64_t> sizes(batch.begin(), batch.end());
+  sizes.back() = N;
+  return torch::stable::reshape(call_aten("aten::index_select", by_place, int64_t{1}, of.order), sizes);
 }
 
 Tensor all_rows(const PivotedUp& of) {

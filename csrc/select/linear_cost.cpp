@@ -11,10 +11,11 @@ double two_gemms_us(const LinearProblem& p, const Device& d) {
   return gemm_us(real(p.M), real(p.R), real(p.K), 0, p.dtype, d) + expand_gemm_us(p, d);
 }
 
-// PyTorch puts the columns of both GEMMs beside each other, and then in order.
+// Of pivoted factors, with a copy of h beside the GEMM's columns, and what then puts all in order.
 double expand_gemm_us(const LinearProblem& p, const Device& d) {
   const double gemm = gemm_us(real(p.M), real(p.up_rows()), real(p.R), bias_numbers(p), p.dtype, d);
-  return p.pivoted ? gemm + 2 * pass_us(p, d, 2) : gemm;
+  if (!p.pivoted) return gemm;
+  return gemm + roofline_us(0, real(2 * p.M * p.R), p.dtype, d) + d.node_us + pass_us(p, d, 2);
 }
 
 // By four calls of PyTorch for each of gate and value: zeros, a copy, ones, and rows in order.
