@@ -13,8 +13,8 @@ from torch import Tensor
 from ..linalg import Allocation, Options, Shape, allocate, frontier
 from ..model.survey import Site
 from .budget import Budget, MaxError
-from .costs import Cost, PricedLayer
-from .options import PlanOptions, StaysDense, can_pivot, grouped, is_faster
+from .costs import Cost, Latency, PricedLayer
+from .options import PlanOptions, StaysDense, can_pivot, grouped, is_faster, may_pivot
 from .plan import LayerPlan
 
 _POINTS_OF_A_CURVE = 65
@@ -81,7 +81,8 @@ def spend(
     """
     if not candidates:
         return [], TradeOff()
-    choices = {x.site.fqn: _choices(x, options) for x in candidates}
+    table = budget.goal if isinstance(budget.goal, Latency) and options.pivot == "auto" else None
+    choices = {x.site.fqn: _choices(x, options, table) for x in candidates}
     if isinstance(budget.goal, MaxError):
         return [_within(x, choices[x.site.fqn], budget.goal.error) for x in candidates], TradeOff()
     cost: Cost = budget.goal
@@ -103,15 +104,16 @@ def spend(
     return planned, TradeOff(tuple(map(share, curve)), share(bought))
 
 
-def _choices(candidate: Candidate, options: PlanOptions) -> dict[int | None, _Choice]:
-    """Every rank that the layer could have, by rank, and None, dense, where it may be or can be nothing else."""
+def _choices(candidate: Candidate, options: PlanOptions, table: Latency | None) -> dict[int | None, _Choice]:
+    """Every rank that the layer could have, by rank, and None, dense, where it may be or can be nothing else.
+
+    table: measured times, if these decide where factors are pivoted.
+    """
     adapter, shape = candidate.site.adapter, candidate.draft.shape
     dense = {None: _Choice(None, shape)}
     choices: dict[int | None, _Choice] = dict(dense) if options.allow_dense else {}
     multiple = math.lcm(options.round_to or (8 if shape.max_rank >= 128 else 1), shape.groups)
-    pivots = options.pivot is True or (
-        options.pivot == "auto" and not candidate.site.module.training and not candidate.site.module.weight.is_cuda
-    )
+    pivots = table is not None or may_pivot(candidate.site.module, options)
     largest = min(shape.max_rank, options.max_rank or math.inf)
     for rank in range(multiple, int(largest) + 1, multiple):
         if rank < (options.min_rank or 1):
@@ -120,10 +122,12 @@ def _choices(candidate: Candidate, options: PlanOptions) -> dict[int | None, _Ch
             twin = grouped(rank, adapter, options)
         except StaysDense:
             continue
-        # Below a certain rank the index costs more than the pivots save.
         pivoted = replace(twin, pivoted=pivots and can_pivot(twin, rank))
-        if pivoted.low_rank_params(rank) + pivoted.index_size < twin.low_rank_params(rank):
-            twin = pivoted
+        if table is not None:
+            is_less = table.of(candidate.priced, rank, pivoted) < table.of(candidate.priced, rank, twin)
+        else:  # below a certain rank the index costs more than the pivots save
+            is_less = pivoted.low_rank_params(rank) + pivoted.index_size < twin.low_rank_params(rank)
+        twin = pivoted if is_less else twin
         grows = twin.low_rank_params(rank) + twin.index_size >= twin.dense_params
         if not grows and is_faster(rank, twin, adapter, options):
             choices[rank] = _Choice(rank, twin)
