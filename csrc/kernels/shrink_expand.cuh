@@ -409,8 +409,7 @@ template <typename T, int TOKENS, int FORM, int LAYERS> struct Expand {
           const int place = i % 2 ? places.of[i / 2].high : places.of[i / 2].low;
           const void* const from = place < of.R ? of.pivot_bias : of.bias;
           const int at = place < of.R ? place : place - of.R;
-          if (from && g + i % 2 * 8 < layer.N)
-            bias[i / 2][i % 2] = arch::load<T, 1>(static_cast<const T*>(from) + at);
+          if (from && g + i % 2 * 8 < layer.N) bias[i / 2][i % 2] = arch::load<T, 1>(static_cast<const T*>(from) + at);
         }
       } else {
 #pragma unroll

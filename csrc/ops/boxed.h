@@ -1,6 +1,7 @@
 // The functions that torch's dispatcher calls: an op's arguments one by one, which its own functions take as one struct.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -9,6 +10,10 @@
 #include "tensors.h"
 
 namespace shrank {
+
+// What an op gets of a tensor, and of one that may be missing.
+using TensorIn = const Tensor&;
+using MaybeTensor = const std::optional<Tensor>&;
 
 // Of an op whose arguments are an `Args`, made of `Each`. `compute` is the function that gets them, `runtime` a constexpr
 // Runtime; both are parts of the type, so that the result is a plain function.

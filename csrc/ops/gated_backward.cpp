@@ -36,7 +36,8 @@ LinearProblem problem_of(const GatedBackward& args) {
   check("gate_h", gate_h, "gate_up", gate_up, "gate_bias", gate_bias, grad);
   check("h", h, "up", up, "bias", bias, grad);
   const int64_t R = up.size(1);
-  LinearProblem problem{rows_of(grad), R, up.size(0), R, dtype, activation_of(kOp, activation), gate_bias || bias, false, true};
+  LinearProblem problem{rows_of(grad),     R,     up.size(0), R, dtype, activation_of(kOp, activation),
+                        gate_bias || bias, false, true};
   problem.gate_R = gate_up.size(1);
   problem.aligned = problem.gate_R && is_plain(grad) && is_plain(gate_h) && is_plain(gate_up) && is_plain(gate_bias) &&
                     is_plain(h) && is_plain(up) && is_plain(bias);

@@ -34,7 +34,8 @@ std::tuple<Tensor, Tensor> low_rank_conv_as(const LowRankConv& args, const Named
 // Everything that may compute this, as JSON (select/explain.h).
 std::string low_rank_conv_choices(const LowRankConv& args, int64_t most, const Runtime& runtime);
 
-using BoxedLowRankConv = Boxed<LowRankConv, const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, const Sizes&, const Sizes&, const Sizes&, int64_t, int64_t, std::string_view, const std::optional<Tensor>&>;
+using BoxedLowRankConv = Boxed<LowRankConv, TensorIn, TensorIn, TensorIn, MaybeTensor, const Sizes&, const Sizes&,
+                               const Sizes&, int64_t, int64_t, std::string_view, MaybeTensor>;
 
 // Registers all for one dispatch key: `runtime` is a constexpr Runtime.
 #define SHRANK_IMPL_LOW_RANK_CONV(library, runtime) SHRANK_IMPL(library, low_rank_conv, BoxedLowRankConv, runtime)

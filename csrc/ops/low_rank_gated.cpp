@@ -20,7 +20,7 @@ const std::optional<Tensor> kNone;
 struct Factors {
   const char* prefix;  // of the names of its tensors
   const Tensor &down, &up;
-  const std::optional<Tensor> &bias, &pivot_bias, &order;
+  const std::optional<Tensor>&bias, &pivot_bias, &order;
 
   int64_t R() const { return down.size(0); }
   PivotedUp pivoted() const { return {up, bias, pivot_bias, *order}; }
@@ -150,7 +150,7 @@ Stages with_gemms(const LowRankGated& args, const LinearProblem& problem, const 
 Stages apart(const LowRankGated& args, const LinearProblem& problem, const Runtime& runtime) {
   const auto run_alone = [&](const Factors& of, std::string_view activation) -> Stages {
     const LowRankLinear plain{args.x, of.down, of.up, of.bias, activation, kNone};
-    const LowRankPivoted pivoted{args.x, of.down, of.up, of.bias, of.pivot_bias, of.order ? *of.order : of.up,
+    const LowRankPivoted pivoted{args.x,     of.down, of.up, of.bias, of.pivot_bias, of.order ? *of.order : of.up,
                                  activation, kNone};
     if (!problem.training)
       return {of.order ? low_rank_pivoted(pivoted, runtime) : low_rank_linear(plain, runtime), {}, {}};

@@ -41,7 +41,8 @@ std::string low_rank_gated_choices(const LowRankGated& args, int64_t most, const
 // What the passes of PyTorch's own products share: activation(z), in y, which may be z.
 void activate_into(const Tensor& y, const Tensor& z, LinearProblem problem, const Runtime& runtime);
 
-using BoxedLowRankGated = Boxed<LowRankGated, const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&, std::string_view>;
+using BoxedLowRankGated = Boxed<LowRankGated, TensorIn, TensorIn, TensorIn, MaybeTensor, TensorIn, TensorIn,
+                                MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, std::string_view>;
 
 // Registers all for one dispatch key: `runtime` is a constexpr Runtime.
 #define SHRANK_IMPL_LOW_RANK_GATED(library, runtime) SHRANK_IMPL(library, low_rank_gated, BoxedLowRankGated, runtime)

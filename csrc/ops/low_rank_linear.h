@@ -34,7 +34,8 @@ std::tuple<Tensor, Tensor> low_rank_linear_as(const LowRankLinear& args, const N
 // Everything that may compute this, as JSON (select/explain.h).
 std::string low_rank_linear_choices(const LowRankLinear& args, int64_t most, const Runtime& runtime);
 
-using BoxedLowRankLinear = Boxed<LowRankLinear, const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view, const std::optional<Tensor>&>;
+using BoxedLowRankLinear =
+    Boxed<LowRankLinear, TensorIn, TensorIn, TensorIn, MaybeTensor, std::string_view, MaybeTensor>;
 
 // Registers all for one dispatch key: `runtime` is a constexpr Runtime.
 #define SHRANK_IMPL_LOW_RANK_LINEAR(library, runtime) SHRANK_IMPL(library, low_rank_linear, BoxedLowRankLinear, runtime)

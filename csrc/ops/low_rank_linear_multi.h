@@ -37,8 +37,7 @@ namespace boxed {
 
 template <const Runtime* runtime>
 std::vector<Tensor> low_rank_linear_multi(const Tensor& x, const std::vector<Tensor>& down,
-                                          const std::vector<Tensor>& up,
-                                          const std::vector<std::optional<Tensor>>& bias,
+                                          const std::vector<Tensor>& up, const std::vector<std::optional<Tensor>>& bias,
                                           const std::vector<std::optional<Tensor>>& pivot_bias,
                                           const std::vector<std::optional<Tensor>>& order) {
   return shrank::low_rank_linear_multi({x, down, up, bias, pivot_bias, order}, *runtime);

@@ -54,9 +54,11 @@ Tensor pre_activation(const PivotedUp& of, const Tensor& h);
 Tensor all_rows(const PivotedUp& of);
 std::optional<Tensor> all_biases(const PivotedUp& of);
 
-using BoxedLowRankPivoted = Boxed<LowRankPivoted, const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor&, std::string_view, const std::optional<Tensor>&>;
+using BoxedLowRankPivoted = Boxed<LowRankPivoted, TensorIn, TensorIn, TensorIn, MaybeTensor, MaybeTensor, TensorIn,
+                                  std::string_view, MaybeTensor>;
 
 // Registers all for one dispatch key: `runtime` is a constexpr Runtime.
-#define SHRANK_IMPL_LOW_RANK_PIVOTED(library, runtime) SHRANK_IMPL(library, low_rank_pivoted, BoxedLowRankPivoted, runtime)
+#define SHRANK_IMPL_LOW_RANK_PIVOTED(library, runtime)                                                                 \
+  SHRANK_IMPL(library, low_rank_pivoted, BoxedLowRankPivoted, runtime)
 
 }  // namespace shrank

@@ -74,7 +74,8 @@ constexpr const char* kReason = "h by cuBLAS; the second product, bias, activati
 namespace apart {
 
 const char* why_not(const LinearProblem& p, const Device&) {
-  return p.form() == Form::gated_pivoted ? nullptr : "no gate and value with pivots, of which no GEMM makes all columns";
+  return p.form() == Form::gated_pivoted ? nullptr
+                                         : "no gate and value with pivots, of which no GEMM makes all columns";
 }
 
 double microseconds(const LinearProblem& p, const Device& d) {
@@ -91,8 +92,7 @@ constexpr std::array<Way<LinearKernel, LinearProblem>, kLinearKernelCount> kWays
      shrink_expand::kReason},
     {LinearKernel::fused, "fused", fused::why_not, fused::microseconds, fused::kReason},
     {LinearKernel::gemm_expand, "gemm_expand", gemm_expand::why_not, gemm_expand::microseconds, gemm_expand::kReason},
-    {LinearKernel::apart, "apart", apart::why_not, apart::microseconds, apart::kReason, false,
-     true},
+    {LinearKernel::apart, "apart", apart::why_not, apart::microseconds, apart::kReason, false, true},
     {LinearKernel::two_gemms_epilogue, "two_gemms_epilogue", two_gemms_epilogue::why_not,
      two_gemms_epilogue::microseconds, two_gemms_epilogue::kReason, false},
     {LinearKernel::two_gemms, "two_gemms", two_gemms::why_not, two_gemms::microseconds, two_gemms::kReason, false},

@@ -17,12 +17,12 @@ constexpr int pairs_of(Form form) { return is_gated(form) ? 2 : 1; }
 // A block computes block_m rows of y. With a max_rank it holds their h in shared memory, computed from x or read once;
 // without, it reads h from global memory panel by panel, again for each column tile, whatever the rank.
 struct LinearTile {
-  int block_m;   // 32, 64 or 128
+  int block_m;  // 32, 64 or 128
   int max_rank;  // of an h that is held: a multiple of 32, at most 256; or 0
   Form form = Form::plain;
 
   static constexpr int kBlockN = 128;  // columns of h up^T at a time, of all pairs together
-  static constexpr int kPanel = 64;    // numbers of a panel row: 128 bytes of 16-bit numbers
+  static constexpr int kPanel = 64;  // numbers of a panel row: 128 bytes of 16-bit numbers
   static constexpr int kPanelRow = 128;
   static constexpr int kWarpsN = 2;
 

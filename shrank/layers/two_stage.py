@@ -81,9 +81,9 @@ def run(
     RuntimeError where the native kernels are insisted on for pivots that they do not know.
     """
     ops = ops_for(stages, kinds, x)
-    if ops is None and current_backend() is Backend.NATIVE and is_pivoted(stages):
-        if getattr(stages[2], "mixes_groups", False):
-            raise RuntimeError(NO_PIVOTED_KERNEL)
+    mixed = is_pivoted(stages) and getattr(stages[2], "mixes_groups", False)
+    if ops is None and mixed and current_backend() is Backend.NATIVE:
+        raise RuntimeError(NO_PIVOTED_KERNEL)
     return in_one_op(ops, x) if ops else run_stages(stages, x)
 
 

@@ -85,9 +85,7 @@ def _outputs(
     check_bias(NAME, bias, up, f"{prefix}bias")
     if order is None:
         if pivot_bias is not None:
-            raise refusal(
-                NAME, f"{prefix}pivot_bias is {shape_of(pivot_bias)}, wanted none without {prefix}order"
-            )
+            raise refusal(NAME, f"{prefix}pivot_bias is {shape_of(pivot_bias)}, wanted none without {prefix}order")
         return up.size(0)
     check_shape(NAME, f"{prefix}pivot_bias", pivot_bias, (R,))
     check_shape(NAME, f"{prefix}order", order, (R + up.size(0),))

@@ -265,9 +265,7 @@ def low_rank_gated_forward(
     return GatedForward(gate * _expanded(h, up, bias, pivot_bias, order), gate_h, h)
 
 
-def _expanded(
-    h: Tensor, up: Tensor, bias: Tensor | None, pivot_bias: Tensor | None, order: Tensor | None
-) -> Tensor:
+def _expanded(h: Tensor, up: Tensor, bias: Tensor | None, pivot_bias: Tensor | None, order: Tensor | None) -> Tensor:
     return F.linear(h, up, bias) if order is None else in_order(h, up, bias, pivot_bias, order)
 
 
@@ -349,7 +347,7 @@ def low_rank_gated_backward(
 def _of_stored(
     dup: Tensor | None, dbias: Tensor | None, order: Tensor | None, R: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of the pivots' bias, of up and of its bias, from those of all rows; without an order all are up's."""
+    """The gradients of the pivots' bias, of up and of its bias, from those of all rows: without an order up's own."""
     if order is None:
         return None, dup, dbias
     dpivots, dothers = (None, None) if dbias is None else apart(dbias, order, R)

@@ -87,8 +87,8 @@ class Op:
 
         Args:
             given: The op's own arguments.
-            kernel: As `shrank explain` calls it: shrink_expand, fused, gemm_expand, two_gemms_epilogue, two_gemms; of a
-                convolution fused, conv_expand, two_convs_epilogue, two_convs.
+            kernel: As `shrank explain` calls it: shrink_expand, fused, gemm_expand, apart, two_gemms_epilogue or
+                two_gemms; of a convolution fused, conv_expand, two_convs_epilogue, two_convs.
             grid: Of a matrix kernel: block_m, max_rank and blocks_n, of shrink_expand tokens, 0 and splits of K; empty
                 for the cheapest by the model.
             training: Whether what is kept for gradients is wanted; otherwise it says nothing.

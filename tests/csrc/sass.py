@@ -196,7 +196,11 @@ def tiles_of(dev: ModuleType) -> list:
         *select.PIVOTED_TILES,
         *select.CONV_TILES,
         *map(BackwardTile, backward),
-        *(FewRowsTile(SHRINK, tile) for tile in select.SHRINK_EXPAND_TILES if not OF_FORM[tile.form - 1].endswith(PIVOTED)),
+        *(
+            FewRowsTile(SHRINK, tile)
+            for tile in select.SHRINK_EXPAND_TILES
+            if not OF_FORM[tile.form - 1].endswith(PIVOTED)
+        ),
         *(FewRowsTile(EXPAND, tile) for tile in select.SHRINK_EXPAND_TILES),
     ]
 

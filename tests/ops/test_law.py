@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from shrank.ops import pivoted_reference, reference
+from shrank.ops.law import ORDER_DTYPE
 from tests.common.ops import CONV_OP, EACH_OP, GATED_OP, LINEAR_OP, OPS, PIVOTED_OP, OpUnderTest
 from tests.common.pivoted_cases import places
 from tests.common.tolerances import assert_close
@@ -305,10 +306,11 @@ def arguments(tested: OpUnderTest, changes: dict, device: str) -> dict:
         if name not in tested.definition.names or change is None:
             made[name] = change
             continue
+        dtype = ORDER_DTYPE if name.endswith("order") else torch.float32
         made[name] = torch.zeros(
             change if isinstance(change, tuple) else good,
             device=change if isinstance(change, str) else device,
-            dtype=change if isinstance(change, torch.dtype) else torch.int32 if name.endswith("order") else torch.float32,
+            dtype=change if isinstance(change, torch.dtype) else dtype,
         )
     return made
 

@@ -215,7 +215,7 @@ def test_groups_of_both_stages(shares: int) -> None:
         (
             "warp",
             (),
-            "kernel is 'warp', wanted one of shrink_expand, fused, gemm_expand, two_gemms_epilogue, two_gemms",
+            "kernel is 'warp', wanted one of shrink_expand, fused, gemm_expand, apart, two_gemms_epilogue, two_gemms",
         ),
         ("fused", (64,), "grid has 1 numbers, wanted block_m, max_rank and blocks_n"),
         ("fused", (64, 32, 1), "fused: no kernel is compiled for this tile"),
