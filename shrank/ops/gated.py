@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import cpu, reference
 from .gated_backward import gated_backward
+from .gated_reference import GatedGrads, low_rank_gated_backward
 from .law import (
     check_activation,
     check_alike,
@@ -19,7 +20,7 @@ from .law import (
 )
 from .linear import LINEAR
 from .pivoted import PIVOTED
-from .reference import GatedForward, GatedGrads
+from .reference import GatedForward
 from .registration import Op, register
 
 NAME = "low_rank_gated"
@@ -143,7 +144,7 @@ GATED = Op(
     grads=GatedGrads,
     check=check_low_rank_gated,
     forward=_forward,
-    backward=reference.low_rank_gated_backward,
+    backward=low_rank_gated_backward,
     empty=_empty,
     end=gated_backward,
     end_by_pytorch=reference.gated_backward,

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..util.closeness import distance, stray_elements
 from . import pivoted_reference, reference
 from .conv import CONV
 from .expand_backward import run_named
@@ -21,6 +20,7 @@ from .multi import Multi, run_together
 from .pivoted import PIVOTED
 from .pivoted_backward import run_named as run_pivoted_named
 from .registration import Op
+from .truth import Truth
 
 _HALF = (torch.bfloat16, torch.float16)
 Results = dict[str, str]  # of every probe: what is wrong, or ""
@@ -209,25 +209,6 @@ def _drawing(dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
         return (torch.randn(shape, generator=generator, dtype=torch.float64) / fan_in**0.5).to(device, dtype)
 
     return draw
-
-
-class Truth:
-    """What a function of tensors must give, which names its results: in fp64 and as PyTorch computes in their dtype."""
-
-    def __init__(self, compute: Callable[..., NamedTuple], given: tuple) -> None:
-        self.exact = compute(*(each.double() if _is_floating(each) else each for each in given))
-        self.plain = compute(*given)
-
-    def what_is_wrong(self, found: NamedTuple) -> str:
-        """With the results of a kernel, by the rule of the tests; "" if nothing is."""
-        for name, one, two, three in zip(found._fields, found, self.exact, self.plain, strict=True):
-            if far := distance(one, two, three) or stray_elements(one, two):
-                return f"{name} has {far}"
-        return ""
-
-
-def _is_floating(given: object) -> bool:
-    return isinstance(given, Tensor) and given.is_floating_point()
 
 
 def _sizes(*sizes: tuple[int, ...]) -> tuple[torch.Size, ...]:
