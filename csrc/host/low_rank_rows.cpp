@@ -58,8 +58,7 @@ Tensor low_rank_rows(const Tensor& x, const Tensor& down, const Tensor& up, cons
   STD_TORCH_CHECK(order || !pivot_bias, kOp, ": pivot_bias is given without an order");
   const int64_t N = order ? order->size(0) : up.size(0);
   if (residual) check_residual(kOp, *residual, x, N);
-  int64_t M = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); i++) M *= x.size(i);
+  const int64_t M = rows_of(x);
 
   const auto plain = [](const std::optional<Tensor>& each) {
     return each ? std::optional<Tensor>(as_contiguous(*each)) : std::nullopt;

@@ -95,8 +95,7 @@ void check_int32(const char* op, const char* name, const Tensor& tensor, const T
 }
 
 void check_residual(const char* op, const Tensor& residual, const Tensor& x, int64_t N) {
-  bool fits = residual.dim() == x.dim() && residual.size(x.dim() - 1) == N;
-  for (int64_t i = 0; fits && i + 1 < x.dim(); i++) fits = residual.size(i) == x.size(i);
+  const bool fits = has_rows_of(residual, x) && residual.size(x.dim() - 1) == N;
   STD_TORCH_CHECK(fits, op, ": residual is ", shape(residual), ", wanted the shape of x ", shape(x), " with ", N,
                   " columns");
   check_like(op, "residual", residual, x);

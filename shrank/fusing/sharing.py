@@ -148,7 +148,7 @@ def share(block: nn.Module, called: list[nn.Module]) -> SharingForward | None:
 
     called: the modules that the block may call itself.
     """
-    layers = [each for each in called if isinstance(each, LED) and is_untouched(each) and each.plain_factors()]
+    layers = [each for each in called if isinstance(each, LED) and is_untouched(each) and each.stored_factors()]
     if len(layers) < 2 or "forward" in vars(block) or any(each.is_meta for each in block.parameters()):
         return None
     groups = [each for each in _seen_in(block, layers) if _is_right(each)]
@@ -185,7 +185,7 @@ def _is_right(group: tuple[LED, ...]) -> bool:
     """Whether layers give the same in one op; not all that were called with an input need it to fit."""
     if len({each.in_features for each in group}) > 1:
         return False
-    lists = [*zip(*(each.plain_factors() for each in group), strict=True)]
+    lists = [*zip(*(each.stored_factors() for each in group), strict=True)]
     with torch.no_grad():
         for x in _inputs_of(group[0]):
             together = dispatch.low_rank_linear_multi(x, *lists)

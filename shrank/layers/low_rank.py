@@ -16,7 +16,17 @@ from .merged_weight import merged
 from .plain import is_untouched, why_no_matrix, why_not_plain
 from .quantized import is_quantized, plain, quantized_of, storage_of_both, why_not_alike
 from .seal import drop_seal
-from .two_stage import assign_bias, factors_of, is_pivoted, merged_bias, ops_for, run, set_stages
+from .two_stage import (
+    Stored,
+    assign_bias,
+    factors_of,
+    is_pivoted,
+    merged_bias,
+    ops_for,
+    run,
+    set_stages,
+    stored_factors,
+)
 
 _NAMES = ("down", "up")
 
@@ -53,6 +63,10 @@ class LowRankLayer(nn.Module):
     def plain_factors(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """down, up and bias, where they are all that the stages do: no pivots, no hooks, no stages of other tools."""
         return factors_of(self.stages, self.stage_kinds)
+
+    def stored_factors(self) -> Stored | None:
+        """The same with pivots or without."""
+        return stored_factors(self.stages, self.stage_kinds)
 
     def takes_residual(self, x: Tensor, residual: Tensor) -> bool:
         """Whether the op adds a residual of this shape and dtype."""

@@ -64,7 +64,7 @@ def why_not_these(tensors: tuple[Tensor | None, ...], names: tuple[str, ...]) ->
             reasons.append(f"{name} is on {tensor.device}, not on a CUDA device")
         elif unfit := _too_old(tensor.get_device()) or _no_image(tensor.get_device()):
             reasons.append(f"{name} is on {unfit}")
-        if name == "order":
+        if _is_of_places(name):
             if tensor.dtype != ORDER_DTYPE:
                 reasons.append(f"{name} is {tensor.dtype}, not {ORDER_DTYPE}")
         elif tensor.dtype not in DTYPES:
@@ -104,6 +104,10 @@ def note_that_it_ran(op: str, x: Tensor) -> None:
 def forget() -> None:
     """As where an op may be known to be wrong from now on."""
     _known.clear()
+
+
+def _is_of_places(name: str) -> bool:
+    return name.partition("[")[0].endswith("order")
 
 
 def _of_surroundings() -> list[str]:

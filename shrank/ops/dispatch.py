@@ -134,6 +134,8 @@ def low_rank_linear_multi(
     down: Sequence[Tensor],
     up: Sequence[Tensor],
     bias: Sequence[Tensor | None] | None = None,
+    pivot_bias: Sequence[Tensor | None] | None = None,
+    order: Sequence[Tensor | None] | None = None,
     *,
     backend: Backend | str | None = None,
 ) -> list[Tensor]:
@@ -142,27 +144,34 @@ def low_rank_linear_multi(
     Args:
         x: (..., K).
         down: (R, K) of each layer, the first factors; every R is its own.
-        up: (N, R) of each layer, the second factors; every N is its own.
-        bias: (N,) or None of each layer; None where no layer has one.
+        up: (N, R) of each layer, the second factors; every N is its own. Of a pivoted layer (N - R, R).
+        bias: (N,) or None of each layer; None where no layer has one. Of a pivoted layer (N - R,).
+        pivot_bias: (R,) of each pivoted layer, or None; None where no layer has one.
+        order: (N,) of each pivoted layer, as `low_rank_pivoted` takes it, None of others; None where no layer is
+            pivoted.
         backend: Who computes this call; by default the process's backend decides.
 
     Returns:
-        (..., N) of each layer, with the bits that `low_rank_linear` gives. On few rows of x, the native kernels compute
-        up to three layers with the launches of one.
+        (..., N) of each layer, with the bits that `low_rank_linear` or `low_rank_pivoted` gives. On few rows of x, the
+        native kernels compute up to three layers with the launches of one.
 
     Raises:
         RuntimeError: As of `low_rank_linear`; also the numbers of factors differ.
         ValueError: The backend is unknown.
     """
-    bias = [None] * len(down) if bias is None else bias
-    tensors = (x, *down, *up, *bias)
-    counts_fit = len(down) == len(up) == len(bias)
+    lists = (down, up, *([None] * len(down) if each is None else each for each in (bias, pivot_bias, order)))
+    tensors = (x, *(each for of_one in lists for each in of_one))
+    counts_fit = all(len(each) == len(down) for each in lists)
     if counts_fit and _runs_native(Multi(len(down)), backend, tensors):
-        return multi.call(x, down, up, bias)
+        return multi.call(x, *lists)
     if _are_tensors(*tensors):
-        check_low_rank_linear_multi(x, down, up, bias, _autocast_casts(x))
-    layers = zip(down, up, bias, strict=True)
-    return [_by_pytorch(backend, x, *each).low_rank_linear(x, *each) for each in layers]
+        check_low_rank_linear_multi(x, *lists, _autocast_casts(x))
+    return [
+        _by_pytorch(backend, *given).low_rank_linear(*given)
+        if op is LINEAR
+        else pivoted_reference.low_rank_pivoted(*given)
+        for op, given in multi.alone(x, *lists)
+    ]
 
 
 def low_rank_gated(
@@ -175,6 +184,10 @@ def low_rank_gated(
     bias: Tensor | None = None,
     activation: str = "silu",
     *,
+    gate_pivot_bias: Tensor | None = None,
+    gate_order: Tensor | None = None,
+    pivot_bias: Tensor | None = None,
+    order: Tensor | None = None,
     backend: Backend | str | None = None,
 ) -> Tensor:
     """Multiply what two low-rank matrices make of x: activation(gate) * value, as the MLPs of language models do.
@@ -190,6 +203,11 @@ def low_rank_gated(
         up: (N, R), the second factor of the value.
         bias: (N,).
         activation: Of the gate: none, relu, gelu (by erf), gelu_tanh or silu.
+        gate_pivot_bias: (S,), of the gate's pivots.
+        gate_order: (N,), where the gate is pivoted, as of `low_rank_pivoted`: gate_up is then (N - S, S), and gate_bias
+            (N - S,).
+        pivot_bias: (R,), of the value's pivots.
+        order: (N,), where the value is pivoted, likewise.
         backend: Who computes this call; by default the process's backend decides.
 
     Returns:
@@ -200,12 +218,12 @@ def low_rank_gated(
         RuntimeError: As of `low_rank_linear`.
         ValueError: The backend is unknown.
     """
-    given = (x, gate_down, gate_up, gate_bias, down, up, bias)
+    given = (x, gate_down, gate_up, gate_bias, down, up, bias, gate_pivot_bias, gate_order, pivot_bias, order)
     if _runs_native(GATED, backend, given):
         return GATED.call(*given, activation)
     if _are_tensors(*given):
         check_low_rank_gated(*given, activation, _autocast_casts(x))
-    torch_ops = _by_pytorch(backend, x, down, up, bias, gate_down, gate_up, gate_bias)
+    torch_ops = _by_pytorch(backend, x, down, up, bias, gate_down, gate_up, gate_bias, gate_pivot_bias, pivot_bias)
     return torch_ops.low_rank_gated(*given, activation)
 
 

@@ -85,11 +85,15 @@ def low_rank_gated(
     down: Tensor,
     up: Tensor,
     bias: Tensor | None = None,
+    gate_pivot_bias: Tensor | None = None,
+    gate_order: Tensor | None = None,
+    pivot_bias: Tensor | None = None,
+    order: Tensor | None = None,
     activation: str = "silu",
 ) -> Tensor:
     """As `reference.low_rank_gated`."""
-    gate = _finished(rows(x, gate_down, gate_up, gate_bias), activation, None)
-    return gate.mul_(rows(x, down, up, bias))
+    gate = _finished(rows(x, gate_down, gate_up, gate_bias, None, gate_order, gate_pivot_bias), activation, None)
+    return gate.mul_(rows(x, down, up, bias, None, order, pivot_bias))
 
 
 def low_rank_pivoted(

@@ -46,11 +46,12 @@ class Op:
     end_by_pytorch: Callable[..., tuple]
     pack: Callable[..., tuple] = lambda *between: between
     infer: Callable[..., Tensor] | None = None  # as forward, but y alone: where something is faster at that
+    uses: tuple[str, ...] = ()  # other ops whose kernels it may run
 
     @property
     def relies_on(self) -> tuple[str, ...]:
         """The ops whose kernels may run."""
-        return (self.name,)
+        return (self.name, *self.uses)
 
     @property
     def schemas(self) -> dict[str, str]:
@@ -93,8 +94,8 @@ class Op:
 
         Args:
             given: The op's own arguments.
-            kernel: As `shrank explain` calls it: shrink_expand, fused, gemm_expand, two_gemms_epilogue, two_gemms; of a
-                convolution fused, conv_expand, two_convs_epilogue, two_convs.
+            kernel: As `shrank explain` calls it: shrink_expand, fused, gemm_expand, apart, two_gemms_epilogue or
+                two_gemms; of a convolution fused, conv_expand, two_convs_epilogue, two_convs.
             grid: Of a matrix kernel: block_m, max_rank and blocks_n, of shrink_expand tokens, 0 and splits of K; empty
                 for the cheapest by the model.
             training: Whether what is kept for gradients is wanted; otherwise it says nothing.

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 from ..linalg import AS_IT_IS, Grid, Shape, Storage
 from ..model.survey import Site
+from .costs import Bytes, Cost, Latency, PricedLayer
 from .grids import Grids
-from .options import PlanOptions, StaysDense, can_pivot, grouped, is_faster
+from .options import PlanOptions, StaysDense, can_pivot, grouped, is_faster, may_pivot
 
 # What tells the forms of one layer apart.
 Key = tuple[int | None, Storage]
@@ -29,30 +30,36 @@ class Form:
         return self.rank, self.storage
 
 
-def forms(site: Site, shape: Shape, options: PlanOptions, grids: Grids | None) -> dict[Key, Form]:
-    """Every form that the layer could have; dense as it is where it may be or can be nothing else."""
+def forms(layer: PricedLayer, site: Site, shape: Shape, options: PlanOptions, cost: Cost | None) -> dict[Key, Form]:
+    """Every form that the layer could have; dense as it is where it may be or can be nothing else.
+
+    cost: what a budget counts, if there is one. Measured times decide where factors are pivoted, bytes bring few bits.
+    """
     as_it_is = Form(None, shape)
     found = [as_it_is] if options.allow_dense else []
-    found += _low_rank(site, shape, options)
-    if grids is not None:
-        found += _on_grids(site, shape, options, grids)
+    times = cost if isinstance(cost, Latency) and options.pivot == "auto" else None
+    found += _low_rank(layer, site, shape, options, times)
+    if isinstance(cost, Bytes):
+        found += _on_grids(site, shape, options, cost.grids)
     return {form.key: form for form in found or [as_it_is]}
 
 
-def _low_rank(site: Site, shape: Shape, options: PlanOptions) -> Iterator[Form]:
+def _low_rank(
+    layer: PricedLayer, site: Site, shape: Shape, options: PlanOptions, times: Latency | None
+) -> Iterator[Form]:
     adapter = site.adapter
-    pivots = options.pivot is True or (
-        options.pivot == "auto" and not site.module.training and not site.module.weight.is_cuda
-    )
+    pivots = times is not None or may_pivot(site.module, options)
     for rank in _ranks(shape, options, 8 if shape.max_rank >= 128 else 1):
         try:
             twin = grouped(rank, adapter, options)
         except StaysDense:
             continue
-        # Below a certain rank the index costs more than the pivots save.
         pivoted = replace(twin, pivoted=pivots and can_pivot(twin, rank))
-        if pivoted.low_rank_params(rank) + pivoted.index_size < twin.low_rank_params(rank):
-            twin = pivoted
+        if times is not None:
+            is_less = times.of(layer, rank, pivoted) < times.of(layer, rank, twin)
+        else:  # below a certain rank the index costs more than the pivots save
+            is_less = pivoted.low_rank_params(rank) + pivoted.index_size < twin.low_rank_params(rank)
+        twin = pivoted if is_less else twin
         grows = twin.low_rank_params(rank) + twin.index_size >= twin.dense_params
         if not grows and is_faster(rank, twin, adapter, options):
             yield Form(rank, twin)

@@ -42,8 +42,9 @@ class PlanOptions:
         allow_slower: Permit convolutions that a CPU computes no faster than the dense layer, as allow_growth does too.
         allow_dense: Let a budget keep a layer dense that can be low-rank.
         errors: Compute the expected error of every layer.
-        pivot: Store factors in R (K + N - R) numbers. "auto": where a budget pays for it with rank, in layers that are
-            in eval mode and not on a GPU, where many tokens take longer with pivots than with plain factors.
+        pivot: Store factors in R (K + N - R) numbers. "auto": where a budget pays for it with rank. Of measured times,
+            that is where these say so; else in layers that are in eval mode and not on a GPU, for reasons that the page
+            on pivoted storage gives.
         bits: 4 or 8, for the weights of all linear layers that may change, dense or factors; without pivots then.
         group_size: Weights with one scale, of which ranks become multiples; None: each row has one.
         narrow: Let a budget take hidden units out of feed-forward blocks, and fit the matrix behind them again, where
@@ -207,6 +208,18 @@ def grouped(rank: int, adapter: Target, options: PlanOptions) -> Shape:
 def can_pivot(shape: Shape, rank: int) -> bool:
     """Whether outputs of the twin can be pivots: those of a group must depend on its own part of the rank alone."""
     return shape.down_groups == shape.up_groups and rank < shape.out_features
+
+
+def may_pivot(module: nn.Module, options: PlanOptions) -> bool:
+    """Whether a budget that knows no times may store a layer with pivots.
+
+    Not on a GPU: from 128 tokens on a pivoted layer takes longer there than a plain one of as many weights, by the
+    model of csrc/select (docs/guide/pivoted.md has the figures). Not in training mode: a step of the pivots moves other
+    outputs by up to `growth` times as much, so that SGD diverges at rates that plain factors bear.
+    """
+    if options.pivot == "auto":
+        return not module.training and not module.weight.is_cuda
+    return options.pivot
 
 
 # The second stage's pass over the output costs what its arithmetic does not show. Measured with torch 2.13 on 1 and 2

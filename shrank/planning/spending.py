@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..linalg import Allocation, Options, allocate, frontier
 from .budget import Budget, MaxError
-from .costs import Bytes, PricedLayer
+from .costs import PricedLayer
 from .forms import Form, Key, forms
 from .losses import Candidate, Losses
 from .options import PlanOptions
@@ -62,8 +62,7 @@ class Market:
         self, budget: Budget, candidates: list[Candidate], options: PlanOptions, weighted: bool, spectra: Spectra
     ) -> None:
         self.budget, self.cost, self.candidates = budget, budget.goal, candidates
-        grids = self.cost.grids if isinstance(self.cost, Bytes) else None
-        self._choices = {x.site.fqn: forms(x.site, x.draft.shape, options, grids) for x in candidates}
+        self._choices = {x.site.fqn: forms(x.priced, x.site, x.draft.shape, options, self.cost) for x in candidates}
         self.losses = Losses(candidates, self._choices, self.cost, weighted, spectra)
 
     def items(self) -> list[Item]:
@@ -151,7 +150,7 @@ def spend(
 
 def within(candidates: list[Candidate], error: float, options: PlanOptions) -> list[LayerPlan]:
     """The layers at their smallest ranks of at most this error."""
-    return [_within(x, forms(x.site, x.draft.shape, options, None), error) for x in candidates]
+    return [_within(x, forms(x.priced, x.site, x.draft.shape, options, None), error) for x in candidates]
 
 
 def _within(candidate: Candidate, choices: dict[Key, Form], max_error: float) -> LayerPlan:

@@ -109,6 +109,32 @@ def test_pivots_are_for_layers_that_do_not_train() -> None:
     assert all(x.shape.pivoted for x in make_plan(model.eval(), Budget(keep_params=0.5)))
 
 
+@pytest.mark.parametrize("pivot", ["auto", True, False])
+@pytest.mark.parametrize("training", [False, True])
+def test_measured_times_decide_where_pivots_are(training: bool, pivot: object) -> None:
+    model, ranks = mlp().train(training), [str(rank) for rank in range(1, WIDTH)]
+    quick, slow = ({rank: time * int(rank) for rank in ranks} for time in (0.01, 0.02))
+    names = [x.fqn for x in make_plan(model, 8).low_rank]
+    table = LatencyTable(
+        {
+            name: {"dense": 1.0, "plain": quick if i % 2 else slow, "pivoted": slow if i % 2 else quick}
+            for i, name in enumerate(names)
+        },
+        {},
+    )
+    plan = make_plan(model, Budget(keep_latency=0.5, table=table), pivot=pivot)
+    wanted = {"auto": names[::2], True: names, False: []}[pivot]
+    assert [x.fqn for x in plan.low_rank if x.shape.pivoted] == [x.fqn for x in plan.low_rank if x.fqn in wanted]
+    assert len(plan.low_rank) > 1
+
+
+def test_no_pivots_on_a_gpu_unless_times_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert not any(x.shape.pivoted for x in make_plan(model, Budget(keep_params=0.5)))
+    assert all(x.shape.pivoted for x in make_plan(model, Budget(keep_params=0.5), pivot=True))
+
+
 def test_the_trade_off_falls_and_the_plan_is_near_it() -> None:
     model = wide()
     plan = make_plan(model, Budget(keep_params=0.6), calibration=calibrate(model, [correlated()]))

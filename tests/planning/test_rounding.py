@@ -9,6 +9,7 @@ from torch import nn
 from shrank import calibrate
 from shrank.linalg import Grid, Shape, Storage
 from shrank.model.survey import Survey
+from shrank.planning.costs import Bytes, PricedLayer
 from shrank.planning.forms import Form, forms
 from shrank.planning.grids import Grids
 from shrank.planning.options import PlanOptions
@@ -28,7 +29,8 @@ def site(shape: tuple[int, int] = (OUT, IN), bias: bool = True):
 
 
 def all_of(own, grids: Grids = ALL, **options) -> list[Form]:
-    return list(forms(own, own.shape, PlanOptions(**options), grids).values())
+    priced = PricedLayer(own.fqn, None, True)
+    return list(forms(priced, own, own.shape, PlanOptions(**options), Bytes(0.5, grids)).values())
 
 
 def tails(own, found) -> list[float]:
