@@ -35,7 +35,7 @@ def describe(model: nn.Module) -> RankPlan:
             blocks.append(replace(NarrowedBlock.of(block), width=width))
             layers |= {fqn: _describe_narrowed(sites[fqn], layers.get(fqn), blocks[-1]) for fqn in block.layers}
     plan = RankPlan(tuple(layers.values()), narrowed=tuple(blocks))
-    return replace(plan, other_params=count(model.parameters()) - plan.params_after)
+    return replace(plan, other_params=max(0, count(model.parameters()) - plan.params_after))
 
 
 def is_ours(site: Site) -> bool:

@@ -20,5 +20,6 @@ def why_not_on_grid(layer: Target, shape: Shape, rank: int | None, storage: Stor
         return f"{what}: plan it with pivot=False"
     if not shape.fits(rank, storage):
         rows = f"{shape.in_features} inputs" + ("" if rank is None else f" and rank {rank}")
-        return f"groups of {storage} do not divide its {rows}"
+        sizes = dict.fromkeys(g.group_size for g in (storage.grid, storage.factor_grid) if g and g.group_size)
+        return f"groups of {' and '.join(map(str, sizes))} do not divide its {rows}"
     return ""

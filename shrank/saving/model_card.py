@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from ..compression.describe import describe
+from ..layers.quantized import packed_state
 from ..planning.plan import RankPlan
 from .folders import CARD
 
@@ -40,11 +42,17 @@ def write_card(model: nn.Module, source: str, folder: Path, load: str) -> None:
 
 def _compressed(model: nn.Module, plan: RankPlan, name: str, load: str) -> Iterator[str]:
     layers = [layer for layer in plan.outermost if layer.changes or layer.narrowed]
-    after = sum(x.nbytes for x in {*model.parameters(), *model.buffers()})
-    saved = sum((x.size - x.params_after) * next(model.get_submodule(x.fqn).parameters()).itemsize for x in layers)
+    tensors = {*model.parameters(), *model.buffers()}
+    after = sum(part.nbytes for x in tensors for part in packed_state({"": x}).values())
+    sizes = {x.fqn: next(model.get_submodule(x.fqn).parameters()).itemsize for x in layers}
+    saved = sum(x.size * sizes[x.fqn] - x.bytes(sizes[x.fqn]) for x in layers)
     rows = (("parameters", plan.params_before, plan.params_after), ("bytes", after + saved, after))
-    yield f"# {'Low-rank' if plan.low_rank else 'Narrowed'} copy of {name}"
-    yield " ".join((*_of_ranks(plan, name), *_of_widths(plan, name)))
+    yield f"# {_what(plan)} of {name}"
+    if told := " ".join((*_of_ranks(plan, name), *_of_widths(plan, name))):
+        yield told
+    if grids := Counter(str(layer.storage) for layer in plan.changed if layer.storage.grid):
+        told = ", ".join(f"{grid} in {number}" for grid, number in grids.items())
+        yield f"Weights have few bits: {told} of these layers (bits / weights with one scale, else a row)."
     yield "\n".join(
         (
             "| | dense | this copy |",
@@ -59,6 +67,13 @@ def _tags(plan: RankPlan) -> tuple[str, ...]:
     if plan.does_nothing:
         return ()
     return (TAG, *(("low-rank",) if plan.low_rank else ()), *(("narrowed",) if plan.narrower else ()))
+
+
+def _what(plan: RankPlan) -> str:
+    """What kind of copy this is."""
+    if plan.low_rank:
+        return "Low-rank copy"
+    return "Narrowed copy" if plan.narrower else "Copy in few bits"
 
 
 def _of_ranks(plan: RankPlan, name: str) -> Iterator[str]:

@@ -187,6 +187,12 @@ def test_what_another_tool_quantized_is_in_no_plan_to_carry_out() -> None:
         shrank.apply(dense(), plan)
 
 
+def test_a_layer_of_another_tool_is_in_every_plan_with_the_reason_why_it_stays() -> None:
+    plan = shrank.make_plan(by_another(dense()), 4)
+    assert [(layer.fqn, layer.rank) for layer in plan] == [("fc1", None), ("fc2", None)]
+    assert all("FourBits is not a supported layer type" in layer.reason for layer in plan)
+
+
 def test_a_layer_as_the_root() -> None:
     linear = nn.Linear(K, N)
     corrected = shrank.correct(by_torchao(nn.Sequential(linear))[0], linear, 4)
@@ -212,6 +218,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(source, rank, kind, sa
 
 
 def test_a_calibration_that_did_not_observe_inputs_is_refused() -> None:
-    model = dense()
-    with pytest.raises(ValueError, match="inputs must be observed"):
-        shrank.correct(by_torchao(model), model, 4, calibrate=shrank.calibrate(model, data()))
+    model, quantized = dense(), by_torchao(dense())
+    with pytest.raises(ValueError, match=r"calibrate\(..., inputs=True\): fc2"):
+        shrank.correct(quantized, model, 4, calibrate=shrank.calibrate(model, data()))
+    assert type(quantized.fc1) is type(quantized.fc2) is nn.Linear

@@ -82,6 +82,14 @@ def test_groups_that_fit() -> None:
     assert shape.fits(10, Storage(of_four, True, Grid(8)))
 
 
-def test_a_storage_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="is that of a correction"):
-        Storage(factor_grid=Grid(8))
+@pytest.mark.parametrize(
+    ("storage", "says"),
+    [
+        ({"factor_grid": Grid(8)}, "is that of a correction"),
+        ({"activations": "int8"}, "give its grid"),
+        ({"grid": Grid(8), "activations": "fp8"}, "must be 'int8' or None, got 'fp8'"),
+    ],
+)
+def test_a_storage_that_cannot_be(storage: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Storage(**storage)
