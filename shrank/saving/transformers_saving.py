@@ -35,8 +35,11 @@ def save_pretrained(save: Callable, model: PreTrainedModel, args: tuple, kwargs:
     stand_in = _stand_in(model)
     call = signature(_save_plainly).bind(stand_in, *args, **kwargs)
     adapters_only = getattr(model, "_hf_peft_config_loaded", False)
+    plan = describe(model)
     if changed and not adapters_only:
         _check(model, call)
+        plan = plain_as_possible(stand_in, plan)
+    if plan.layers and not adapters_only:
         state = dict(call.arguments.get("state_dict") or model.state_dict())
         if wrong := [f"{name}: {reason}" for name, value in state.items() if (reason := why_not_data(value))]:
             raise ValueError(
@@ -46,8 +49,7 @@ def save_pretrained(save: Callable, model: PreTrainedModel, args: tuple, kwargs:
         call.arguments["state_dict"] = packed_state(state) | seals(model)
         if "save_original_format" in signature(_save_plainly).parameters:
             call.arguments["save_original_format"] = False
-        if (plan := plain_as_possible(stand_in, describe(model))).layers:
-            stand_in.config.quantization_config = ShrankConfig.of(plan)
+        stand_in.config.quantization_config = ShrankConfig.of(plan)
     return _save_plainly(*call.args, **call.kwargs)
 
 
