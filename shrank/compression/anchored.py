@@ -84,8 +84,9 @@ def carry_out_anchored(
     done = carried_out(survey, plan, {layer.fqn for layer in plan} - anchored, calibration)
     for stage in track(stages, "compressing block by block"):
         groups = [group for sharing in stage for group in groups_in(sharing, calibration)]
-        found = anchored_at(calibration, survey.model, masking, groups, batches, seen.calls, share)
-        done |= carried_out(survey, plan, {site.fqn for group in groups for site in group.sites}, found)
+        found = observed(survey.model, masking, groups, batches, seen.calls, share)
+        names = {site.fqn for group in groups for site in group.sites}
+        done |= carried_out(survey, plan, names, Anchored(calibration, found))
     return replace(plan, layers=tuple(done[layer.fqn] for layer in plan))
 
 
@@ -94,28 +95,16 @@ def require_share(share: float) -> None:
         raise ValueError(f"anchored must lie in (0, 1], got {share}")
 
 
-class _Anchored(MetricSource):
+class Anchored(MetricSource):
     """A calibration, of whose layers those of one block see something else now."""
 
-    def __init__(self, calibration: Calibration, moments: dict[str, Moments]) -> None:
+    def __init__(self, calibration: Calibration, moments: dict[str, Moments] | Calibration) -> None:
         self._calibration, self._moments = calibration, moments
 
     def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
-        return self._calibration.metric(fqn, matrices, centred, self._moments.get(fqn))
-
-
-def anchored_at(
-    calibration: Calibration,
-    model: nn.Module,
-    masking: Masking,
-    groups: list[Group],
-    batches: list[Batch],
-    calls: dict[str, list[int]],
-    share: float,
-) -> MetricSource:
-    """The norms of a calibration, of the layers in these groups at what they see in a model that is compressed before
-    them; masking: of the dense model, calls: of every layer, by batch."""
-    return _Anchored(calibration, _observed(model, masking, groups, batches, calls, share))
+        if fqn in self._moments:
+            return self._calibration.metric(fqn, matrices, centred, self._moments[fqn])
+        return self._calibration.metric(fqn, matrices, centred)
 
 
 class _Pair:
@@ -154,7 +143,9 @@ class _Pair:
             self.sum = current().summed(none if self.sum is None else self.sum)
 
     def moments(self) -> Moments:
-        return replace(self.here.moments(0), anchor=self.anchor.take_mean(), anchor_mean=self.sum / self.anchor.rows)
+        return replace(
+            self.here.moments(0), anchor=self.anchor.take_mean(), anchor_mean=(self.sum / self.anchor.rows).float()
+        )
 
 
 def _add_up(pairs: list[_Pair]) -> None:
@@ -173,7 +164,7 @@ class _Enough(Exception):
 
 
 @torch.no_grad()
-def _observed(
+def observed(
     model: nn.Module,
     masking: Masking,
     groups: list[Group],
@@ -181,7 +172,8 @@ def _observed(
     calls: dict[str, list[int]],
     share: float,
 ) -> dict[str, Moments]:
-    """The moments of the layers of a stage, by name; not of those whose calls in the two models do not correspond.
+    """The moments of the layers in these groups at what they see in a model that is compressed before them, by name;
+    not of those whose calls in the two models do not correspond.
 
     masking: of the dense model. calls: of every layer, by batch.
     """

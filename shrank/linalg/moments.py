@@ -111,7 +111,7 @@ def _shrunk_data(W: Tensor, moments: Moments, centred: bool) -> tuple[Tensor, Te
     cross = _about(moments.anchor, wanted, mean, centred).lerp_(prior, share)
     del prior
     towards = cross @ torch.linalg.pinv(data, rtol=_SINGULAR, hermitian=True)
-    lacking = (wanted[..., None] - towards @ mean[..., None])
+    lacking = wanted[..., None] - towards @ mean[..., None]
     return data, towards, (parts.times(W, lacking) if of_inputs else lacking)[..., 0]
 
 

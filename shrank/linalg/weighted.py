@@ -19,9 +19,9 @@ from .factors import Factors
 from .moments import Metric
 from .svd import FactorizationError, _checked, _signs
 
-# Columns are made orthonormal by the Cholesky factor of their Gram matrix, of which rounding takes as much as the square
-# of their condition number. With less than this it takes nothing that matters; with a second time what is left is less
-# than a dtype tells (Yamamoto et al., 2015).
+# Columns are made orthonormal by the Cholesky factor of their Gram matrix, which costs as many units as the square of
+# their condition number. Up to the first share a second time makes up for it (Yamamoto et al., 2015), and is worth it
+# from that of a dtype's unit.
 _CHOLESKY, _LEFT = 1e-4, 0.125
 
 

@@ -64,6 +64,9 @@ class Sweeps:
         self.cut = Cut(mapped.model, names, folder / "outputs", self.course)
         self.masking = Masking(mapped.model, {site.fqn: site.module for sites in units.values() for site in sites})
         self.visits: list[Visit] = []
+        largest = max(map(bytes_of, self.cut.modules().values()), default=0)
+        # Of moments as much is held at a time as the largest unit takes, if nothing else was asked.
+        self.max_memory = request.max_memory or max(largest, LEAST_MEMORY)
 
     def forward(self, measure: bool) -> None:
         """Run all data through all units; measure: note the moments of what their layers see."""
@@ -100,12 +103,8 @@ class Sweeps:
         return Calibration(self.folder, [file for visit in self.visits for file in visit.files], unseen)
 
     def _moments(self, visit: Visit, batches: list[Batch], loss: Sensitivity | None) -> list[Path]:
-        """The files with the moments of a unit's layers, of which as much is held at a time as the largest unit takes,
-        if nothing else was asked."""
-        how = self.request
-        if how.max_memory is None:
-            largest = max(map(bytes_of, self.cut.modules().values()))
-            how = replace(how, max_memory=max(largest, LEAST_MEMORY))
+        """The files with the moments of a unit's layers."""
+        how = replace(self.request, max_memory=self.max_memory)
         return moment_files(self.folder / "moments", visit.sites, visit.calls, batches, self.masking, loss, how)
 
     def _look_ahead(self) -> None:
