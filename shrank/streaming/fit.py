@@ -24,9 +24,11 @@ from ..util import tensor_file
 from ..util.cache import name_of
 from ..util.progress import track
 from .cut import Cut
-from .mapped import MappedModel
+from .mapped import MappedModel, bytes_of
+from .room import require_room
 from .shards import write_rest, write_shard
-from .sweeps import Sweeps, Visit, call_of
+from .sweeps import Sweeps
+from .visits import Visit, call_of
 
 _SPECTRUM, _REASON = "spectrum", "stays dense"
 
@@ -91,6 +93,7 @@ class Fit:
         for unit in track(order, "fitting, block by block"):
             if self._shard(unit).exists():
                 continue
+            require_room(self.folder, {unit: bytes_of(self.mapped.model.get_submodule(unit))})
             names = {site.fqn for site in self.units[unit]}
             done = carried_out(self.survey, self.plan, names, metric(unit), workers=1)
             after(unit)
@@ -128,7 +131,7 @@ class AnchoredFit:
     def __init__(self, dense: Sweeps, fit: Fit, share: float) -> None:
         self._dense, self._fit, self._share = dense, fit, share
         names = {unit: [site.fqn for site in sites] for unit, sites in fit.units.items()}
-        self._cut = Cut(fit.mapped.model, names, fit.folder / "compressed", dense.course)
+        self._cut = Cut(fit.mapped.model, names, fit.folder / "compressed", dense.course, lasting=False)
         self._visits = {visit.unit: visit for visit in dense.visits}
         sites = [s for ss in fit.units.values() for s in ss if s.fqn in fit.calibration and fit.plan[s.fqn].rank]
         warn_of_few_tokens(fit.plan, fit.calibration, sites)
@@ -137,6 +140,7 @@ class AnchoredFit:
         """Of a unit that comes next in the order of execution."""
         if (visit := self._visits.get(unit)) is None:
             return self._fit.calibration
+        self._dense.restore(visit)
         sites = {site.fqn: site for site in self._fit.units[unit]}
         shared = [[sites[name] for name in names if self._is_anchored(name)] for names in visit.calls.shared]
         groups = [group for sharing in shared if sharing for group in groups_in(sharing, self._fit.calibration)]
@@ -168,6 +172,8 @@ class AnchoredFit:
             for number in visit.numbers:
                 if visit.nexts[number] is not None:
                     self._cut.keep(unit, number, self._cut.through(self._dense.batches[number], unit))
+            for cut in (self._cut, self._dense.cut):
+                cut.thin_out(self._dense.needed_from(visit))
 
     def _is_anchored(self, name: str) -> bool:
         return name in self._fit.calibration and self._fit.plan[name].rank is not None

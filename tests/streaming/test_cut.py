@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from shrank.calibration.batches import Batch, as_batches
 from shrank.calibration.losses import Custom
 from shrank.calibration.masks import Mask
-from shrank.streaming.cut import END, Course, Cut
+from shrank.streaming.course import END, Course
+from shrank.streaming.cut import Cut
 from shrank.streaming.gradients import SentBack
 from shrank.streaming.values import Unstreamable, read_masks, read_value, write_masks, write_value
 from tests.common.models import WIDTH, draw, seeded
