@@ -33,7 +33,9 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.3g} GB"
 
 
-def expected(cut: Cut, batches: list[Batch], sites: Iterable[Site], kept: int, gradients: bool) -> dict[str, int]:
+def expected(
+    cut: Cut, batches: list[Batch], sites: Iterable[Site], kept: int, gradients: bool, inputs: bool
+) -> dict[str, int]:
     """About how many bytes the sweeps write at most: of what `kept` blocks return, by what the first makes of the first
     batch, and of the moments of layers."""
     output = cut.through(batches[0], cut.next(batches[0]))
@@ -41,13 +43,14 @@ def expected(cut: Cut, batches: list[Batch], sites: Iterable[Site], kept: int, g
     return {
         "what blocks return": kept * returned,
         "gradients": 2 * returned if gradients else 0,
-        "moments": moments_of(sites),
+        "moments": moments_of(sites, inputs),
     }
 
 
-def moments_of(sites: Iterable[Site]) -> int:
-    """About the bytes of the moments of layers, of data and gradients."""
-    return sum(8 * min(s.shape.in_features, s.shape.out_features) ** 2 // s.shape.groups for s in sites)
+def moments_of(sites: Iterable[Site], inputs: bool) -> int:
+    """About the bytes of the moments of layers, of data, by the inputs if these are asked for, and of gradients."""
+    sides = [(s.shape.in_features, min(s.shape.in_features, s.shape.out_features), s.shape.groups) for s in sites]
+    return sum(4 * ((most if inputs else least) ** 2 + least**2) // groups for most, least, groups in sides)
 
 
 def _size(batch: Batch) -> int:

@@ -144,7 +144,7 @@ class Run:
             "rank": fingerprint(rank),
             "option": fingerprint(options),
             "data": how and fingerprint([batch.content() for batch in how.data]),
-            "loss": how and fingerprint([how.loss, how.seed]),
+            "loss": how and fingerprint([how.loss, how.seed, how.inputs]),
             "share of dense outputs": self.share,
         }
 

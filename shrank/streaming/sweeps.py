@@ -65,7 +65,7 @@ class Sweeps:
         has_loss = as_sensitivity(self.request.loss) is not None
         kept = len(self.units) // self._apart + self._apart if has_loss else 2
         sites = [site for sites in self.units.values() for site in sites if site.fqn in self._wanted]
-        return expected(self.cut, self.batches, sites, max(kept, 6 if anchored else 2), has_loss)
+        return expected(self.cut, self.batches, sites, max(kept, 6 if anchored else 2), has_loss, self.request.inputs)
 
     def forward(self, measure: bool) -> None:
         """Run all data through all units; measure: note the moments of what their layers see."""
@@ -97,7 +97,9 @@ class Sweeps:
             batches = self._through(visit, graph=True)
             passed = self.folder / "gradients" / f"{self.cut.place(visit.unit)}.json"
             if is_new := not passed.exists():
-                require_room(self.folder, {f"the moments of {visit.unit}": moments_of(visit.sites)})
+                require_room(
+                    self.folder, {f"the moments of {visit.unit}": moments_of(visit.sites, self.request.inputs)}
+                )
                 self.restore(visit)
             if visit.sites:
                 visit.files = self._moments(visit, batches, sent)
