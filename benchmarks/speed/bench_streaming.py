@@ -4,11 +4,16 @@ Makes a random model of the shape of Mistral 7B in FOLDER/dense, in bf16 and sha
 memory either. Then another process compresses it into FOLDER/small, while this one watches how much memory that process
 has, and which of its sweeps it is in. All blocks run forward and back; layers that match --measure are observed, and
 those that match --replace get spectra and factors, as the eigenvectors of all of them take a day on two cores.
+
+RssAnon is what the process holds: without swap nothing takes it away, and a limit on memory ends the process for it.
+RssFile are pages of mapped files that nobody wrote to, which the kernel takes away where memory is short. With
+--squeeze this does so all the time (MADV_PAGEOUT), and VmRSS shows what the process needs then.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import shutil
@@ -29,6 +34,7 @@ _STD, _TEXTS = 0.02, 2
 _EVERY = 0.1  # seconds
 _PEAKS = ("VmRSS", "RssAnon", "RssFile")
 _REPLACED = ("self_attn.k_proj", "mlp.up_proj")
+_PROCESS_MADVISE, _PAGEOUT = 440, 21  # of Linux since 5.10
 
 
 def make(folder: Path, blocks: int) -> None:
@@ -70,19 +76,36 @@ def _parts(config: MistralConfig) -> Iterator[dict[str, Tensor]]:
     yield {"lm_head.weight": drawn(words, width)}
 
 
-def run(folder: Path, measure: str, replaced: list[str], tokens: int) -> None:
+def run(folder: Path, measure: str, replaced: list[str], tokens: int, anchored: float) -> None:
     """Compress the model; in a process of its own."""
     import shrank
 
     generator = torch.Generator().manual_seed(1)
     data = [{"input_ids": torch.randint(0, 32000, (1, tokens), generator=generator)} for _ in range(_TEXTS)]
-    rank = {pattern: shrank.Energy(0.5) for pattern in replaced} | {"*": None}
-    source = shrank.Checkpoint(folder / "dense")
-    done = shrank.auto_fact(source, rank, calibrate=data, include=measure, stream=folder / "small").shrank_plan
+    first, *others = replaced
+    # A spectrum of one layer; the largest gets the rank that it has where 0.6 of its weights are kept.
+    rank = {first: shrank.Energy(0.5)} | dict.fromkeys(others, 0.6) | {"*": None}
+    source, how = shrank.Checkpoint(folder / "dense"), {"calibrate": data, "anchored": anchored, "include": measure}
+    done = shrank.auto_fact(source, rank, stream=folder / "small", **how).shrank_plan
     print(json.dumps({layer.fqn: layer.rank for layer in done.low_rank}))
 
 
-def watched(command: list[str], work: Path) -> dict[str, object]:
+class _Span(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_void_p), ("size", ctypes.c_size_t)]
+
+
+def squeeze(process: int) -> None:
+    """Take the pages of mapped files from a process, as the kernel does where memory is short."""
+    handle = os.pidfd_open(process)
+    for line in Path(f"/proc/{process}/maps").read_text().splitlines():
+        if "/" in line:
+            start, stop = (int(end, 16) for end in line.split()[0].split("-"))
+            span = ctypes.byref(_Span(start, stop - start))
+            ctypes.CDLL(None).syscall(_PROCESS_MADVISE, handle, span, ctypes.c_size_t(1), _PAGEOUT, 0)
+    os.close(handle)
+
+
+def watched(command: list[str], work: Path, squeezed: bool) -> dict[str, object]:
     """Run a command; its peaks of memory in MiB and its seconds, for each part of the run."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     parts: dict[str, dict[str, float]] = {}
@@ -90,6 +113,8 @@ def watched(command: list[str], work: Path) -> dict[str, object]:
         started = time.monotonic()
         status = Path(f"/proc/{process.pid}/status").read_text()
         now = {line.split()[0].rstrip(":"): int(line.split()[1]) / 1024 for line in status.splitlines() if "kB" in line}
+        if squeezed:
+            squeeze(process.pid)
         time.sleep(_EVERY)
         for part in {_part(work), "whole"}:
             known = parts.setdefault(part, {"seconds": 0.0})
@@ -115,20 +140,23 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="of each of two texts")
     parser.add_argument("--measure", default="model.layers.[01].*")
     parser.add_argument("--replace", nargs="*", default=[f"model.layers.0.{n}" for n in _REPLACED])
+    parser.add_argument("--anchored", type=float, default=0.0)
+    parser.add_argument("--squeeze", action="store_true", help="take the pages of files away all the time")
     parser.add_argument("--out", type=Path, default=RESULTS / "streaming.json")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.inside:
-        run(given.folder, given.measure, given.replace, given.tokens)
+        run(given.folder, given.measure, given.replace, given.tokens, given.anchored)
         return
     if not (given.folder / "dense").exists():
         make(given.folder / "dense", given.blocks)
     size = sum(file.stat().st_size for file in (given.folder / "dense").glob("*.safetensors"))
     about = provenance("cpu")
     command = [sys.executable, "-m", "benchmarks.speed.bench_streaming", *sys.argv[1:], "--inside"]
-    found = watched(command, given.folder / "small.streaming")
+    found = watched(command, given.folder / "small.streaming", given.squeeze)
     load = {"load averages at the end": os.getloadavg()}
-    settings = {"blocks": given.blocks, "tokens": _TEXTS * given.tokens, "measure": given.measure, "bytes": size}
+    settings = {name: getattr(given, name) for name in ("blocks", "measure", "anchored", "squeeze")}
+    settings |= {"tokens": _TEXTS * given.tokens, "bytes": size}
     given.out.write_text(json.dumps({"about": about, **load, **settings, **found}, indent=1) + "\n")
     shutil.rmtree(given.folder)
 

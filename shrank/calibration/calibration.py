@@ -43,6 +43,7 @@ class Calibration(LayerStatistics):
         files: One for every pass over the data.
         unseen: Layers that saw no data.
         feed_forward: The blocks that can be narrowed, and those that look so with the reason; None: not looked for.
+        inputs: Whether all linear layers were observed by their inputs, so that weights may be rounded.
 
     Attributes:
         reached: Whether gradients came to any layer.
@@ -54,8 +55,9 @@ class Calibration(LayerStatistics):
         files: Iterable[Path],
         unseen: Iterable[str] = (),
         feed_forward: Iterable[FeedForward] | None = None,
+        inputs: bool = False,
     ) -> None:
-        self.folder = folder
+        self.folder, self.inputs = folder, inputs
         self._feed_forward = None if feed_forward is None else tuple(feed_forward)
         self._entries: dict[str, tuple[Path, dict]] = {}
         self.unseen = list(unseen)
@@ -132,7 +134,7 @@ class Calibration(LayerStatistics):
         moments = self._seen(fqn, matrices, seen)
         if moments is None or (not moments.of_inputs and moments.data.shape[:2] != matrices.shape[:2]):
             return None
-        return metric(matrices, moments, centred)
+        return metric(matrices, moments, centred, self.inputs)
 
     def columns(self, fqn: str, matrices: Tensor, centred: bool, seen: Moments | None = None) -> Columns | None:
         """As `metric`, by the layer's inputs one by one; None where it was not observed by its inputs."""
@@ -243,7 +245,7 @@ def _found(
     warn_of_unseen(calls.unseen)
     by_inputs = {block.consumer for block in blocks or () if not block.reason}
     files = moment_files(folder, sites, calls, batches, masking, loss, request, by_inputs)
-    return Calibration(folder, files, calls.unseen, blocks)
+    return Calibration(folder, files, calls.unseen, blocks, request.inputs)
 
 
 def warn_of_unseen(names: list[str]) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 from torch import Tensor
 
+from ..linalg import Moments
 from ..util import tensor_file
 from ..util.processes import current
 from .observer import Accumulator
@@ -31,26 +34,25 @@ def write_moments(file: Path, accumulator: Accumulator) -> None:
 
 def _write(file: Path, accumulator: Accumulator) -> None:
     """What was added up in one pass."""
+    write_results(file, accumulator.results(), accumulator.reached)
+
+
+def write_results(file: Path, results: Iterable[tuple[str, Moments, str]], reached: bool) -> None:
+    """Write (name, moments, name of the layer whose data they are) of layers, and whether gradients came to any."""
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict] = {}
-    for fqn, moments, inputs_of in accumulator.results():
-        fields = {
-            "data": moments.data,
-            "mean": moments.mean,
-            "input_energy": moments.input_energy,
-            "gradient": moments.gradient,
-        }
+    for fqn, moments, inputs_of in results:
         names = {}
-        for field, value in fields.items():
-            if value is not None:
+        for field in fields(Moments):
+            if isinstance(value := getattr(moments, field.name), Tensor):
                 # Layers with the same inputs share their tensors.
-                names[field] = f"{fqn if field == 'gradient' else inputs_of}:{field}"
-                tensors[names[field]] = value.float().cpu().contiguous()
+                names[field.name] = f"{fqn if field.name == 'gradient' else inputs_of}:{field.name}"
+                tensors[names[field.name]] = value.float().cpu().contiguous()
         layers[fqn] = {
             "tokens": moments.tokens,
             "of_inputs": moments.of_inputs,
             "tensors": names,
             "gradient_samples": moments.gradient_samples,
         }
-    header = {"format": FORMAT, "layers": layers, "reached": accumulator.reached}
+    header = {"format": FORMAT, "layers": layers, "reached": reached}
     tensor_file.write(file, tensors, {"moments": json.dumps(header)})

@@ -106,7 +106,7 @@ class Observed:
 
     def moments(self, samples: int) -> Moments:
         leader, tokens = self.leader, self.leader.data.rows
-        mean, energy = (total / tokens for total in leader.sums)
+        mean, energy = ((total / tokens).float() for total in leader.sums)
         gradient = self.gradient and self.gradient.take_mean()  # zero where the loss does not depend on the layer
         return Moments(tokens, leader.data.take_mean(), mean, energy, self.of_inputs, gradient, samples)
 

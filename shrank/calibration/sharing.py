@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -70,17 +70,27 @@ def plan_passes(
     """
     by_name = {site.fqn: site for site in sites}
     groups = [group for names in calls.shared for group in _sided([by_name[name] for name in names], inputs)]
-    spilled = 1 if calls.rows < ROWS_IN_FLOAT32 else 3  # a float64 sum beside the float32 one
+    return in_passes(groups, calls.rows, lambda group: sum(_entries(group, gradients)), max_memory)
+
+
+def in_passes(groups: list[Group], rows: int, entries: Callable[[Group], int], max_memory: int) -> list[list[Group]]:
+    """Groups split so that the moments of each part, of so many entries and at most so many rows, fit into this."""
+    spilled = 1 if rows < ROWS_IN_FLOAT32 else 3  # a float64 sum beside the float32 one
     passes: list[list[Group]] = []
     free = 0
     for group in groups:
-        size = 4 * spilled * sum(_entries(group, gradients))
+        size = 4 * spilled * entries(group)
         if not passes or size > free:
             passes.append([])
             free = max_memory
         passes[-1].append(group)
         free -= size
     return passes
+
+
+def anchored_entries(group: Group) -> int:
+    """Numbers in the moments of a group that is anchored: of what it sees, and of that with what it should see."""
+    return 2 * sum(_entries(group, gradients=False))
 
 
 def observe_calls(

@@ -88,9 +88,9 @@ def carry_out_anchored(
     parts = [carry_out(survey, part_of(plan, {layer.fqn for layer in plan} - anchored), calibration)]
     for stage in track(stages, "compressing block by block"):
         groups = [group for sharing in stage for group in groups_in(sharing, calibration)]
-        found = anchored_at(calibration, survey.model, masking, groups, batches, seen.calls, share)
+        found = observed(survey.model, masking, groups, batches, seen.calls, share)
         names = {site.fqn for group in groups for site in group.sites}
-        parts.append(carry_out(survey, part_of(plan, names), found))
+        parts.append(carry_out(survey, part_of(plan, names), Anchored(calibration, found)))
     done = {layer.fqn: layer for part in parts for layer in part}
     blocks = {block.consumer: block for part in parts for block in part.narrowed}
     return replace(
@@ -105,31 +105,21 @@ def require_share(share: float) -> None:
         raise ValueError(f"anchored must lie in (0, 1], got {share}")
 
 
-class _Anchored(MetricSource):
+class Anchored(MetricSource):
     """A calibration, of whose layers those of one block see something else now."""
 
-    def __init__(self, calibration: Calibration, moments: dict[str, Moments]) -> None:
+    def __init__(self, calibration: Calibration, moments: dict[str, Moments] | Calibration) -> None:
         self._calibration, self._moments = calibration, moments
 
     def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
-        return self._calibration.metric(fqn, matrices, centred, self._moments.get(fqn))
+        if fqn in self._moments:
+            return self._calibration.metric(fqn, matrices, centred, self._moments[fqn])
+        return self._calibration.metric(fqn, matrices, centred)
 
     def columns(self, fqn: str, matrices: Tensor, centred: bool) -> Columns | None:
-        return self._calibration.columns(fqn, matrices, centred, self._moments.get(fqn))
-
-
-def anchored_at(
-    calibration: Calibration,
-    model: nn.Module,
-    masking: Masking,
-    groups: list[Group],
-    batches: list[Batch],
-    calls: dict[str, list[int]],
-    share: float,
-) -> MetricSource:
-    """The norms of a calibration, of the layers in these groups at what they see in a model that is compressed before
-    them; masking: of the dense model, calls: of every layer, by batch."""
-    return _Anchored(calibration, _observed(model, masking, groups, batches, calls, share))
+        if fqn in self._moments:
+            return self._calibration.columns(fqn, matrices, centred, self._moments[fqn])
+        return self._calibration.columns(fqn, matrices, centred)
 
 
 class _Pair:
@@ -168,7 +158,9 @@ class _Pair:
             self.sum = current().summed(none if self.sum is None else self.sum)
 
     def moments(self) -> Moments:
-        return replace(self.here.moments(0), anchor=self.anchor.take_mean(), anchor_mean=self.sum / self.anchor.rows)
+        return replace(
+            self.here.moments(0), anchor=self.anchor.take_mean(), anchor_mean=(self.sum / self.anchor.rows).float()
+        )
 
 
 def _add_up(pairs: list[_Pair]) -> None:
@@ -187,7 +179,7 @@ class _Enough(Exception):
 
 
 @torch.no_grad()
-def _observed(
+def observed(
     model: nn.Module,
     masking: Masking,
     groups: list[Group],
@@ -195,7 +187,8 @@ def _observed(
     calls: dict[str, list[int]],
     share: float,
 ) -> dict[str, Moments]:
-    """The moments of the layers of a stage, by name; not of those whose calls in the two models do not correspond.
+    """The moments of the layers in these groups at what they see in a model that is compressed before them, by name;
+    not of those whose calls in the two models do not correspond.
 
     masking: of the dense model. calls: of every layer, by batch.
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .factors import Factors
 from .grids import Grid, Storage
-from .moments import Metric
+from .moments import Metric, goal_of
 from .quantization import Quantized
 from .quantized_factors import (
     Loss,
@@ -36,7 +36,7 @@ from .weighted import factorize_weighted, rounded, squared_errors
 class Lost:
     """The weight (N, K) that a layer should have, the one that it has, and the norm that the difference counts in.
 
-    metric: of the layer, with its inputs; None for the norm of Frobenius. A goal in it is what `weight` must be.
+    metric: of the layer, with its inputs; None for the norm of Frobenius. What it goes towards is what `weight` must be.
     """
 
     weight: Tensor
@@ -133,7 +133,7 @@ def quantized_corrected(
 
 def _wanted(matrices: Tensor, metric: Metric | None) -> Tensor:
     """The weight (N, K) to come near to, float64."""
-    return (matrices if metric is None or metric.goal is None else metric.goal)[0].double()
+    return goal_of(matrices, metric)[0]
 
 
 def on_grids(
@@ -177,7 +177,15 @@ def _metric_of_error(weight: Tensor, error: Tensor, metric: Metric) -> Metric:
         mean = None if metric.input_mean is None else (error @ metric.input_mean[..., None])[..., 0]
     if metric.on_inputs and gradient is not None:
         gradient = _gradient_of_error(weight, error, gradient)
-    return Metric(data, gradient, metric.on_inputs, mean, None, metric.shift, inputs, metric.input_mean)
+    return Metric(
+        data,
+        gradient,
+        metric.on_inputs,
+        mean,
+        shift=metric.shift,
+        inputs=inputs,
+        input_mean=metric.input_mean,
+    )
 
 
 def _gradient_of_error(weight: Tensor, error: Tensor, gradient: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import parts
+
 # Weight of the diagonal in the second moment of the inputs: least error held out, 40 to 4000 samples of 192 features
 # with outliers (1 % to 30 %); it also orders directions that no input took.
 _SMALLEST_SHRINKAGE, _LARGEST_SHRINKAGE = 0.01, 0.3
@@ -56,9 +58,10 @@ class Metric:
     """The norm of a layer's error on the smaller side of its weight, in float64: positive definite `data` and
     `gradient`, each (G, m, m), `gradient` None for the identity; `on_inputs`: m = K, else m = N.
 
-    `mean`: of the data, if the bias is to make up for it; else None. `goal`: the matrices (G, N, K) to approximate, if
-    they are not the layer's own, and `shift` (G, N) what its mean output then lacks even without an error.
-    `inputs` (1, K, K): the data of the inputs, where they were observed, as rounding of weights needs them whatever
+    `mean`: of the data, if the bias is to make up for it; else None. `towards`: where the matrices to approximate are
+    not W, the layer's own, they are W T with this T (G, K, K) if it is `towards_inputs`, else T W with (G, N, N); and
+    `shift` (G, N) what its mean output then lacks even without an error.
+    `inputs` (1, K, K): the data of the inputs, where they were observed and rounding of weights may need them, whatever
     side is smaller; `input_mean` (1, K): their mean, if the bias is to make up for it.
     """
 
@@ -66,7 +69,8 @@ class Metric:
     gradient: Tensor | None
     on_inputs: bool
     mean: Tensor | None
-    goal: Tensor | None = None
+    towards: Tensor | None = None
+    towards_inputs: bool = False
     shift: Tensor | None = None
     inputs: Tensor | None = None
     input_mean: Tensor | None = None
@@ -88,94 +92,94 @@ class Columns:
     shift: Tensor | None = None
 
 
-def metric(matrices: Tensor, moments: Moments, centred: bool) -> Metric:
+def metric(matrices: Tensor, moments: Moments, centred: bool, inputs: bool = False) -> Metric:
     """The shrunk norm for matrices (G, N, K); centred: a bias will take up the mean of the error, which is then free.
+
+    inputs: Keep what is known of the inputs where the outputs are fewer, too.
 
     Source: the shrinkage towards the diagonal is that of Ledoit and Wolf (2004) with another target.
     """
-    W = matrices.double()
-    on_inputs = moments.of_inputs and W.shape[-2] > W.shape[-1]
-    W, data, mean, gradient, goal, shift = _seen(W, moments, centred)
-    inputs, input_mean = (data, mean) if moments.of_inputs else (None, None)
-    if moments.of_inputs and not on_inputs:
-        data, mean = W @ data @ W.mT, (W @ mean[..., None])[..., 0]
-    gradient = _shrunk_gradient(W, gradient, moments.gradient_samples, on_inputs)
+    W, mean, of_inputs = matrices, moments.mean.double(), moments.of_inputs
+    on_inputs = of_inputs and W.shape[-2] > W.shape[-1]
+    data, towards, shift = _shrunk_data(W, moments, centred)
+    of_columns, column_mean = (data, mean) if of_inputs and (inputs or on_inputs) else (None, None)
+    right = towards if of_inputs else None
+    if towards is not None and not of_inputs:
+        data, mean = towards @ data @ towards.mT, (towards @ mean[..., None])[..., 0]
+    if of_inputs and not on_inputs:
+        mean_input = mean[..., None] if right is None else right @ mean[..., None]
+        data, mean = data if right is None else right @ data @ right.mT, parts.times(W, mean_input)[..., 0]
+        data = parts.through(W, data)
+    gradient = None if moments.gradient is None else _shrunk_gradient(W, right, moments, on_inputs)
     if not centred:
-        mean = shift = input_mean = None
-    return Metric(data, gradient, on_inputs, mean, goal, shift, inputs, input_mean)
+        mean = shift = column_mean = None
+    return Metric(data, gradient, on_inputs, mean, towards, of_inputs, shift, of_columns, column_mean)
+
+
+def goal_of(matrices: Tensor, metric: Metric | None) -> Tensor:
+    """What the approximation of matrices (G, N, K) is to come near to, float64."""
+    W = matrices.double()
+    if metric is None or metric.towards is None:
+        return W
+    return W @ metric.towards if metric.towards_inputs else metric.towards @ W
 
 
 def columns(matrix: Tensor, moments: Moments, centred: bool) -> Columns:
     """The shrunk norm for a matrix (1, N, K), whose moments are those of its inputs; centred: as of `metric`."""
     of_inputs = moments.gradient is not None and matrix.shape[-2] > matrix.shape[-1]
-    W, data, mean, gradient, _, shift = _seen(matrix.double(), moments, centred)
-    gradient = _shrunk_gradient(W, gradient, moments.gradient_samples, of_inputs)
+    data, towards, shift = _shrunk_data(matrix, moments, centred)
+    goal = matrix.double() if towards is None else matrix.double() @ towards
+    worth = None if moments.gradient is None else _shrunk_gradient(matrix, towards, moments, of_inputs)
     if not of_inputs:
-        gradient = W.mT @ W if gradient is None else W.mT @ gradient @ W
-    return Columns(
-        data[0], gradient[0], W[0], mean[0] if centred else None, shift[0] if centred and shift is not None else None
-    )
+        worth = goal.mT @ goal if worth is None else goal.mT @ worth @ goal
+    mean = moments.mean.double()[0] if centred else None
+    return Columns(data[0], worth[0], goal[0], mean, shift[0] if centred and shift is not None else None)
 
 
-def _seen(
-    W: Tensor, moments: Moments, centred: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The matrices to approximate, the shrunk data, its mean and the gradient of these; where they are not the layer's
-    own, again as the goal, and the mean output that it lacks."""
-    mean = moments.mean.double()
-    data = _about(moments.data, mean, mean, centred)
-    energy = data.diagonal(dim1=-2, dim2=-1) if centred and moments.of_inputs else moments.input_energy.double()
-    energy = energy.clamp_min(0) + _FLOOR * energy.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    prior = energy.diag_embed() if moments.of_inputs else (W * energy[:, None]) @ W.mT
-    share = _shrinkage(W.shape[-1] if moments.of_inputs else W.shape[-2], moments.tokens)
-    data, goal, shift = _mixed(data, prior, share), None, None
-    gradient = None if moments.gradient is None else moments.gradient.double()
-    if moments.anchor is not None:
-        wanted = moments.anchor_mean.double()
-        # Where little was seen the prior has its way, in which the layer sees what it should.
-        cross = _mixed(_about(moments.anchor, wanted, mean, centred), prior, share)
-        goal, shift, data, mean, gradient = _anchored(W, moments.of_inputs, cross, wanted, data, mean, gradient)
-        W = goal
-    return W, data, mean, gradient, goal, shift
-
-
-def _anchored(
-    W: Tensor, of_inputs: bool, cross: Tensor, wanted: Tensor, data: Tensor, mean: Tensor, gradient: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The matrices that act on what the layer sees most like W on what it should see (`cross`: E t s^T, `wanted`: E t);
-    the mean output that even they lack; and what was measured, as it is of them: data, mean and gradient.
+def _shrunk_data(W: Tensor, moments: Moments, centred: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The moment of what the layer sees. If it is anchored also what makes of that most nearly what it should see, and
+    the mean output that even this lacks.
 
     Source: least squares of the dense outputs, as in AA-SVD and PIFA.
     """
+    mean, of_inputs = moments.mean.double(), moments.of_inputs
+    data = _about(moments.data, mean, mean, centred)
+    energy = data.diagonal(dim1=-2, dim2=-1) if centred and of_inputs else moments.input_energy.double()
+    energy = energy.clamp_min(0) + _FLOOR * energy.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    prior = energy.diag_embed() if of_inputs else parts.through(W, energy)
+    share = _shrinkage(W.shape[-1] if of_inputs else W.shape[-2], moments.tokens)
+    data.lerp_(prior, share)
+    if moments.anchor is None:
+        return data, None, None
+    wanted = moments.anchor_mean.double()
+    # Where little was seen the prior has its way, in which the layer sees what it should.
+    cross = _about(moments.anchor, wanted, mean, centred).lerp_(prior, share)
+    del prior
     towards = cross @ torch.linalg.pinv(data, rtol=_SINGULAR, hermitian=True)
-    reached = (towards @ mean[..., None])[..., 0]
-    lacking = (wanted - reached)[..., None]
-    if not of_inputs:
-        return towards @ W, lacking[..., 0], towards @ data @ towards.mT, reached, gradient
-    if gradient is not None and W.shape[-2] > W.shape[-1]:
-        gradient = towards.mT @ gradient @ towards
-    return W @ towards, (W @ lacking)[..., 0], data, mean, gradient
+    lacking = wanted[..., None] - towards @ mean[..., None]
+    return data, towards, (parts.times(W, lacking) if of_inputs else lacking)[..., 0]
 
 
 def _about(moment: Tensor, left: Tensor, right: Tensor, centred: bool) -> Tensor:
     """The moment, or around these means."""
-    return moment.double() - left[..., :, None] * right[..., None, :] if centred else moment.double()
+    moment = moment.to(torch.float64, copy=True)
+    return moment.sub_(left[..., :, None] * right[..., None, :]) if centred else moment
 
 
 def _shrinkage(features: int, tokens: int) -> float:
     return min(max(features / (features + 10 * tokens), _SMALLEST_SHRINKAGE), _LARGEST_SHRINKAGE)
 
 
-def _shrunk_gradient(W: Tensor, gradient: Tensor | None, samples: int, on_inputs: bool) -> Tensor | None:
-    """The gradients' moment, mixed with the one of as strong gradients that prefer no output."""
-    if gradient is None:
-        return None
-    neutral = W.mT @ W if on_inputs else torch.eye(W.shape[-2], dtype=W.dtype, device=W.device).expand_as(gradient)
-    strength = gradient.diagonal(dim1=-2, dim2=-1).sum() / neutral.diagonal(dim1=-2, dim2=-1).sum()
+def _shrunk_gradient(W: Tensor, right: Tensor | None, moments: Moments, on_inputs: bool) -> Tensor:
+    """The gradients' moment, mixed with the one of as strong gradients that prefer no output; right: beside W."""
+    gradient = moments.gradient.to(torch.float64, copy=True)
+    if on_inputs:
+        neutral = parts.gram(W)
+        if right is not None:
+            gradient, neutral = right.mT @ gradient @ right, right.mT @ neutral @ right
+    else:
+        neutral = torch.eye(W.shape[-2], dtype=gradient.dtype, device=W.device).repeat(len(gradient), 1, 1)
+    neutral *= gradient.diagonal(dim1=-2, dim2=-1).sum() / neutral.diagonal(dim1=-2, dim2=-1).sum()
     m = gradient.shape[-1]
-    share = min(max(m / (m + samples), _SMALLEST_GRADIENT_SHRINKAGE), _LARGEST_GRADIENT_SHRINKAGE)
-    return _mixed(gradient, neutral * strength, share)
-
-
-def _mixed(moment: Tensor, target: Tensor, share: float) -> Tensor:
-    return torch.lerp(moment, target, share)
+    share = min(max(m / (m + moments.gradient_samples), _SMALLEST_GRADIENT_SHRINKAGE), _LARGEST_GRADIENT_SHRINKAGE)
+    return gradient.lerp_(neutral, share)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .factors import Factors
 from .grids import Grid
-from .moments import Metric
+from .moments import Metric, goal_of
 from .quantization import Quantized, gptq, nearest
 from .svd import factorize
 from .weighted import factorize_weighted
@@ -55,7 +55,7 @@ def quantized_dense(matrices: Tensor, metric: Metric | None, grid: Grid) -> Quan
 
     Raises FactorizationError on NaN or infinity, ValueError on a metric without inputs or groups that do not divide K.
     """
-    weight = matrices[0] if metric is None or metric.goal is None else metric.goal[0]
+    weight = goal_of(matrices, metric)[0]
     on_grid = _on_grid(weight, inputs_of(metric), grid, matrices.dtype)
     return QuantizedDense(on_grid, loss_of(weight, numbers(on_grid), metric))
 
@@ -77,7 +77,7 @@ def quantized_factors(
     moment, dtype = inputs_of(metric), dtype or matrices.dtype
     if factors is None:
         factors = factorize(matrices, rank) if metric is None else factorize_weighted(matrices, metric, rank)
-    weight = (matrices[0] if metric is None or metric.goal is None else metric.goal[0]).double()
+    weight = goal_of(matrices, metric)[0]
     # Columns of up share their rows' scales, rows of down have scales of their own: the strengths belong in down.
     up = factors.up[0].double()
     strengths = up.norm(dim=0).clamp_min(torch.finfo(up.dtype).tiny)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import parts
 from .factors import Factors
 
 # How far the squared error may exceed the optimum: half of 1e-5 on the error itself.
@@ -27,13 +28,14 @@ def _gram(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """The smaller Gram matrices: W W^T (G, N, N) if N <= K, else W^T W (G, K, K); only their lower triangles, which is
     what eigh reads."""
     rows, cols = matrices.shape[-2:]
-    W = (matrices if rows <= cols else matrices.mT).to(dtype)
-    size = W.shape[-2]
-    gram = W.new_zeros(W.shape[0], size, size)
+    wide = matrices if rows <= cols else matrices.mT
+    size = wide.shape[-2]
+    gram = wide.new_zeros(len(wide), size, size, dtype=dtype)
     step = max(64, -(-size // 8))
-    for start in range(0, size, step):
-        stop = min(start + step, size)
-        gram[:, start:stop, :stop] = W[:, start:stop] @ W[:, :stop].mT
+    for _, W in parts.parts(wide, 2, dtype):
+        for start in range(0, size, step):
+            stop = min(start + step, size)
+            gram[:, start:stop, :stop] += W[:, start:stop] @ W[:, :stop].mT
     return gram
 
 
@@ -60,14 +62,13 @@ def factorize(matrices: Tensor, rank: int) -> Factors:
     """
     matrices = _checked(matrices)
     singular, vectors = _leading(matrices, rank)
-    work = matrices.to(vectors.dtype)
     # A floor keeps the split finite for zero singular values; the product does not depend on it.
     root = singular[:, None, :rank].clamp_min(_tiny(singular)).sqrt().to(vectors.dtype)
     # U U^T W, or W V V^T where V is the smaller side; scaling the vectors is cheaper than scaling the product.
     if matrices.shape[-2] <= matrices.shape[-1]:
-        up, down = vectors * root, (vectors / root).mT @ work
+        up, down = vectors * root, parts.before((vectors / root).mT, matrices, matrices.dtype)
     else:
-        up, down = work @ (vectors / root), (vectors * root).mT
+        up, down = parts.times(matrices, vectors / root, matrices.dtype), (vectors * root).mT
     squares = singular.double().square()
     tail, total = squares[:, rank:].sum().item(), squares.sum().item()
     down, up = down.to(matrices.dtype).contiguous(), up.to(matrices.dtype).contiguous()

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,38 +19,10 @@ from torch import Tensor, nn
 from ..calibration.batches import Batch
 from ..model.hooks import Hook, hooked
 from ..util import nested
-from .values import Unstreamable, read_value, write_value
+from .course import END, Course, Leaf, behind
+from .values import Unstreamable, is_whole, read_value, thin, write_value
 
-# A tensor among those that a unit returned: the unit's name, the number of the tensor.
-Leaf = tuple[str, int]
-END = ""  # in the place of a unit: what comes after the last
 _PLAIN = (Tensor, type(None), bool, int, float, str, tuple, list, dict, torch.dtype, torch.device)
-
-
-@dataclass
-class Course:
-    """The units that each batch went through, in order, and the leaves that each unit, or the END, depends on."""
-
-    orders: list[list[str]]
-    needs: dict[str, set[Leaf]] = field(default_factory=dict)
-
-    def of(self, unit: str) -> set[Leaf]:
-        return self.needs.setdefault(unit, set())
-
-    def is_last(self, unit: str, number: int) -> bool:
-        """Whether a batch goes from this unit to the end."""
-        return self.orders[number][-1:] == [unit]
-
-    def consumers(self, unit: str, number: int) -> list[str]:
-        """The units of a batch's course that depend on this one, the last first; what comes after the last unit of all
-        runs together with it."""
-        order = self.orders[number]
-
-        def depends(other: str) -> bool:
-            needed = self.of(other) | (self.of(END) if other == order[-1] else set())
-            return any(leaf[0] == unit for leaf in needed)
-
-        return [other for other in reversed(order[order.index(unit) + 1 :]) if depends(other)]
 
 
 class _Lacking(Exception):
@@ -76,19 +47,24 @@ class _Left(Exception):
 
 
 class Cut:
-    """One model and the files of what its units returned.
+    """One model and the files of what its units returned. Those that were thinned out are made again when something
+    depends on them.
 
     Args:
         model: With parameters that ask for no gradient.
         units: The names of its units, and of the layers in each.
         folder: Of the files.
         course: What batches went through so far.
+        lasting: Whether its units can run again.
     """
 
-    def __init__(self, model: nn.Module, units: Mapping[str, Iterable[str]], folder: Path, course: Course) -> None:
-        self.model, self.folder, self.course = model, folder, course
+    def __init__(
+        self, model: nn.Module, units: Mapping[str, Iterable[str]], folder: Path, course: Course, lasting: bool = True
+    ) -> None:
+        self.model, self.folder, self.course, self._lasting = model, folder, course, lasting
         self.units = units
         self._places = {unit: f"{number:05d}" for number, unit in enumerate(units)}
+        self._whole = set(units)  # all that may have files which are not thinned out
         self.leaves: dict[Leaf, Tensor] = {}  # of the last run
 
     def modules(self) -> dict[str, nn.Module]:
@@ -105,6 +81,17 @@ class Cut:
 
     def keep(self, unit: str, number: int, output: object) -> None:
         write_value(self.file(unit, number), output, unit)
+        self._whole.add(unit)
+
+    def is_kept(self, unit: str, number: int) -> bool:
+        return is_whole(self.file(unit, number))
+
+    def thin_out(self, wanted: set[str]) -> None:
+        """Leave only what these units returned."""
+        for unit in self._whole - wanted:
+            for file in (self.folder / self.place(unit)).glob("*.safetensors"):
+                thin(file)
+        self._whole &= wanted
 
     def forget(self, unit: str, number: int) -> None:
         self.file(unit, number).unlink(missing_ok=True)
@@ -119,7 +106,7 @@ class Cut:
             The output of the unit, or of the model.
         """
         run = partial(_Run, self, batch.number, unit, graph, to_end)
-        return self._until_read(unit, lambda: self._ran(batch, run()))
+        return self._until_read(unit, batch, to_end, lambda: self._ran(batch, run()))
 
     def next(self, batch: Batch) -> str | None:
         """The unit that a batch reaches after those that it has been through; None if it reaches the end."""
@@ -131,14 +118,30 @@ class Cut:
                     output = self._ran(batch, run)
             except _Reached as reached:
                 return reached.unit
-            run.require(nested.tensors(output), END)
+            run.require(output, END)
             return None
 
-        return self._until_read(END, explored)
+        return self._until_read(END, batch, True, explored)
 
-    def _until_read(self, unit: str, attempt: Callable[[], object]) -> object:
+    def needed(self, unit: str, number: int, to_end: bool = False) -> list[str]:
+        """The units of a batch's course before this one, or before the END, that it depends on, in order; to_end: and
+        what comes after it."""
+        order, leaves = self.course.orders[number], self.course.of(unit) | (self.course.of(END) if to_end else set())
+        before = order[: order.index(unit)] if unit in order else order
+        return [other for other in before if any(leaf[0] == other for leaf in leaves)]
+
+    def again(self, unit: str, batch: Batch) -> None:
+        """Run a unit again whose output was thinned out."""
+        if not self.is_kept(unit, batch.number):
+            if not self._lasting:
+                raise Unstreamable(f"only behind compressed layers something depends on what {unit} returned")
+            self.keep(unit, batch.number, self.through(batch, unit))
+
+    def _until_read(self, unit: str, batch: Batch, to_end: bool, attempt: Callable[[], object]) -> object:
         """The result of an attempt, with more leaves read each time it lacks some."""
         while True:
+            for other in self.needed(unit, batch.number, to_end):
+                self.again(other, batch)
             try:
                 return attempt()
             except _Lacking as lacking:
@@ -193,11 +196,13 @@ class _Run:
                 if own[unit] is not None:
                     vars(module)["forward"] = own[unit]
 
-    def require(self, tensors: Iterable[Tensor], unit: str) -> None:
+    def require(self, value: object, unit: str) -> None:
         """Raise _Lacking where these depend on leaves that were not read."""
-        names = {id(leaf): name for name, leaf in self.leaves.items()}
-        if lacking := _behind(tensors, names) - self._known:
+        if lacking := self._behind(value) - self._known:
             raise _Lacking(lacking)
+
+    def _behind(self, value: object) -> set[Leaf]:
+        return behind(nested.tensors(value), {id(leaf): name for name, leaf in self.leaves.items()})
 
     def _call(self, unit: str, forward: Callable, *args: object, **kwargs: object) -> object:
         self._calls[unit] += 1
@@ -206,8 +211,9 @@ class _Run:
         if unit in self._before:
             return self._returned(unit)
         if unit != self._unit:
+            self._cut.course.of(unit).update(self._behind((args, kwargs)))
             raise _Reached(unit)
-        self.require(nested.tensors((args, kwargs)), unit)
+        self.require((args, kwargs), unit)
         if self._graph:
             output = forward(*args, **kwargs)
         else:
@@ -232,18 +238,3 @@ class _Run:
 
     def _leave(self, module: nn.Module, args: tuple, output: object) -> None:
         raise _Left(output)
-
-
-def _behind(tensors: Iterable[Tensor], names: dict[int, Leaf]) -> set[Leaf]:
-    """The leaves, by their ids, that tensors were computed from."""
-    nodes = [t.grad_fn for t in tensors if t.grad_fn is not None]
-    found, seen = set(), set()
-    while nodes:
-        node = nodes.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if (name := names.get(id(getattr(node, "variable", None)))) is not None:
-            found.add(name)
-        nodes += [inner for inner, _ in node.next_functions if inner is not None]
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from ..calibration.batches import Batch
 from ..calibration.calibration import Calibration
 from ..calibration.metric_source import MetricSource
-from ..compression.anchored import anchored_at, carried_out, groups_in, warn_of_few_tokens
+from ..calibration.moment_files import write_results
+from ..calibration.sharing import Group, anchored_entries, in_passes
+from ..compression.anchored import Anchored, carried_out, groups_in, observed, warn_of_few_tokens
 from ..linalg import FactorizationError, Shape
 from ..model.survey import Site, Survey
 from ..planning.plan import RankPlan
@@ -21,9 +24,11 @@ from ..util import tensor_file
 from ..util.cache import name_of
 from ..util.progress import track
 from .cut import Cut
-from .mapped import MappedModel
+from .mapped import MappedModel, bytes_of
+from .room import require_room
 from .shards import write_rest, write_shard
-from .sweeps import Sweeps, call_of
+from .sweeps import Sweeps
+from .visits import Visit, call_of
 
 _SPECTRUM, _REASON = "spectrum", "stays dense"
 
@@ -88,6 +93,7 @@ class Fit:
         for unit in track(order, "fitting, block by block"):
             if self._shard(unit).exists():
                 continue
+            require_room(self.folder, {unit: bytes_of(self.mapped.model.get_submodule(unit))})
             names = {site.fqn for site in self.units[unit]}
             done = carried_out(self.survey, self.plan, names, metric(unit), workers=1)
             after(unit)
@@ -125,7 +131,7 @@ class AnchoredFit:
     def __init__(self, dense: Sweeps, fit: Fit, share: float) -> None:
         self._dense, self._fit, self._share = dense, fit, share
         names = {unit: [site.fqn for site in sites] for unit, sites in fit.units.items()}
-        self._cut = Cut(fit.mapped.model, names, fit.folder / "compressed", dense.course)
+        self._cut = Cut(fit.mapped.model, names, fit.folder / "compressed", dense.course, lasting=False)
         self._visits = {visit.unit: visit for visit in dense.visits}
         sites = [s for ss in fit.units.values() for s in ss if s.fqn in fit.calibration and fit.plan[s.fqn].rank]
         warn_of_few_tokens(fit.plan, fit.calibration, sites)
@@ -134,23 +140,40 @@ class AnchoredFit:
         """Of a unit that comes next in the order of execution."""
         if (visit := self._visits.get(unit)) is None:
             return self._fit.calibration
+        self._dense.restore(visit)
         sites = {site.fqn: site for site in self._fit.units[unit]}
         shared = [[sites[name] for name in names if self._is_anchored(name)] for names in visit.calls.shared]
         groups = [group for sharing in shared if sharing for group in groups_in(sharing, self._fit.calibration)]
         if not groups:
             return self._fit.calibration
-        batches = [call_of(self._dense.batches[number], partial(self._through, unit)) for number in visit.numbers]
+        passes = in_passes(groups, visit.calls.rows, anchored_entries, self._dense.max_memory)
+        files = [self._folder(unit) / f"{number:05d}.safetensors" for number in range(len(passes))]
+        for file, part in zip(files, passes, strict=True):
+            if not file.exists():
+                self._write(file, part, visit)
+        return Anchored(self._fit.calibration, Calibration(self._folder(unit), files))
+
+    def _write(self, file: Path, groups: list[Group], visit: Visit) -> None:
+        """Write the moments of some layers of a unit."""
+        batches = [call_of(self._dense.batches[number], partial(self._through, visit.unit)) for number in visit.numbers]
         model, masking = self._fit.mapped.model, self._dense.masking
-        found = anchored_at(self._fit.calibration, model, masking, groups, batches, visit.calls.calls, self._share)
+        found = observed(model, masking, groups, batches, visit.calls.calls, self._share)
+        firsts = {site.fqn: group.sites[0].fqn for group in groups for site in group.sites}
+        write_results(file, ((name, moments, firsts[name]) for name, moments in found.items()), reached=False)
         self._dense.mapped.release(self._dense.mapped.model)
-        return found
+
+    def _folder(self, unit: str) -> Path:
+        return self._fit.folder / "anchored" / self._cut.place(unit)
 
     def run_on(self, unit: str) -> None:
         """Run the data through the unit, now that its layers are fitted."""
         if visit := self._visits.get(unit):
+            shutil.rmtree(self._folder(unit), ignore_errors=True)
             for number in visit.numbers:
                 if visit.nexts[number] is not None:
                     self._cut.keep(unit, number, self._cut.through(self._dense.batches[number], unit))
+            for cut in (self._cut, self._dense.cut):
+                cut.thin_out(self._dense.needed_from(visit))
 
     def _is_anchored(self, name: str) -> bool:
         return name in self._fit.calibration and self._fit.plan[name].rank is not None

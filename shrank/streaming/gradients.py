@@ -12,7 +12,8 @@ from ..calibration.batches import Batch
 from ..calibration.losses import Sensitivity
 from ..util import nested, tensor_file
 from ..util.files import write_text
-from .cut import Cut, Leaf
+from .course import END, Leaf
+from .cut import Cut
 
 
 class SentBack(Sensitivity):
@@ -67,3 +68,13 @@ class SentBack(Sensitivity):
 
     def _file(self, unit: str, number: int) -> Path:
         return self._folder / self._cut.place(unit) / f"{number:06d}.safetensors"
+
+
+def forget_behind(folder: Path, cut: Cut, order: list[str], unit: str) -> None:
+    """Delete gradients that only this unit and later ones of this order needed."""
+    place = order.index(unit)
+    for later in order[place:]:
+        needed = {other for other, _ in cut.course.of(later) | cut.course.of(END)}
+        if not needed & set(order[:place]):
+            for file in (folder / cut.place(later)).glob("*.safetensors"):
+                file.unlink()

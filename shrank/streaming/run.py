@@ -29,11 +29,13 @@ from ..saving.folders import transformer_of
 from ..saving.transformers_folder import complete
 from ..saving.transformers_saving import save_config
 from ..saving.transformers_widths import configs_in
+from ..util.files import size_on_disk
 from ..util.fingerprint import fingerprint
 from ..version import __version__
 from .fit import AnchoredFit, Fit, KeptSpectra
 from .journal import put_in_place, taken_up, work_folder
 from .mapped import MappedModel
+from .room import require_room
 from .shards import assembled, bare
 from .sweeps import Sweeps
 from .values import Unstreamable
@@ -60,18 +62,24 @@ class Run:
         survey = Survey(self.mapped.model)
         if isinstance(rank, RankPlan):
             resolve(survey, rank)
+        with torch.inference_mode(False), torch.no_grad(), _without_cache(self.mapped.model):
+            wanted = {x.fqn for x in rank.low_rank} if isinstance(rank, RankPlan) else eligible_in(survey, options)
+            sweeps = Sweeps(self.mapped, _units(survey), set(wanted), self.how, self.work) if self.how else None
+            needs = sweeps.expected(self.share > 0) if sweeps else {}
+        needs["the result"] = sum(file.stat().st_size for file in self.mapped.files)
+        require_room(self.work, needs, size_on_disk(self.work) if self.work.exists() else 0)
         taken_up(self.work, self._about(rank, options))
         try:
-            return self._carried_out(survey, rank, options)
+            return self._carried_out(survey, rank, options, sweeps)
         except Unstreamable:
             shutil.rmtree(self.work)
             raise
 
-    def _carried_out(self, survey: Survey, rank: Rank | Budget | RankPlan, options: PlanOptions) -> nn.Module:
+    def _carried_out(
+        self, survey: Survey, rank: Rank | Budget | RankPlan, options: PlanOptions, sweeps: Sweeps | None
+    ) -> nn.Module:
         mapped, work = self.mapped, self.work
         with torch.inference_mode(False), torch.no_grad(), _without_cache(mapped.model):
-            wanted = {x.fqn for x in rank.low_rank} if isinstance(rank, RankPlan) else eligible_in(survey, options)
-            sweeps = Sweeps(mapped, _units(survey), set(wanted), self.how, work) if self.how else None
             calibration = _swept(sweeps) if sweeps else None
             plan = self._plan(survey, rank, calibration, options)
             if not plan.low_rank:
@@ -137,7 +145,7 @@ class Run:
             "rank": fingerprint(rank),
             "option": fingerprint(options),
             "data": how and fingerprint([batch.content() for batch in how.data]),
-            "loss": how and fingerprint([how.loss, how.seed]),
+            "loss": how and fingerprint([how.loss, how.seed, how.inputs]),
             "share of dense outputs": self.share,
         }
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..calibration.masks import Mask
 from ..util import nested, tensor_file
 
-_LAYOUT, _ROWS = "layout", torch.contiguous_format
+_LAYOUT, _THINNED, _ROWS = "layout", "thinned", torch.contiguous_format
 
 
 class Unstreamable(ValueError):
@@ -34,6 +34,21 @@ def read_value(file: Path, wanted: Callable[[int], bool], made: Callable[[int, T
     layout = json.loads(tensor_file.read_table(file)[1][_LAYOUT])
     held = tensor_file.read(file, {str(entry["tensor"]) for entry in _tensors_in(layout) if _is_read(entry, wanted)})
     return _rebuilt(layout, held, made)
+
+
+def thin(file: Path) -> None:
+    """Leave of a value only how it lies, and its tensors that are always read."""
+    if not is_whole(file):
+        return
+    layout = tensor_file.read_table(file)[1][_LAYOUT]
+    names = {str(entry["tensor"]) for entry in _tensors_in(json.loads(layout)) if _is_read(entry, lambda number: False)}
+    tensors = {name: tensor.clone() for name, tensor in tensor_file.read(file, names).items()}
+    tensor_file.write(file, tensors, {_LAYOUT: layout, _THINNED: "yes"})
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a value was written, and not thinned."""
+    return file.exists() and _THINNED not in tensor_file.read_table(file)[1]
 
 
 def write_masks(file: Path, masks: dict[int, Iterable[Mask]]) -> None:

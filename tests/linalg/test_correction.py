@@ -31,7 +31,7 @@ each_size = pytest.mark.parametrize(("N", "K"), SIZES)
 def layer(N: int, K: int, gradients: bool = True, centred: bool = False) -> tuple[Tensor, Metric]:
     """A weight (N, K) and its metric."""
     W, inputs, given = seen(N, K)
-    return W, metric(W[None], moments_of(W, inputs, given if gradients else None, of_inputs=True), centred)
+    return W, metric(W[None], moments_of(W, inputs, given if gradients else None, of_inputs=True), centred, inputs=True)
 
 
 def rounded(N: int, K: int, *how: bool) -> Lost:

@@ -34,7 +34,7 @@ def numbers(held: Quantized) -> Tensor:
 
 
 def norm_of(W: Tensor, inputs: Tensor, gradients: Tensor | None = None, centred: bool = False) -> Metric:
-    return metric(W[None], moments_of(W, inputs, gradients, of_inputs=True), centred)
+    return metric(W[None], moments_of(W, inputs, gradients, of_inputs=True), centred, inputs=True)
 
 
 def of_outputs(error: Tensor, norm: Metric) -> float:

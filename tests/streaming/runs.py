@@ -23,9 +23,9 @@ CONTEXT.set_forkserver_preload([__name__])
 _SIZES = {"hidden_size": 32, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-def write_source(folder: Path) -> Path:
+def write_source(folder: Path, blocks: int = 3) -> Path:
     """A tiny language model with a head of its own."""
-    config = LlamaConfig(**_SIZES, num_hidden_layers=3, vocab_size=64, tie_word_embeddings=False)
+    config = LlamaConfig(**_SIZES, num_hidden_layers=blocks, vocab_size=64, tie_word_embeddings=False)
     seeded(lambda: LlamaForCausalLM(config)).save_pretrained(folder)
     return folder
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from shrank.calibration.batches import Batch, as_batches
 from shrank.calibration.losses import Custom
 from shrank.calibration.masks import Mask
-from shrank.streaming.cut import END, Course, Cut
+from shrank.streaming.course import END, Course
+from shrank.streaming.cut import Cut
 from shrank.streaming.gradients import SentBack
-from shrank.streaming.values import Unstreamable, read_masks, read_value, write_masks, write_value
+from shrank.streaming.values import Unstreamable, is_whole, read_masks, read_value, thin, write_masks, write_value
 from tests.common.models import WIDTH, draw, seeded
 from tests.common.tolerances import assert_close
 
@@ -109,6 +110,21 @@ def test_gradients_are_those_of_the_whole_model(tmp_path) -> None:
         assert_close(parts, whole)
 
 
+def test_what_was_thinned_out_is_made_again(tmp_path) -> None:
+    model, cut = model_and_cut(Skips, tmp_path)
+    batch = as_batches([draw(5, WIDTH)])[0]
+    swept(cut, batch)
+    expected = batch.call(model)
+    cut.thin_out({"blocks.1"})
+    assert [unit for unit in UNITS if cut.is_kept(unit, 0)] == ["blocks.1"]
+    assert torch.equal(cut.through(batch, "blocks.3", to_end=True), expected)
+    assert [unit for unit in UNITS if cut.is_kept(unit, 0)] == ["blocks.0", "blocks.1", "blocks.2"]
+    gone = Cut(model, UNITS, tmp_path / "outputs", cut.course, lasting=False)
+    gone.thin_out(set())
+    with pytest.raises(Unstreamable, match=r"something depends on what blocks\.0 returned"):
+        gone.through(batch, "blocks.1")
+
+
 class Twice(Skips):
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks[0](self.blocks[0](x)[0])[0]
@@ -149,6 +165,14 @@ def test_values_in_files(tmp_path) -> None:
     assert torch.equal(found[0], twice) and torch.equal(found[1][1]["a"], twice)
     assert torch.equal(found[1][1]["b"], torch.arange(3))  # whole numbers are always read
     assert torch.equal(found[2], torch.zeros(4, dtype=torch.bfloat16))  # not wanted
+    thin(tmp_path / "value")
+    assert not is_whole(tmp_path / "value") and not is_whole(tmp_path / "other")
+    left = read_value(tmp_path / "value", lambda number: False, lambda number, tensor: tensor)
+    assert (
+        torch.equal(left[1][1]["b"], torch.arange(3))
+        and torch.equal(left[0], torch.zeros(2, 3))
+        and left[3:] == value[3:]
+    )
     with pytest.raises(Unstreamable, match="it returns a Batch, which no file can hold"):
         write_value(tmp_path / "other", replace(as_batches([twice])[0]), "it")
 
