@@ -25,7 +25,8 @@ from ..planning.rank import Rank
 from ..planning.spectra import Spectra
 from ..util.processes import current
 from ..util.progress import track
-from .anchored import SHARE, carry_out_anchored
+from .anchored import carry_out_anchored
+from .anchored_options import Anchored, as_anchored
 from .apply import carry_out
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Streamed(Protocol):
         rank: Rank | Budget | RankPlan,
         options: PlanOptions,
         calibrate: Calibrate | None,
-        anchored: float,
+        anchored: Anchored | None,
     ) -> nn.Module:
         """The model, compressed into a folder."""
 
@@ -62,7 +63,7 @@ def auto_fact(
     fact_led_unit: bool = False,
     *,
     calibrate: Iterable[object] | Calibrate | Calibration | None = None,
-    anchored: float | bool = False,
+    anchored: Anchored | float | bool = False,
     stream: str | os.PathLike | None = None,
     **options: Unpack[FittingKeywords],
 ) -> nn.Module:
@@ -84,7 +85,7 @@ def auto_fact(
             says how; or a Calibration. The twins then keep what the layers do to that data.
         anchored: Compress block by block. Each block is fitted at the inputs that the compressed blocks before it give,
             to a mixture of the outputs there and those of the dense model. A number in (0, 1] is the share of the
-            latter; True stands for a quarter. Needs the data itself, and runs it twice for each block.
+            latter; True stands for a quarter. Anchored(steps=...) trains each block after that. Needs the data itself.
         stream: A folder, to compress a `shrank.Checkpoint` into: block by block, from its files into others. Repeated
             after whatever stopped it, the same call goes on where it was.
         **options: The other fields of PlanOptions.
@@ -158,7 +159,7 @@ class _Data:
 
     how: Calibrate | None
     calibration: Calibration | None
-    anchored: float
+    anchored: Anchored | None
 
     def seen_by(self, survey: Survey, layers: list[str]) -> _Data:
         """With the calibration of these layers, if there is data."""
@@ -173,14 +174,14 @@ class _Data:
         return finish(survey, done)
 
 
-def _data(given: Iterable[object] | Calibrate | Calibration | None, anchored: float | bool) -> _Data:
+def _data(given: Iterable[object] | Calibrate | Calibration | None, anchored: Anchored | float | bool) -> _Data:
+    wanted = as_anchored(anchored)
     if given is None or isinstance(given, Calibration):
-        if anchored:
+        if wanted:
             raise TypeError("anchored: only together with calibrate=data")
-        return _Data(None, given, 0.0)
+        return _Data(None, given, None)
     how = given if isinstance(given, Calibrate) else Calibrate(given)
-    share = SHARE if anchored is True else float(anchored)
-    return _Data(replace(how, data=as_batches(how.data)), None, share)
+    return _Data(replace(how, data=as_batches(how.data)), None, wanted)
 
 
 def _plan(survey: Survey, rank: Rank | Budget, data: _Data, options: PlanOptions) -> RankPlan:

@@ -16,6 +16,7 @@ from ..calibration.batches import Batch, as_batches, bound
 from ..calibration.losses import LossLike, as_training_loss
 from ..calibration.sameness import agree_on
 from ..calibration.streams import warn_of_masks_that_fit_nothing
+from ..compression.schedule import split
 from ..model.notes import HEALING, note
 from ..model.storage import with_pivots, with_plain_factors
 from ..util.names import checks_keywords
@@ -24,7 +25,6 @@ from .accelerated import means_of, together
 from .options import LEARNING_RATE, HealOptions, RunOptions
 from .recorded import RecordedLogits
 from .run import Run
-from .schedule import split
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

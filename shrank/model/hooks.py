@@ -56,6 +56,20 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def without_caches(*models: nn.Module) -> Iterator[None]:
+    """Models of transformers keep no keys and values, through which a block would know what it did before."""
+    modules = (module for model in models for module in model.modules())
+    configs = {id(c): c for m in modules if getattr(c := getattr(m, "config", None), "use_cache", False)}
+    try:
+        for config in configs.values():
+            config.use_cache = False
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+
+
+@contextmanager
 def recomputing(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Runs of these modules, none inside of another, keep nothing for the backward pass, which runs them again."""
     patched = {module: vars(module).get("forward") for module in modules}

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from ..calibration.request import Calibrate
-from ..compression.anchored import require_share
+from ..compression.anchored_options import Anchored
 from ..compression.auto_fact import Streamed, auto_fact
 from ..model import notes
 from ..planning.budget import Budget, SmallestGoodEnough
@@ -54,7 +54,7 @@ class Checkpoint(Streamed):
         rank: Rank | Budget | RankPlan,
         options: PlanOptions,
         calibrate: Calibrate | None,
-        anchored: float,
+        anchored: Anchored | None,
     ) -> nn.Module:
         """Compress into a folder; see `shrank.auto_fact`.
 
@@ -64,7 +64,7 @@ class Checkpoint(Streamed):
             rank: What `auto_fact` takes.
             options: Which layers may change.
             calibrate: Data and how.
-            anchored: The share of the dense outputs; 0 for layers fitted alone.
+            anchored: How blocks are fitted to the dense outputs; None for layers fitted alone.
 
         Returns:
             The model, mapped from the files that were written.
@@ -80,15 +80,16 @@ class Checkpoint(Streamed):
             )
         if options.submodules is not None or options.fact_led_unit:
             raise TypeError("stream: name layers with include= and exclude=; submodules and fact_led_unit need a model")
-        if anchored:
-            require_share(anchored)
+        if anchored and anchored.steps:
+            raise TypeError(f"stream: blocks are not trained from files, and steps={anchored.steps}: use shrank.heal")
         from ..saving.transformers_folder import load_model, save_model
         from .mapped import MappedModel
         from .run import Run
 
         target = Path(folder)
         try:
-            return Run(MappedModel(self.source), self.source, target, calibrate, anchored).carry_out(rank, options)
+            share = anchored.share if anchored else 0.0
+            return Run(MappedModel(self.source), self.source, target, calibrate, share).carry_out(rank, options)
         except OSError as error:
             if not (work := work_folder(target)).exists():
                 raise
@@ -97,7 +98,7 @@ class Checkpoint(Streamed):
             warnings.warn(f"{self.source} is compressed in memory: {reason}", stacklevel=3)
         model = load_model(self.source)
         further = {} if isinstance(rank, RankPlan) else vars(options)
-        model = auto_fact(model, rank, calibrate=calibrate, anchored=anchored, **further)
+        model = auto_fact(model, rank, calibrate=calibrate, anchored=anchored or False, **further)
         if notes.noted(model, notes.PLAN).low_rank:
             save_model(model, self.source, target)
         return model

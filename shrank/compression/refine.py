@@ -1,0 +1,156 @@
+"""A block's factors, trained to return what the dense block returned, from what the compressed blocks before it give.
+
+Gradients reach no further than the block (AA-SVD, 2026).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..model.adapters import Target
+from ..model.storage import pivot_at, unpivot_at
+from ..model.survey import Site, Survey
+from ..planning.plan import LayerPlan
+from ..util import nested
+from ..util.processes import current
+from .anchored_options import Anchored
+from .masters import Masters
+from .relay import Arguments, CannotRunAlone, run_alone
+from .schedule import batch_of_step, rate
+
+_EVALUATIONS = 8
+
+
+@dataclass(frozen=True)
+class Example:
+    """A call of a block in the compressed model. layer: what the dense block is, if it is one layer; counts: which rows
+    of what is returned count, None for all; wanted: these rows of what the dense block returned, float32."""
+
+    arguments: Arguments
+    layer: Target | None
+    counts: Tensor | None
+    wanted: Tensor
+
+    def rows_of(self, output: Tensor) -> Tensor:
+        """(rows that count, features), float32."""
+        rows = output if self.layer is None else self.layer.tokens(output)
+        rows = rows.float().reshape(-1, rows.shape[-1])
+        return rows if self.counts is None else rows[self.counts.to(rows.device)]
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What training made of a block: its squared error on held-out data over the energy there, before and at best, and
+    the step of the best."""
+
+    before: float
+    after: float
+    step: int
+
+
+def main_of(output: object) -> Tensor:
+    """The one tensor of numbers that a block returns; CannotRunAlone if there is none or are several."""
+    found = [t for t in nested.tensors(output) if t.is_floating_point() and t.dim()]
+    if len(found) != 1:
+        raise CannotRunAlone(f"it returns {len(found)} tensors of numbers, and training takes one")
+    return found[0]
+
+
+def refine(
+    survey: Survey, block: str, sites: list[Site], train: list[Example], held: list[Example], how: Anchored
+) -> Refined:
+    """Train what replaced the layers at these sites of a block, and leave it as it was best on what is held out.
+
+    Of several processes each has examples of its own; all get the same factors.
+    """
+    pivots = [site for site in sites if getattr(site.module, "pivoted", False)]
+    # In pivots the outputs depend on few numbers steeply: at a rate at which plain factors gain, they diverge.
+    unpivot_at(survey, pivots)
+    try:
+        return _Training(survey.model, block, sites, train, held, how).run()
+    finally:
+        pivot_at(survey, pivots)
+
+
+def noted(layer: LayerPlan, block: str, found: Refined | str) -> LayerPlan:
+    """A layer with what its plan says of the training of its block, or of why there was none."""
+    if isinstance(found, str):
+        return replace(layer, reason=f"{layer.reason}; not trained further: {found}")
+    if not found.step:
+        return replace(layer, reason=f"{layer.reason}; trained further, to no gain on held-out data")
+    # The error of the layer alone, which was fitted, is no longer what the plan had.
+    gain = f"the error of {block or 'the model'} on held-out data {found.before:.4g} -> {found.after:.4g}"
+    return replace(layer, error=None, reason=f"{layer.reason}; trained further, {gain}")
+
+
+class _Training:
+    def __init__(
+        self, model: nn.Module, block: str, sites: list[Site], train: list[Example], held: list[Example], how: Anchored
+    ) -> None:
+        self.block, self.train, self.held, self.how = model.get_submodule(block), train, held, how
+        self.trained = _trainable(model, block, sites)
+        self.masters = Masters(self.trained)
+        found = [(len(x.wanted), x.wanted.square().sum().item()) for x in held]
+        everywhere = [both for part in current().exchange(found) for both in part]
+        self.rows, self.energy = sum(rows for rows, _ in everywhere), sum(energy for _, energy in everywhere) or 1.0
+
+    def run(self) -> Refined:
+        """Train, and leave the best factors and the flags as they were."""
+        flags = {p: p.requires_grad for p in self.block.parameters()}
+        try:
+            for parameter in flags:
+                parameter.requires_grad_(False)
+            for parameter in self.trained.values():
+                parameter.requires_grad_(True)
+            return self._run()
+        finally:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+                parameter.grad = None
+
+    def _run(self) -> Refined:
+        how, optimizer = self.how, self.masters.optimizer(self.how.learning_rate)
+        before = after = self._held_out_error()
+        best, at, every = self.masters.copies(), 0, max(1, how.steps // _EVALUATIONS)
+        for step in range(how.steps):
+            self.masters.clear_gradients()
+            self._send_gradients(step)
+            self.masters.step(optimizer, how.learning_rate * rate(step, how.steps))
+            if (step + 1) % every == 0 or step + 1 == how.steps:
+                error = self._held_out_error()
+                if error < after:
+                    after, at, best = error, step + 1, self.masters.copies()
+        self.masters.take(best)
+        return Refined(before, after, at)
+
+    @torch.enable_grad()
+    def _send_gradients(self, step: int) -> None:
+        """Of one call, a share of those of all processes."""
+        if self.train:
+            example = batch_of_step(self.train, step, self.how.seed)
+            mean = self.energy / max(self.rows, 1)  # of a row's energy
+            error = self._squares(example) / (mean * max(len(example.wanted), 1) * current().size)
+            if error.requires_grad:
+                error.backward()
+            self.masters.take_gradients()
+
+    @torch.no_grad()
+    def _held_out_error(self) -> float:
+        return sum(current().exchange(sum(self._squares(example).item() for example in self.held))) / self.energy
+
+    def _squares(self, example: Example) -> Tensor:
+        output = main_of(run_alone(self.block, example.arguments))
+        return (example.rows_of(output) - example.wanted).square().sum()
+
+
+def _trainable(model: nn.Module, block: str, sites: list[Site]) -> dict[str, nn.Parameter]:
+    """The parameters of these layers that are ordinary numbers and are in no other block."""
+    inside = {id(module) for module in model.get_submodule(block).modules()}
+    others = {id(p) for module in model.modules() if id(module) not in inside for p in module.parameters(recurse=False)}
+    found = {f"{site.fqn}.{name}": p for site in sites for name, p in site.module.named_parameters()}
+    # A subclass of Parameter is quantized or split between processes.
+    plain = {name: p for name, p in found.items() if type(p) is nn.Parameter and p.is_floating_point()}
+    return {name: p for name, p in plain.items() if id(p) not in others}
