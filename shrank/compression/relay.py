@@ -82,6 +82,7 @@ class Links:
             found, expected = _numbers_of(dense.run(block, number)), self._outputs[block]
             if len(found) != len(expected) or any(abs(a - b) > _ALIKE for a, b in zip(found, expected, strict=True)):
                 raise CannotRunAlone("called by itself it returns something else than in the model")
+            _require_plain(dense.arguments(block, number))  # also after it may have put something there
 
     @contextmanager
     def observed(self, number: int) -> Iterator[None]:
@@ -172,8 +173,7 @@ class Relay:
             handle.remove()
         if not found:
             raise CannotRunAlone("the compressed model does not call it where the dense model does")
-        if not _is_plain(found[0]):
-            raise CannotRunAlone("it shares an object with other parts of the model")
+        _require_plain(found[0])
         return found[0]
 
 
@@ -196,6 +196,11 @@ def _numbers_of(output: object) -> list[float]:
 def _version(tensor: Tensor) -> int:
     """How often it was changed in place."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _require_plain(arguments: Arguments) -> None:
+    if not _is_plain(arguments):
+        raise CannotRunAlone("it shares an object with other parts of the model")
 
 
 def _is_plain(arguments: Arguments) -> bool:

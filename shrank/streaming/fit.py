@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..calibration.batches import Batch
 from ..calibration.calibration import Calibration
 from ..calibration.metric_source import MetricSource
-from ..compression.anchored import anchored_at, carried_out, groups_in, warn_of_few_tokens
+from ..compression.anchored import carried_out, groups_in, warn_of_few_tokens
+from ..compression.anchored_moments import anchored_at
 from ..linalg import FactorizationError, Shape
 from ..model.survey import Site, Survey
 from ..planning.plan import RankPlan

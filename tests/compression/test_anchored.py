@@ -107,7 +107,7 @@ def test_runs_end_where_nothing_is_left_to_see() -> None:
     found = calibrate(model, batches)
     model[3].register_forward_hook(lambda *_: calls.append(1))
     apply_anchored(model, plan, batches, found)
-    # To see who shares an input, whether it does by itself what it does in the model, and then both models' once.
+    # To see who shares an input; whether it does by itself what it does in the model; then once in both models.
     assert len(calls) == 3 + 1 + 2 * 3
 
 
@@ -148,7 +148,7 @@ class Repeated(nn.Module):
 
 
 def test_every_call_of_every_batch_is_anchored(monkeypatch) -> None:
-    anchored, found = importlib.import_module("shrank.compression.anchored"), {}
+    anchored, found = importlib.import_module("shrank.compression.anchored_moments"), {}
     observe = anchored._observed
     monkeypatch.setattr(anchored, "_observed", lambda *args: found.update(seen := observe(*args)) or seen)
     model, calls = seeded(Repeated), [draw(2, WIDTH), draw(5, WIDTH) + 1, draw(3, WIDTH) * 2, draw(1, WIDTH)]
