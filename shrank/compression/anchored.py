@@ -23,6 +23,7 @@ from ..model.hooks import without_caches
 from ..model.surgery import finish
 from ..model.survey import Site, Survey
 from ..planning.plan import LayerPlan, RankPlan
+from ..util.processes import current
 from ..util.progress import track
 from .anchored_moments import anchored_at
 from .anchored_options import SHARE, Anchored
@@ -67,6 +68,7 @@ def carry_out_anchored(
         raise ValueError(f"steps={how.steps}: {len(batches)} batch cannot be trained on and held out: give more")
     sites = [site for site, layer in resolve(survey, plan) if layer.fqn in calibration]
     warn_of_few_tokens(plan, calibration, sites)
+    current().agree("the options of anchored", how)
     run = _BlockByBlock(survey, plan, calibration, batches, how)
     with torch.inference_mode(False), torch.no_grad(), without_caches(run.both.dense, survey.model):
         return run.all_of_it(sites)
