@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,12 @@ from ..calibration.batches import Batch
 from ..calibration.streams import number_of
 from ..model.hooks import hooked, in_eval_mode
 from ..util import nested
+from ..util.processes import current
 
 _PLAIN = (Tensor, type(None), bool, int, float, str, tuple, list, dict, torch.dtype, torch.device)
 _ALIKE = 1e-4  # of the numbers that stand for two outputs of about 1: some devices do not add up in one order
 Arguments = tuple[tuple, dict]
+T = TypeVar("T")
 
 
 class CannotRunAlone(ValueError):
@@ -175,6 +178,16 @@ class Relay:
             raise CannotRunAlone("the compressed model does not call it where the dense model does")
         _require_plain(found[0])
         return found[0]
+
+
+def first_reason(attempt: Callable[[], T]) -> tuple[str, T | None]:
+    """Why an attempt cannot succeed in one of the processes, "" if it does in all; and what came of it here."""
+    reason, result = "", None
+    try:
+        result = attempt()
+    except CannotRunAlone as error:
+        reason = str(error)
+    return next(filter(None, current().exchange(reason)), ""), result
 
 
 def run_alone(block: nn.Module, arguments: Arguments) -> object:

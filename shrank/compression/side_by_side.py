@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,13 +14,9 @@ from ..calibration.streams import Masking
 from ..model.adapters import target
 from ..model.blocks import blocks_of
 from ..model.survey import Site, Survey
-from ..util.processes import current
 from .anchored_options import Anchored
-from .refine import Example, Refined, main_of, refine
-from .relay import CannotRunAlone, Links, Relay
-from .schedule import split
-
-T = TypeVar("T")
+from .refine import Example, Refined, example_of, refined
+from .relay import CannotRunAlone, Links, Relay, first_reason
 
 
 class SideBySide:
@@ -50,7 +45,7 @@ class SideBySide:
 
     def why_not_alone(self, block: str) -> str:
         """Why a block cannot be run by itself; "" if it can."""
-        return _first_reason(lambda: self.links.require_alone(block, self._there))[0]
+        return first_reason(lambda: self.links.require_alone(block, self._there))[0]
 
     def run(self, block: str, batch: Batch, model: nn.Module) -> object:
         """What the block returns in this batch, in either model; all of the model's run where that calls it no more as
@@ -67,34 +62,12 @@ class SideBySide:
 
     def refined(self, block: str, sites: list[Site], how: Anchored) -> Refined | str:
         """What training made of a block whose layers at these sites were replaced; or why it was not trained."""
-        numbers = sorted(number for part in current().exchange(self.links.numbers(block)) for number in part)
-        if len(numbers) < 2:
-            return "fewer than two batches call it, and one is held out"
-        reason, examples = _first_reason(lambda: self._examples(block))
-        if reason:
-            return reason
-        train, held = ([examples[n] for n in part if n in examples] for part in split(numbers))
-        return refine(self._survey, block, sites, train, held, how)
+        numbers = self.links.numbers(block)
+        self._masking.prepare(self.batches[number] for number in numbers)
+        return refined(self._survey, block, sites, numbers, partial(self._example, block), how)
 
     @torch.no_grad()
-    def _examples(self, block: str) -> dict[int, Example]:
-        """Of the batches that this process runs, by number."""
-        self._masking.prepare(self.batches[number] for number in self.links.numbers(block))
-        adapter, found = target(self.dense.get_submodule(block)), {}
-        for number in self.links.numbers(block):
-            arguments, output = self._here.arguments(block, number), main_of(self._there.run(block, number))
-            rows = output if adapter is None else adapter.tokens(output)
-            self._masking.begin(self.batches[number])
-            example = Example(arguments, adapter, self._masking.call(block)(tuple(rows.shape[:-1])), output)
-            found[number] = replace(example, wanted=example.rows_of(output))
-        return found
-
-
-def _first_reason(attempt: Callable[[], T]) -> tuple[str, T | None]:
-    """Why an attempt cannot succeed in one of the processes, "" if it does in all; and what came of it here."""
-    reason, result = "", None
-    try:
-        result = attempt()
-    except CannotRunAlone as error:
-        reason = str(error)
-    return next(filter(None, current().exchange(reason)), ""), result
+    def _example(self, block: str, number: int) -> Example:
+        arguments, output = self._here.arguments(block, number), self._there.run(block, number)
+        self._masking.begin(self.batches[number])
+        return example_of(arguments, output, target(self.dense.get_submodule(block)), self._masking.call(block))

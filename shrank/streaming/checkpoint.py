@@ -80,16 +80,13 @@ class Checkpoint(Streamed):
             )
         if options.submodules is not None or options.fact_led_unit:
             raise TypeError("stream: name layers with include= and exclude=; submodules and fact_led_unit need a model")
-        if anchored and anchored.steps:
-            raise TypeError(f"stream: blocks are not trained from files, and steps={anchored.steps}: use shrank.heal")
         from ..saving.transformers_folder import load_model, save_model
         from .mapped import MappedModel
         from .run import Run
 
         target = Path(folder)
         try:
-            share = anchored.share if anchored else 0.0
-            return Run(MappedModel(self.source), self.source, target, calibrate, share).carry_out(rank, options)
+            return Run(MappedModel(self.source), self.source, target, calibrate, anchored).carry_out(rank, options)
         except OSError as error:
             if not (work := work_folder(target)).exists():
                 raise

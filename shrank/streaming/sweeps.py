@@ -62,7 +62,8 @@ class Sweeps:
         self.course = Course([[] for _ in self.batches])
         names = {unit: [site.fqn for site in sites] for unit, sites in units.items()}
         self.cut = Cut(mapped.model, names, folder / "outputs", self.course)
-        self.masking = Masking(mapped.model, {site.fqn: site.module for sites in units.values() for site in sites})
+        layers = {site.fqn: site.module for sites in units.values() for site in sites}
+        self.masking = Masking(mapped.model, self.cut.modules() | layers)
         self.visits: list[Visit] = []
 
     def forward(self, measure: bool) -> None:
