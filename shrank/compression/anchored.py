@@ -28,7 +28,7 @@ from ..util.progress import track
 from .anchored_moments import anchored_at
 from .anchored_options import SHARE, Anchored
 from .apply import carry_out, resolve
-from .refine import noted
+from .refine import changed_sites, noted
 from .side_by_side import SideBySide
 
 # With fewer tokens than this for each input, what is fitted is their noise.
@@ -97,7 +97,7 @@ class _BlockByBlock:
         reasons = {}
         for stage in track(stages, "compressing block by block"):
             block, tied = self._fit(stage, masking, seen.calls)
-            if self.how.steps and (reason := self._refine(block, stage, tied)):
+            if self.how.steps and (reason := self._refine(block, tied)):
                 reasons[block] = reason
             both.changed(None if tied else block)
         if reasons:
@@ -121,14 +121,14 @@ class _BlockByBlock:
         self._carry_out(names, found)
         return block, reason
 
-    def _refine(self, block: str, stage: list[list[Site]], reason: str) -> str:
+    def _refine(self, block: str, reason: str) -> str:
         """Train a block, unless there is a reason not to; why not, "" if it was."""
-        sites = [s for sharing in stage for s in sharing if self.done[s.fqn].rank is not None]
+        names = {name for name, own in self.both.blocks.items() if own == block and name in self.done}
+        sites = changed_sites(self.survey, self.both.dense, names)
         if not sites:
             return ""
         found = reason or self.both.refined(block, sites, self.how)
-        for site in sites:
-            self.done[site.fqn] = noted(self.done[site.fqn], block, found)
+        self.done |= {site.fqn: noted(self.done[site.fqn], block, found) for site in sites}
         return found if isinstance(found, str) else ""
 
     def _carry_out(self, names: set[str], calibration: MetricSource) -> None:

@@ -5,7 +5,7 @@ Gradients reach no further than the block (AA-SVD, 2026).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,6 +68,16 @@ def example_of(arguments: Arguments, output: object, layer: Target | None, mask:
     rows = wanted if layer is None else layer.tokens(wanted)
     example = Example(arguments, layer, mask(tuple(rows.shape[:-1])), wanted)
     return replace(example, wanted=example.rows_of(wanted))
+
+
+def changed_sites(survey: Survey, dense: nn.Module, names: Container[str]) -> list[Site]:
+    """The layers of these names that are no more what they are in the dense model: of other parameters."""
+
+    def form(module: nn.Module) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in module.named_parameters()}
+
+    sites = [site for site in survey.sites() if site.fqn in names]
+    return [site for site in sites if form(site.module) != form(dense.get_submodule(site.fqn))]
 
 
 def refined(
