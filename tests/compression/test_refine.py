@@ -153,9 +153,15 @@ def test_language_models(family: str) -> None:
     assert all("; trained further" in x.reason for x in small.shrank_plan.low_rank) and model.config.use_cache
 
 
+def test_pivoted_layers_that_gain_nothing_keep_their_bits() -> None:
+    model, rank = model_of_blocks(2), Budget(keep_params=0.6)
+    fitted, trained = (compressed(model, rows(), rank, steps=steps, learning_rate=10.0) for steps in (0, 8))
+    assert any(x.shape.pivoted for x in trained.shrank_plan.low_rank) and not unlike(fitted, trained)
+
+
 def test_pivoted_layers_stay_pivoted() -> None:
     model = model_of_blocks(2)
-    small = compressed(model, rows(), rank=Budget(keep_params=0.6, overrides={}))
+    small = compressed(model, rows(), rank=Budget(keep_params=0.6))
     pivoted = [x.fqn for x in small.shrank_plan.low_rank if x.shape.pivoted]
     assert pivoted and all(small.get_submodule(fqn).pivoted for fqn in pivoted)
     assert set(pivoted) & errors(small).keys()
