@@ -201,7 +201,7 @@ def healed_rows(study: Study, steps: int) -> Iterator[dict]:
 
 
 def refined_rows(study: Study, steps: int, keeps: tuple[float, ...] = ()) -> Iterator[dict]:
-    """What training each block makes of the anchored model, with products in bfloat16 as for healing."""
+    """What training each block makes of the anchored model."""
     task = study.task()
     dense, batches = task.model(), shrank.batches(task.batches())
     names = list(baselines.layers(dense, task.exclude))
@@ -209,9 +209,7 @@ def refined_rows(study: Study, steps: int, keeps: tuple[float, ...] = ()) -> Ite
     for keep in keeps or study.refine_at:
         plan = shrank.make_plan(dense, keep, calibration=calibration)
         started = time.perf_counter()
-        torch.set_float32_matmul_precision("medium")
         small = shrank.apply_anchored(copy.deepcopy(dense), plan, batches, calibration, shrank.Anchored(steps=steps))
-        torch.set_float32_matmul_precision("highest")
         yield {
             "method": f"{OURS}, refined {steps} steps",
             "keep": keep,

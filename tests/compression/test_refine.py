@@ -15,7 +15,7 @@ import shrank
 from shrank import Anchored, Budget, Calibrate, auto_fact
 from shrank.compression.refine import Example, _trainable, refine
 from shrank.model.survey import Survey
-from tests.common.models import WIDTH, SharedLayer, assert_untouched, draw, fingerprint, hf_model, seeded, tokens
+from tests.common.models import WIDTH, assert_untouched, draw, fingerprint, hf_model, seeded, tokens
 from tests.common.tolerances import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer than 10 tokens")
@@ -237,6 +237,17 @@ class Pairs(nn.Module):
         return x
 
 
+class Twice(nn.Module):
+    """The first block runs a second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[1](self.blocks[0](self.blocks[0](x)))
+
+
 class Keeps(Block):
     """A block that returns something else each time."""
 
@@ -249,7 +260,7 @@ class Keeps(Block):
     "build, reason",
     [
         (Pairs, "returns 2 tensors of numbers"),
-        (SharedLayer, "runs several times"),
+        (Twice, "runs several times"),
         (lambda: nn.Sequential(Keeps(), Keeps()), "returns something else"),
     ],
     ids=["several outputs", "several runs", "state"],
@@ -264,6 +275,12 @@ def test_a_block_that_cannot_be_trained_by_itself_is_named_and_left_fitted(build
     told = [x for x in small.shrank_plan.low_rank if reason in x.reason]
     assert told and all(x.error is not None for x in told)
     assert not {name for name in unlike(fitted, small) if name.startswith(tuple(x.fqn for x in told))}
+
+
+def test_a_block_that_is_a_layer_stays_fitted() -> None:
+    trained = compressed(seeded(lambda: nn.Sequential(Block(), nn.Linear(WIDTH, WIDTH), Block())), rows())
+    assert errors(trained).keys() == {f"{i}.{name}" for i in (0, 2) for name in ("up", "down")}
+    assert trained.shrank_plan["1"].error is not None and "trained" not in trained.shrank_plan["1"].reason
 
 
 def test_nonsense_is_refused_before_anything_is_changed() -> None:
