@@ -3,7 +3,7 @@
 python -m benchmarks.quality [minilm smollm2 whisper crepe-full crepe-tiny]
 python -m benchmarks.quality [...] --keep 0.6    # that column alone, printed and not stored
 python -m benchmarks.quality [...] --heal 300    # what as many steps of healing add to what was measured
-python -m benchmarks.quality [...] --refine 100  # likewise, of training each anchored block
+python -m benchmarks.quality [...] --refine 100  # likewise, probing layers and training each anchored block
 python -m benchmarks.quality [...] --cost     # of calibrate, plan and apply: seconds and memory, on a quiet machine
 python -m benchmarks.quality [...] --table    # of what was measured
 """
@@ -201,23 +201,26 @@ def healed_rows(study: Study, steps: int) -> Iterator[dict]:
 
 
 def refined_rows(study: Study, steps: int, keeps: tuple[float, ...] = ()) -> Iterator[dict]:
-    """What training each block makes of the anchored model."""
+    """What it gains to probe layers, and then to train each block."""
     task = study.task()
-    dense, batches = task.model(), shrank.batches(task.batches())
-    names = list(baselines.layers(dense, task.exclude))
-    calibration = shrank.calibrate(dense, batches, loss=task.own_loss, layers=names)
+    dense = task.model()
+    how = shrank.Calibrate(shrank.batches(task.batches()), loss=task.own_loss, probe=True)
     for keep in keeps or study.refine_at:
-        plan = shrank.make_plan(dense, keep, calibration=calibration)
-        started = time.perf_counter()
-        small = shrank.apply_anchored(copy.deepcopy(dense), plan, batches, calibration, shrank.Anchored(steps=steps))
-        yield {
-            "method": f"{OURS}, refined {steps} steps",
-            "keep": keep,
-            **task.evaluate(small),
-            "refined in s": round(time.perf_counter() - started),
-            "blocks": sorted({found[1] for x in small.shrank_plan if (found := _BLOCK.search(x.reason))}),
-            "measured": provenance("cpu"),
-        }
+        for method, anchored in (
+            ("probed", False),
+            (f"probed and refined {steps} steps", shrank.Anchored(steps=steps)),
+        ):
+            started = time.perf_counter()
+            small = shrank.auto_fact(copy.deepcopy(dense), keep, calibrate=how, anchored=anchored, exclude=task.exclude)
+            taken = round(time.perf_counter() - started)
+            yield {
+                "method": f"{OURS}, {method}",
+                "keep": keep,
+                **task.evaluate(small),
+                "compressed in s": taken,
+                "blocks": sorted({found[1] for x in small.shrank_plan if (found := _BLOCK.search(x.reason))}),
+                "measured": provenance("cpu"),
+            }
 
 
 def _halved(task: Task, dense: nn.Module, calibration: Calibration, keep: float = 0.8) -> Iterator[dict]:
@@ -310,7 +313,7 @@ def main() -> None:
             results["cost"] = {**cost(name), "measured": provenance("cpu")}
             path.write_text(json.dumps(results, indent=1) + "\n")
         elif arguments.heal or arguments.refine:
-            kind, measure = ("healed", healed_rows) if arguments.heal else ("refined", refined_rows)
+            kind, measure = ("healed", healed_rows) if arguments.heal else ("probed", refined_rows)
             found = list(measure(STUDIES[name], arguments.heal or arguments.refine))
             results["rows"] = [row for row in results["rows"] if kind not in row["method"]] + found
             path.write_text(json.dumps(results, indent=1) + "\n")

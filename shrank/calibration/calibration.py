@@ -43,6 +43,7 @@ class Calibration(LayerStatistics):
 
     Attributes:
         reached: Whether gradients came to any layer.
+        scales: What the error of a layer is worth over what gradients say, by name, where that was measured.
     """
 
     def __init__(self, folder: Path, files: Iterable[Path], unseen: Iterable[str] = ()) -> None:
@@ -50,6 +51,7 @@ class Calibration(LayerStatistics):
         self._entries: dict[str, tuple[Path, dict]] = {}
         self.unseen = list(unseen)
         self.reached = False
+        self.scales: dict[str, float] = {}
         for file in files:
             header = json.loads(tensor_file.read_table(file)[1]["moments"])
             self._entries |= {fqn: (file, entry) for fqn, entry in header["layers"].items()}
@@ -126,7 +128,10 @@ class Calibration(LayerStatistics):
             raise FactorizationError("the loss does not depend on it")
         if not bool(moments.data.isfinite().all()):
             raise FactorizationError("what it sees behind compressed layers holds NaN or infinity")
-        return metric(matrices, moments, centred)
+        found = metric(matrices, moments, centred)
+        if found.gradient is None or fqn not in self.scales:
+            return found
+        return replace(found, gradient=found.gradient * self.scales[fqn])
 
 
 @checks_keywords

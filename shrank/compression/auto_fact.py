@@ -28,6 +28,7 @@ from ..util.progress import track
 from .anchored import carry_out_anchored
 from .anchored_options import Anchored, as_anchored
 from .apply import carry_out
+from .probe import probed, require_probe
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -122,7 +123,7 @@ def auto_fact(
     else:
         # Errors come with the factors; computing the spectra first would decompose every layer twice.
         fitting = replace(fitting, errors=bool(options.get("errors", False)))
-        data = data.seen_by(survey, [] if data.how is None else eligible_in(survey, fitting))
+        data = data.seen_by(survey, [] if data.how is None else eligible_in(survey, fitting)).probed(survey)
         search = isinstance(rank, Budget) and isinstance(rank.goal, SmallestGoodEnough)
         plan = (_smallest_good_enough if search else _plan)(survey, rank, data, fitting)
     if not plan.low_rank:
@@ -165,6 +166,12 @@ class _Data:
         """With the calibration of these layers, if there is data."""
         return self if self.how is None else replace(self, calibration=calibrated(survey, self.how, layers))
 
+    def probed(self, survey: Survey) -> _Data:
+        """With errors of layers as large as they were measured to be, if that is wanted."""
+        if self.how is not None and self.how.probe:
+            self.calibration.scales = probed(survey, self.calibration, self.how)
+        return self
+
     def applied(self, survey: Survey, plan: RankPlan) -> nn.Module:
         """The model after the plan was carried out on it."""
         if self.anchored:
@@ -181,6 +188,8 @@ def _data(given: Iterable[object] | Calibrate | Calibration | None, anchored: An
             raise TypeError("anchored: only together with calibrate=data")
         return _Data(None, given, None)
     how = given if isinstance(given, Calibrate) else Calibrate(given)
+    if how.probe:
+        require_probe(how)
     return _Data(replace(how, data=as_batches(how.data)), None, wanted)
 
 

@@ -198,7 +198,12 @@ def _error_of_nothing(candidate: Candidate, weighted: bool) -> float:
 
 def _weight(candidate: Candidate) -> float:
     """What the errors of all tokens of a layer come to, of which `squares` are the mean."""
-    return float(candidate.priced.tokens or 1) ** _COHERENCE
+    return worth(candidate.priced.tokens or 1)
+
+
+def worth(tokens: int) -> float:
+    """What the errors of so many tokens come to, over their mean."""
+    return float(tokens) ** _COHERENCE
 
 
 def _thinned(points: list[Allocation]) -> list[Allocation]:

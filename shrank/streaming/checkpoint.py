@@ -78,6 +78,8 @@ class Checkpoint(Streamed):
             raise TypeError(
                 "a Budget(eval_fn=) tries compressed models, which streaming does not make: give keep_params="
             )
+        if calibrate is not None and calibrate.probe:
+            raise TypeError("stream: probe= runs the whole model for every layer, which streaming does not")
         if options.submodules is not None or options.fact_led_unit:
             raise TypeError("stream: name layers with include= and exclude=; submodules and fact_led_unit need a model")
         from ..saving.transformers_folder import load_model, save_model
