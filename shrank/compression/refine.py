@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..calibration.streams import MaskOfCall
 from ..model import surgery
-from ..model.adapters import Target, target
+from ..model.adapters import target
 from ..model.storage import pivot_at, unpivot_at
 from ..model.survey import Site, Survey
 from ..planning.plan import LayerPlan
@@ -29,18 +29,16 @@ _EVALUATIONS = 8
 
 @dataclass(frozen=True)
 class Example:
-    """A call of a block in the compressed model. layer: what the dense block is, if it is one layer; counts: which rows
-    of what is returned count, None for all; wanted: these rows of what the dense block returned, float32."""
+    """A call of a block in the compressed model. counts: which rows of what is returned count, None for all; wanted:
+    these rows of what the dense block returned, float32."""
 
     arguments: Arguments
-    layer: Target | None
     counts: Tensor | None
     wanted: Tensor
 
     def rows_of(self, output: Tensor) -> Tensor:
         """(rows that count, features), float32."""
-        rows = output if self.layer is None else self.layer.tokens(output)
-        rows = rows.float().reshape(-1, rows.shape[-1])
+        rows = output.float().reshape(-1, output.shape[-1])
         return rows if self.counts is None else rows[self.counts.to(rows.device)]
 
 
@@ -62,12 +60,11 @@ def main_of(output: object) -> Tensor:
     return found[0]
 
 
-def example_of(arguments: Arguments, output: object, layer: Target | None, mask: MaskOfCall) -> Example:
+def example_of(arguments: Arguments, output: object, mask: MaskOfCall) -> Example:
     """Of what the compressed block is called with and the dense one returned; CannotRunAlone if that is not one
     tensor."""
     wanted = main_of(output).detach()
-    rows = wanted if layer is None else layer.tokens(wanted)
-    example = Example(arguments, layer, mask(tuple(rows.shape[:-1])), wanted)
+    example = Example(arguments, mask(tuple(wanted.shape[:-1])), wanted)
     return replace(example, wanted=example.rows_of(wanted))
 
 

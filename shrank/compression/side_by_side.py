@@ -11,7 +11,6 @@ from torch import nn
 
 from ..calibration.batches import Batch, bound
 from ..calibration.streams import Masking
-from ..model.adapters import target
 from ..model.blocks import blocks_of
 from ..model.survey import Site, Survey
 from .anchored_options import Anchored
@@ -70,4 +69,4 @@ class SideBySide:
     def _example(self, block: str, number: int) -> Example:
         arguments, output = self._here.arguments(block, number), self._there.run(block, number)
         self._masking.begin(self.batches[number])
-        return example_of(arguments, output, target(self.dense.get_submodule(block)), self._masking.call(block))
+        return example_of(arguments, output, self._masking.call(block))

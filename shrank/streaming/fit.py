@@ -18,7 +18,6 @@ from ..compression.anchored_moments import anchored_at
 from ..compression.anchored_options import Anchored
 from ..compression.refine import Example, example_of, noted, refined, trainable_sites
 from ..linalg import FactorizationError, Shape
-from ..model.adapters import target
 from ..model.survey import Site, Survey
 from ..planning.plan import LayerPlan, RankPlan
 from ..planning.spectra import Spectra
@@ -189,9 +188,9 @@ class AnchoredFit:
             self._cut.through(batch, unit)
         finally:
             handle.remove()
-        output, layer = self._dense.cut.through(batch, unit), target(self._dense.mapped.model.get_submodule(unit))
+        output = self._dense.cut.through(batch, unit)
         self._dense.masking.begin(batch)
-        return example_of(calls[-1], output, layer, self._dense.masking.call(unit))
+        return example_of(calls[-1], output, self._dense.masking.call(unit))
 
     def _is_anchored(self, name: str) -> bool:
         return name in self._fit.calibration and self._fit.plan[name].rank is not None
