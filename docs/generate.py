@@ -83,6 +83,25 @@ def sizes() -> str:
     return table(["keep", "parameters", "cosine to dense", "mean weight error", "speed-up over dense"], body, 0)
 
 
+def few_bits() -> str:
+    def how(row: dict) -> tuple[str, str]:
+        bits = "16 bits" if row["bits"] is None else f"{row['bits']} bits"
+        groups = f", groups of {row['group_size']}" if row["group_size"] else ""
+        return bits + groups, row["rounding"]
+
+    rows = sorted(rows_of("few_bits_minilm"), key=lambda row: -row["bytes, of bfloat16 dense"])
+    body = (
+        (
+            "dense" if row["keep"] == 1 else f"keep {row['keep']}",
+            *how(row),
+            f"{row['bytes, of bfloat16 dense']:.3f}",
+            f"{row['cosine']:.4f}",
+        )
+        for row in rows
+    )
+    return table(("encoder weights", "stored in", "rounded by", "bytes, of bfloat16 dense", "cosine to dense"), body, 3)
+
+
 def int8() -> str:
     rows = sorted(rows_of("int8_minilm"), key=lambda row: -row["bytes, of bfloat16 dense"])
 
@@ -94,6 +113,19 @@ def int8() -> str:
         ["encoder weights", "bytes, of bfloat16 dense", "cosine to dense"],
         [(name(row), f"{row['bytes, of bfloat16 dense']:.2f}", f"{row['cosine']:.4f}") for row in rows],
     )
+
+
+def corrected() -> str:
+    """Weights of 4 bits with factors of 8: sizes down, methods across; an empty cell was not measured."""
+    rows = [row for row in rows_of("corrected_minilm") if row["factors"] in ("", "int8")]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    sizes = sorted({(row["group"], row["rank"], row["bytes, of bfloat16 dense"]) for row in rows})
+    found = {(row["method"], row["group"], row["rank"]): f"{row['cosine']:.4f}" for row in rows}
+    body = [
+        (f"{group}", f"{rank or 'none'}", f"{size:.3f}", *(found.get((m, group, rank), "") for m in methods))
+        for group, rank, size in sizes
+    ]
+    return table(["scale for each", "rank", "bytes", *methods], body, 0)
 
 
 def front() -> str:
@@ -132,6 +164,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "crepe-tiny-confidence": lambda: by_keep("crepe-tiny", "confidence", fixed(3)),
     "plain-svd-sizes": sizes,
     "int8": int8,
+    "few_bits": few_bits,
+    "corrected": corrected,
     "front": front,
 }
 

@@ -13,8 +13,9 @@ from ..calibration.batches import Batch
 from ..calibration.calibration import calibrate as run_calibration
 from ..calibration.request import Calibrate
 from ..compression.anchored_options import SHARE, Anchored
-from ..compression.apply import describe, merge
+from ..compression.apply import merge
 from ..compression.auto_fact import auto_fact
+from ..compression.describe import describe
 from ..data.file_batches import batches_from_file
 from ..data.model_inputs import require_next_token
 from ..healing.heal import heal as heal_model
@@ -35,12 +36,16 @@ from .options import (
     DAMAGED,
     USAGE,
     AllowSlower,
+    Bits,
     EnergyOption,
     Exclude,
     Force,
+    GroupSize,
     Include,
     Json,
     Keep,
+    KeepBytes,
+    Narrow,
     Out,
     Pivot,
     Rank,
@@ -51,9 +56,9 @@ from .options import (
     fail,
     one_of,
     plan_options,
+    require_compressed,
     require_free,
     require_layers,
-    require_low_rank,
     show,
     trust,
 )
@@ -95,6 +100,7 @@ def plan(
     source: Source,
     rank: Rank = None,
     keep: Keep = None,
+    keep_bytes: KeepBytes = None,
     energy: EnergyOption = None,
     calibrate: Data = None,
     loss: Loss = "output",
@@ -105,6 +111,9 @@ def plan(
     round_to: RoundTo = None,
     allow_slower: AllowSlower = False,
     pivot: Pivot = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    narrow: Narrow = None,
     treat_as_base: TreatAsBase = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan to this JSON file.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page about the plan.")] = None,
@@ -114,13 +123,24 @@ def plan(
     with errors(across=True) as here:
         from ..saving.transformers_folder import load_model
 
-        rule = one_of(rank=rank, keep=keep, energy=energy)
-        options = plan_options(pivot, include=include, exclude=exclude, round_to=round_to, allow_slower=allow_slower)
+        rule = one_of(bits, rank=rank, keep=keep, keep_bytes=keep_bytes, energy=energy)
+        options = plan_options(
+            pivot,
+            narrow,
+            include=include,
+            exclude=exclude,
+            round_to=round_to,
+            allow_slower=allow_slower,
+            bits=bits,
+            group_size=group_size,
+        )
         model, found = load_model(source), None
         trust(model, treat_as_base)
         if calibrate and (layers := eligible(model, **options)):
             batches = _batches(calibrate, model, source, loss, max_length, batch_size)
-            found = run_calibration(model, batches, loss=loss, layers=layers)
+            found = run_calibration(
+                model, batches, loss=loss, layers=layers, inputs=bool(bits or keep_bytes), narrow=bool(narrow)
+            )
         made = make_plan(model, rule, calibration=found, **options)
         if save and here.is_first:
             made.save(save)
@@ -135,6 +155,7 @@ def compress(
     out: Out,
     rank: Rank = None,
     keep: Keep = None,
+    keep_bytes: KeepBytes = None,
     energy: EnergyOption = None,
     plan: Annotated[Path | None, typer.Option(help="A plan as JSON, from `shrank plan --save`.")] = None,
     calibrate: Data = None,
@@ -149,6 +170,9 @@ def compress(
     round_to: RoundTo = None,
     allow_slower: AllowSlower = False,
     pivot: Pivot = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    narrow: Narrow = None,
     treat_as_base: TreatAsBase = None,
     stream: Stream = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page about what was done.")] = None,
@@ -168,8 +192,17 @@ def compress(
     with errors(across=True) as here:
         from ..saving.transformers_folder import load_model, save_model
 
-        rule = one_of(rank=rank, keep=keep, energy=energy, plan=plan)
-        options = plan_options(pivot, include=include, exclude=exclude, round_to=round_to, allow_slower=allow_slower)
+        rule = one_of(bits, rank=rank, keep=keep, keep_bytes=keep_bytes, energy=energy, plan=plan)
+        options = plan_options(
+            pivot,
+            narrow,
+            include=include,
+            exclude=exclude,
+            round_to=round_to,
+            allow_slower=allow_slower,
+            bits=bits,
+            group_size=group_size,
+        )
         checkpoint = Checkpoint(source) if stream else None
         model, dense = checkpoint.model() if checkpoint else load_model(source), None
         trust(model, treat_as_base)
@@ -230,7 +263,7 @@ def heal_command(
         from ..saving.transformers_folder import load_model, save_model
 
         model = load_model(student)
-        require_low_rank(describe(model), student)
+        require_compressed(describe(model), student)
         dense = load_model(teacher)
         batches = _batches(text, dense, teacher, loss, max_length, batch_size)
         if logits:
@@ -276,20 +309,20 @@ def inspect(
 
 
 def merge_command(source: Source, out: Out, force: Force = False, as_json: Json = False) -> None:
-    """Write a dense model: every low-rank layer multiplied out."""
+    """Write a dense model: every low-rank layer multiplied out, and weights of few bits as plain numbers."""
     require_free(out, force)
     with errors():
         from ..saving.transformers_folder import load_model, save_model
 
         model = load_model(source)
         before = describe(model)
-        require_low_rank(before, source)
+        require_compressed(before, source)
         save_model(merge(model), source, out)
     show(
-        {"path": str(out), "merged": len(before.low_rank), "bytes": size_on_disk(out)},
+        {"path": str(out), "merged": len(before.changed), "bytes": size_on_disk(out)},
         None,
         as_json,
-        f"wrote {out}: {len(before.low_rank)} layers merged, {size_on_disk(out):,} bytes",
+        f"wrote {out}: {len(before.changed)} layers merged, {size_on_disk(out):,} bytes",
     )
 
 

@@ -22,13 +22,16 @@ from ..calibration.streams import Masking
 from ..model.hooks import without_caches
 from ..model.surgery import finish
 from ..model.survey import Site, Survey
+from ..planning.narrowed import NarrowedBlock
 from ..planning.plan import LayerPlan, RankPlan
 from ..util.processes import current
 from ..util.progress import track
 from .anchored_moments import anchored_at
 from .anchored_options import SHARE, Anchored
-from .apply import carry_out, resolve
+from .apply import carry_out
+from .narrow import block_jobs, part_of
 from .refine import noted, trainable_sites
+from .resolve import resolve
 from .side_by_side import SideBySide
 
 # With fewer tokens than this for each input, what is fitted is their noise.
@@ -66,7 +69,9 @@ def carry_out_anchored(
     """As `apply_anchored`; the plan with the errors found. `finish` must follow."""
     if how.steps and len(batches) < 2:
         raise ValueError(f"steps={how.steps}: {len(batches)} batch cannot be trained on and held out: give more")
-    sites = [site for site, layer in resolve(survey, plan) if layer.fqn in calibration]
+    jobs = [site for site, _ in resolve(survey, plan)] + [job.consumer for job in block_jobs(survey, plan)[0]]
+    wanted = {site.fqn for site in jobs} & set(calibration)
+    sites = [site for site in survey.sites(inside_low_rank=True) if site.fqn in wanted]
     warn_of_few_tokens(plan, calibration, sites)
     current().agree("the options of anchored", how)
     run = _BlockByBlock(survey, plan, calibration, batches, how)
@@ -83,6 +88,7 @@ class _BlockByBlock:
         self.survey, self.plan, self.calibration, self.how = survey, plan, calibration, how
         self.both = SideBySide(survey, batches)
         self.done: dict[str, LayerPlan] = {}
+        self.narrowed: dict[str, NarrowedBlock] = {}  # by the layer behind its hidden units
 
     def all_of_it(self, sites: list[Site]) -> RankPlan:
         """sites: of the layers to be anchored."""
@@ -103,7 +109,11 @@ class _BlockByBlock:
         if reasons:
             told = "; ".join(f"{block}: {reason}" for block, reason in reasons.items())
             warnings.warn(f"fitted, but not trained further: {told}", stacklevel=5)
-        return replace(self.plan, layers=tuple(self.done[layer.fqn] for layer in self.plan))
+        return replace(
+            self.plan,
+            layers=tuple(self.done[layer.fqn] for layer in self.plan),
+            narrowed=tuple(self.narrowed.get(block.consumer, block) for block in self.plan.narrowed),
+        )
 
     def _fit(self, stage: list[list[Site]], masking: Masking, calls: dict[str, list[int]]) -> tuple[str, str]:
         """Fit the layers of a stage; the block, and why it cannot be run by itself, "" if it can."""
@@ -132,15 +142,16 @@ class _BlockByBlock:
         return found if isinstance(found, str) else ""
 
     def _carry_out(self, names: set[str], calibration: MetricSource) -> None:
-        self.done |= carried_out(self.survey, self.plan, names, calibration)
+        done = carry_out(self.survey, part_of(self.plan, names), calibration)
+        self.done |= {layer.fqn: layer for layer in done}
+        self.narrowed |= {block.consumer: block for block in done.narrowed}
 
 
 def carried_out(
     survey: Survey, plan: RankPlan, names: set[str], calibration: MetricSource | None, workers: int | None = None
 ) -> dict[str, LayerPlan]:
     """What became of these layers of the plan, which were replaced, so many at a time."""
-    part = replace(plan, layers=tuple(x for x in plan if x.fqn in names))
-    return {layer.fqn: layer for layer in carry_out(survey, part, calibration, workers)}
+    return {layer.fqn: layer for layer in carry_out(survey, part_of(plan, names), calibration, workers)}
 
 
 def _stages(blocks: dict[str, str], shared: list[list[Site]]) -> list[list[list[Site]]]:

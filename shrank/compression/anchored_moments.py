@@ -17,7 +17,7 @@ from ..calibration.metric_source import MetricSource
 from ..calibration.observer import Observed, add_up
 from ..calibration.sharing import Group
 from ..calibration.streams import Masking
-from ..linalg import Metric, Moments
+from ..linalg import Columns, Metric, Moments
 from ..model.hooks import hooked, in_eval_mode, input_of
 from ..util.processes import current
 
@@ -32,6 +32,9 @@ class _Anchored(MetricSource):
 
     def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
         return self._calibration.metric(fqn, matrices, centred, self._moments.get(fqn))
+
+    def columns(self, fqn: str, matrices: Tensor, centred: bool) -> Columns | None:
+        return self._calibration.columns(fqn, matrices, centred, self._moments.get(fqn))
 
 
 def anchored_at(

@@ -18,14 +18,14 @@ from ..calibration.losses import divergences, main_output
 from ..calibration.request import Calibrate
 from ..model.hooks import hooked, in_eval_mode
 from ..model.survey import Survey
+from ..planning.losses import worth
 from ..planning.make_plan import plan_of
 from ..planning.options import PlanOptions
 from ..planning.rank import Fraction
 from ..planning.spectra import Spectra
-from ..planning.spending import worth
 from ..util.processes import current
 from ..util.progress import track
-from .apply import resolve
+from .resolve import resolve
 from .twins import twins
 
 # all-MiniLM-L6-v2, probed with 2 of 8 batches: a cosine of 0.984 and 0.932 at keep 0.8 and 0.6, against 0.983 and 0.926

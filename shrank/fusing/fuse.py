@@ -46,7 +46,7 @@ def fuse(model: nn.Module) -> Fused:
     Returns:
         What was changed, what was left, and why.
     """
-    blocks = {name: each for name, each in model.named_modules() if _has_low_rank(each)}
+    blocks = {name: each for name, each in model.named_modules() if _is_compressed(each)}
     search = _Search(blocks)
     for name, block in reversed(blocks.items()):
         search.look_at(name, block)
@@ -69,7 +69,7 @@ def unfuse(model: nn.Module) -> None:
             del block.forward
 
 
-def _has_low_rank(block: nn.Module) -> bool:
+def _is_compressed(block: nn.Module) -> bool:
     return not isinstance(block, LowRankLayer) and any(isinstance(each, LowRankLayer) for each in block.modules())
 
 

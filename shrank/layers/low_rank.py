@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..linalg import FactorizationError, Factors, PivotedFactors, Shape, factorize, pivoted
+from ..linalg import Factors, PivotedFactors, Shape, Storage
 from ..ops import reference
+from .assigned import assign_weight
 from .merged_weight import merged
 from .plain import is_untouched, why_no_matrix, why_not_plain
+from .quantized import is_quantized, plain, quantized_of, storage_of_both, why_not_alike
 from .seal import drop_seal
-from .two_stage import assign_bias, factors_of, is_pivoted, merged_bias, ops_for, run, set_stages
+from .two_stage import (
+    Stored,
+    assign_bias,
+    factors_of,
+    is_pivoted,
+    merged_bias,
+    ops_for,
+    run,
+    set_stages,
+    stored_factors,
+)
 
 _NAMES = ("down", "up")
 
@@ -27,6 +40,8 @@ class LowRankLayer(nn.Module):
 
     unit: ClassVar[str]  # the name of the sequence of stages, in attributes and checkpoints
     stage_kinds: ClassVar[tuple[type[nn.Module], ...]]  # that the op computes as well
+    takes_ends: ClassVar[bool] = True  # whether an op computes it with what follows it
+    scales_with_a_factor: ClassVar[bool] = True  # whether its weight does
 
     def forward(self, x: Tensor) -> Tensor:
         return run(self.stages, x, self.stage_kinds, self.in_one_op)
@@ -49,6 +64,10 @@ class LowRankLayer(nn.Module):
         """down, up and bias, where they are all that the stages do: no pivots, no hooks, no stages of other tools."""
         return factors_of(self.stages, self.stage_kinds)
 
+    def stored_factors(self) -> Stored | None:
+        """The same with pivots or without."""
+        return stored_factors(self.stages, self.stage_kinds)
+
     def takes_residual(self, x: Tensor, residual: Tensor) -> bool:
         """Whether the op adds a residual of this shape and dtype."""
         return False
@@ -69,7 +88,7 @@ class LowRankLayer(nn.Module):
 
     @property
     def down(self) -> Tensor:
-        """The first factor, in the layout of the first stage's weight."""
+        """The first factor, in the layout of the first stage's weight; of one on a grid the numbers it stands for."""
         return self._factor(0)
 
     @property
@@ -92,12 +111,14 @@ class LowRankLayer(nn.Module):
         own = self.stages[1].bias
         if not self.pivoted or own is None:
             return own
-        return merged(own, (self.shape.out_features,), lambda: merged_bias(self.stages), self, "bias")
+        return merged(own, (self.shape.out_features,), self.dense_bias, self, "bias")
 
     @property
     def weight(self) -> Tensor:
         """The dense weight, multiplied out when used."""
         like = self.stages[0].weight
+        if is_quantized(like):
+            like = quantized_of(like).scales  # of the same dtype and device; what scales them scales the product
         if not isinstance(like, Tensor):
             return like  # a method where the stage is quantized, as it would be on the dense layer
         return merged(like, self.weight_shape, self.dense_weight, self, "weight")
@@ -110,6 +131,14 @@ class LowRankLayer(nn.Module):
     def dense_weight(self) -> Tensor:
         """The product of the factors, in the layout of the dense layer's weight."""
         raise NotImplementedError
+
+    def dense_bias(self) -> Tensor | None:
+        """That of the dense layer (N,), put together."""
+        return merged_bias(self.stages)
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that it is made of, as messages call them."""
+        yield from zip(("down", "up", "pivots"), self.stages, strict=False)
 
     def all_rows(self, product: Tensor) -> Tensor:
         """The dense weight as a matrix (N, K), from the product of the factors: with pivots, of the other rows."""
@@ -149,6 +178,10 @@ class LowRankLayer(nn.Module):
         """A dense weight as (G, N/G, K/G), one matrix for each group of the first stage."""
         raise NotImplementedError
 
+    def why_not_saved(self) -> str:
+        """What keeps its state from being loaded again; '' if nothing does."""
+        return self.why_not_plain(sharded=True)
+
     def why_not_plain(self, sharded: bool = False) -> str:
         """What keeps the parameters of the stages from being all that the layer does; '' if nothing does.
 
@@ -157,7 +190,12 @@ class LowRankLayer(nn.Module):
         for name, stage in zip(_NAMES, self.stages, strict=False):
             if reason := why_not_plain(stage, sharded):
                 return f"its {name} stage {reason}"
-        return ""
+        return why_not_alike(self.stages)
+
+    @property
+    def storage(self) -> Storage:
+        """How the factors are stored; ValueError if each is in another way."""
+        return storage_of_both(self.stages)
 
     def built_with(self, number: int, name: str) -> object:
         """An attribute of a stage; of one that peft has adapted, that of the layer inside."""
@@ -174,12 +212,12 @@ class LowRankLayer(nn.Module):
         stage = self.stages[number]
         if reason := why_no_matrix(stage):
             raise RuntimeError(f"{type(self).__name__}: its {_NAMES[number]} stage {reason}")
-        return stage.weight
+        return plain(stage.weight)
 
     def assign(self, name: str, value: Tensor | None) -> None:
         """Give the layer another dense `weight` or `bias`; ValueError where its factors cannot express it."""
         if name == "weight":
-            self._assign_weight(value)
+            assign_weight(self, value)
         else:
             assign_bias(self.stages, value)
 
@@ -195,32 +233,6 @@ class LowRankLayer(nn.Module):
             self.assign(name, param)
         else:
             super().register_parameter(name, param)
-
-    @torch.no_grad()
-    def _assign_weight(self, weight: Tensor) -> None:
-        owner = type(self).__name__
-        if not isinstance(weight, Tensor) or tuple(weight.shape) != self.weight_shape:
-            raise ValueError(
-                f"{owner}.weight is {tuple(self.weight_shape)}, got "
-                f"{tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__}"
-            )
-        if reason := self.why_not_plain():
-            raise RuntimeError(f"{owner}.weight cannot be assigned: {reason}")
-        try:
-            found = factorize(self.blocks_of(weight.detach()), self.rank // self.shape.down_groups)
-        except FactorizationError as error:
-            raise ValueError(f"{owner}.weight cannot be assigned: {error}") from error
-        # Products that were rounded to the dtype; a weight of another rank is off by tens of percent.
-        tolerance = max(8 * torch.finfo(weight.dtype).eps, 1e-4)
-        if found.relative_error > tolerance:
-            raise ValueError(
-                f"{owner}.weight was given a weight that no factors of rank {self.rank} have (they miss "
-                f"{found.relative_error:.2g} of it): merge the model to dense layers first, or use set_factors"
-            )
-        flags = {name: p.requires_grad for name, p in self.named_parameters()}
-        self.take(pivoted(found) if self.pivoted else found, self.bias)
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(flags[name])
 
     def _load_from_state_dict(self, state: dict, prefix: str, *rest: object) -> None:
         super()._load_from_state_dict(state, prefix, *rest)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .quantized import is_quantized
+
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 LAYERS = (nn.Linear, *CONVOLUTIONS.values())
 # On a stage of a user's subclass, which was found to compute what its base does (model/subclasses.py).
@@ -59,9 +61,11 @@ def why_not_plain(stage: nn.Module, sharded: bool = False) -> str:
 
 
 def why_not_numbers(tensor: Tensor) -> str:
-    """What keeps a tensor from being what its memory holds; '' if it is that."""
+    """What keeps a tensor from being what its memory holds, or on a grid of ours; '' if it is that."""
     kind = type(tensor.detach())
-    return "" if kind is Tensor else f"is a {kind.__module__}.{kind.__qualname__}, not plain numbers"
+    if kind is Tensor or is_quantized(tensor):
+        return ""
+    return f"is a {kind.__module__}.{kind.__qualname__}, not plain numbers"
 
 
 def why_not_quiet(stage: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""A seal: what a file holds under the name of a dense weight that it does not have.
+"""A seal: what a file holds under the name of a dense weight that it does not have, or has on a grid.
 
 Loaders that do not know low-rank layers look for `layer.weight`, and where they do not find it many leave the weight as
 it was drawn, at most with a warning. The seal has a shape that no weight of the layer has, so they fail instead.
@@ -12,11 +12,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .two_stage import UNITS
+from .quantized import VALUES
+from .two_stage import BASE, UNITS
 
 DENSE_NAME = "weight"
 _TEXT = b"shrank"
-_UNIT = re.compile(rf"(?P<dot>^|\.)(?:{'|'.join(UNITS)})\.")
+_UNIT = re.compile(rf"(?P<dot>^|\.)(?:{'|'.join((*UNITS, BASE))})\.")
 
 
 def seal(dense_shape: tuple[int, ...]) -> Tensor:
@@ -41,5 +42,7 @@ def drop_seal(state: dict[str, Tensor], prefix: str, unexpected: list[str]) -> N
 
 
 def sealed_names(names: Iterable[str]) -> set[str]:
-    """The names of the seals that belong to the factors among these names."""
-    return {name[: unit.start()] + unit["dot"] + DENSE_NAME for name in names for unit in _UNIT.finditer(name)}
+    """The names of the seals that belong to the factors, and to the weights on a grid, among these names."""
+    names = list(names)
+    factors = {name[: unit.start()] + unit["dot"] + DENSE_NAME for name in names for unit in _UNIT.finditer(name)}
+    return factors | {name.removesuffix(VALUES) for name in names if name.endswith(f"{DENSE_NAME}{VALUES}")}

@@ -14,6 +14,7 @@ from .svd import FactorizationError, _checked
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 _COLUMNS = 128  # that are rounded before the columns behind them make up for it
 _DAMPING = 0.01  # of the mean diagonal entry, as in GPTQ
+_LEAST = 1e-30  # where nothing is seen
 
 
 @dataclass(frozen=True)
@@ -30,48 +31,54 @@ class Quantized:
         return (groups * self.scales[..., None]).flatten(1)
 
 
-def nearest(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Quantized:
+def nearest(
+    weight: Tensor, grid: Grid, importance: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Quantized:
     """Every weight of a matrix (N, K) rounded to the nearest number of the grid.
 
-    importance: (K,), of each column's error in the choice of scales; None: all alike.
+    importance: (K,), of each column's error in the choice of scales; None: all alike. dtype: that of the scales, if not
+    the weight's.
     """
     W = _checked(weight).double()
-    scales = _scales(W, grid, importance, weight.dtype)
+    scales = _scales(W, grid, importance, dtype or weight.dtype)
     spread = scales.double().repeat_interleave(W.shape[1] // scales.shape[1], 1)
     return Quantized(_rounded(W, spread, grid).to(torch.int8), scales, grid)
 
 
-def gptq(weight: Tensor, hessian: Tensor, grid: Grid) -> Quantized:
+def gptq(weight: Tensor, hessian: Tensor, grid: Grid, dtype: torch.dtype | None = None) -> Quantized:
     """A matrix (N, K) on a grid, each column rounded in turn and the others moved to make up for its error.
 
     The columns of most energy come first; the scales are those of the weights before any moved. Raises
     FactorizationError on NaN or infinity.
 
-    hessian: (K, K), the second moment of the inputs, float64, positive semi-definite.
+    hessian: (K, K), the second moment of the inputs, float64, positive semi-definite. dtype: that of the scales, if not
+    the weight's.
 
     Source: GPTQ (Frantar et al., ICLR 2023), with its activation order and static groups.
     """
     W = _checked(weight).double()
     energy = hessian.diagonal()
-    scales = _scales(W, grid, energy, weight.dtype)
+    scales = _scales(W, grid, energy, dtype or weight.dtype)
     order = energy.argsort(descending=True, stable=True)
-    spread = scales.double().repeat_interleave(W.shape[1] // scales.shape[1], 1)[:, order]
-    W, values, inverse = W[:, order], torch.empty_like(W), _inverse_factor(hessian[order][:, order])
-    for start in range(0, W.shape[1], _COLUMNS):
-        end = min(start + _COLUMNS, W.shape[1])
-        errors = torch.empty_like(W[:, start:end])
+    spread = scales.double().repeat_interleave(W.shape[1] // scales.shape[1], 1).mT[order].contiguous()
+    columns, inverse = W.mT[order].contiguous(), _inverse_factor(hessian[order][:, order])
+    values = torch.empty_like(columns)
+    for start in range(0, len(columns), _COLUMNS):
+        end = min(start + _COLUMNS, len(columns))
+        errors = torch.empty_like(columns[start:end])
         for j in range(start, end):
-            values[:, j] = _rounded(W[:, j], spread[:, j], grid)
-            error = (W[:, j] - values[:, j] * spread[:, j]) / inverse[j, j]
-            W[:, j + 1 : end] -= torch.outer(error, inverse[j, j + 1 : end])
-            errors[:, j - start] = error
-        W[:, end:] -= errors @ inverse[start:end, end:]
-    return Quantized(values[:, order.argsort()].to(torch.int8).contiguous(), scales, grid)
+            values[j] = _rounded(columns[j], spread[j], grid)
+            error = torch.addcmul(columns[j], values[j], spread[j], value=-1).div_(inverse[j, j])
+            columns[j + 1 : end].addr_(inverse[j, j + 1 : end], error, alpha=-1)
+            errors[j - start] = error
+        columns[end:].addmm_(inverse[start:end, end:].mT, errors, alpha=-1)
+    return Quantized(values[order.argsort()].mT.to(torch.int8).contiguous(), scales, grid)
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
     """The upper Cholesky factor of the inverse."""
-    damped = hessian + _DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian)).to(hessian)
+    strength = (_DAMPING * hessian.diagonal().mean()).clamp_min(_LEAST)
+    damped = hessian + strength * torch.eye(len(hessian)).to(hessian)
     factor, failed = torch.linalg.cholesky_ex(damped)
     if failed:
         raise FactorizationError("the second moment of its inputs is not positive definite")

@@ -44,6 +44,10 @@ class Target:
         """Why the twin cannot have the groups of this shape; '' if it can."""
         return ""
 
+    def why_not_on_grid(self, rank: int | None) -> str:
+        """Why the layer, or at a rank its factors, cannot have weights of few bits; '' if they can."""
+        return f"torchao computes no {self.kind} with weights of few bits"
+
     def matrices(self, shape: Shape) -> Tensor:
         """The weight as (G, N/G, K/G), one matrix per group of the twin's first stage."""
         raise NotImplementedError
@@ -56,6 +60,19 @@ class Target:
     def dense_from(layer: LowRankLayer) -> nn.Module:
         """The dense module that a twin stands for, its parameters in place of whatever it was built with."""
         raise NotImplementedError
+
+    def resized(self, matrix: Tensor, bias: Tensor | None) -> dict[str, object]:
+        """The attributes of the module with a matrix (N, K) of another size, and a bias (N,) if it has one."""
+        raise NotImplementedError
+
+    def _parameters(self, weight: Tensor, bias: Tensor | None) -> dict[str, object]:
+        own = self.module._parameters
+        new = {"weight": weight, "bias": bias}
+        return {
+            name: value if value is None else nn.Parameter(value.to(old.dtype).contiguous(), old.requires_grad)
+            for name, value in new.items()
+            if (old := own.get(name)) is not None
+        }
 
     def tokens(self, outputs: Tensor) -> Tensor:
         """The module's inputs, outputs or gradients with the features last, a vector for every token or position."""
@@ -80,6 +97,15 @@ class LinearTarget(Target):
     def shape(self) -> Shape:
         return Shape(*self.module.weight.shape)
 
+    def why_not_on_grid(self, rank: int | None) -> str:
+        return ""
+
+    def like(self) -> nn.Linear:
+        """A layer of the same interface, on the meta device."""
+        linear = self.module
+        made = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, **self._meta())
+        return as_subclass(made, linear)
+
     def matrices(self, shape: Shape) -> Tensor:
         return self.module.weight.detach()[None]
 
@@ -95,6 +121,10 @@ class LinearTarget(Target):
             )
         )
 
+    def resized(self, matrix: Tensor, bias: Tensor | None) -> dict[str, object]:
+        N, K = matrix.shape
+        return {**self._parameters(matrix, bias), "in_features": K, "out_features": N}
+
     @staticmethod
     def dense_from(layer: LED) -> nn.Linear:
         dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
@@ -109,11 +139,19 @@ class HFConv1DTarget(Target):
     def shape(self) -> Shape:
         return Shape(*self.module.weight.mT.shape)
 
+    def why_not_on_grid(self, rank: int | None) -> str:
+        # It multiplies by its weight transposed, which no tensor of torchao can; its factors are linear layers.
+        return super().why_not_on_grid(rank) if rank is None else ""
+
     def matrices(self, shape: Shape) -> Tensor:
         return self.module.weight.detach().mT[None]
 
     def twin(self, rank: int, shape: Shape) -> LEDConv1D:
         return LEDConv1D(shape.in_features, shape.out_features, rank, True, pivot=shape.pivoted, **self._meta())
+
+    def resized(self, matrix: Tensor, bias: Tensor | None) -> dict[str, object]:
+        N, K = matrix.shape
+        return {**self._parameters(matrix.mT, bias), "nx": K, "nf": N}
 
     @staticmethod
     def dense_from(layer: LEDConv1D) -> nn.Module:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from ..layers.quantized import is_quantized, storage_of
 from ..linalg import Shape
 from .adapters import ADAPTERS, LOW_RANK, is_hf_conv1d, is_lazy, target
 from .subclasses import base_of, disagreement, is_trusted
@@ -22,6 +23,8 @@ def why_not(module: nn.Module) -> list[str]:
         return ["its weight is not initialized yet"]
     if target(module) is None:
         return [_why_not_type(module)]
+    if is_quantized(weight):
+        return [f"its weight is on a grid already ({storage_of(module)})"]
     if type(weight) is not nn.Parameter or "weight" not in module._parameters:
         return [f"its weight is a {type(weight).__name__}, not a plain parameter (weight_norm, pruning, quantization)"]
     reasons = []

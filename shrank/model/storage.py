@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ..layers.low_rank import LowRankLayer
 from ..layers.two_stage import merged_bias
 from ..linalg import Factors, PivotedFactors, pivoted, unpivoted
 from . import surgery
@@ -42,6 +43,12 @@ def with_plain_factors(model: nn.Module) -> tuple[nn.Module, list[str]]:
     sites = [site for site in survey.low_rank() if not site.inside and site.module.pivoted]
     unpivot_at(survey, sites)
     return survey.model, [site.fqn for site in sites]
+
+
+def plain_factors_of(layer: LowRankLayer) -> Factors:
+    """The plain factors of a low-rank layer, which is not changed."""
+    factors = layer.factors()
+    return unpivoted(factors) if isinstance(factors, PivotedFactors) else factors
 
 
 def with_pivots(model: nn.Module, names: list[str]) -> nn.Module:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from ..layers.ced import CED
 from ..layers.led import LED
+from ..layers.quantized import is_quantized
 from . import notes
 from .adapters import LOW_RANK
 from .survey import Site, Survey
@@ -27,6 +29,7 @@ _FAST_PATHS = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }
+_ON_GRID = ("values", "scales")  # of a weight that is being read
 _SAVED_FAST_PATH = "_shrank_fast_path"
 # What the replaced and the replacing classes set themselves, and accelerate's wrapping; all else is the user's.
 _OWN_ATTRIBUTES = {"nx", "nf", "forward", "_hf_hook", "_old_forward"}.union(
@@ -40,11 +43,59 @@ _OWN_ATTRIBUTES = {"nx", "nf", "forward", "_hf_hook", "_old_forward"}.union(
 def replace(survey: Survey, site: Site, new: nn.Module) -> None:
     """Put `new` wherever the site's module is, with its flags, hooks and attributes."""
     carry_over(site.module, new)
+    put_in_place(survey, site, new)
+
+
+def put_in_place(survey: Survey, site: Site, new: nn.Module) -> None:
+    """Put `new` as it is wherever the site's module is."""
     for put in site.places:
         put(new)
     if site.module is survey.model:
         survey.model = new
     site.module = new
+
+
+def wrap(survey: Survey, site: Site, new: nn.Module) -> None:
+    """Put `new` wherever the site's module is, which goes on in it without its hooks: these are `new`'s now, and all
+    parameters train that did."""
+    old = site.module
+    _with_flags_kept(survey, site, new)
+    fresh = vars(nn.Module())
+    vars(old).update({name: fresh[name] for name in _HOOKS})
+
+
+def unwrap(survey: Survey, site: Site, inner: nn.Module) -> None:
+    """Put a part of the site's module wherever that is, as it is, with the hooks of the whole."""
+    _with_flags_kept(survey, site, inner)
+
+
+def _with_flags_kept(survey: Survey, site: Site, new: nn.Module) -> None:
+    """As `replace`; parameters train that did."""
+    flags = {parameter: parameter.requires_grad for parameter in new.parameters()}
+    replace(survey, site, new)
+    for parameter, flag in flags.items():
+        if parameter.requires_grad != flag:
+            parameter.requires_grad_(flag)
+
+
+def reshape(module: nn.Module, attributes: dict[str, object]) -> None:
+    """Give a layer parameters of another size, and what says it: it stays the module that hooks and others know."""
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+
+@contextmanager
+def reshaped(changes: Iterable[tuple[nn.Module, dict[str, object]]]) -> Iterator[None]:
+    """As `reshape`, of several layers, for as long as the context lasts."""
+    before = []
+    try:
+        for module, attributes in changes:
+            before.append((module, {name: getattr(module, name) for name in attributes}))
+            reshape(module, attributes)
+        yield
+    finally:
+        for module, attributes in reversed(before):
+            reshape(module, attributes)
 
 
 def finish(survey: Survey, plan: object) -> nn.Module:
@@ -61,6 +112,8 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
     new.train(old.training)
     trainable = {name: p.requires_grad for name, p in _leaf_parameters(old)}
     for name, parameter in _leaf_parameters(new):
+        if is_quantized(parameter) or name in _ON_GRID:
+            continue  # which never trains
         if parameter.requires_grad != (wanted := trainable.get(name, True)):  # which an inference tensor may not change
             parameter.requires_grad_(wanted)
     for name in _HOOKS:

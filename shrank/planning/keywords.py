@@ -24,6 +24,9 @@ class FittingKeywords(TypedDict, total=False):
     allow_dense: bool
     errors: bool
     pivot: bool | Literal["auto"]
+    bits: int | None
+    group_size: int | None
+    narrow: bool | Literal["uniform"]
 
 
 class PlanKeywords(FittingKeywords, total=False):

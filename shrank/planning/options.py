@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import nn
 
-from ..linalg import Shape
+from ..linalg import Grid, Shape
 from ..model.adapters import Target, with_groups
 from ..model.survey import Site
 from ..util.names import checks_keywords, unknown_keyword
@@ -42,11 +42,18 @@ class PlanOptions:
         allow_slower: Permit convolutions that a CPU computes no faster than the dense layer, as allow_growth does too.
         allow_dense: Let a budget keep a layer dense that can be low-rank.
         errors: Compute the expected error of every layer.
-        pivot: Store factors in R (K + N - R) numbers. "auto": where a budget pays for it with rank, in layers that are
-            in eval mode and not on a GPU, where many tokens take longer with pivots than with plain factors.
+        pivot: Store factors in R (K + N - R) numbers. "auto": where a budget pays for it with rank. Of measured times,
+            that is where these say so; else in layers that are in eval mode and not on a GPU, for reasons that the page
+            on pivoted storage gives.
+        bits: 4 or 8, for the weights of all linear layers that may change, dense or factors; without pivots then.
+        group_size: Weights with one scale, of which ranks become multiples; None: each row has one.
+        narrow: Let a budget take hidden units out of feed-forward blocks, and fit the matrix behind them again, where
+            that loses less than ranks do. Their layers stay dense and become smaller. "uniform": like blocks get one
+            width, which transformers loads without shrank. It needs data, and cannot be undone.
 
     Raises:
-        ValueError: A number is below 1, max_rank below min_rank, or pivot none of True, False and "auto".
+        ValueError: A number is below 1, max_rank below min_rank, pivot none of True, False and "auto"; bits neither 4
+            nor 8, or together with pivot=True; group_size without bits; narrow none of True, False and "uniform".
     """
 
     groups_out: bool = False
@@ -64,15 +71,36 @@ class PlanOptions:
     allow_dense: bool = True
     errors: bool = True
     pivot: bool | Literal["auto"] = "auto"
+    bits: int | None = None
+    group_size: int | None = None
+    narrow: bool | Literal["uniform"] = False
 
     def __post_init__(self) -> None:
+        if self.bits is None and self.group_size is not None:
+            raise ValueError(f"group_size {self.group_size} is that of weights of few bits: give bits=4 or 8")
+        if self.grid is not None and self.pivot is True:
+            raise ValueError("pivoted factors lose too much in few bits: give pivot=False with bits")
         for name in ("round_to", "min_rank", "max_rank", "min_features"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.pivot not in (True, False, "auto"):
             raise ValueError(f"pivot must be True, False or 'auto', got {self.pivot!r}")
+        if self.narrow not in (True, False, "uniform"):
+            raise ValueError(f"narrow must be True, False or 'uniform', got {self.narrow!r}")
         if self.max_rank is not None and self.min_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"max_rank {self.max_rank} is below min_rank {self.min_rank}")
+
+    @property
+    def grid(self) -> Grid | None:
+        """That of all weights which may have one; None: none."""
+        return None if self.bits is None else Grid(self.bits, self.group_size)
+
+    def for_grid(self) -> PlanOptions:
+        """With ranks that the groups divide, and without pivots, where there is a grid."""
+        if self.grid is None:
+            return self
+        multiple = math.lcm(self.round_to or 1, self.group_size or 1)
+        return replace(self, pivot=False, round_to=multiple if self.group_size else self.round_to)
 
 
 # What a caller may take for an option, and what gives it.
@@ -119,19 +147,25 @@ class Eligibility:
 
     def why_not(self, site: Site) -> str:
         """The reasons for which this layer cannot or may not change; "" if it may."""
-        options = self._options
         if reasons := site.why_not():
             return "; ".join(reasons)
-        if self._allowed is not None and id(site.module) not in self._allowed:
-            return "not in submodules"
-        if options.include is not None and not _matches(options.include, site):
-            return "not included"
-        if options.exclude is not None and _matches(options.exclude, site):
-            return "excluded"
-        shape = site.shape
+        if reason := self.why_not_chosen(site):
+            return reason
+        shape, options = site.shape, self._options
         smaller = min(shape.out_features, shape.in_features) // shape.groups
         if smaller < options.min_features and not options.allow_growth:
             return f"too small: its smaller side is {smaller}, below min_features={options.min_features}"
+        return ""
+
+    def why_not_chosen(self, site: Site) -> str:
+        """Which of the options leave this layer out; "" if none does."""
+        options = self._options
+        if self._allowed is not None and id(site.module) not in self._allowed:
+            return "not in submodules"
+        if options.include is not None and not selects(options.include, site):
+            return "not included"
+        if options.exclude is not None and selects(options.exclude, site):
+            return "excluded"
         return ""
 
 
@@ -176,6 +210,18 @@ def can_pivot(shape: Shape, rank: int) -> bool:
     return shape.down_groups == shape.up_groups and rank < shape.out_features
 
 
+def may_pivot(module: nn.Module, options: PlanOptions) -> bool:
+    """Whether a budget that knows no times may store a layer with pivots.
+
+    Not on a GPU: from 128 tokens on a pivoted layer takes longer there than a plain one of as many weights, by the
+    model of csrc/select (docs/guide/pivoted.md has the figures). Not in training mode: a step of the pivots moves other
+    outputs by up to `growth` times as much, so that SGD diverges at rates that plain factors bear.
+    """
+    if options.pivot == "auto":
+        return not module.training and not module.weight.is_cuda
+    return options.pivot
+
+
 # The second stage's pass over the output costs what its arithmetic does not show. Measured with torch 2.13 on 1 and 2
 # threads, in both memory formats, 64 to 512 channels of 3x3: a twin that counts 0.83 of the dense arithmetic takes 0.7
 # to 1.0 of the time; 0.90 takes 0.9 to 1.0, 0.96 takes 1.0 to 1.1, and more takes up to 1.8.
@@ -198,7 +244,8 @@ def _round(rank: int, shape: Shape, options: PlanOptions) -> int:
     return max(rank // multiple, 1) * multiple
 
 
-def _matches(selector: Selector, site: Site) -> bool:
+def selects(selector: Selector, site: Site) -> bool:
+    """Whether a selector means this layer."""
     if callable(selector):
         return bool(selector(site.module, site.fqn))
     patterns = [selector] if isinstance(selector, str) else selector

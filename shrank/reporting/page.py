@@ -69,6 +69,10 @@ def _totals(plan: RankPlan) -> str:
         "the whole model": f"{plan.params_before:,} → {plan.params_after:,}",
         "kept": f"{100 * plan.params_after / max(plan.params_before, 1):.1f} %",
     }
+    if any(layer.storage.grid for layer in plan):
+        facts["bytes of these layers, of 16 bits dense"] = (
+            f"{sum(x.size * 2 for x in plan.changed):,} → {sum(x.bytes() for x in plan.changed):,}"
+        )
     return "<div class='totals'>" + "".join(f"<div><b>{v}</b>{k}</div>" for k, v in facts.items()) + "</div>\n"
 
 
@@ -86,10 +90,12 @@ def _row(layer: LayerPlan) -> str:
     bar = f"<span class='track'><span class='bar' style='width:{min(share, 100):.0f}%'></span></span>"
     errors = ("" if x is None else f"{x:.4f}" for x in (layer.error, layer.measured))
     texts = (layer.fqn or "(root)", layer.kind, str(layer.shape or ""))
-    numbers = ("dense" if layer.rank is None else str(layer.rank), f"{layer.size:,}", f"{share:.1f} %")
+    stored = f" {layer.storage}" if layer.storage.grid else ""
+    rank = ("dense" if layer.rank is None else str(layer.rank)) + stored
+    numbers = (rank, f"{layer.size:,}", f"{share:.1f} %")
     cells = [f"<td>{html.escape(x)}</td>" for x in texts] + [f"<td class='number'>{x}</td>" for x in numbers]
     cells += [f"<td>{bar}</td>", *(f"<td class='number'>{x}</td>" for x in errors)]
-    kind = " class=dense" if layer.rank is None else ""
+    kind = "" if layer.changes else " class=dense"
     return f"<tr{kind}>{''.join(cells)}<td>{html.escape(layer.reason)}</td></tr>"
 
 

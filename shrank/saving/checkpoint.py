@@ -9,24 +9,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..compression.apply import attach_empty, describe, expected_state, indented
+from ..compression.apply import attach_empty, expected_state, unpack
+from ..compression.describe import describe
 from ..layers.plain import why_not_numbers
+from ..layers.quantized import DTYPES, SCALES, is_quantized, packed_state
 from ..layers.seal import sealed_names
-from ..layers.two_stage import UNITS, memory_format
+from ..layers.two_stage import memory_format
 from ..planning.plan import RankPlan
 from ..util import tensor_file
+from ..util.lines import indented
 from .checks import check_saveable, seals
+from .planned import missing_factors, packed_problems
 
 METADATA_KEY = "shrank"
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a checkpoint says of itself: its plan, tensor shapes, and names that share one tensor."""
+    """What a checkpoint says of itself: its plan, tensor shapes, names that share one tensor, and the dtypes of weights
+    whose scales are stored in another one."""
 
     plan: RankPlan
     shapes: dict[str, tuple[int, ...]]
     aliases: dict[str, str]
+    dtypes: dict[str, str]
 
 
 def save(model: nn.Module, path: str | os.PathLike) -> None:
@@ -38,8 +44,8 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
 
     Raises:
         TypeError: Some state is no tensor (a module's `get_extra_state`).
-        ValueError: `load` could not read it: stages with adapters, pruned, quantized or parametrized ones, tensors
-            without data.
+        ValueError: `load` could not read it: stages with adapters, pruned or parametrized ones, or quantized by others
+            than shrank, tensors without data.
     """
     tensor_file.write(path, *content(model))
 
@@ -54,10 +60,16 @@ def content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"on the meta device, without data: {', '.join(empty[:5])}")
     if wrong := [f"{name}: {reason}" for name, value in state.items() if (reason := why_not_numbers(value))]:
         raise ValueError(
-            f"safetensors hold only plain tensors; save before quantizing, gather shards first:{indented(wrong)}"
+            "safetensors hold only plain tensors, and what shrank.quantize_factors made; save before quantizing by "
+            f"others, gather shards first:{indented(wrong)}"
         )
-    tensors, aliases = _without_aliases(state)
-    metadata = {"plan": describe(model).to_dict(), "aliases": aliases}
+    tensors, aliases = _without_aliases(packed := packed_state(state))
+    dtypes = {
+        name: str(value.dtype).removeprefix("torch.")
+        for name, value in state.items()
+        if is_quantized(value) and packed[name + SCALES].dtype is not value.dtype
+    }
+    metadata = {"plan": describe(model).to_dict(), "aliases": aliases, "dtypes": dtypes}
     return tensors | seals(model), {METADATA_KEY: json.dumps(metadata)}
 
 
@@ -97,12 +109,17 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         if name.endswith("_unit.2.order") and not torch.equal(value.sort().values.long(), torch.arange(len(value)))
     ]:
         raise ValueError(f"{path}: no permutation of outputs: {', '.join(wrong[:5])}")
+    wrong = [f"{name}: a dtype of what the file does not hold" for name in header.dtypes if name + SCALES not in state]
+    if wrong := wrong + packed_problems(header.plan, state):
+        raise ValueError(f"{path}: does not fit the model:{indented(wrong)}")
     model = attach_empty(model, header.plan)
     if any(t.is_meta for t in model.state_dict().values()):
+        for name, dtype in header.dtypes.items():
+            state[name + SCALES] = state[name + SCALES].to(getattr(torch, dtype))
         model.load_state_dict(_as_parameters(state, model), assign=True)
     else:
         model.load_state_dict(state)
-    return model
+    return unpack(model)
 
 
 def read_header(path: str | os.PathLike) -> Header:
@@ -119,22 +136,28 @@ def read_header(path: str | os.PathLike) -> Header:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(aliases, dict) or not all(isinstance(n, str) and n in shapes for n in aliases.values()):
         raise ValueError(f"{path}: shared tensors refer to names that the file does not hold: {aliases!r:.200}")
-    return Header(plan, shapes, aliases)
+    dtypes, known = content.get("dtypes", {}), [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    if not isinstance(dtypes, dict):
+        raise ValueError(f"{path}: dtypes of weights must be an object, got {dtypes!r:.200}")
+    if wrong := [value for value in dtypes.values() if value not in known]:
+        raise ValueError(f"{path}: weights are {', '.join(known)}, got {wrong[0]!r:.80}")
+    return Header(plan, shapes, aliases, dtypes)
 
 
 def inspect_file(path: str | os.PathLike) -> tuple[RankPlan, list[str]]:
     """The plan of a file that `save` wrote, and what is wrong with its tensors; ValueError if it cannot be read."""
     header = read_header(path)
-    missing = _missing_factors(header.plan, header.shapes)
+    missing = missing_factors(header.plan, header.shapes)
     problems = [f"{name}: missing, or not of the planned shape" for name in missing]
-    return header.plan, problems + not_finite(tensor_file.read(path, header.shapes))
+    state = tensor_file.read(path, header.shapes)
+    return header.plan, problems + not_finite(state) + packed_problems(header.plan, state)
 
 
 def not_finite(state: dict[str, Tensor]) -> list[str]:
     """A line for every tensor that holds NaN or infinity."""
     return [
         f"{name}: holds NaN or infinity"
-        for name, tensor in state.items()
+        for name, tensor in packed_state(state).items()
         if tensor.is_floating_point() and not tensor.isfinite().all()
     ]
 
@@ -179,20 +202,3 @@ def _check_names_and_shapes(path, expected: dict[str, Tensor], stored: dict[str,
     ]
     if problems:
         raise ValueError(f"{path}: does not fit the model:{indented(problems)}")
-
-
-def _missing_factors(plan: RankPlan, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """Names of factors of planned layers that a checkpoint lacks or holds in another shape than the plan says."""
-    missing = []
-    for layer in plan.low_rank:
-        prefix = f"{layer.fqn}." if layer.fqn else ""
-        unit = next((u for u in UNITS if any(name.startswith(f"{prefix}{u}.") for name in shapes)), UNITS[0])
-        down, up = (shapes.get(f"{layer.fqn}.{unit}.{stage}.weight".lstrip("."), ()) for stage in (0, 1))
-        if down[:1] != (layer.rank,):
-            missing.append(f"{layer.fqn}.{unit}.0.weight")
-        outputs = layer.shape.out_features - (layer.rank if layer.shape.pivoted else 0)
-        if up[:2] != (outputs, layer.rank // layer.shape.up_groups):
-            missing.append(f"{layer.fqn}.{unit}.1.weight")
-        if layer.shape.pivoted and shapes.get(f"{layer.fqn}.{unit}.2.order".lstrip(".")) != (layer.shape.out_features,):
-            missing.append(f"{layer.fqn}.{unit}.2.order")
-    return missing

@@ -7,9 +7,7 @@ imported as soon as transformers' registry of quantizers exists, when its models
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,16 +17,17 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..compression.apply import attach_empty, merge
+from ..compression.apply import attach_empty, merge, unpack
 from ..layers.led import LED
+from ..layers.packed import PackedLinear
 from ..layers.pivots import Pivots
+from ..layers.quantized import VALUES
 from ..layers.seal import DENSE_NAME
-from ..layers.two_stage import UNITS
-from ..linalg import Shape
 from ..model.adapters import LOW_RANK, target
 from ..planning.plan import RankPlan
 from ..util import tensor_file
 from .checks import METHOD, is_plan
+from .transformers_names import as_loaded, is_saved_class, outer, possible_names, resized_layers, seal_patterns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -88,23 +87,24 @@ class ShrankQuantizer(HfQuantizer):
         return [x for x in weight_conversions if not isinstance(x, WeightConverter)]
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **_) -> nn.Module:
-        planned, self.loads_saved_class = self.quantization_config.plan, _is_saved_class(model)
+        planned, self.loads_saved_class = self.quantization_config.plan, is_saved_class(model)
         self.stored = _shapes([f for f in checkpoint_files or () if str(f).endswith(".safetensors")])
-        plan = _as_loaded(planned, model)
+        plan = as_loaded(planned, model)
         # In a file with seals a dense layer that lacks its weight is a new part of this class, not one without a plan.
         self.may_lack_plans = len(plan) < len(planned) and self.quantization_config.names != _AS_IN_MODEL
         # A seal where the model keeps a dense layer lets transformers decide: an error, or a new layer where it was
         # told to ignore sizes.
         resized = {
             fqn
-            for fqn in _resized(plan, model)
-            if any(f"{name}.{DENSE_NAME}" in self.stored for name in _possible_names(fqn, model))
+            for fqn in resized_layers(plan, model)
+            if any(f"{name}.{DENSE_NAME}" in self.stored for name in possible_names(fqn, model))
         }
-        model = attach_empty(model, RankPlan(tuple(layer for layer in plan if layer.fqn not in resized)))
+        kept = tuple(layer for layer in plan if layer.fqn not in resized)
+        model = attach_empty(model, RankPlan(kept, narrowed=plan.narrowed))
         _check_unplanned(model, self.stored, resized)
         model.all_tied_weights_keys = untied(model, model.all_tied_weights_keys)
         self.ignored = model._keys_to_ignore_on_load_unexpected
-        model._keys_to_ignore_on_load_unexpected = {*(self.ignored or ()), *_seal_patterns(planned, model)}
+        model._keys_to_ignore_on_load_unexpected = {*(self.ignored or ()), *seal_patterns(planned, model)}
         for stage in _stages(model):
             stage._is_hf_initialized = True  # never drawn at random: a factor that is missing is an error
         self.expected = {name: p.shape for name, p in model.named_parameters()}
@@ -112,7 +112,7 @@ class ShrankQuantizer(HfQuantizer):
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
         """Called with the plan of tensor parallelism and that of experts."""
-        if plan is model.tp_plan and any(isinstance(m, LED) for m in model.modules()):
+        if plan is model.tp_plan and any(isinstance(m, LED | PackedLinear) for m in model.modules()):
             from .transformers_parallel import make_aware
 
             make_aware(model, plan)
@@ -126,14 +126,15 @@ class ShrankQuantizer(HfQuantizer):
         # that the saved class did not have, and where it was told to ignore sizes; elsewhere plan and weights disagree.
         stages = set(_stages(model))
         checked = set(stages)
-        if _is_saved_class(model) or self.may_lack_plans:
-            whole = model if _is_saved_class(model) else model.base_model
+        if is_saved_class(model) or self.may_lack_plans:
+            whole = model if is_saved_class(model) else model.base_model
             checked.update(m for m in whole.modules() if target(m))
         lacking = {name: m for name, m in model.named_modules() if m in checked and _lacks_weights(m)}
         if missing := [
             name for name, m in lacking.items() if m in stages or not self._is_stored_in_another_size(name, model)
         ]:
             raise ValueError(f"the checkpoint lacks weights that its plan asks for: {', '.join(missing[:5])}")
+        unpack(model)
         for module in model.modules():
             if isinstance(module, Pivots):
                 module.settle()
@@ -152,7 +153,7 @@ class ShrankQuantizer(HfQuantizer):
         if not hasattr(HfQuantizer, "update_parallel_plan"):
             if is_split:
                 raise ValueError("this transformers cannot split low-rank layers between processes: 5.24 can")
-        elif any(isinstance(m, LED) for m in model.modules()):
+        elif any(isinstance(m, LED | PackedLinear) for m in model.modules()):
             from .transformers_parallel import as_published
 
             as_published(model.tp_plan)
@@ -163,7 +164,7 @@ class ShrankQuantizer(HfQuantizer):
         return any(
             self.stored.get(f"{name}.{leaf}", p.shape) != tuple(p.shape)
             for leaf, p in model.get_submodule(fqn).named_parameters(recurse=False)
-            for name in _possible_names(fqn, model)
+            for name in possible_names(fqn, model)
         )
 
     def _dequantize(self, model: nn.Module, *_, **__) -> nn.Module:
@@ -187,20 +188,27 @@ def remove_plan(config: PreTrainedConfig) -> None:
 
 
 def _shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
-    return {name: shape for file in files for name, shape in tensor_file.read_table(file)[0].items()}
+    """The shapes of all tensors; ValueError on values of weights of few bits that are none: transformers casts them."""
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        shapes = tensor_file.read_table(file)[0]
+        if wrong := tensor_file.not_of_bytes(file, [n for n in shapes if n.endswith(f"{DENSE_NAME}{VALUES}")]):
+            raise ValueError(f"{file}: values are whole numbers of 8 bits, and these are not: {', '.join(wrong[:5])}")
+        found |= shapes
+    return found
 
 
 def _stages(model: nn.Module) -> Iterator[nn.Module]:
     for layer in model.modules():
-        if isinstance(layer, LOW_RANK):
+        if isinstance(layer, LOW_RANK | PackedLinear):
             yield from (m for m in layer.modules() if m._parameters)
 
 
 def _check_unplanned(model: PreTrainedModel, stored: dict, resized: set[str]) -> None:
     """ValueError if the files hold factors of a layer that stays dense in this model, other than a resized one."""
-    owners = {_outer(name) for name in stored if _outer(name) != name}
+    owners = {outer(name) for name in stored if outer(name) != name}
     dense = {fqn for fqn, module in model.named_modules() if target(module)} - resized
-    if unplanned := sorted(fqn for owner in owners for fqn in _possible_names(owner, model) if fqn in dense):
+    if unplanned := sorted(fqn for owner in owners for fqn in possible_names(owner, model) if fqn in dense):
         raise ValueError(f"the files hold factors of layers that the plan lacks: {', '.join(unplanned[:5])}")
 
 
@@ -215,57 +223,9 @@ def _check_shapes(model: PreTrainedModel, expected: dict[str, torch.Size]) -> No
         raise ValueError(f"the checkpoint does not fit its plan: {'; '.join(wrong[:5])}")
 
 
-def _seal_patterns(plan: RankPlan, model: PreTrainedModel) -> set[str]:
-    """Patterns of the names of seals, of which there is no need to warn; one for all layers of a stack."""
-    names = {name for layer in plan.low_rank for name in _possible_names(layer.fqn, model)}
-    return {"^" + re.sub(r"\d+", r"\\d+", re.escape(f"{name}.{DENSE_NAME}")) + "$" for name in names}
-
-
-def _possible_names(fqn: str, model: PreTrainedModel) -> tuple[str, str, str]:
-    """A saved layer's name in the model being loaded: the same, or with the base model's prefix more or less."""
-    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-    return fqn, prefix + fqn, fqn.removeprefix(prefix)
-
-
-def _is_saved_class(model: PreTrainedModel) -> bool:
-    return type(model).__name__ in (model.config.architectures or ())
-
-
 def _lacks_weights(module: nn.Module) -> bool:
     """Whether transformers found a weight of the module missing, of which it only warns."""
     # It flags what it loaded. Weights that accelerate moved or offloaded lost the flag.
     return not hasattr(module, "_hf_hook") and any(
         not p.is_meta and not getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False)
     )
-
-
-def _as_loaded(plan: RankPlan, model: nn.Module) -> RankPlan:
-    """The plan in the names of the model being loaded: a base model may be loaded from a checkpoint of its model with
-    a head, and the other way round. Another class than the saved one may lack some of the layers."""
-    names = {fqn for fqn, _ in model.named_modules()}
-    layers = []
-    for layer in plan:
-        fqn = next((name for name in _possible_names(layer.fqn, model) if _outer(name) in names), layer.fqn)
-        if _outer(fqn) in names or _is_saved_class(model):
-            layers.append(replace(layer, fqn=fqn))
-    return RankPlan(tuple(layers))
-
-
-def _resized(plan: RankPlan, model: nn.Module) -> set[str]:
-    """Planned layers that the model being loaded has in another size: a head for other labels, or for more words."""
-    modules = dict(model.named_modules())
-    layers = [(layer, target(modules[layer.fqn])) for layer in plan.low_rank if layer.fqn in modules]
-    return {
-        layer.fqn
-        for layer, found in layers
-        if found is not None and found.kind == layer.kind and _size(found.shape()) != _size(layer.shape)
-    }
-
-
-def _size(shape: Shape) -> tuple[int, int]:
-    return shape.out_features, shape.in_features
-
-
-def _outer(name: str) -> str:
-    """The layer of the dense model to which a name belongs: stages of low-rank layers are not in it."""
-    return re.split(rf"\.?(?:{'|'.join(UNITS)})\.", name)[0]

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 from ..layers.led import LED
+from ..layers.packed import PackedLinear
 from ..layers.tensor_parallel import splittable_stages
 
 # The stage that is split; the other is whole on every process.
@@ -27,7 +28,7 @@ _SPLIT_STAGE = {
     "packed_rowwise": 0,
 }
 _WHOLE = {"replicate", "all_reduce", "mla_kv_a_proj"}  # what needs nothing of a layer's parameters
-_PREFIX, _STAGES = "shrank_", "shrank_stages"
+_PREFIX, _STAGES, _REFUSED = "shrank_", "shrank_stages", "shrank_of_few_bits"
 
 
 class LowRankAware(TensorParallelLayer):
@@ -61,16 +62,34 @@ class _Nothing(TensorParallelLayer):
         return module
 
 
+class _Refused(TensorParallelLayer):
+    """Of layers with weights on a grid."""
+
+    def validate_param(
+        self, module: nn.Module, param: str, mesh: DeviceMesh, parameter_name: str | None = None
+    ) -> None:
+        self.shard_param(module, param, mesh)
+
+    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+        raise ValueError("weights of 4 or 8 bits cannot be split between processes: load it in one, and merge it")
+
+    def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        self.shard_param(module, "weight", mesh)
+
+
 for _name, _stage in _SPLIT_STAGE.items():
     if _name in ALL_PARALLEL_STYLES:
         ALL_PARALLEL_STYLES.register(_PREFIX + _name, LowRankAware(ALL_PARALLEL_STYLES[_name], _stage))
 ALL_PARALLEL_STYLES.register(_STAGES, _Nothing())
+ALL_PARALLEL_STYLES.register(_REFUSED, _Refused())
 
 
 def make_aware(model: nn.Module, plan: dict[str, str]) -> None:
     """Change the entries of a plan, in place, that low-rank layers of the model fall under; ValueError where one has a
     style that there is no way to split such a layer by."""
     low_rank = {_by_wildcards(fqn) for fqn, module in model.named_modules() if isinstance(module, LED)}
+    packed = {_by_wildcards(fqn) for fqn, module in model.named_modules() if isinstance(module, PackedLinear)}
+    plan |= {f"{name}.weight": _REFUSED for name in packed}
     for name in low_rank & plan.keys():
         style = plan[name]
         if style in _SPLIT_STAGE:
@@ -85,7 +104,7 @@ def make_aware(model: nn.Module, plan: dict[str, str]) -> None:
 def as_published(plan: dict[str, str]) -> None:
     """Undo what `make_aware` did, in place: others read from the plan how many heads a process has."""
     for name, style in list(plan.items()):
-        if style == _STAGES:
+        if style in (_STAGES, _REFUSED):
             del plan[name]
         elif style.startswith(_PREFIX):
             plan[name] = style.removeprefix(_PREFIX)

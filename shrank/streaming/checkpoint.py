@@ -80,6 +80,8 @@ class Checkpoint(Streamed):
             )
         if calibrate is not None and calibrate.probe:
             raise TypeError("stream: probe= runs the whole model for every layer, which streaming does not")
+        if options.narrow or (isinstance(rank, RankPlan) and rank.narrower):
+            raise TypeError("stream: blocks are narrowed only in memory; leave out narrow=, or load the model")
         if options.submodules is not None or options.fact_led_unit:
             raise TypeError("stream: name layers with include= and exclude=; submodules and fact_led_unit need a model")
         from ..saving.transformers_folder import load_model, save_model

@@ -33,6 +33,12 @@ def read_table(path: str | os.PathLike) -> tuple[dict[str, tuple[int, ...]], dic
         raise ValueError(f"{path}: not a complete safetensors file ({_looks_like(path)}{error})") from error
 
 
+def not_of_bytes(path: str | os.PathLike, names: Iterable[str]) -> list[str]:
+    """Those of these tensors, of any safetensors file, that are not whole numbers of 8 bits."""
+    with safe_open(path, framework="pt") as file:
+        return [name for name in names if file.get_slice(name).get_dtype() not in ("I8", "U8")]
+
+
 def has_metadata(path: str | os.PathLike, key: str) -> bool:
     """Whether this is a safetensors file that says something under this key."""
     try:

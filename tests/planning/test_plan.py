@@ -61,6 +61,7 @@ def test_edits_make_new_plans() -> None:
 
 
 STORAGES = (Storage(Grid(8)), Storage(Grid(4, 8)), Storage(Grid(4, 8), True), Storage(Grid(4, 8), True, Grid(8)))
+STORAGES += (Storage(Grid(8), activations="int8"),)
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
@@ -122,7 +123,7 @@ BITS = {"grid": {"bits": 8, "group_size": None}}
         (lambda d: d["layers"][0].update(storage=[4]), "storage must have the keys"),
         (lambda d: d["layers"][0].update(storage={"bits": 4}), "storage must have the keys"),
         (lambda d: d["layers"][0].update(storage={"grid": {"bits": 4}}), "exactly the keys bits and group_size"),
-        (lambda d: d["layers"][0].update(storage={"grid": {"bits": 3, "group_size": 8}}), "4 or 8, got 3"),
+        (lambda d: d["layers"][0].update(storage={"grid": {"bits": 5, "group_size": 8}}), "3, 4 or 8, got 5"),
         (lambda d: d["layers"][0].update(storage={"grid": {"bits": 4, "group_size": 0}}), "group_size of grid must be"),
         (lambda d: d["layers"][0].update(storage={"corrected": True}), "a correction is of a weight on a grid"),
         (lambda d: d["layers"][0].update(storage={"corrected": 1}), "corrected must be true or false"),
