@@ -29,6 +29,8 @@ NAMES = {
     "+ pivots": "+ pivoted storage",
     "+ bias = shrank": "**+ bias correction = the default**",
     "shrank, anchored": "the default, `anchored=True`",
+    "shrank, probed": "the default, `probe=True`",
+    "shrank, probed and refined 100 steps": "the default, `probe=True`, `anchored=Anchored(steps=100)`",
     "shrank, healed 300 steps": "the default, healed",
     "shrank, healed 300 steps of 2048 tokens at 2e-5, dense outputs alone": "the default, healed longer",
 }

@@ -9,6 +9,7 @@ from .calibration.calibration import Calibration, calibrate
 from .calibration.metric_source import LayerStatistics, MetricSource
 from .calibration.request import Calibrate
 from .compression.anchored import apply_anchored
+from .compression.anchored_options import Anchored
 from .compression.apply import apply, merge
 from .compression.auto_fact import auto_fact
 from .compression.correct import correct, uncorrect
@@ -83,6 +84,7 @@ def __getattr__(name: str) -> object:
 __all__ = [
     "CED",
     "LED",
+    "Anchored",
     "Backend",
     "Batch",
     "Budget",

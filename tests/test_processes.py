@@ -99,6 +99,10 @@ def _all_cases(rank: int) -> dict[str, tuple[dict, dict]]:
         assert links == {2} and len(set(folders)) == 2  # one file, which either may outlive the other's folder
         assert (here.rank, here.size) == (rank, 2) and current() is here
         made = {name: compressed(name) for name in CASES}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of few tokens
+            how = shrank.Anchored(steps=8, learning_rate=1e-3)
+            made["trained"] = auto_fact(hf_model("llama"), 0.5, calibrate=texts(), anchored=how)
     assert current().size == 1
     return {name: (model.shrank_plan.to_dict(), model.state_dict()) for name, model in made.items()}
 
@@ -106,6 +110,9 @@ def _all_cases(rank: int) -> dict[str, tuple[dict, dict]]:
 def test_two_processes_make_what_one_makes(tmp_path) -> None:
     first, second = in_processes(_all_cases, folder=tmp_path)
     assert isinstance(first, dict), first
+    (plan, state), (other_plan, other_state) = first["trained"], second["trained"]  # on batches of its own each
+    assert plan == other_plan and all(torch.equal(state[n], other_state[n]) for n in state)
+    assert any("on held-out data" in x["reason"] for x in plan["layers"])
     for name in CASES:
         (plan, state), (other_plan, other_state) = first[name], second[name]
         assert plan == other_plan and state.keys() == other_state.keys()

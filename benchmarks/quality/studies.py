@@ -3,6 +3,7 @@
 python -m benchmarks.quality [minilm smollm2 whisper crepe-full crepe-tiny]
 python -m benchmarks.quality [...] --keep 0.6    # that column alone, printed and not stored
 python -m benchmarks.quality [...] --heal 300    # what as many steps of healing add to what was measured
+python -m benchmarks.quality [...] --refine 100  # likewise, probing layers and training each anchored block
 python -m benchmarks.quality [...] --cost     # of calibrate, plan and apply: seconds and memory, on a quiet machine
 python -m benchmarks.quality [...] --table    # of what was measured
 """
@@ -14,6 +15,7 @@ import copy
 import json
 import multiprocessing
 import os
+import re
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -32,11 +34,13 @@ from benchmarks.speed.turns import THREADS
 from shrank import Batch, Budget, Calibration, LayerStatistics, Metric
 
 OURS = "shrank"
+_BLOCK = re.compile(r"the error of (\S+ on held-out data \S+ -> \S+)")
 
 
 @dataclass(frozen=True)
 class Study:
-    """A task, the keeps to measure, those at which each step is measured on its own, to anchor, heal and narrow at."""
+    """A task, the keeps to measure, those at which each step is measured on its own, to anchor, heal, narrow and refine
+    at."""
 
     task: Callable[[], Task]
     keeps: tuple[float, ...]
@@ -44,6 +48,7 @@ class Study:
     anchored_at: tuple[float, ...]
     heal_at: tuple[float, ...] = ()
     narrow_at: tuple[float, ...] = ()
+    refine_at: tuple[float, ...] = ()
 
 
 STUDIES = {
@@ -53,9 +58,10 @@ STUDIES = {
         (0.9, 0.8, 0.7, 0.6, 0.5),
         (0.9, 0.8, 0.7, 0.6, 0.5),
         narrow_at=(0.9, 0.8, 0.7, 0.6, 0.5),
+        refine_at=(0.6,),
     ),
-    "smollm2": Study(SmolLM2, (0.9, 0.8, 0.7, 0.6), (0.6,), (), (0.8,), (0.8, 0.6)),
-    "whisper": Study(Whisper, (0.9, 0.7, 0.5), (0.7,), (0.7, 0.5), (0.5,)),
+    "smollm2": Study(SmolLM2, (0.9, 0.8, 0.7, 0.6), (0.6,), (), (0.8,), (0.8, 0.6), (0.8,)),
+    "whisper": Study(Whisper, (0.9, 0.7, 0.5), (0.7,), (0.7, 0.5), (0.5,), refine_at=(0.5,)),
     "crepe-full": Study(partial(Crepe, "full"), (0.7, 0.5), (0.5,), (0.5,)),
     "crepe-tiny": Study(partial(Crepe, "tiny"), (0.7, 0.5), (0.5,), (0.5,)),
 }
@@ -249,6 +255,29 @@ def healed_rows(study: Study, steps: int) -> Iterator[dict]:
         }
 
 
+def refined_rows(study: Study, steps: int, keeps: tuple[float, ...] = ()) -> Iterator[dict]:
+    """What it gains to probe layers, and then to train each block."""
+    task = study.task()
+    dense = task.model()
+    how = shrank.Calibrate(shrank.batches(task.batches()), loss=task.own_loss, probe=True)
+    for keep in keeps or study.refine_at:
+        for method, anchored in (
+            ("probed", False),
+            (f"probed and refined {steps} steps", shrank.Anchored(steps=steps)),
+        ):
+            started = time.perf_counter()
+            small = shrank.auto_fact(copy.deepcopy(dense), keep, calibrate=how, anchored=anchored, exclude=task.exclude)
+            taken = round(time.perf_counter() - started)
+            yield {
+                "method": f"{OURS}, {method}",
+                "keep": keep,
+                **task.evaluate(small),
+                "compressed in s": taken,
+                "blocks": sorted({found[1] for x in small.shrank_plan if (found := _BLOCK.search(x.reason))}),
+                "measured": provenance("cpu"),
+            }
+
+
 def _halved(task: Task, dense: nn.Module, calibration: Calibration, keep: float = 0.8) -> Iterator[dict]:
     """The model in bfloat16: plain factors with and without the fit of one to the other's rounding, and the default."""
 
@@ -319,6 +348,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=list(STUDIES), metavar="TASK")
     parser.add_argument("--heal", type=int, metavar="STEPS", help="measure healing alone")
+    parser.add_argument("--refine", type=int, metavar="STEPS", help="measure the training of blocks alone")
     parser.add_argument("--keep", type=float, help="measure this keep alone and store nothing")
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--cost", action="store_true", help="measure time and memory alone")
@@ -327,7 +357,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     for name in arguments.tasks:
         if arguments.keep:
-            for row in rows(column(STUDIES[name], arguments.keep)):
+            study = STUDIES[name]
+            found = refined_rows(study, arguments.refine, (arguments.keep,)) if arguments.refine else None
+            for row in found or rows(column(study, arguments.keep)):
                 print(json.dumps(row), flush=True)
             continue
         path = RESULTS / f"quality_{name}.json"
@@ -335,10 +367,10 @@ def main() -> None:
         if arguments.cost:
             results["cost"] = {**cost(name), "measured": provenance("cpu")}
             path.write_text(json.dumps(results, indent=1) + "\n")
-        elif arguments.heal:
-            found = list(healed_rows(STUDIES[name], arguments.heal))
-            others = [row for row in results["rows"] if "healed" not in row["method"]]
-            results["rows"] = others + found
+        elif arguments.heal or arguments.refine:
+            kind, measure = ("healed", healed_rows) if arguments.heal else ("probed", refined_rows)
+            found = list(measure(STUDIES[name], arguments.heal or arguments.refine))
+            results["rows"] = [row for row in results["rows"] if kind not in row["method"]] + found
             path.write_text(json.dumps(results, indent=1) + "\n")
         elif not arguments.table:
             results = {**provenance("cpu"), "cost": results.get("cost"), "rows": []}

@@ -47,6 +47,7 @@ class Calibration(LayerStatistics):
 
     Attributes:
         reached: Whether gradients came to any layer.
+        scales: What the error of a layer is worth over what gradients say, by name, where that was measured.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Calibration(LayerStatistics):
         self._entries: dict[str, tuple[Path, dict]] = {}
         self.unseen = list(unseen)
         self.reached = False
+        self.scales: dict[str, float] = {}
         for file in files:
             header = json.loads(tensor_file.read_table(file)[1]["moments"])
             self._entries |= {fqn: (file, entry) for fqn, entry in header["layers"].items()}
@@ -155,7 +157,9 @@ class Calibration(LayerStatistics):
             raise FactorizationError("the loss does not depend on it")
         if not bool(moments.data.isfinite().all()):
             raise FactorizationError("what it sees behind compressed layers holds NaN or infinity")
-        return moments
+        if moments.gradient is None or fqn not in self.scales:
+            return moments
+        return replace(moments, gradient=moments.gradient * self.scales[fqn])
 
 
 @checks_keywords

@@ -26,6 +26,8 @@ class Calibrate:
             weights to a few bits needs it, and `auto_fact` sees to it where a plan or a budget has bits.
         narrow: Find the feed-forward blocks and observe their hidden units one by one. A plan with `narrow` needs it,
             and `auto_fact` sees to it.
+        probe: Scale the error of every layer by what compressing it alone really does to the outputs of two batches, at
+            the cost of two runs of the model for each layer; of `auto_fact` alone, with "output" or "lm".
     """
 
     data: Iterable[object]
@@ -36,3 +38,4 @@ class Calibrate:
     seed: int = 0
     inputs: bool = False
     narrow: bool = False
+    probe: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -94,11 +95,17 @@ def anchored_entries(group: Group) -> int:
 
 
 def observe_calls(
-    model: nn.Module, sites: list[Site], batches: list[Batch], masking: Masking, others: Iterable[Site] = ()
+    model: nn.Module,
+    sites: list[Site],
+    batches: list[Batch],
+    masking: Masking,
+    others: Iterable[Site] = (),
+    around: Callable[[int], AbstractContextManager] = lambda number: nullcontext(),
 ) -> LayerCalls:
     """Run all the batches, which are bound to the model, and look at what its layers are called with.
 
-    others: layers that are not asked about, whose shapes masks may have as well.
+    others: layers that are not asked about, whose shapes masks may have as well. around: in which the batch of a number
+    runs.
     """
     here = current()
     # Of every batch the numbers of each layer's inputs, in the order of the first calls.
@@ -125,7 +132,8 @@ def observe_calls(
         for number, batch in track(share, "looking at the data"):
             seen[number] = {}
             masking.begin(batch)
-            batch.call(model)
+            with around(number):
+                batch.call(model)
     parts = here.exchange((seen, rows))
     rows = {name: sum(part[name] for _, part in parts) for name in rows}
     in_order = dict(sorted(pair for part, _ in parts for pair in part.items()))

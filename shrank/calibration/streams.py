@@ -132,16 +132,21 @@ def warn_of_masks_that_fit_nothing(batches: Iterable[Batch]) -> None:
                 )
 
 
+def number_of(y: Tensor) -> float:
+    """A number that is another for another tensor, about 1 for all."""
+    flat = y.detach().flatten()
+    flat = flat[:: len(flat) // _ENOUGH + 1].double()
+    mixed = (flat * torch.arange(len(flat), device=flat.device, dtype=flat.dtype).sin()).sum()
+    return (mixed / flat.norm().clamp_min(torch.finfo(flat.dtype).tiny)).item()
+
+
 @torch.no_grad()
 def _outputs(model: nn.Module, modules: Mapping[str, nn.Module], batch: Batch) -> dict[Call, float]:
-    """Of every call of these modules a number that is another for another output, about 1 for all."""
+    """Of every call of these modules the number that stands for its output."""
     found: dict[Call, float] = {}
 
     def note(call: Call, y: Tensor) -> None:
-        flat = y.detach().flatten()
-        flat = flat[:: len(flat) // _ENOUGH + 1].double()
-        mixed = (flat * torch.arange(len(flat), device=flat.device, dtype=flat.dtype).sin()).sum()
-        found[call] = (mixed / flat.norm().clamp_min(torch.finfo(flat.dtype).tiny)).item()
+        found[call] = number_of(y)
 
     _watch(model, modules, batch, note)
     return found

@@ -12,6 +12,7 @@ from torch import nn
 from ..calibration.batches import Batch
 from ..calibration.calibration import calibrate as run_calibration
 from ..calibration.request import Calibrate
+from ..compression.anchored_options import SHARE, Anchored
 from ..compression.apply import merge
 from ..compression.auto_fact import auto_fact
 from ..compression.describe import describe
@@ -74,7 +75,12 @@ Data = Annotated[
     ),
 ]
 Loss = Annotated[str, typer.Option(help="What errors are weighted by: output, lm (next token) or none.")]
-Anchored = Annotated[float, typer.Option(help="Fit block by block, to this share of the dense outputs, such as 0.25.")]
+AnchoredOption = Annotated[
+    float, typer.Option(help="Fit block by block, to this share of the dense outputs, such as 0.25.")
+]
+Refine = Annotated[
+    int, typer.Option(min=0, help="Fit block by block, and train each for so many steps to return what it did.")
+]
 MaxLength = Annotated[
     int, typer.Option(min=1, help="Tokens of a text that are used, at most as many as the model has positions for.")
 ]
@@ -156,7 +162,8 @@ def compress(
     loss: Loss = "output",
     max_length: MaxLength = 512,
     batch_size: BatchSize = 8,
-    anchored: Anchored = 0.0,
+    anchored: AnchoredOption = 0.0,
+    refine: Refine = 0,
     heal: Annotated[int, typer.Option(help="Steps of training against the dense model.")] = 0,
     include: Include = None,
     exclude: Exclude = None,
@@ -179,8 +186,7 @@ def compress(
     Several processes share the work: torchrun --nproc-per-node 4 -m shrank compress ...
     """
     require_free(out, force)
-    if (heal or anchored) and calibrate is None:
-        fail(f"--{'heal' if heal else 'anchored'} needs data: --calibrate", USAGE)
+    _require_data(calibrate, heal=heal, refine=refine, anchored=anchored)
     if heal and stream:
         fail("--heal trains the whole model in memory: compress with --stream, then use shrank heal", USAGE)
     with errors(across=True) as here:
@@ -202,7 +208,7 @@ def compress(
         trust(model, treat_as_base)
         if calibrate and (plan or eligible(model, **options)):
             batches = _batches(calibrate, model, source, loss, max_length, batch_size)
-            options |= {"calibrate": Calibrate(batches, loss=loss), "anchored": anchored}
+            options |= {"calibrate": Calibrate(batches, loss=loss), "anchored": _anchored(anchored, refine)}
             dense = copy.deepcopy(model) if heal or (report and not stream) else None
         rule = RankPlan.load(plan) if plan else rule
         model = auto_fact(checkpoint, rule, stream=out, **options) if checkpoint else auto_fact(model, rule, **options)
@@ -321,6 +327,15 @@ def merge_command(source: Source, out: Out, force: Force = False, as_json: Json 
 
 
 COMMANDS = {"plan": plan, "compress": compress, "heal": heal_command, "inspect": inspect, "merge": merge_command}
+
+
+def _require_data(data: Path | None, **given: float) -> None:
+    if data is None and (wanting := next((name for name, value in given.items() if value), None)):
+        fail(f"--{wanting} needs data: --calibrate", USAGE)
+
+
+def _anchored(share: float, steps: int) -> Anchored | bool:
+    return Anchored(share=share or SHARE, steps=steps) if share or steps else False
 
 
 def _batches(path: Path, model: nn.Module, source: str, loss: str, max_length: int, batch_size: int) -> list[Batch]:

@@ -7,225 +7,144 @@ outputs that they have in the first (AA-SVD, 2026; PIFA, Zhao et al., 2025).
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..calibration.batches import Batch, bound
+from ..calibration.batches import Batch
 from ..calibration.calibration import Calibration
 from ..calibration.metric_source import MetricSource
-from ..calibration.observer import Observed, add_up
 from ..calibration.sharing import Group, observe_calls
 from ..calibration.streams import Masking
-from ..linalg import Columns, Metric, Moments
-from ..model.blocks import blocks_of
-from ..model.hooks import hooked, in_eval_mode, input_of
+from ..model.hooks import without_caches
 from ..model.surgery import finish
 from ..model.survey import Site, Survey
+from ..planning.narrowed import NarrowedBlock
 from ..planning.plan import LayerPlan, RankPlan
 from ..util.processes import current
 from ..util.progress import track
+from .anchored_moments import anchored_at
+from .anchored_options import SHARE, Anchored
 from .apply import carry_out
 from .narrow import block_jobs, part_of
+from .refine import noted, trainable_sites
 from .resolve import resolve
+from .side_by_side import SideBySide
 
-# all-MiniLM-L6-v2 at keep 0.6 with 3524 tokens: a cosine of 0.926 without; of 0.932, 0.924 and 0.837 with shares of
-# 0.25, 0.5 and 1. With 15215 tokens: 0.940 without; 0.944, 0.946, 0.942 and 0.922 with 0.1, 0.25, 0.5 and 0.75.
-SHARE = 0.25
 # With fewer tokens than this for each input, what is fitted is their noise.
 _TOKENS_PER_INPUT = 10
 
 
 def apply_anchored(
-    model: nn.Module, plan: RankPlan, batches: list[Batch], calibration: Calibration, share: float = SHARE
+    model: nn.Module, plan: RankPlan, batches: list[Batch], calibration: Calibration, how: Anchored | float = SHARE
 ) -> nn.Module:
     """Carry out a plan block by block, each fitted at the inputs that the compressed blocks before it give.
 
-    Holds a copy of the model meanwhile.
+    Holds a copy of the model meanwhile, and what one block is called with in all of the data.
 
     Args:
         model: The model that the plan is of, changed in place.
         plan: What to do.
-        batches: The data, from `shrank.batches`; it runs twice for each block.
+        batches: The data, from `shrank.batches`.
         calibration: What `calibrate` found of the model.
-        share: Of the dense model's outputs in what the layers are fitted to, in (0, 1]; the rest are those of the dense
-            layers at the new inputs.
+        how: The share of the dense model's outputs in what the layers are fitted to, in (0, 1], or all options.
 
     Returns:
         The root of the model. The plan that was carried out, with the errors found, is its `shrank_plan`.
 
     Raises:
-        ValueError: The share is out of its range, or the plan does not fit the model, which is then as it was.
+        ValueError: The share is out of its range, there is only one batch to train on, or the plan does not fit the
+            model, which is then as it was.
     """
-    survey = Survey(model)
-    return finish(survey, carry_out_anchored(survey, plan, batches, calibration, share))
+    survey, how = Survey(model), how if isinstance(how, Anchored) else Anchored(float(how))
+    return finish(survey, carry_out_anchored(survey, plan, batches, calibration, how))
 
 
 def carry_out_anchored(
-    survey: Survey, plan: RankPlan, batches: list[Batch], calibration: Calibration, share: float
+    survey: Survey, plan: RankPlan, batches: list[Batch], calibration: Calibration, how: Anchored
 ) -> RankPlan:
     """As `apply_anchored`; the plan with the errors found. `finish` must follow."""
-    require_share(share)
+    if how.steps and len(batches) < 2:
+        raise ValueError(f"steps={how.steps}: {len(batches)} batch cannot be trained on and held out: give more")
     jobs = [site for site, _ in resolve(survey, plan)] + [job.consumer for job in block_jobs(survey, plan)[0]]
     wanted = {site.fqn for site in jobs} & set(calibration)
     sites = [site for site in survey.sites(inside_low_rank=True) if site.fqn in wanted]
     warn_of_few_tokens(plan, calibration, sites)
-    dense = copy.deepcopy(survey.model)
-    batches = bound(batches, dense)
-    masking = Masking(dense, {site.fqn: dense.get_submodule(site.fqn) for site in sites})
-    with torch.no_grad():
+    current().agree("the options of anchored", how)
+    run = _BlockByBlock(survey, plan, calibration, batches, how)
+    with torch.inference_mode(False), torch.no_grad(), without_caches(run.both.dense, survey.model):
+        return run.all_of_it(sites)
+
+
+class _BlockByBlock:
+    """A plan on its way through a model."""
+
+    def __init__(
+        self, survey: Survey, plan: RankPlan, calibration: Calibration, batches: list[Batch], how: Anchored
+    ) -> None:
+        self.survey, self.plan, self.calibration, self.how = survey, plan, calibration, how
+        self.both = SideBySide(survey, batches)
+        self.done: dict[str, LayerPlan] = {}
+        self.narrowed: dict[str, NarrowedBlock] = {}  # by the layer behind its hidden units
+
+    def all_of_it(self, sites: list[Site]) -> RankPlan:
+        """sites: of the layers to be anchored."""
+        both = self.both
+        masking = Masking(both.dense, {site.fqn: both.dense.get_submodule(site.fqn) for site in sites})
         there = [replace(site, module=masking.modules[site.fqn]) for site in sites]
-        seen = observe_calls(dense, there, batches, masking)
-    by_name = {site.fqn: site for site in sites}
-    stages = _stages(survey.model, [[by_name[name] for name in names] for names in seen.shared])
-    anchored = {site.fqn for stage in stages for sharing in stage for site in sharing}
-    parts = [carry_out(survey, part_of(plan, {layer.fqn for layer in plan} - anchored), calibration)]
-    for stage in track(stages, "compressing block by block"):
-        groups = [group for sharing in stage for group in groups_in(sharing, calibration)]
-        found = observed(survey.model, masking, groups, batches, seen.calls, share)
-        names = {site.fqn for group in groups for site in group.sites}
-        parts.append(carry_out(survey, part_of(plan, names), Anchored(calibration, found)))
-    done = {layer.fqn: layer for part in parts for layer in part}
-    blocks = {block.consumer: block for part in parts for block in part.narrowed}
-    return replace(
-        plan,
-        layers=tuple(done[layer.fqn] for layer in plan),
-        narrowed=tuple(blocks.get(block.consumer, block) for block in plan.narrowed),
-    )
-
-
-def require_share(share: float) -> None:
-    if not 0 < share <= 1:
-        raise ValueError(f"anchored must lie in (0, 1], got {share}")
-
-
-class Anchored(MetricSource):
-    """A calibration, of whose layers those of one block see something else now."""
-
-    def __init__(self, calibration: Calibration, moments: dict[str, Moments] | Calibration) -> None:
-        self._calibration, self._moments = calibration, moments
-
-    def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
-        if fqn in self._moments:
-            return self._calibration.metric(fqn, matrices, centred, self._moments[fqn])
-        return self._calibration.metric(fqn, matrices, centred)
-
-    def columns(self, fqn: str, matrices: Tensor, centred: bool) -> Columns | None:
-        if fqn in self._moments:
-            return self._calibration.columns(fqn, matrices, centred, self._moments[fqn])
-        return self._calibration.columns(fqn, matrices, centred)
-
-
-class _Pair:
-    """Layers of one input in the model that is compressed so far, where they are still dense, beside what they see in
-    the dense model."""
-
-    def __init__(self, group: Group, share: float) -> None:
-        self.here = Observed(group.sites[0], None, group.of_inputs, gradients=False)
-        self.names, self.share = [site.fqn for site in group.sites], share
-        self.expected: list[Tensor] = []  # what they see in the dense model, call by call of one batch
-        self.alike, self.anchor, self.sum = True, self.here.moment(group.of_inputs), None
-
-    def note(self, masking: Masking, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        mask = masking.call(self.here.site.fqn)
-        self.expected.append(self.here.rows_of(input_of(args, kwargs), output, mask))
-
-    def see(self, masking: Masking, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        x, mask = input_of(args, kwargs), masking.call(self.here.site.fqn)
-        rows = self.here.rows_of(x, output, mask)
-        wanted = self.expected.pop(0) if self.expected else None
-        if wanted is None or wanted.shape != rows.shape:
-            self.alike = False  # as where a router sends it other tokens than in the dense model
-            return
-        if not rows.shape[1]:
-            return
-        wanted = torch.lerp(rows, wanted, self.share)
-        self.here.observe(x, output, mask)
-        self.anchor.add(rows, wanted)
-        total = wanted.sum(1).double()
-        self.sum = total if self.sum is None else self.sum + total
-
-    def add_up(self) -> None:
-        """As of its moments, which were added up already."""
-        if self.anchor.rows:
-            none = self.anchor.take_mean().sum(-1).double().zero_()
-            self.sum = current().summed(none if self.sum is None else self.sum)
-
-    def moments(self) -> Moments:
+        seen = observe_calls(both.dense, there, both.batches, masking, around=both.links.observed)
+        by_name = {site.fqn: site for site in sites}
+        stages = _stages(both.blocks, [[by_name[name] for name in names] for names in seen.shared])
+        anchored = {site.fqn for stage in stages for sharing in stage for site in sharing}
+        self._carry_out({layer.fqn for layer in self.plan} - anchored, self.calibration)
+        reasons = {}
+        for stage in track(stages, "compressing block by block"):
+            block, tied = self._fit(stage, masking, seen.calls)
+            if self.how.steps and (reason := self._refine(block, tied)):
+                reasons[block] = reason
+            both.changed(None if tied else block)
+        if reasons:
+            told = "; ".join(f"{block}: {reason}" for block, reason in reasons.items())
+            warnings.warn(f"fitted, but not trained further: {told}", stacklevel=5)
         return replace(
-            self.here.moments(0), anchor=self.anchor.take_mean(), anchor_mean=(self.sum / self.anchor.rows).float()
+            self.plan,
+            layers=tuple(self.done[layer.fqn] for layer in self.plan),
+            narrowed=tuple(self.narrowed.get(block.consumer, block) for block in self.plan.narrowed),
         )
 
+    def _fit(self, stage: list[list[Site]], masking: Masking, calls: dict[str, list[int]]) -> tuple[str, str]:
+        """Fit the layers of a stage; the block, and why it cannot be run by itself, "" if it can."""
+        both, block = self.both, self.both.blocks[stage[0][0].fqn]
+        groups = [group for sharing in stage for group in groups_in(sharing, self.calibration)]
+        names = {site.fqn for group in groups for site in group.sites}
+        if strangers := [name for name in names if both.blocks[name] != block]:
+            reason = f"{strangers[0]} is fitted together with it"
+        else:
+            reason = both.why_not_alone(block)
+        runner = Batch.call if reason else partial(both.run, block)
+        found = anchored_at(
+            self.calibration, self.survey.model, masking, groups, both.batches, calls, self.how.share, runner
+        )
+        self._carry_out(names, found)
+        return block, reason
 
-def _add_up(pairs: list[_Pair]) -> None:
-    """Make what the `current` processes saw, each of a share of the data, one."""
-    here = current()
-    for pair, *alike in zip(pairs, *here.exchange([pair.alike for pair in pairs]), strict=True):
-        pair.alike = all(alike)
-    alike = [pair for pair in pairs if pair.alike]
-    add_up((pair.here for pair in alike), (pair.anchor for pair in alike))
-    for pair in alike if here.size > 1 else ():
-        pair.add_up()
+    def _refine(self, block: str, reason: str) -> str:
+        """Train a block, unless there is a reason not to; why not, "" if it was."""
+        names = {name for name, own in self.both.blocks.items() if own == block and name in self.done}
+        sites = trainable_sites(self.survey, self.both.dense, block, names)
+        if not sites:
+            return ""
+        found = reason or self.both.refined(block, sites, self.how)
+        self.done |= {site.fqn: noted(self.done[site.fqn], block, found) for site in sites}
+        return found if isinstance(found, str) else ""
 
-
-class _Enough(Exception):
-    """Ends a run in which nothing is left to see."""
-
-
-@torch.no_grad()
-def observed(
-    model: nn.Module,
-    masking: Masking,
-    groups: list[Group],
-    batches: list[Batch],
-    calls: dict[str, list[int]],
-    share: float,
-) -> dict[str, Moments]:
-    """The moments of the layers in these groups at what they see in a model that is compressed before them, by name;
-    not of those whose calls in the two models do not correspond.
-
-    masking: of the dense model. calls: of every layer, by batch.
-    """
-    pairs, here = [_Pair(group, share) for group in groups], current()
-    # Where the data decides how often a layer runs, it may run more often behind compressed layers: look to the end.
-    steady = len(batches) > 1 and all(len(set(calls[pair.here.site.fqn])) == 1 for pair in pairs)
-    with in_eval_mode(model, masking.model):
-        for number, batch in here.share(enumerate(batches)):
-            if enough := sum(calls[pair.here.site.fqn][number] for pair in pairs):
-                for where, look, end in (
-                    (masking.model, _Pair.note, enough),
-                    (model, _Pair.see, enough if steady else None),
-                ):
-                    masking.begin(batch)
-                    _run(where, batch, {p.here.site.fqn: partial(look, p, masking) for p in pairs}, end)
-                for pair in pairs:
-                    pair.alike &= not pair.expected
-                    pair.expected.clear()
-    _add_up(pairs)
-    if unlike := [name for pair in pairs for name in pair.names if not (pair.alike and pair.anchor.rows)]:
-        warnings.warn(f"not anchored, as the dense model calls them otherwise: {', '.join(unlike)}", stacklevel=5)
-    return {name: pair.moments() for pair in pairs for name in pair.names if name not in unlike}
-
-
-def _run(model: nn.Module, batch: Batch, hooks: dict[str, Callable], enough: int | None) -> None:
-    """Run a model until these hooks, by the names of layers, were called `enough` times, None: to its end."""
-    calls = 0
-
-    def counted(hook: Callable, *seen: object) -> None:
-        nonlocal calls
-        hook(*seen)
-        calls += 1
-        if calls == enough:
-            raise _Enough
-
-    with suppress(_Enough), hooked((model.get_submodule(fqn), partial(counted, h)) for fqn, h in hooks.items()):
-        batch.call(model)
+    def _carry_out(self, names: set[str], calibration: MetricSource) -> None:
+        done = carry_out(self.survey, part_of(self.plan, names), calibration)
+        self.done |= {layer.fqn: layer for layer in done}
+        self.narrowed |= {block.consumer: block for block in done.narrowed}
 
 
 def carried_out(
@@ -235,10 +154,9 @@ def carried_out(
     return {layer.fqn: layer for layer in carry_out(survey, part_of(plan, names), calibration, workers)}
 
 
-def _stages(model: nn.Module, shared: list[list[Site]]) -> list[list[list[Site]]]:
+def _stages(blocks: dict[str, str], shared: list[list[Site]]) -> list[list[list[Site]]]:
     """The layers in the order of execution, those of one block together: also where layers of later blocks share an
-    input, as those of a decoder that look at the encoder."""
-    blocks = blocks_of(model)
+    input, as those of a decoder that look at the encoder. blocks: of all layers."""
     last = {blocks[sharing[0].fqn]: number for number, sharing in enumerate(shared)}
     stages: list[tuple[str, list[list[Site]]]] = []
     later: dict[str, list[list[Site]]] = {}

@@ -25,8 +25,10 @@ from ..planning.rank import Rank
 from ..planning.spectra import Spectra
 from ..util.processes import current
 from ..util.progress import track
-from .anchored import SHARE, carry_out_anchored
+from .anchored import carry_out_anchored
+from .anchored_options import Anchored, as_anchored
 from .apply import carry_out
+from .probe import probed, require_probe
 from .resolve import has_grids
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class Streamed(Protocol):
         rank: Rank | Budget | RankPlan,
         options: PlanOptions,
         calibrate: Calibrate | None,
-        anchored: float,
+        anchored: Anchored | None,
     ) -> nn.Module:
         """The model, compressed into a folder."""
 
@@ -63,7 +65,7 @@ def auto_fact(
     fact_led_unit: bool = False,
     *,
     calibrate: Iterable[object] | Calibrate | Calibration | None = None,
-    anchored: float | bool = False,
+    anchored: Anchored | float | bool = False,
     stream: str | os.PathLike | None = None,
     **options: Unpack[FittingKeywords],
 ) -> nn.Module:
@@ -85,7 +87,7 @@ def auto_fact(
             says how; or a Calibration. The twins then keep what the layers do to that data.
         anchored: Compress block by block. Each block is fitted at the inputs that the compressed blocks before it give,
             to a mixture of the outputs there and those of the dense model. A number in (0, 1] is the share of the
-            latter; True stands for a quarter. Needs the data itself, and runs it twice for each block.
+            latter; True stands for a quarter. Anchored(steps=...) trains each block after that. Needs the data itself.
         stream: A folder, to compress a `shrank.Checkpoint` into: block by block, from its files into others. Repeated
             after whatever stopped it, the same call goes on where it was.
         **options: The other fields of PlanOptions.
@@ -126,7 +128,7 @@ def auto_fact(
         # Errors come with the factors; computing the spectra first would decompose every layer twice.
         fitting = replace(fitting, errors=bool(options.get("errors", False)))
         eligible = [] if data.how is None else eligible_in(survey, fitting)
-        data = data.seen_by(survey, eligible, bool(fitting.narrow))
+        data = data.seen_by(survey, eligible, bool(fitting.narrow)).probed(survey)
         search = isinstance(rank, Budget) and isinstance(rank.goal, SmallestGoodEnough)
         plan = (_smallest_good_enough if search else _plan)(survey, rank, data, fitting)
     if plan.does_nothing:
@@ -172,7 +174,7 @@ class _Data:
 
     how: Calibrate | None
     calibration: Calibration | None
-    anchored: float
+    anchored: Anchored | None
 
     def seen_by(self, survey: Survey, layers: list[str], narrow: bool) -> _Data:
         """With the calibration of these layers, and of the units of blocks if they may go, if there is data."""
@@ -185,6 +187,12 @@ class _Data:
         """Observing the inputs of linear layers, as rounding of weights needs."""
         return self if self.how is None else replace(self, how=replace(self.how, inputs=True))
 
+    def probed(self, survey: Survey) -> _Data:
+        """With errors of layers as large as they were measured to be, if that is wanted."""
+        if self.how is not None and self.how.probe:
+            self.calibration.scales = probed(survey, self.calibration, self.how)
+        return self
+
     def applied(self, survey: Survey, plan: RankPlan) -> nn.Module:
         """The model after the plan was carried out on it."""
         if self.anchored:
@@ -194,14 +202,16 @@ class _Data:
         return finish(survey, done)
 
 
-def _data(given: Iterable[object] | Calibrate | Calibration | None, anchored: float | bool) -> _Data:
+def _data(given: Iterable[object] | Calibrate | Calibration | None, anchored: Anchored | float | bool) -> _Data:
+    wanted = as_anchored(anchored)
     if given is None or isinstance(given, Calibration):
-        if anchored:
+        if wanted:
             raise TypeError("anchored: only together with calibrate=data")
-        return _Data(None, given, 0.0)
+        return _Data(None, given, None)
     how = given if isinstance(given, Calibrate) else Calibrate(given)
-    share = SHARE if anchored is True else float(anchored)
-    return _Data(replace(how, data=as_batches(how.data)), None, share)
+    if how.probe:
+        require_probe(how)
+    return _Data(replace(how, data=as_batches(how.data)), None, wanted)
 
 
 def _plan(survey: Survey, rank: Rank | Budget, data: _Data, options: PlanOptions) -> RankPlan:

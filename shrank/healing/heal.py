@@ -16,6 +16,7 @@ from ..calibration.batches import Batch, as_batches, bound
 from ..calibration.losses import LossLike, as_training_loss
 from ..calibration.sameness import agree_on
 from ..calibration.streams import warn_of_masks_that_fit_nothing
+from ..compression.schedule import split
 from ..layers.corrected import CorrectedLinear
 from ..layers.quantized import is_quantized
 from ..model.notes import HEALING, note
@@ -26,7 +27,6 @@ from .accelerated import means_of, together
 from .options import LEARNING_RATE, HealOptions, RunOptions
 from .recorded import RecordedLogits
 from .run import Run
-from .schedule import split
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

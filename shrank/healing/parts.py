@@ -9,7 +9,7 @@ from torch import nn
 
 from ..layers.quantized import is_quantized
 from ..model.adapters import LOW_RANK
-from ..model.hooks import recomputing
+from ..model.hooks import recomputing, without_caches
 from ..model.notes import NARROWED, noted
 from .distance import common_blocks
 
@@ -29,17 +29,10 @@ def outermost_blocks(student: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def run_again(student: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
-    """Runs of these blocks keep nothing for the backward pass, which runs them again: without the caches of
-    transformers, to which a second run would add."""
-    configs = {id(c): c for m in student.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)}
-    try:
-        for config in configs.values():
-            config.use_cache = False
-        with recomputing(blocks):
-            yield
-    finally:
-        for config in configs.values():
-            config.use_cache = True
+    """Runs of these blocks keep nothing for the backward pass, which runs them again: without caches, to which a second
+    run would add."""
+    with without_caches(student), recomputing(blocks):
+        yield
 
 
 def trained_parameters(student: nn.Module, train: str) -> dict[str, nn.Parameter]:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ..calibration.batches import Batch
 from ..calibration.losses import NotComparable, TrainingLoss
+from ..compression.masters import Masters
+from ..compression.schedule import batch_of_step, rate
 from ..model.hooks import in_eval_mode
 from ..util import tensor_file
 from ..util.fingerprint import Unhashable, fingerprint
@@ -23,10 +25,8 @@ from .distance import distance, masking_of_blocks
 from .options import RunOptions
 from .parts import outermost_blocks, run_again, trained_parameters
 from .recorded import RecordedLogits
-from .schedule import batch_of_step, rate
 
 _AFTER_A_SETBACK = 1 / 3  # of the rate, from the best weights on
-_BETAS, _LARGEST_NORM = (0.9, 0.95), 1.0
 
 
 class Run:
@@ -48,11 +48,9 @@ class Run:
         self.student, self.teacher, self.batches, self.held = student, teacher, batches, held
         self.options, self.loss, self.means = options, loss, means
         self.trained = trained_parameters(student, options.train)
-        self.masters = {name: p.detach().float().clone() for name, p in self.trained.items()}
-        self.best = {name: master.clone() for name, master in self.masters.items()}
-        self.optimizer = torch.optim.AdamW(
-            self.masters.values(), lr=options.learning_rate, betas=_BETAS, weight_decay=0.0
-        )
+        self.masters = Masters(self.trained)
+        self.best = self.masters.copies()
+        self.optimizer = self.masters.optimizer(options.learning_rate)
         if isinstance(teacher, RecordedLogits):
             self.models = (student,)
             self.distance = partial(teacher.distance, student, loss=loss)
@@ -101,54 +99,26 @@ class Run:
 
     def _take_step(self) -> None:
         count = self.options.batches
-        for master in self.masters.values():
-            master.grad = None
+        self.masters.clear_gradients()
         for number in current().share(range(self.step * count, (self.step + 1) * count)):
             loss = self._loss(batch_of_step(self.batches, number, self.options.seed), "")
             (loss / count).backward()
-            self._take_gradients()
-        self._sum_gradients()
-        nn.utils.clip_grad_norm_(self.masters.values(), _LARGEST_NORM)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.options.learning_rate * rate(self.step, self.options.steps) * self._slowed()
-        self.optimizer.step()
-        self._show_masters()
+            self.masters.take_gradients()
+        self.masters.step(
+            self.optimizer, self.options.learning_rate * rate(self.step, self.options.steps) * self._slowed()
+        )
         self.step += 1
-
-    def _take_gradients(self) -> None:
-        """Add those of the weights to the masters', in float32."""
-        for name, master in self.masters.items():
-            gradient, self.trained[name].grad = self.trained[name].grad, None
-            if gradient is not None:
-                master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
-
-    def _sum_gradients(self) -> None:
-        """Over the processes."""
-        for master in self.masters.values():
-            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
-        here = current()
-        if here.size > 1:
-            gradients = [master.grad for master in self.masters.values()]
-            total = here.summed(torch.cat([g.flatten() for g in gradients]))
-            for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
-
-    def _show_masters(self) -> None:
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(self.masters[name])
 
     @torch.no_grad()
     def _evaluate(self) -> None:
         loss = self._held_out_loss()
         if not self.curve or loss < min(value for _, value in self.curve):
             self.best_step = self.step
-            self.best = {name: master.clone() for name, master in self.masters.items()}
+            self.best = self.masters.copies()
         else:
-            for name, master in self.masters.items():
-                master.copy_(self.best[name])
+            self.masters.take(self.best)
+            for master in self.masters.values():
                 self.optimizer.state[master]["exp_avg"].zero_()
-            self._show_masters()
         self.curve.append((self.step, loss))
 
     def _held_out_loss(self) -> float:
@@ -212,7 +182,7 @@ class Run:
             }
         self.step, self.best_step = int(metadata["step"]), int(metadata["best_step"])
         self.curve = [tuple(point) for point in json.loads(metadata["curve"])]
-        self._show_masters()
+        self.masters.show()
 
     def _key_of(self) -> str:
         shapes = {name: tuple(p.shape) for name, p in self.trained.items()}

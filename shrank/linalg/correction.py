@@ -36,7 +36,7 @@ from .weighted import factorize_weighted, rounded, squared_errors
 class Lost:
     """The weight (N, K) that a layer should have, the one that it has, and the norm that the difference counts in.
 
-    metric: of the layer, with its inputs; None for the norm of Frobenius. What it goes towards is what `weight` must be.
+    metric: of the layer, with its inputs; None for the norm of Frobenius. What it goes towards is the `weight`.
     """
 
     weight: Tensor

@@ -62,6 +62,20 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def without_caches(*models: nn.Module) -> Iterator[None]:
+    """Models of transformers keep no keys and values, through which a block would know what it did before."""
+    modules = (module for model in models for module in model.modules())
+    configs = {id(c): c for m in modules if getattr(c := getattr(m, "config", None), "use_cache", False)}
+    try:
+        for config in configs.values():
+            config.use_cache = False
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+
+
+@contextmanager
 def all_trainable(model: nn.Module) -> Iterator[None]:
     """With gradients of all parameters that can have one."""
     held = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point() and not p.is_inference()]

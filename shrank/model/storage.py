@@ -39,7 +39,10 @@ def unpivot(model: nn.Module) -> nn.Module:
 
 def with_plain_factors(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """The model, changed in place, with plain factors in its pivoted layers, and the names of these."""
-    return _stored_otherwise(model, lambda site: site.module.pivoted, unpivoted)
+    survey = Survey(model)
+    sites = [site for site in survey.low_rank() if not site.inside and site.module.pivoted]
+    unpivot_at(survey, sites)
+    return survey.model, [site.fqn for site in sites]
 
 
 def plain_factors_of(layer: LowRankLayer) -> Factors:
@@ -50,15 +53,23 @@ def plain_factors_of(layer: LowRankLayer) -> Factors:
 
 def with_pivots(model: nn.Module, names: list[str]) -> nn.Module:
     """The model, changed in place, with pivots in these low-rank layers."""
-    return _stored_otherwise(model, lambda site: site.fqn in names, pivoted)[0]
+    survey = Survey(model)
+    pivot_at(survey, [site for site in survey.low_rank() if not site.inside and site.fqn in names])
+    return survey.model
+
+
+def unpivot_at(survey: Survey, sites: list[Site]) -> None:
+    """Store these pivoted layers with plain factors; ValueError as `unpivot` raises it."""
+    _store_otherwise(survey, sites, unpivoted)
+
+
+def pivot_at(survey: Survey, sites: list[Site]) -> None:
+    """Store these low-rank layers with pivots."""
+    _store_otherwise(survey, sites, pivoted)
 
 
 @torch.no_grad()
-def _stored_otherwise(
-    model: nn.Module, wanted: Callable[[Site], bool], convert: Callable[[Stored], Stored]
-) -> tuple[nn.Module, list[str]]:
-    survey = Survey(model)
-    sites = [site for site in survey.low_rank() if not site.inside and wanted(site)]
+def _store_otherwise(survey: Survey, sites: list[Site], convert: Callable[[Stored], Stored]) -> None:
     require_plain(sites, "stored otherwise")
     for site in sites:
         layer = site.module
@@ -67,4 +78,3 @@ def _stored_otherwise(
         twin = target(dense_twin(layer), vouched=True).twin(layer.rank, replace(layer.shape, pivoted=pivots))
         twin.take(factors, merged_bias(layer.stages))
         surgery.replace(survey, site, twin)
-    return survey.model, [site.fqn for site in sites]

@@ -108,7 +108,7 @@ _ELSEWHERE = {
     name: f"calibrate=shrank.batches(data, {name}=)"
     for name in ("tokenizer", "mask", "batch_size", "max_length", "forward")
 }
-_OF_CALIBRATE = ("loss", "cache", "max_memory", "spill", "seed", "inputs")
+_OF_CALIBRATE = ("loss", "cache", "max_memory", "spill", "seed", "inputs", "probe")
 _ELSEWHERE |= {name: f"calibrate=shrank.Calibrate(data, {name}=)" for name in _OF_CALIBRATE}
 
 

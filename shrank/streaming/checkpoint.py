@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from ..calibration.request import Calibrate
-from ..compression.anchored import require_share
+from ..compression.anchored_options import Anchored
 from ..compression.auto_fact import Streamed, auto_fact
 from ..model import notes
 from ..planning.budget import Budget, SmallestGoodEnough
@@ -54,7 +54,7 @@ class Checkpoint(Streamed):
         rank: Rank | Budget | RankPlan,
         options: PlanOptions,
         calibrate: Calibrate | None,
-        anchored: float,
+        anchored: Anchored | None,
     ) -> nn.Module:
         """Compress into a folder; see `shrank.auto_fact`.
 
@@ -64,7 +64,7 @@ class Checkpoint(Streamed):
             rank: What `auto_fact` takes.
             options: Which layers may change.
             calibrate: Data and how.
-            anchored: The share of the dense outputs; 0 for layers fitted alone.
+            anchored: How blocks are fitted to the dense outputs; None for layers fitted alone.
 
         Returns:
             The model, mapped from the files that were written.
@@ -78,12 +78,12 @@ class Checkpoint(Streamed):
             raise TypeError(
                 "a Budget(eval_fn=) tries compressed models, which streaming does not make: give keep_params="
             )
+        if calibrate is not None and calibrate.probe:
+            raise TypeError("stream: probe= runs the whole model for every layer, which streaming does not")
         if options.narrow or (isinstance(rank, RankPlan) and rank.narrower):
             raise TypeError("stream: blocks are narrowed only in memory; leave out narrow=, or load the model")
         if options.submodules is not None or options.fact_led_unit:
             raise TypeError("stream: name layers with include= and exclude=; submodules and fact_led_unit need a model")
-        if anchored:
-            require_share(anchored)
         from ..saving.transformers_folder import load_model, save_model
         from .mapped import MappedModel
         from .run import Run
@@ -99,7 +99,7 @@ class Checkpoint(Streamed):
             warnings.warn(f"{self.source} is compressed in memory: {reason}", stacklevel=3)
         model = load_model(self.source)
         further = {} if isinstance(rank, RankPlan) else vars(options)
-        model = auto_fact(model, rank, calibrate=calibrate, anchored=anchored, **further)
+        model = auto_fact(model, rank, calibrate=calibrate, anchored=anchored or False, **further)
         if notes.noted(model, notes.PLAN).low_rank:
             save_model(model, self.source, target)
         return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,12 +16,15 @@ from ..calibration.calibration import Calibration
 from ..calibration.metric_source import MetricSource
 from ..calibration.moment_files import write_results
 from ..calibration.sharing import Group, anchored_entries, in_passes
-from ..compression.anchored import Anchored, carried_out, groups_in, observed, warn_of_few_tokens
+from ..compression.anchored import carried_out, groups_in, warn_of_few_tokens
+from ..compression.anchored_moments import AnchoredMetrics, observed
+from ..compression.anchored_options import Anchored
+from ..compression.refine import Example, example_of, noted, refined, trainable_sites
 from ..linalg import FactorizationError, Shape
 from ..model.survey import Site, Survey
-from ..planning.plan import RankPlan
+from ..planning.plan import LayerPlan, RankPlan
 from ..planning.spectra import Spectra
-from ..util import tensor_file
+from ..util import nested, tensor_file
 from ..util.cache import name_of
 from ..util.progress import track
 from .cut import Cut
@@ -87,16 +91,21 @@ class Fit:
         """The files with the weights, the rest of the model last."""
         return [*(self._shard(unit) for unit in self.units), self.folder / "shards" / "rest.safetensors"]
 
-    def run(self, order: list[str], metric: Callable[[str], MetricSource | None], after: Callable[[str], None]) -> None:
-        """Fit and write units in this order, each in the norms that `metric` gives of it; `after`: before one is
-        written."""
+    def run(
+        self,
+        order: list[str],
+        metric: Callable[[str], MetricSource | None],
+        after: Callable[[str, dict[str, LayerPlan]], dict[str, LayerPlan]],
+    ) -> None:
+        """Fit and write units in this order, each in the norms that `metric` gives of it; `after`: what becomes of it
+        and of its plan before it is written."""
         for unit in track(order, "fitting, block by block"):
             if self._shard(unit).exists():
                 continue
             require_room(self.folder, {unit: bytes_of(self.mapped.model.get_submodule(unit))})
             names = {site.fqn for site in self.units[unit]}
             done = carried_out(self.survey, self.plan, names, metric(unit), workers=1)
-            after(unit)
+            done = after(unit, done)
             RankPlan(tuple(done.values())).save(self._notes(unit))
             write_shard(self._shard(unit), unit, self.mapped.model)
             self.mapped.model.get_submodule(unit).to("meta")
@@ -125,11 +134,11 @@ class AnchoredFit:
     Args:
         dense: The data on its way through the dense model.
         fit: Of the other model.
-        share: See `shrank.apply_anchored`.
+        how: Of the blocks.
     """
 
-    def __init__(self, dense: Sweeps, fit: Fit, share: float) -> None:
-        self._dense, self._fit, self._share = dense, fit, share
+    def __init__(self, dense: Sweeps, fit: Fit, how: Anchored) -> None:
+        self._dense, self._fit, self._how = dense, fit, how
         names = {unit: [site.fqn for site in sites] for unit, sites in fit.units.items()}
         self._cut = Cut(fit.mapped.model, names, fit.folder / "compressed", dense.course, lasting=False)
         self._visits = {visit.unit: visit for visit in dense.visits}
@@ -151,13 +160,14 @@ class AnchoredFit:
         for file, part in zip(files, passes, strict=True):
             if not file.exists():
                 self._write(file, part, visit)
-        return Anchored(self._fit.calibration, Calibration(self._folder(unit), files))
+        moments = Calibration(self._folder(unit), files)
+        return AnchoredMetrics(self._fit.calibration, moments)
 
     def _write(self, file: Path, groups: list[Group], visit: Visit) -> None:
         """Write the moments of some layers of a unit."""
         batches = [call_of(self._dense.batches[number], partial(self._through, visit.unit)) for number in visit.numbers]
         model, masking = self._fit.mapped.model, self._dense.masking
-        found = observed(model, masking, groups, batches, visit.calls.calls, self._share)
+        found = observed(model, masking, groups, batches, visit.calls.calls, self._how.share)
         firsts = {site.fqn: group.sites[0].fqn for group in groups for site in group.sites}
         write_results(file, ((name, moments, firsts[name]) for name, moments in found.items()), reached=False)
         self._dense.mapped.release(self._dense.mapped.model)
@@ -165,15 +175,45 @@ class AnchoredFit:
     def _folder(self, unit: str) -> Path:
         return self._fit.folder / "anchored" / self._cut.place(unit)
 
-    def run_on(self, unit: str) -> None:
-        """Run the data through the unit, now that its layers are fitted."""
+    def run_on(self, unit: str, done: dict[str, LayerPlan]) -> dict[str, LayerPlan]:
+        """Train the unit, now that its layers are fitted, if that is wanted, and run the data through it; its plan."""
         if visit := self._visits.get(unit):
             shutil.rmtree(self._folder(unit), ignore_errors=True)
+            if self._how.steps:
+                done = self._trained(visit, done)
             for number in visit.numbers:
                 if visit.nexts[number] is not None:
                     self._cut.keep(unit, number, self._cut.through(self._dense.batches[number], unit))
             for cut in (self._cut, self._dense.cut):
                 cut.thin_out(self._dense.needed_from(visit))
+        return done
+
+    def _trained(self, visit: Visit, done: dict[str, LayerPlan]) -> dict[str, LayerPlan]:
+        survey, unit = self._fit.survey, visit.unit
+        sites = trainable_sites(survey, self._dense.mapped.model, unit, done)
+        if not sites:
+            return done
+        found = refined(survey, unit, sites, visit.numbers, partial(self._example, unit), self._how)
+        self._dense.mapped.release(self._dense.mapped.model)
+        if isinstance(found, str):
+            warnings.warn(f"fitted, but not trained further: {unit}: {found}", stacklevel=2)
+        return done | {site.fqn: noted(done[site.fqn], unit, found) for site in sites}
+
+    def _example(self, unit: str, number: int) -> Example:
+        """What the compressed unit is called with in a batch, beside what the dense one returns."""
+        batch, calls = self._dense.batches[number], []
+
+        def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            calls.append(nested.mapped(Tensor.detach, (args, kwargs)))
+
+        handle = self._fit.mapped.model.get_submodule(unit).register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            self._cut.through(batch, unit)
+        finally:
+            handle.remove()
+        output = self._dense.cut.through(batch, unit)
+        self._dense.masking.begin(batch)
+        return example_of(calls[-1], output, self._dense.masking.call(unit))
 
     def _is_anchored(self, name: str) -> bool:
         return name in self._fit.calibration and self._fit.plan[name].rank is not None

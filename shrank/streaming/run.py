@@ -16,6 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from ..calibration.calibration import Calibration
 from ..calibration.losses import as_sensitivity
 from ..calibration.request import Calibrate
+from ..compression.anchored_options import Anchored
 from ..compression.resolve import resolve
 from ..model import notes
 from ..model.blocks import blocks_of
@@ -49,11 +50,13 @@ class Run:
         source: Where it is from.
         target: The folder to write.
         how: What to calibrate on, if anything.
-        share: Of the dense outputs in what layers are fitted to, 0 to fit each alone.
+        anchored: How blocks are fitted to the dense outputs; None to fit each layer alone.
     """
 
-    def __init__(self, mapped: MappedModel, source: str, target: Path, how: Calibrate | None, share: float) -> None:
-        self.mapped, self.source, self.target, self.how, self.share = mapped, source, target, how, share
+    def __init__(
+        self, mapped: MappedModel, source: str, target: Path, how: Calibrate | None, anchored: Anchored | None
+    ) -> None:
+        self.mapped, self.source, self.target, self.how, self.anchored = mapped, source, target, how, anchored
         self.work = work_folder(target)
 
     def carry_out(self, rank: Rank | Budget | RankPlan, options: PlanOptions) -> nn.Module:
@@ -65,7 +68,7 @@ class Run:
         with torch.inference_mode(False), torch.no_grad(), _without_cache(self.mapped.model):
             wanted = {x.fqn for x in rank.low_rank} if isinstance(rank, RankPlan) else eligible_in(survey, options)
             sweeps = Sweeps(self.mapped, _units(survey), set(wanted), self.how, self.work) if self.how else None
-            needs = sweeps.expected(self.share > 0) if sweeps else {}
+            needs = sweeps.expected(self.anchored is not None) if sweeps else {}
         needs["the result"] = sum(file.stat().st_size for file in self.mapped.files)
         require_room(self.work, needs, size_on_disk(self.work) if self.work.exists() else 0)
         taken_up(self.work, self._about(rank, options))
@@ -86,7 +89,7 @@ class Run:
                 warnings.warn(f"no layer was replaced: {plan.why_dense()}", stacklevel=4)
                 shutil.rmtree(work)
                 return _noted(mapped.model, plan)
-            fit = self._fitted(plan, calibration, sweeps if self.share else None)
+            fit = self._fitted(plan, calibration, sweeps if self.anchored else None)
         done = fit.done()
         self._put_in_place(fit.shards(), done)
         return _noted(MappedModel(str(self.target)).model, done)
@@ -124,9 +127,9 @@ class Run:
         fit = Fit(mapped, units, plan, calibration, self.work)
         if sweeps is None:
             shutil.rmtree(self.work / "outputs", ignore_errors=True)
-            fit.run(list(units), lambda unit: calibration, lambda unit: None)
+            fit.run(list(units), lambda unit: calibration, lambda unit, done: done)
         else:
-            anchored = AnchoredFit(sweeps, fit, self.share)
+            anchored = AnchoredFit(sweeps, fit, self.anchored)
             visited = [visit.unit for visit in sweeps.visits]
             with _without_cache(mapped.model):
                 fit.run([*visited, *(u for u in units if u not in visited)], anchored.metric, anchored.run_on)
@@ -136,6 +139,8 @@ class Run:
     def _about(self, rank: Rank | Budget | RankPlan, options: PlanOptions) -> dict[str, object]:
         """All that the result depends on."""
         how = self.how
+        anchored = self.anchored
+        trained = anchored and anchored.steps and [anchored.steps, anchored.learning_rate, anchored.seed]
         stats = {file.name: file.stat() for file in self.mapped.files}
         return {
             "version of shrank": __version__,
@@ -146,7 +151,8 @@ class Run:
             "option": fingerprint(options),
             "data": how and fingerprint([batch.content() for batch in how.data]),
             "loss": how and fingerprint([how.loss, how.seed, how.inputs]),
-            "share of dense outputs": self.share,
+            "share of dense outputs": anchored and anchored.share,
+            "training of blocks": trained or None,
         }
 
 

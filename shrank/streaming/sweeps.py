@@ -52,7 +52,8 @@ class Sweeps:
         self.course = Course([[] for _ in self.batches])
         names = {unit: [site.fqn for site in sites] for unit, sites in units.items()}
         self.cut = Cut(mapped.model, names, folder / "outputs", self.course)
-        self.masking = Masking(mapped.model, {site.fqn: site.module for sites in units.values() for site in sites})
+        layers = {site.fqn: site.module for sites in units.values() for site in sites}
+        self.masking = Masking(mapped.model, self.cut.modules() | layers)
         self.visits: list[Visit] = []
         self._apart = max(math.isqrt(len(units)), 1)
         self._written = 0  # bytes that the last unit returned

@@ -235,6 +235,8 @@ def test_compress_with_texts_heals_reports_and_keeps_to_the_budget(anchored, lan
         20,
         "--anchored",
         anchored,
+        "--refine",
+        2 if anchored else 0,
     )
     assert done.exit_code == 0, done.output
     assert "healed: loss on held-out texts" in done.output and (tmp_path / "report.html").stat().st_size > 10_000
@@ -315,6 +317,7 @@ def test_bench_times_layers_for_budgets_of_time(source: Path, tmp_path) -> None:
     [
         (("compress", "--keep", 0.5, "--heal", 3), USAGE, "--heal needs data: --calibrate"),
         (("compress", "--keep", 0.5, "--anchored", 0.5), USAGE, "--anchored needs data: --calibrate"),
+        (("compress", "--keep", 0.5, "--refine", 5), USAGE, "--refine needs data: --calibrate"),
         (("compress", "--keep", 0.5, "--anchored", 2, "--calibrate", "TEXTS"), FAILED, "anchored must lie in"),
         (("compress", "--keep", 0.5, "--calibrate", "absent.txt"), FAILED, "absent.txt"),
         (("compress", "--keep", 0.5, "--calibrate", "TEXTS", "--loss", "mse"), FAILED, "'mse'"),

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AlbertConfig, AlbertModel
 
 import shrank
-from shrank import Budget, Calibrate, Checkpoint, auto_fact
+from shrank import Anchored, Budget, Calibrate, Checkpoint, auto_fact
 from shrank.saving.transformers_folder import load_model, save_model
 from shrank.util import tensor_file
 from tests.common.models import HF_MODELS, VOCAB, draw, hf_model, seeded, tokens
@@ -68,6 +68,20 @@ def test_it_becomes_what_the_model_in_memory_does(family: str, anchored: float, 
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("memory", "streamed")]
     assert configs[0] == configs[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "memory", "streamed"]
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_blocks_are_trained_as_they_are_in_memory(family: str, tmp_path) -> None:
+    dense, source = hf_model(family), tmp_path / "dense"
+    dense.save_pretrained(source)
+    how, anchored = Calibrate(calls_of(dense), loss="none"), Anchored(steps=6, learning_rate=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few tokens, and of blocks of t5, which return several tensors
+        expected = auto_fact(load_model(str(source)), 0.6, calibrate=how, anchored=anchored)
+        found = auto_fact(Checkpoint(source), 0.6, calibrate=how, anchored=anchored, stream=tmp_path / "streamed")
+    assert found.shrank_plan == expected.shrank_plan
+    assert any("trained further" in x.reason for x in found.shrank_plan.low_rank)
+    assert_same_model(expected, found)
 
 
 def test_gradients_that_come_from_several_blocks_add_up(tmp_path) -> None:

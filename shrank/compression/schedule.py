@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
-from ..calibration.batches import Batch
+T = TypeVar("T")
 
 _WARM_UP, _FINAL_RATE = 0.1, 0.05  # shares of the steps and of the learning rate
 _HELD_OUT = 0.1
 
 
-def split(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+def split(batches: Sequence[T]) -> tuple[list[T], list[T]]:
     """Batches to train on, and a tenth of all, spread over them, to judge by."""
     if len(batches) < 2:
         raise ValueError(f"{len(batches)} batch cannot be trained on and held out: give more, or held_out=")
@@ -30,7 +32,7 @@ def rate(step: int, steps: int) -> float:
     return _FINAL_RATE + (1 - _FINAL_RATE) * (1 + math.cos(math.pi * along)) / 2
 
 
-def batch_of_step(batches: list[Batch], step: int, seed: int) -> Batch:
+def batch_of_step(batches: Sequence[T], step: int, seed: int) -> T:
     """The batch of a step: every epoch has its own order, which depends on nothing else."""
     epoch, place = divmod(step, len(batches))
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
