@@ -84,7 +84,7 @@ def _taken_for_cuda(device: str) -> Iterator[None]:
 
     from shrank.ops import availability  # not before the library is loaded
 
-    names = ("low_rank_linear", "low_rank_linear_multi", "low_rank_gated")
+    names = ("low_rank_linear", "low_rank_linear_multi", "low_rank_gated", "low_rank_pivoted")
     known = {(name, torch.device("cpu"), torch.float32) for name in names}  # as after the first call on a card
     with patch.object(availability, "_known", known):
         yield

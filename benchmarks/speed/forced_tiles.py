@@ -53,10 +53,11 @@ def _tiles(dtype: torch.dtype, device: str, ranks: tuple[int, ...]):
         conv_case = ConvCase((9, 7), (3, 3), 16, 136, rank, padding=(1, 1), activation="gelu", residual=True, last=True)
         many, few = (LinearCase((M,), 200, 264, rank, True, "gelu", True) for M in (133, 37))
         many_gated, few_gated = (GatedCase((M,), 200, 264, rank - 16, rank) for M in (133, 37))
+        few_both = GatedCase((37,), 200, 264, rank - 16, rank, pivots="both")
         many_pivoted, few_pivoted = (PivotedCase((M,), 200, 264, rank, "both", "gelu", True) for M in (133, 37))
         cases = {
             LINEAR: (many, few),
-            GATED: (many_gated, few_gated),
+            GATED: (many_gated, few_gated, few_both),
             PIVOTED: (many_pivoted, few_pivoted),
             CONV: (conv_case,),
         }
@@ -64,7 +65,7 @@ def _tiles(dtype: torch.dtype, device: str, ranks: tuple[int, ...]):
             arguments = case.tensors(dtype, device)
             truth = Truth(op.by_pytorch, arguments)
             for way in ways(op, arguments, 1000):
-                if case in (few, few_gated, few_pivoted) and way.kernel != "shrink_expand":
+                if case in (few, few_gated, few_both, few_pivoted) and way.kernel != "shrink_expand":
                     continue  # the same tiles as for many rows
                 name = f"{op.name} rank {rank} {str(dtype).removeprefix('torch.')} {way}"
                 yield name, failure(op, arguments, way, truth)

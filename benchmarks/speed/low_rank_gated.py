@@ -65,7 +65,7 @@ def dense(inputs: Inputs, activation: str) -> Tensor:
 
 def four_calls(inputs: Inputs, activation: str) -> Tensor:
     """What people write: two calls of F.linear for each of gate and value, activation and product after them."""
-    return reference.low_rank_gated(*factors(inputs), activation)
+    return reference.low_rank_gated(*factors(inputs), activation=activation)
 
 
 def native(inputs: Inputs, activation: str) -> Tensor:

@@ -52,7 +52,7 @@ def main() -> int:
 
     def ask_gated(case: shapes.Case) -> None:
         inputs = low_rank_gated.draw(case, given.device)
-        GATED.overload(*low_rank_gated.factors(inputs), case.layer.activation)
+        GATED.overload(*low_rank_gated.factors(inputs), activation=case.layer.activation)
 
     def listed(module, tiny: list) -> list[shapes.Case]:
         if given.tiny:

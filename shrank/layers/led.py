@@ -11,13 +11,13 @@ from torch.nn import Linear, Parameter
 from torch.nn.functional import linear
 
 from ..linalg import Factors, PivotedFactors, Shape
-from ..ops import cpu, host, onednn
+from ..ops import cpu, host, onednn, reference
 from ..ops.dispatch import Backend, low_rank_linear, process
 from ..ops.linear import LINEAR
 from .low_rank import LowRankLayer
 from .pivots import Pivots, run_pivots
 from .plain import is_untouched
-from .two_stage import Stored, checked_rank, ops_of, reset_stages
+from .two_stage import checked_rank, ops_of, reset_stages
 
 AUTO, NATIVE = Backend.AUTO, Backend.NATIVE
 FEWEST_INPUTS, FEWEST_WEIGHTS, FEWEST_NUMBERS = cpu.FEWEST_INPUTS, cpu.FEWEST_WEIGHTS, cpu.FEWEST_NUMBERS
@@ -149,10 +149,21 @@ class LED(LowRankLayer):
         """activation(self(x)) * value(x): in one op, where ops compute both layers."""
         if is_untouched(self) and is_untouched(value):
             gate, factors = self.stored_factors(), value.stored_factors()
-            if gate and factors and (ops := _ops_of_both(x, gate, factors)):
-                pivots = {"gate_pivot_bias": gate.pivot_bias, "gate_order": gate.order}
-                pivots |= {"pivot_bias": factors.pivot_bias, "order": factors.order}
-                return ops.low_rank_gated(x, *gate[:3], *factors[:3], activation=activation, **pivots)
+            by = ops_of(x, *factors[:4], *gate[:4]) if gate and factors else None
+            if by is onednn and (gate.order is not None or factors.order is not None):
+                # The third stage knows where no gather is needed.
+                return reference.finished(self(x), activation, None) * value(x)
+            if by:
+                return by.low_rank_gated(
+                    x,
+                    *gate[:3],
+                    *factors[:3],
+                    activation=activation,
+                    gate_pivot_bias=gate.pivot_bias,
+                    gate_order=gate.order,
+                    pivot_bias=factors.pivot_bias,
+                    order=factors.order,
+                )
         return self.finished(x, activation) * value(x)
 
     def takes_residual(self, x: Tensor, residual: Tensor) -> bool:
@@ -185,12 +196,6 @@ class LED(LowRankLayer):
     def extra_repr(self) -> str:
         pivoted = ", pivoted" if self.pivoted else ""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}{pivoted}"
-
-
-def _ops_of_both(x: Tensor, gate: Stored, value: Stored) -> ModuleType | None:
-    by = ops_of(x, *value[:4], *gate[:4])
-    are_pivoted = gate.order is not None or value.order is not None
-    return None if by is onednn and are_pivoted else by  # the third stage knows where no gather is needed
 
 
 class LEDConv1D(LED):

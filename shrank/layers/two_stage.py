@@ -118,9 +118,12 @@ def stored_factors(stages: nn.Sequential, kinds: tuple[type[nn.Module], ...]) ->
     first, second, pivots = stages._modules.values()
     if not (type(first) in kinds and type(second) in kinds and type(pivots) is Pivots):
         return None
-    if not all(map(is_untouched, (first, second, pivots))):
+    if not (is_untouched(first) and is_untouched(second) and is_untouched(pivots)):
         return None
-    return Stored(first.weight, second.weight, second.bias, pivots.bias, pivots.order)
+    own, its, places = first._parameters, second._parameters, pivots._buffers
+    if "weight" in own and len(its) == 2:
+        return Stored(own["weight"], its["weight"], its["bias"], pivots._parameters["bias"], places["order"])
+    return Stored(first.weight, second.weight, second.bias, pivots.bias, pivots.order)  # of DataParallel and FSDP
 
 
 def factors_of(

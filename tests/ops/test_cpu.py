@@ -19,7 +19,7 @@ from shrank.ops import host, onednn, reference
 from tests.common.gated_cases import GatedCase
 from tests.common.linear_cases import LinearCase
 from tests.common.models import draw, seeded
-from tests.common.ops import needs_host_kernels
+from tests.common.ops import GATED_OP, needs_host_kernels
 from tests.common.tolerances import assert_close
 
 # Of C++ programs, whose library may be what is tested, the ops on a CPU are not these.
@@ -96,7 +96,7 @@ def finished(layer: LED, x: Tensor) -> Tensor:
 
 COMPUTED: dict[str, tuple[int, Callable[[int], object]]] = {  # how many layers, of so many rows
     "linear": (1, lambda rows: shrank.low_rank_linear(*replace(LARGE, batch=(rows,)).tensors(torch.float32, "cpu"))),
-    "gated": (2, lambda rows: shrank.low_rank_gated(*replace(LARGE_GATE, batch=(rows,)).tensors(torch.float32, "cpu"))),
+    "gated": (2, lambda rows: GATED_OP.function(*replace(LARGE_GATE, batch=(rows,)).tensors(torch.float32, "cpu"))),
     "multi": (3, lambda rows: shrank.low_rank_linear_multi(*several(rows))),
     "op": (1, lambda rows: op(*replace(LARGE, batch=(rows,)).tensors(torch.float32, "cpu"))),
     "layer": (1, lambda rows: run(*layer_and_input(rows))),
