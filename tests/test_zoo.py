@@ -1,15 +1,19 @@
 """Every transformers family that builds offline: compressed, exact at full rank, saved and loaded again.
 
-Once with one rank for all layers, and once with ranks that a budget draws from data, which are unequal.
+Once with one rank for all layers, once with ranks that a budget draws from data, which are unequal, and once with
+factors of 8 bits.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import shrank
+from shrank.layers.quantized import packed_state
 from tests.common.ops import pretend_native
 from tests.common.tolerances import assert_close
 from tests.common.zoo import build, families, outputs
@@ -17,6 +21,7 @@ from tests.common.zoo_tables import (
     DENSE_DOES_NOT_LOAD,
     FAST,
     FAST_CALIBRATED,
+    FAST_OF_FEW_BITS,
     NO_GRADIENTS,
     NOTHING_FOR_A_BUDGET,
     NOTHING_TO_REPLACE,
@@ -71,6 +76,22 @@ def test_family_by_data(family: str, tmp_path) -> None:
         _check_round_trip(model, inputs, actual, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:the dense weight of a", "ignore:no layer was replaced")
+@pytest.mark.parametrize("family", every(FAST_OF_FEW_BITS))
+def test_family_of_few_bits(family: str, tmp_path) -> None:
+    model, inputs = build(family)
+    small = shrank.auto_fact(model, 8, bits=8, min_features=8)
+    plan = small.shrank_plan
+    linears = [layer for layer in plan.low_rank if layer.kind in ("Linear", "Conv1D")]
+    assert all(layer.storage == shrank.Storage(shrank.Grid(8)) for layer in linears), str(plan)
+    assert plan.params_after == sum(p.numel() for p in small.parameters())
+    assert shrank.describe(small).changed == tuple(replace(x, error=None, reason="") for x in plan.changed)
+    actual = outputs(small, inputs)
+    assert all(t.isfinite().all() for t in actual)
+    if family not in DENSE_DOES_NOT_LOAD:
+        _check_round_trip(small, inputs, actual, tmp_path)
+
+
 def _check_fused(model: nn.Module, inputs: dict, expected: list, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that run with fewer calls compute the same, by PyTorch and by the ops; the model stays fused, for all that
     comes after."""
@@ -102,7 +123,8 @@ def _check_round_trip(model: nn.Module, inputs: dict, expected: list, folder) ->
     model.save_pretrained(folder)
     loaded = type(model).from_pretrained(folder).eval()
     assert shrank.describe(loaded).low_rank == shrank.describe(model).low_rank
-    for (name, one), other in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
+    here, there = packed_state(model.state_dict()), packed_state(loaded.state_dict())
+    for (name, one), other in zip(there.items(), here.values(), strict=True):
         assert torch.equal(one, other), name
     # Not bit for bit: where a tensor lies in memory decides which vectorised path a kernel takes.
     for one, other in zip(outputs(loaded, inputs), expected, strict=True):
