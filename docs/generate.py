@@ -81,6 +81,25 @@ def sizes() -> str:
     return table(["keep", "parameters", "cosine to dense", "mean weight error", "speed-up over dense"], body, 0)
 
 
+def few_bits() -> str:
+    def how(row: dict) -> tuple[str, str]:
+        bits = "16 bits" if row["bits"] is None else f"{row['bits']} bits"
+        groups = f", groups of {row['group_size']}" if row["group_size"] else ""
+        return bits + groups, row["rounding"]
+
+    rows = sorted(rows_of("few_bits_minilm"), key=lambda row: -row["bytes, of bfloat16 dense"])
+    body = (
+        (
+            "dense" if row["keep"] == 1 else f"keep {row['keep']}",
+            *how(row),
+            f"{row['bytes, of bfloat16 dense']:.3f}",
+            f"{row['cosine']:.4f}",
+        )
+        for row in rows
+    )
+    return table(("encoder weights", "stored in", "rounded by", "bytes, of bfloat16 dense", "cosine to dense"), body, 3)
+
+
 def int8() -> str:
     rows = sorted(rows_of("int8_minilm"), key=lambda row: -row["bytes, of bfloat16 dense"])
 
@@ -130,6 +149,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "crepe-tiny-confidence": lambda: by_keep("crepe-tiny", "confidence", fixed(3)),
     "plain-svd-sizes": sizes,
     "int8": int8,
+    "few_bits": few_bits,
     "front": front,
 }
 

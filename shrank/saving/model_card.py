@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from ..compression.apply import describe
+from ..layers.quantized import packed_state
 from ..planning.plan import RankPlan
 from .folders import CARD
 
@@ -30,30 +32,36 @@ def write_card(model: nn.Module, source: str, folder: Path, load: str) -> None:
     tags = [tag for tag in metadata.get("tags") or [] if tag not in (TAG, "low-rank")]
     kept = {key: value for key, value in metadata.items() if key not in _NOT_KEPT}
     data = ModelCardData(
-        **(
-            {"library_name": "transformers"}
-            | kept
-            | {"base_model": base, "tags": [*tags, *((TAG, "low-rank") if plan.low_rank else ())]}
-        )
+        **({"library_name": "transformers"} | kept | {"base_model": base, "tags": [*tags, *_tags(plan)]})
     )
-    text = _compressed(model, plan, name, load) if plan.low_rank else _merged(name, load)
+    text = _compressed(model, plan, name, load) if plan.changed else _merged(name, load)
     about_dense = [_ABOUT_DENSE, _NOTE, dense_text] if dense_text else []
     content = "\n\n".join(("---\n" + data.to_yaml() + "\n---", *text, *about_dense))
     (folder / CARD).write_text(content + "\n", encoding="utf-8")
 
 
+def _tags(plan: RankPlan) -> tuple[str, ...]:
+    return (TAG, *["low-rank"] * bool(plan.low_rank)) if plan.changed else ()
+
+
 def _compressed(model: nn.Module, plan: RankPlan, name: str, load: str) -> Iterator[str]:
     layers, ranks = plan.outermost.low_rank, sorted(layer.rank for layer in plan.low_rank)
-    after = sum(x.nbytes for x in {*model.parameters(), *model.buffers()})
+    tensors = {*model.parameters(), *model.buffers()}
     saved = sum((x.size - x.params_after) * model.get_submodule(x.fqn).down.itemsize for x in layers)
+    before = sum(x.nbytes for x in tensors) + saved
+    after = sum(part.nbytes for x in tensors for part in packed_state({"": x}).values())
     touched, kept = sum(x.size for x in layers), sum(x.params_after for x in layers)
-    rows = (("parameters", plan.params_before, plan.params_after), ("bytes", after + saved, after))
-    yield f"# Low-rank copy of {name}"
-    yield (
-        f"shrank replaced {len(layers)} layers of `{name}` by products of two thin ones, of ranks {ranks[0]} to "
-        f"{ranks[-1]} (median {ranks[len(ranks) // 2]}), which keep {kept / touched:.1%} of these layers' weights. "
-        "config.json holds the rank of every layer."
-    )
+    rows = (("parameters", plan.params_before, plan.params_after), ("bytes", before, after))
+    yield f"# {'Low-rank copy' if layers else 'Copy'} of {name}{'' if layers else ' in few bits'}"
+    if layers:
+        yield (
+            f"shrank replaced {len(layers)} layers of `{name}` by products of two thin ones, of ranks {ranks[0]} to "
+            f"{ranks[-1]} (median {ranks[len(ranks) // 2]}), which keep {kept / touched:.1%} of these layers' weights. "
+            "config.json holds the rank of every layer."
+        )
+    if grids := Counter(str(layer.storage) for layer in plan.changed if layer.storage.grid):
+        told = ", ".join(f"{grid} in {number}" for grid, number in grids.items())
+        yield f"Weights have few bits: {told} of these layers (bits / weights with one scale, else a row)."
     yield "\n".join(
         (
             "| | dense | this copy |",

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import shrank
-from shrank.layers.quantized import quantized_of
+from shrank.layers.quantized import packed_state, quantized_of
 from tests.common.models import assert_untouched, draw, fingerprint, hf_inputs, hf_model, seeded
+from tests.common.tolerances import assert_close
 
 K = 32
 # bits, group size, activations.
@@ -294,3 +295,46 @@ def test_damaged_folders_are_refused(damage: str, kind: str, tmp_path: Path) -> 
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises((ValueError, RuntimeError), match=cause):
         type(model).from_pretrained(tmp_path)
+
+
+def test_cards_count_the_bytes_that_are_stored(tmp_path: Path) -> None:
+    from shrank.saving.transformers_folder import save_model
+
+    hf_model("llama").save_pretrained(tmp_path / "dense")
+    for rule, title in ((8, "# Low-rank copy of dense"), ({"*": None}, "# Copy of dense in few bits")):
+        model = shrank.auto_fact(hf_model("llama"), rule, bits=4, min_features=8)
+        save_model(model, str(tmp_path / "dense"), tmp_path / "small")
+        card = (tmp_path / "small" / "README.md").read_text()
+        assert title in card and "Weights have few bits: int4 in" in card
+        tensors = load_file(tmp_path / "small" / "model.safetensors")
+        stored = sum(t.nbytes for name, t in tensors.items() if t.dtype != torch.uint8 or name.endswith(".values"))
+        told = next(line for line in card.splitlines() if line.startswith("| bytes")).split("|")[3].split()[0]
+        assert 0 <= int(told.replace(",", "")) - stored < 4096, "tables of positions are in no file"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_folders_of_diffusers_and_safetensors(tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+    from safetensors.torch import load_model, save_model
+
+    def unet() -> nn.Module:
+        kinds = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
+        return UNet2DModel(sample_size=8, block_out_channels=(32,), norm_num_groups=8, layers_per_block=1, **kinds)
+
+    model = shrank.auto_fact(seeded(unet), {"*to_q": 8, "*": None}, bits=8, include="*.to_*")
+    assert len(shrank.describe(model).changed) > len(shrank.describe(model).low_rank) > 0
+    x, time = draw(1, 3, 8, 8), torch.tensor([3])
+
+    def same(one: nn.Module, other: nn.Module) -> None:
+        states = packed_state(one.state_dict()), packed_state(other.state_dict())
+        assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
+        # Not bit for bit: where a tensor lies in memory decides which vectorised path a kernel takes.
+        assert_close(one(x, time).sample, other(x, time).sample)
+
+    model.save_pretrained(tmp_path)
+    loaded = UNet2DModel.from_pretrained(tmp_path).eval()
+    same(loaded, model)
+    save_model(model, str(tmp_path / "x.safetensors"))
+    again = seeded(unet)
+    load_model(again, str(tmp_path / "x.safetensors"))
+    same(again, model)
