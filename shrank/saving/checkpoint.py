@@ -155,7 +155,7 @@ def not_finite(state: dict[str, Tensor]) -> list[str]:
     """A line for every tensor that holds NaN or infinity."""
     return [
         f"{name}: holds NaN or infinity"
-        for name, tensor in state.items()
+        for name, tensor in packed_state(state).items()
         if tensor.is_floating_point() and not tensor.isfinite().all()
     ]
 

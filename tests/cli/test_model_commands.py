@@ -73,6 +73,26 @@ def test_plan_compress_and_heal(name: str, data: str, loss: str, model_folder, d
     assert figures["after"] <= figures["before"] and (tmp_path / "healed" / "config.json").exists()
 
 
+def test_few_bits(model_folder, data_folder, tmp_path) -> None:
+    source, path = model_folder("llama"), data_folder / "texts.txt"
+    options = ("--bits", 4, "--group-size", 8, "--calibrate", path, "--max-length", 10)
+    planned = json.loads(run("plan", source, "--rank", 8, *options, "--json").stdout)
+    done = run("compress", source, "--rank", 8, *options, "--out", tmp_path / "small", "--report", tmp_path / "a.html")
+    assert done.exit_code == 0 and "in few bits, bytes" in done.stdout and "8 int4/8" in done.stdout, done.output
+    assert "8 int4/8" in (tmp_path / "a.html").read_text()
+    shown = json.loads(run("inspect", tmp_path / "small", "--json").stdout)
+    assert not shown["problems"]
+    storages = {x["fqn"]: x["storage"] for x in planned["layers"] if x["storage"]["grid"]}
+    assert storages == {x["fqn"]: x["storage"] for x in shown["layers"]} and storages
+    merged = run("merge", tmp_path / "small", "--out", tmp_path / "merged")
+    assert merged.exit_code == 0 and f"{len(storages)} layers merged" in merged.stdout, merged.output
+    alone = run("compress", source, "--bits", 8, "--out", tmp_path / "dense")  # without a rank
+    assert alone.exit_code == 0 and "dense int8" in alone.stdout and "0 of" in alone.stdout, alone.output
+    wrong = run("compress", source, "--keep", 0.5, "--bits", 3, "--out", tmp_path / "no")
+    assert wrong.exit_code == FAILED and "bits must be 4 or 8, got 3" in wrong.stderr
+    assert not (tmp_path / "no").exists()
+
+
 def test_what_the_data_says_reaches_the_plan(model_folder, data_folder, tmp_path) -> None:
     """Targets are what the decoder's errors are weighted by."""
     lines = [{"text": f"w{i} w{i + 1} w{i + 2}"} for i in range(12)]

@@ -61,6 +61,7 @@ def test_edits_make_new_plans() -> None:
 
 
 STORAGES = (Storage(Grid(8)), Storage(Grid(4, 8)), Storage(Grid(4, 8), True), Storage(Grid(4, 8), True, Grid(8)))
+STORAGES += (Storage(Grid(8), activations="int8"),)
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
