@@ -1,8 +1,8 @@
 """Tensors of torchao for weights on a grid, as they are but for what `to` makes of them.
 
 Whole rows of 8 bits are an `Int8Tensor`: it multiplies by the whole numbers and then by the scales, in half the time in
-eager mode that multiplying the weights out first takes, and Inductor has a kernel for it (2048 x 2048, bfloat16, one row
-of x, on a CPU: 0.6 of the dense layer's time). In float16 such products overflow. All else is an
+eager mode that multiplying the weights out first takes, and Inductor has a kernel for it (2048 x 2048, bfloat16, one
+row of x, on a CPU: 0.6 of the dense layer's time). In float16 such products overflow. All else is an
 `IntxUnpackedToInt8Tensor`, which multiplies the weights out.
 """
 
