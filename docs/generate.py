@@ -113,6 +113,19 @@ def int8() -> str:
     )
 
 
+def corrected() -> str:
+    """Weights of 4 bits with factors of 8: sizes down, methods across; an empty cell was not measured."""
+    rows = [row for row in rows_of("corrected_minilm") if row["factors"] in ("", "int8")]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    sizes = sorted({(row["group"], row["rank"], row["bytes, of bfloat16 dense"]) for row in rows})
+    found = {(row["method"], row["group"], row["rank"]): f"{row['cosine']:.4f}" for row in rows}
+    body = [
+        (f"{group}", f"{rank or 'none'}", f"{size:.3f}", *(found.get((m, group, rank), "") for m in methods))
+        for group, rank, size in sizes
+    ]
+    return table(["scale for each", "rank", "bytes", *methods], body, 0)
+
+
 def front() -> str:
     """One size of each model, for README.md."""
     shown = (
@@ -150,6 +163,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "plain-svd-sizes": sizes,
     "int8": int8,
     "few_bits": few_bits,
+    "corrected": corrected,
     "front": front,
 }
 

@@ -9,8 +9,10 @@ from .calibration.calibration import Calibration, calibrate
 from .calibration.metric_source import LayerStatistics, MetricSource
 from .calibration.request import Calibrate
 from .compression.anchored import apply_anchored
-from .compression.apply import apply, describe, merge
+from .compression.apply import apply, merge
 from .compression.auto_fact import auto_fact
+from .compression.correct import correct, uncorrect
+from .compression.describe import describe
 from .compression.quantize_factors import quantize_factors
 from .fusing import compile_pass as compile_pass
 from .fusing.fuse import Fused, fuse, unfuse
@@ -18,6 +20,7 @@ from .healing.heal import Healing, heal
 from .healing.options import HealOptions
 from .healing.recorded import RecordedLogits, record_logits
 from .layers.ced import CED
+from .layers.corrected import CorrectedLinear
 from .layers.led import LED
 from .linalg import Grid, Metric, Storage
 from .measuring.language_model import Evaluation, evaluate
@@ -40,6 +43,7 @@ from .ops.dispatch import (
 from .planning.budget import Budget
 from .planning.latency import LatencyTable
 from .planning.make_plan import eligible, make_plan
+from .planning.narrowed import NarrowedBlock
 from .planning.options import PlanOptions
 from .planning.plan import LayerPlan, RankPlan
 from .planning.rank import Energy, Fraction, Rank
@@ -49,6 +53,7 @@ from .saving import diffusers_hook as diffusers_hook
 from .saving import safetensors_hook as safetensors_hook
 from .saving import transformers_hook as transformers_hook
 from .saving.checkpoint import load, save
+from .saving.lora_adapter import export_lora
 from .streaming.checkpoint import Checkpoint
 from .util.processes import across_processes
 from .version import __version__
@@ -85,6 +90,7 @@ __all__ = [
     "Calibration",
     "Checkpoint",
     "ColwiseParallel",
+    "CorrectedLinear",
     "DistillationTrainer",
     "Energy",
     "Evaluation",
@@ -98,6 +104,7 @@ __all__ = [
     "LayerStatistics",
     "Metric",
     "MetricSource",
+    "NarrowedBlock",
     "PlanOptions",
     "Rank",
     "RankPlan",
@@ -112,9 +119,11 @@ __all__ = [
     "backend",
     "batches",
     "calibrate",
+    "correct",
     "describe",
     "eligible",
     "evaluate",
+    "export_lora",
     "figures",
     "fuse",
     "heal",
@@ -134,6 +143,7 @@ __all__ = [
     "save",
     "treat_as_base",
     "tune",
+    "uncorrect",
     "unfuse",
     "unpivot",
     "why_not",

@@ -66,6 +66,10 @@ CASES = {
     ),
     "experts": (lambda: seeded(Routed), lambda: {"rank": 0.5, "calibrate": routed()}),
     "anchored": (partial(hf_model, "llama"), lambda: {"rank": 0.5, "calibrate": texts(), "anchored": True}),
+    "narrowed": (
+        partial(hf_model, "llama"),
+        lambda: {"rank": 0.5, "calibrate": texts(), "narrow": "uniform", "pivot": False},
+    ),
     "bisected": (mlp, lambda: {"rank": Budget(eval_fn=_quality, tolerated_drop=0.5), "calibrate": _rows()}),
 }
 
@@ -112,8 +116,8 @@ def test_two_processes_make_what_one_makes(tmp_path) -> None:
         together = compressed(name)
         together.load_state_dict(state)
         for layer in shrank.describe(alone):
-            weights = [model.get_submodule(layer.fqn).dense_weight().detach() for model in (together, alone)]
-            assert_close(*weights)
+            found = [model.get_submodule(layer.fqn) for model in (together, alone)]
+            assert_close(*(m.weight.detach() if layer.rank is None else m.dense_weight().detach() for m in found))
 
 
 def _failures(rank: int) -> list[str]:

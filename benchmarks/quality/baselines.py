@@ -128,6 +128,13 @@ def kfac(W: Tensor, seen: Statistics) -> Callable[[int], Tensor]:
     return lambda rank: left_inverse @ scaled(rank) @ right_inverse
 
 
+@torch.no_grad()
+def split(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """up (N, R) with orthonormal columns and down (R, K), whose product is a matrix of this rank."""
+    U, S, V = torch.linalg.svd(W, full_matrices=False)
+    return U[:, :rank], S[:rank, None] * V[:rank]
+
+
 METHODS = {"plain SVD": plain, "ASVD": asvd, "SVD-LLM": whitened, "K-FAC": kfac}
 
 

@@ -36,18 +36,25 @@ OURS = "shrank"
 
 @dataclass(frozen=True)
 class Study:
-    """A task, the keeps to measure, those at which each step is measured on its own, to anchor and to heal at."""
+    """A task, the keeps to measure, those at which each step is measured on its own, to anchor, heal and narrow at."""
 
     task: Callable[[], Task]
     keeps: tuple[float, ...]
     steps_at: tuple[float, ...]
     anchored_at: tuple[float, ...]
     heal_at: tuple[float, ...] = ()
+    narrow_at: tuple[float, ...] = ()
 
 
 STUDIES = {
-    "minilm": Study(MiniLM, (0.9, 0.8, 0.7, 0.6, 0.5), (0.9, 0.8, 0.7, 0.6, 0.5), (0.9, 0.8, 0.7, 0.6, 0.5)),
-    "smollm2": Study(SmolLM2, (0.9, 0.8, 0.7, 0.6), (0.6,), (), (0.8,)),
+    "minilm": Study(
+        MiniLM,
+        (0.9, 0.8, 0.7, 0.6, 0.5),
+        (0.9, 0.8, 0.7, 0.6, 0.5),
+        (0.9, 0.8, 0.7, 0.6, 0.5),
+        narrow_at=(0.9, 0.8, 0.7, 0.6, 0.5),
+    ),
+    "smollm2": Study(SmolLM2, (0.9, 0.8, 0.7, 0.6), (0.6,), (), (0.8,), (0.8, 0.6)),
     "whisper": Study(Whisper, (0.9, 0.7, 0.5), (0.7,), (0.7, 0.5), (0.5,)),
     "crepe-full": Study(partial(Crepe, "full"), (0.7, 0.5), (0.5,), (0.5,)),
     "crepe-tiny": Study(partial(Crepe, "tiny"), (0.7, 0.5), (0.5,), (0.5,)),
@@ -113,7 +120,8 @@ def column(study: Study, keep: float) -> Study:
     """The study at one keep; ValueError if it measures nothing there."""
     if keep not in study.keeps:
         raise ValueError(f"the study measures at keep {', '.join(map(str, study.keeps))}, not at {keep}")
-    at = {name: tuple(x for x in getattr(study, name) if x == keep) for name in ("keeps", "steps_at", "anchored_at")}
+    names = ("keeps", "steps_at", "anchored_at", "narrow_at")
+    at = {name: tuple(x for x in getattr(study, name) if x == keep) for name in names}
     return replace(study, **at)
 
 
@@ -138,7 +146,7 @@ def rows(study: Study) -> Iterator[dict]:
             "method": name,
             "keep": keep,
             **task.evaluate(small),
-            "kept": round(sum(x.params_after for x in layers) / sum(x.size for x in layers), 4),
+            "kept": round(_weights(small, names) / _weights(dense, names), 4),
             "dense layers": sum(x.rank is None for x in layers),
             "calibrated in s": seconds,
             "planned and applied in s": taken,
@@ -148,8 +156,56 @@ def rows(study: Study) -> Iterator[dict]:
         for keep in study.keeps if OURS in name else study.steps_at:
             yield row(name, step, keep)
     yield from _halved(task, dense, calibration)
+    for name, step in _narrowings(task, batches, names).items() if study.narrow_at else ():
+        for keep in study.narrow_at:
+            yield row(name, step, keep)
     for keep in study.anchored_at:
         yield row(f"{OURS}, anchored", partial(_anchored, batches, calibration), keep)
+
+
+def _narrowings(
+    task: Task, batches: list[Batch], names: list[str]
+) -> dict[str, Callable[[nn.Module, float], nn.Module]]:
+    """Feed-forward blocks narrowed: alone, where they shall keep so much, or with all else that there is."""
+    seen: list[Calibration] = []
+
+    def calibration(model: nn.Module) -> Calibration:
+        if not seen:
+            seen.append(shrank.calibrate(model, batches, loss=task.own_loss, layers=names, narrow=True))
+        return seen[0]
+
+    def at_once(model: nn.Module, keep: float, **options: object) -> nn.Module:
+        found = calibration(model)
+        plan = shrank.make_plan(model, Budget(keep_params=keep), calibration=found, **options)
+        return shrank.apply(model, plan, found)
+
+    def blocks(model: nn.Module) -> list[str]:
+        found = calibration(model).feed_forward
+        return [fqn for block in found if not block.reason for fqn in block.layers if fqn in names]
+
+    def then_ranks(model: nn.Module, keep: float) -> nn.Module:
+        """What the blocks lose is 5/8 of what all layers shall lose, and then all of it in ranks."""
+        before = _weights(model, names)
+        small = at_once(model, 1 - 0.625 * (1 - keep), narrow=True, pivot=False, include=blocks(model))
+        again = shrank.calibrate(small, batches, loss=task.own_loss, layers=names)
+        rest = keep * before / _weights(small, names)
+        return shrank.auto_fact(small, Budget(keep_params=rest), calibrate=again, include=names)
+
+    return {
+        f"{OURS}, feed-forward layers": lambda model, keep: at_once(model, keep, include=blocks(model)),
+        f"{OURS}, feed-forward layers, narrowed": lambda model, keep: at_once(
+            model, keep, include=blocks(model), narrow=True
+        ),
+        f"{OURS}, narrowed or ranks": partial(at_once, narrow=True),
+        f"{OURS}, one width or ranks": partial(at_once, narrow="uniform"),
+        f"{OURS}, narrowed, then ranks": then_ranks,
+    }
+
+
+def _weights(model: nn.Module, names: list[str]) -> int:
+    """Numbers in the matrices of these layers."""
+    layers = [model.get_submodule(name) for name in names]
+    return sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
 
 
 def _anchored(batches: list[Batch], calibration: Calibration, model: nn.Module, keep: float) -> nn.Module:

@@ -20,8 +20,8 @@ TOKENS = [1, 32, 512, 4096]
 
 
 def twins(N: int, K: int) -> dict[str, shrank.LED]:
-    """A plain layer of about KEEP N K weights, one with a window of pivots, as float32 has it, and one whose pivots lie
-    apart, so that outputs must be gathered; ranks are multiples of eight, as those of a budget."""
+    """A plain layer of about KEEP N K weights, one with a window of pivots, and one whose pivots lie apart, as those
+    that bear rounding do, so that outputs must be gathered; ranks are multiples of eight, as those of a budget."""
     plain, pivoted = Shape(N, K), Shape(N, K, pivoted=True)
     rank = pivoted.rank_for(KEEP * N * K) // 8 * 8
     layers = {"plain": shrank.LED(K, N, plain.rank_for(pivoted.low_rank_params(rank)) // 8 * 8)}

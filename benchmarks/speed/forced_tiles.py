@@ -43,7 +43,7 @@ def _tiles(dtype: torch.dtype, device: str, ranks: tuple[int, ...]):
     from shrank.ops.gated import GATED
     from shrank.ops.linear import LINEAR
     from shrank.ops.pivoted import PIVOTED
-    from shrank.ops.probes import Truth
+    from shrank.ops.truth import Truth
     from tests.common.conv_cases import ConvCase
     from tests.common.gated_cases import GatedCase
     from tests.common.linear_cases import LinearCase

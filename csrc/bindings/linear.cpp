@@ -77,15 +77,18 @@ emulator::Result emulate_few_rows(int tokens, int M, int K, const std::vector<Gi
   params.dtype = parse_dtype(dtype);
   params.activation = parse_activation(activation);
   const int pairs_of_layer = static_cast<int>(pairs.size()) / layers;
+  bool pivoted = false;
   for (std::size_t i = 0; i < pairs.size(); i++) {
     const Given& of = pairs[i];
     static_cast<Pair&>(params.pair[i]) = pair_of(of);
+    pivoted = pivoted || params.pair[i].order;
     params.pair[i].sums = static_cast<float*>(pointer(of, "sums"));
     params.pair[i].splits = static_cast<int>(of.at("splits"));
     params.y[i / pairs_of_layer] = pointer(of, "y");
     params.N[i / pairs_of_layer] = static_cast<int>(of.at("N"));
   }
-  const Form form = pairs_of_layer == 2 ? Form::gated : params.pair[0].order ? Form::pivoted : Form::plain;
+  const Form plain = pairs_of_layer == 2 ? Form::gated : Form::plain;
+  const Form form = !pivoted ? plain : plain == Form::gated ? Form::gated_pivoted : Form::pivoted;
   const ShrinkExpandTile tile{tokens, form, layers > 1 ? ShrinkExpandTile::kMostLayers : 1};
   return emulate_shrink_expand(params, tile, {seed, false});
 }

@@ -1,5 +1,6 @@
 // shrank::low_rank_rows: a low-rank layer of a few rows of x on a CPU, in inference (shrank/ops/host.py says when).
 #include <algorithm>
+#include <memory>
 
 #include "../ops/tensors.h"
 #include "few_rows.h"
@@ -57,8 +58,7 @@ Tensor low_rank_rows(const Tensor& x, const Tensor& down, const Tensor& up, cons
   STD_TORCH_CHECK(order || !pivot_bias, kOp, ": pivot_bias is given without an order");
   const int64_t N = order ? order->size(0) : up.size(0);
   if (residual) check_residual(kOp, *residual, x, N);
-  int64_t M = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); i++) M *= x.size(i);
+  const int64_t M = rows_of(x);
 
   const auto plain = [](const std::optional<Tensor>& each) {
     return each ? std::optional<Tensor>(as_contiguous(*each)) : std::nullopt;
@@ -67,9 +67,8 @@ Tensor low_rank_rows(const Tensor& x, const Tensor& down, const Tensor& up, cons
   const std::optional<Tensor> ends[] = {plain(bias), plain(pivot_bias), plain(residual)};
   const Tensor y = rows_like(x, N);
   const bool narrow = dtype == Dtype::bfloat16;
-  const Tensor between = torch::stable::new_empty(x, std::vector<int64_t>{M * (R + narrow * K)},
-                                                  torch::headeronly::ScalarType::Float);
-  auto* h = static_cast<float*>(between.mutable_data_ptr());
+  const std::unique_ptr<float[]> between(new float[M * (R + narrow * K)]);
+  float* const h = between.get();
   const auto* wide = static_cast<const float*>(rows.const_data_ptr());
   if (narrow) {
     widen_bfloat16(rows.const_data_ptr(), h + M * R, M * K);

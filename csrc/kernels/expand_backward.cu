@@ -25,7 +25,9 @@ void launch_expand_backward(const ExpandBackwardParams& params, const LinearGrid
       case Form::plain: return launch_tile<T, kBackwardTiles>(params, grid, dependent, stream);
       case Form::gated: return launch_tile<T, kGatedBackwardTiles>(params, grid, dependent, stream);
       case Form::pivoted: return launch_tile<T, kPivotedBackwardTiles>(params, grid, dependent, stream);
+      case Form::gated_pivoted: break;
     }
+    throw std::runtime_error("shrank: expand_backward takes gate and value with all rows of up");
   };
   if (params.dtype == Dtype::bfloat16) return launch(arch::bfloat16{});
   if (params.dtype == Dtype::float16) return launch(arch::float16{});

@@ -51,6 +51,7 @@ emulator::Result emulate_expand_backward(const ExpandBackwardParams& params, con
       case Form::plain: return emulate<T, kBackwardTiles>(params, grid, options);
       case Form::gated: return emulate<T, kGatedBackwardTiles>(params, grid, options);
       case Form::pivoted: return emulate<T, kPivotedBackwardTiles>(params, grid, options);
+      case Form::gated_pivoted: break;
     }
     throw std::invalid_argument("no expand_backward kernel has this form");
   };

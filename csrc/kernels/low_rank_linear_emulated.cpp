@@ -54,6 +54,7 @@ emulator::Result emulate_low_rank_linear(const LowRankLinearParams& params, cons
       case Form::plain: return emulate<T, kLinearTiles>(params, grid, options);
       case Form::gated: return emulate<T, kGatedTiles>(params, grid, options);
       case Form::pivoted: return emulate<T, kPivotedTiles>(params, grid, options);
+      case Form::gated_pivoted: break;
     }
     throw std::invalid_argument("no low_rank_linear kernel has this form");
   };

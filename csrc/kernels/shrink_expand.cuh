@@ -251,9 +251,11 @@ template <typename T, int TOKENS, int FORM, int LAYERS> struct Expand {
   static constexpr int kBlocksOfSm = ShrinkExpandTile::kExpandBlocks;  // each with weights on their way
   static constexpr ShrinkExpandTile kTile{TOKENS, static_cast<Form>(FORM)};
   static constexpr int kPairs = kTile.pairs(), kSharedBytes = kTile.expand_bytes();
-  static constexpr bool kPivoted = kTile.form == Form::pivoted;
+  static constexpr bool kPivoted = has_pivots(kTile.form);
+  static constexpr bool kMayBePlain = kPairs * LAYERS > 1;  // of several pairs those that have no order
   static constexpr int kChunk = ShrinkExpandTile::kChunk, kBatch = kTile.expand_batch();
   using Sums = TokenSums<TOKENS>;
+  struct Places { TwoRows of[kPairs]; };
 
   // What a block computes: rows of a layer's up, from `first` on.
   struct Layer {
@@ -281,7 +283,7 @@ template <typename T, int TOKENS, int FORM, int LAYERS> struct Expand {
   SHRANK_DEVICE static void run(const Params& params) {
     const Layer layer = Layer::here(params);
     const int row = layer.first + arch::warp_index() * ShrinkExpandTile::kRows;
-    const TwoRows places = places_of(layer, row);
+    const Places places = places_of(layer, row);
     auto weights = weights_of(layer, row, places, std::make_integer_sequence<int, kPairs>{});
     weights.begin();
     const TokenRows<TOKENS> tokens(arch::block_y(), params.M);
@@ -300,41 +302,61 @@ template <typename T, int TOKENS, int FORM, int LAYERS> struct Expand {
       const int at = pair * TOKENS + tokens.of_lane(eight);
       return arch::load_shared_words(own + at * stride + (chunk + i) * kChunk * 2);
     });
-    if constexpr (kPivoted) take_pivots(layer, sums[0], places, tokens, h, stride);
+    if constexpr (kPivoted) {
+#pragma unroll
+      for (int pair = 0; pair < kPairs; pair++)
+        take_pivots(layer.pair[pair], sums[pair], places.of[pair], tokens, h + pair * TOKENS * stride, stride);
+    }
     ends.finish(params, layer, sums, row, tokens);
   }
 
-  // Of pivoted factors, the places of the lane's rows of y^T among those of h^T and then the others.
-  SHRANK_DEVICE static TwoRows places_of(const Layer& layer, int row) {
-    if constexpr (!kPivoted) return {};
+  // Of pivoted factors, the places of the lane's rows of y^T among those of h^T and then the others; without an order, all
+  // are others.
+  SHRANK_DEVICE static Places places_of(const Layer& layer, int row) {
+    Places places{};
+    if constexpr (!kPivoted) return places;
     const TwoRows rows = TwoRows::from(row, layer.N);
-    const int32_t* const order = layer.pair[0].order;
-    const auto place_of = [&](int of) { return static_cast<int>(arch::load_word_if(true, order + of)); };
-    return {place_of(rows.low), place_of(rows.high)};
+#pragma unroll
+    for (int pair = 0; pair < kPairs; pair++) {
+      const FewRowsPair& of = layer.pair[pair];
+      const auto place_of = [&](int n) {
+        const bool is_pivoted = !kMayBePlain || of.order;
+        const int place = static_cast<int>(arch::load_word_if(is_pivoted, of.order + n));
+        return is_pivoted ? place : of.R + n;
+      };
+      places.of[pair] = {place_of(rows.low), place_of(rows.high)};
+    }
+    return places;
   }
 
   // h in place of the sums of pivots, for which some row of up has taken part in vain.
-  SHRANK_DEVICE static void take_pivots(const Layer& layer, Sums& sums, const TwoRows& places,
+  SHRANK_DEVICE static void take_pivots(const FewRowsPair& of, Sums& sums, const TwoRows& places,
                                         const TokenRows<TOKENS>& tokens, SharedAddress h, int stride) {
     Sums::for_each([&](int eight, int i, int m, int) {
       const int place = i < 2 ? places.low : places.high;
-      if (m >= tokens.count || place >= layer.pair[0].R) return;
+      if (m >= tokens.count || place >= of.R) return;
       const arch::Pack<uint32_t, 2> four = arch::load_shared_pair(h + m * stride + place / 4 * 8);
       sums.item[eight][i] = number_of_pair<T>(four, place % 4);
     });
   }
 
   template <int... I>
-  SHRANK_DEVICE static WeightStream<T, kBatch, kPairs> weights_of(const Layer& layer, int row, const TwoRows& places,
+  SHRANK_DEVICE static WeightStream<T, kBatch, kPairs> weights_of(const Layer& layer, int row, const Places& places,
                                                                   std::integer_sequence<int, I...>) {
     if constexpr (kPivoted) {
-      const FewRowsPair& of = layer.pair[0];
-      const TwoRows others{max_of(places.low - of.R, 0), max_of(places.high - of.R, 0)};
-      return WeightStream<T, kBatch, kPairs>(WeightRows<T, kBatch>(of.up, others, of.R, 0, layer.N > of.R ? of.R : 0));
+      return WeightStream<T, kBatch, kPairs>(others_of(layer, layer.pair[I], places.of[I])...);
     } else {
       return WeightStream<T, kBatch, kPairs>(
           WeightRows<T, kBatch>(layer.pair[I].up, TwoRows::from(row, layer.N), layer.pair[I].R, 0, layer.pair[I].R)...);
     }
+  }
+
+  // Rows of up by their places: in place of those of pivots the first, if there is any.
+  SHRANK_DEVICE static WeightRows<T, kBatch> others_of(const Layer& layer, const FewRowsPair& of,
+                                                       const TwoRows& places) {
+    const TwoRows others{max_of(places.low - of.R, 0), max_of(places.high - of.R, 0)};
+    const bool has_others = layer.N > of.R || (kMayBePlain && !of.order);
+    return WeightRows<T, kBatch>(of.up, others, of.R, 0, has_others ? of.R : 0);
   }
 
   SHRANK_DEVICE static int h_row_bytes(int rank) {
@@ -377,17 +399,17 @@ template <typename T, int TOKENS, int FORM, int LAYERS> struct Expand {
   struct Ends {
     arch::Pack<T, 1> bias[kPairs][2] = {}, residual[Sums::kEights][4] = {};
 
-    SHRANK_DEVICE Ends(const Params& params, const Layer& layer, int row, const TwoRows& places,
+    SHRANK_DEVICE Ends(const Params& params, const Layer& layer, int row, const Places& places,
                        const TokenRows<TOKENS>& tokens) {
       const int g = row + arch::lane_index() / 4;
       if constexpr (kPivoted) {
-        const FewRowsPair& of = layer.pair[0];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const int place = i ? places.high : places.low;
+        for (int i = 0; i < kPairs * 2; i++) {
+          const FewRowsPair& of = layer.pair[i / 2];
+          const int place = i % 2 ? places.of[i / 2].high : places.of[i / 2].low;
           const void* const from = place < of.R ? of.pivot_bias : of.bias;
           const int at = place < of.R ? place : place - of.R;
-          if (from && g + i * 8 < layer.N) bias[0][i] = arch::load<T, 1>(static_cast<const T*>(from) + at);
+          if (from && g + i % 2 * 8 < layer.N) bias[i / 2][i % 2] = arch::load<T, 1>(static_cast<const T*>(from) + at);
         }
       } else {
 #pragma unroll

@@ -68,7 +68,7 @@ emulator::Result emulate_expand(const ShrinkExpandParams& p, const ShrinkExpandT
   for (int i = 0; i < tile.parts(); i++) {
     const FewRowsPair& of = p.pair[i];
     const int N = p.N[i / tile.pairs()];
-    const int others = tile.form == Form::pivoted ? N - of.R : N;
+    const int others = of.order ? N - of.R : N;
     buffers.add("up", of.up, int64_t{others} * of.R, false, false);
     buffers.add("bias", of.bias, others, false, false);
     buffers.add("pivot_bias", of.pivot_bias, of.R, false, false);

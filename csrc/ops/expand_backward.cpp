@@ -18,9 +18,7 @@ LinearProblem checked_problem(const ExpandBackward& args) {
   STD_TORCH_CHECK(up.dim() == 2 && up.size(1) == R, "shrank::expand_backward: up is ", shape(up), ", wanted (N, ", R,
                   ")");
   const int64_t N = up.size(0);
-  bool fits = grad.dim() == h.dim() && grad.size(grad.dim() - 1) == N;
-  int64_t M = 1;
-  for (int64_t i = 0; fits && i + 1 < h.dim(); i++) fits = grad.size(i) == h.size(i), M *= h.size(i);
+  const bool fits = has_rows_of(grad, h) && grad.size(grad.dim() - 1) == N;
   STD_TORCH_CHECK(fits, "shrank::expand_backward: grad is ", shape(grad), ", wanted the shape of h ", shape(h),
                   " with ", N, " columns");
   const Dtype dtype = dtype_of(kOp, h, "h");
@@ -35,7 +33,7 @@ LinearProblem checked_problem(const ExpandBackward& args) {
   STD_TORCH_CHECK(kind != Activation::none,
                   "shrank::expand_backward: activation is 'none', wanted one: without it, "
                   "grad is the gradient of z");
-  LinearProblem problem{M, R, N, R, dtype, kind, bias.has_value(), false, true};
+  LinearProblem problem{rows_of(h), R, N, R, dtype, kind, bias.has_value(), false, true};
   problem.aligned = is_plain(grad) && is_plain(h) && is_plain(up) && is_plain(bias);
   return problem;
 }

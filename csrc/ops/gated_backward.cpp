@@ -15,9 +15,7 @@ constexpr const char* kOp = "shrank::gated_backward";
 void check(const char* h_name, const Tensor& h, const char* up_name, const Tensor& up, const char* bias_name,
            const std::optional<Tensor>& bias, const Tensor& grad) {
   const int64_t last = grad.dim() - 1;
-  bool fits = h.dim() == grad.dim();
-  for (int64_t i = 0; fits && i < last; i++) fits = grad.size(i) == h.size(i);
-  STD_TORCH_CHECK(fits, kOp, ": ", h_name, " is ", shape(h), ", wanted the shape of grad ", shape(grad),
+  STD_TORCH_CHECK(has_rows_of(h, grad), kOp, ": ", h_name, " is ", shape(h), ", wanted the shape of grad ", shape(grad),
                   " with R columns");
   const int64_t R = h.size(last), N = grad.size(last);
   STD_TORCH_CHECK(up.dim() == 2 && up.size(0) == N && up.size(1) == R, kOp, ": ", up_name, " is ", shape(up),
@@ -37,10 +35,9 @@ LinearProblem problem_of(const GatedBackward& args) {
   const Dtype dtype = dtype_of(kOp, grad, "grad");
   check("gate_h", gate_h, "gate_up", gate_up, "gate_bias", gate_bias, grad);
   check("h", h, "up", up, "bias", bias, grad);
-  int64_t M = 1;
-  for (int64_t i = 0; i + 1 < grad.dim(); i++) M *= grad.size(i);
   const int64_t R = up.size(1);
-  LinearProblem problem{M, R, up.size(0), R, dtype, activation_of(kOp, activation), gate_bias || bias, false, true};
+  LinearProblem problem{rows_of(grad),     R,     up.size(0), R, dtype, activation_of(kOp, activation),
+                        gate_bias || bias, false, true};
   problem.gate_R = gate_up.size(1);
   problem.aligned = problem.gate_R && is_plain(grad) && is_plain(gate_h) && is_plain(gate_up) && is_plain(gate_bias) &&
                     is_plain(h) && is_plain(up) && is_plain(bias);

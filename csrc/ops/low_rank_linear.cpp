@@ -31,10 +31,8 @@ LinearProblem checked_problem(const LowRankLinear& args, bool training) {
                     ", wanted (", N, ")");
     check_like(kOp, "bias", *bias, x);
   }
-  int64_t M = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); i++) M *= x.size(i);
   if (residual) check_residual(kOp, *residual, x, N);
-  return {M, K, N, R, dtype, activation_of(kOp, activation), bias.has_value(), residual.has_value(), training};
+  return {rows_of(x), K, N, R, dtype, activation_of(kOp, activation), bias.has_value(), residual.has_value(), training};
 }
 
 struct Stages {
@@ -97,7 +95,8 @@ Stages run(const LowRankLinear& args, bool training, const Runtime& runtime, con
                       "shrank::low_rank_linear: two GEMMs alone apply no activation and no residual");
       return {linear(h, args.up, args.bias), h};
     case LinearKernel::shrink_expand:
-    case LinearKernel::fused: break;
+    case LinearKernel::fused:
+    case LinearKernel::apart: break;
   }
   STD_TORCH_CHECK(false, "shrank::low_rank_linear: select chose an unknown kernel");
 }

@@ -5,8 +5,7 @@
 #include <string_view>
 #include <tuple>
 
-#include "runtime.h"
-#include "tensors.h"
+#include "boxed.h"
 
 namespace shrank {
 
@@ -35,42 +34,10 @@ std::tuple<Tensor, Tensor> low_rank_linear_as(const LowRankLinear& args, const N
 // Everything that may compute this, as JSON (select/explain.h).
 std::string low_rank_linear_choices(const LowRankLinear& args, int64_t most, const Runtime& runtime);
 
+using BoxedLowRankLinear =
+    Boxed<LowRankLinear, TensorIn, TensorIn, TensorIn, MaybeTensor, std::string_view, MaybeTensor>;
+
 // Registers all for one dispatch key: `runtime` is a constexpr Runtime.
-#define SHRANK_IMPL_LOW_RANK_LINEAR(library, runtime)                                                                  \
-  library.impl("low_rank_linear", TORCH_BOX((&::shrank::boxed::low_rank_linear<&runtime>)));                           \
-  library.impl("low_rank_linear_train", TORCH_BOX((&::shrank::boxed::low_rank_linear_train<&runtime>)));               \
-  library.impl("low_rank_linear_as", TORCH_BOX((&::shrank::boxed::low_rank_linear_as<&runtime>)));                     \
-  library.impl("low_rank_linear_choices", TORCH_BOX((&::shrank::boxed::low_rank_linear_choices<&runtime>)))
+#define SHRANK_IMPL_LOW_RANK_LINEAR(library, runtime) SHRANK_IMPL(library, low_rank_linear, BoxedLowRankLinear, runtime)
 
-namespace boxed {
-
-template <const Runtime* runtime>
-Tensor low_rank_linear(const Tensor& x, const Tensor& down, const Tensor& up, const std::optional<Tensor>& bias,
-                       std::string_view activation, const std::optional<Tensor>& residual) {
-  return shrank::low_rank_linear({x, down, up, bias, activation, residual}, *runtime);
-}
-
-template <const Runtime* runtime>
-std::tuple<Tensor, Tensor> low_rank_linear_train(const Tensor& x, const Tensor& down, const Tensor& up,
-                                                 const std::optional<Tensor>& bias, std::string_view activation,
-                                                 const std::optional<Tensor>& residual) {
-  return shrank::low_rank_linear_train({x, down, up, bias, activation, residual}, *runtime);
-}
-
-template <const Runtime* runtime>
-std::tuple<Tensor, Tensor> low_rank_linear_as(const Tensor& x, const Tensor& down, const Tensor& up,
-                                              const std::optional<Tensor>& bias, std::string_view activation,
-                                              const std::optional<Tensor>& residual, bool training,
-                                              std::string_view kernel, const std::vector<int64_t>& grid) {
-  return shrank::low_rank_linear_as({x, down, up, bias, activation, residual}, {training, kernel, grid}, *runtime);
-}
-
-template <const Runtime* runtime>
-std::string low_rank_linear_choices(const Tensor& x, const Tensor& down, const Tensor& up,
-                                    const std::optional<Tensor>& bias, std::string_view activation,
-                                    const std::optional<Tensor>& residual, int64_t most) {
-  return shrank::low_rank_linear_choices({x, down, up, bias, activation, residual}, most, *runtime);
-}
-
-}  // namespace boxed
 }  // namespace shrank

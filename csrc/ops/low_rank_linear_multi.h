@@ -9,15 +9,17 @@
 
 namespace shrank {
 
-// Several layers of one x.
+// Several layers of one x, each pivoted if it has an order.
 struct LowRankLinearMulti {
   const Tensor& x;
   const std::vector<Tensor>& down;
   const std::vector<Tensor>& up;
   const std::vector<std::optional<Tensor>>& bias;
+  const std::vector<std::optional<Tensor>>& pivot_bias;
+  const std::vector<std::optional<Tensor>>& order;
 };
 
-// A y of each, with the bits that low_rank_linear gives it. Neighbours that run by the kernels for a few rows share their
+// A y of each, with the bits that low_rank_linear or low_rank_pivoted gives it. Neighbours that run by the kernels for a few rows share their
 // launches.
 std::vector<Tensor> low_rank_linear_multi(const LowRankLinearMulti& args, const Runtime& runtime);
 
@@ -35,17 +37,20 @@ namespace boxed {
 
 template <const Runtime* runtime>
 std::vector<Tensor> low_rank_linear_multi(const Tensor& x, const std::vector<Tensor>& down,
-                                          const std::vector<Tensor>& up,
-                                          const std::vector<std::optional<Tensor>>& bias) {
-  return shrank::low_rank_linear_multi({x, down, up, bias}, *runtime);
+                                          const std::vector<Tensor>& up, const std::vector<std::optional<Tensor>>& bias,
+                                          const std::vector<std::optional<Tensor>>& pivot_bias,
+                                          const std::vector<std::optional<Tensor>>& order) {
+  return shrank::low_rank_linear_multi({x, down, up, bias, pivot_bias, order}, *runtime);
 }
 
 template <const Runtime* runtime>
 std::vector<Tensor> low_rank_linear_multi_as(const Tensor& x, const std::vector<Tensor>& down,
                                              const std::vector<Tensor>& up,
-                                             const std::vector<std::optional<Tensor>>& bias, int64_t tokens,
+                                             const std::vector<std::optional<Tensor>>& bias,
+                                             const std::vector<std::optional<Tensor>>& pivot_bias,
+                                             const std::vector<std::optional<Tensor>>& order, int64_t tokens,
                                              const std::vector<int64_t>& splits) {
-  return shrank::low_rank_linear_multi_as({x, down, up, bias}, tokens, splits, *runtime);
+  return shrank::low_rank_linear_multi_as({x, down, up, bias, pivot_bias, order}, tokens, splits, *runtime);
 }
 
 }  // namespace boxed

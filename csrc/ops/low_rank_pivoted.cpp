@@ -15,31 +15,6 @@ constexpr const char* kOp = "shrank::low_rank_pivoted";
 
 PivotedUp up_of(const LowRankPivoted& args) { return {args.up, args.bias, args.pivot_bias, args.order}; }
 
-// The law of ops/pivoted.py, which eager calls do not pass through; tests/ops/test_law.py holds both to one table.
-LinearProblem problem_of(const LowRankPivoted& args, bool training, const Runtime& runtime) {
-  const Tensor& x = args.x;
-  STD_TORCH_CHECK(x.dim() >= 1, kOp, ": x is 0-dimensional, wanted (..., K)");
-  const int64_t K = x.size(x.dim() - 1);
-  STD_TORCH_CHECK(args.down.dim() == 2 && args.down.size(1) == K, kOp, ": down is ", shape(args.down), ", wanted (R, ",
-                  K, ")");
-  const Dtype dtype = dtype_of(kOp, x);
-  check_like(kOp, "down", args.down, x);
-  const PivotedUp up = up_of(args);
-  const int64_t R = args.down.size(0);
-  check(kOp, up, R, x);
-  if (args.residual) check_residual(kOp, *args.residual, x, up.N());
-  int64_t M = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); i++) M *= x.size(i);
-  LinearProblem problem{M, K, up.N(), R, dtype, activation_of(kOp, args.activation)};
-  problem.bias = args.bias || args.pivot_bias;
-  problem.residual = args.residual.has_value();
-  problem.training = training;
-  problem.pivoted = true;
-  problem.aligned = is_plain(x) && is_plain(args.down) && is_plain(up) && is_plain(args.residual);
-  problem.captured = runtime.capturing(x.get_device_index());
-  return problem;
-}
-
 struct Stages {
   Tensor y;
   std::optional<Tensor> h;
@@ -103,7 +78,8 @@ Stages run(const LowRankPivoted& args, bool training, const Runtime& runtime, co
       return {ends ? finished(z, args.residual, problem, runtime) : z, h};
     }
     case LinearKernel::shrink_expand:
-    case LinearKernel::fused: break;
+    case LinearKernel::fused:
+    case LinearKernel::apart: break;
   }
   STD_TORCH_CHECK(false, kOp, ": select chose an unknown kernel");
 }
@@ -114,35 +90,85 @@ std::tuple<Tensor, Tensor> all_of(const Stages& stages) {
 
 }  // namespace
 
-void check(const char* op, const PivotedUp& of, int64_t R, const Tensor& like) {
-  STD_TORCH_CHECK(of.up.dim() == 2 && of.up.size(1) == R, op, ": up is ", shape(of.up), ", wanted (N - R, ", R, ")");
-  check_like(op, "up", of.up, like);
+// The law of ops/pivoted.py, which eager calls do not pass through; tests/ops/test_law.py holds both to one table.
+LinearProblem problem_of(const LowRankPivoted& args, bool training, const Runtime& runtime) {
+  const Tensor& x = args.x;
+  STD_TORCH_CHECK(x.dim() >= 1, kOp, ": x is 0-dimensional, wanted (..., K)");
+  const int64_t K = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(args.down.dim() == 2 && args.down.size(1) == K, kOp, ": down is ", shape(args.down), ", wanted (R, ",
+                  K, ")");
+  const Dtype dtype = dtype_of(kOp, x);
+  check_like(kOp, "down", args.down, x);
+  const PivotedUp up = up_of(args);
+  const int64_t R = args.down.size(0);
+  check(kOp, up, R, x);
+  if (args.residual) check_residual(kOp, *args.residual, x, up.N());
+  LinearProblem problem{rows_of(x), K, up.N(), R, dtype, activation_of(kOp, args.activation)};
+  problem.bias = args.bias || args.pivot_bias;
+  problem.residual = args.residual.has_value();
+  problem.training = training;
+  problem.pivoted = true;
+  problem.aligned = is_plain(x) && is_plain(args.down) && is_plain(up) && is_plain(args.residual);
+  problem.captured = runtime.capturing(x.get_device_index());
+  return problem;
+}
+
+void check(const char* op, const PivotedUp& of, int64_t R, const Tensor& like, const std::string& prefix) {
+  const auto named = [&](const char* name) { return prefix + name; };
+  STD_TORCH_CHECK(of.up.dim() == 2 && of.up.size(1) == R, op, ": ", named("up"), " is ", shape(of.up),
+                  ", wanted (N - R, ", R, ")");
+  check_like(op, named("up").c_str(), of.up, like);
   const int64_t others = of.up.size(0);
-  const auto check_bias = [&](const char* name, const std::optional<Tensor>& bias, int64_t wanted) {
+  const auto check_bias = [&](const std::string& name, const std::optional<Tensor>& bias, int64_t wanted) {
     if (!bias) return;
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == wanted, op, ": ", name, " is ", shape(*bias), ", wanted (",
                     wanted, ")");
-    check_like(op, name, *bias, like);
+    check_like(op, name.c_str(), *bias, like);
   };
-  check_bias("bias", of.bias, others);
-  check_bias("pivot_bias", of.pivot_bias, R);
-  STD_TORCH_CHECK(of.order.dim() == 1 && of.order.size(0) == R + others, op, ": order is ", shape(of.order),
-                  ", wanted (", R + others, ")");
-  check_int32(op, "order", of.order, like);
+  check_bias(named("bias"), of.bias, others);
+  check_bias(named("pivot_bias"), of.pivot_bias, R);
+  STD_TORCH_CHECK(of.order.dim() == 1 && of.order.size(0) == R + others, op, ": ", named("order"), " is ",
+                  shape(of.order), ", wanted (", R + others, ")");
+  check_int32(op, named("order").c_str(), of.order, like);
 }
 
 bool is_plain(const PivotedUp& of) {
   return is_plain(of.up) && is_plain(of.bias) && is_plain(of.pivot_bias) && is_plain(of.order);
 }
 
+// The second GEMM writes beside a copy of h, and one more call puts all columns in order.
 Tensor pre_activation(const PivotedUp& of, const Tensor& h) {
-  const int64_t R = of.up.size(1), last = h.dim() - 1;
-  Tensor by_place = rows_like(h, of.N());
-  Tensor own = torch::stable::narrow(by_place, last, 0, R),
-         others = torch::stable::narrow(by_place, last, R, of.N() - R);
-  torch::stable::copy_(own, of.pivot_bias ? torch::stable::subtract(h, *of.pivot_bias, -1.0) : h);
-  torch::stable::copy_(others, linear(h, of.up, of.bias));
-  return call_aten("aten::index_select", by_place, last, of.order);
+  const int64_t M = rows_of(h), R = of.up.size(1), N = of.N();
+  const Tensor rows = torch::stable::reshape(h, {M, R});
+  Tensor by_place = torch::stable::new_empty(h, {M, N});
+  Tensor own = torch::stable::narrow(by_place, 1, 0, R);
+  const Tensor others = torch::stable::narrow(by_place, 1, R, N - R);
+  torch::stable::copy_(own, of.pivot_bias ? torch::stable::subtract(rows, *of.pivot_bias, -1.0) : rows);
+  call_aten(Operator{"aten::linear", "out"}, rows, of.up, of.bias, others);
+  const auto batch = h.sizes();
+  std::vector<int64_t> sizes(batch.begin(), batch.end());
+  sizes.back() = N;
+  return torch::stable::reshape(call_aten("aten::index_select", by_place, int64_t{1}, of.order), sizes);
+}
+
+Tensor all_rows(const PivotedUp& of) {
+  const int64_t R = of.up.size(1);
+  Tensor by_place = torch::stable::new_zeros(of.up, {of.N(), R});
+  Tensor others = torch::stable::narrow(by_place, 0, R, of.N() - R),
+         ones = call_aten("aten::diagonal", by_place, int64_t{0}, int64_t{0}, int64_t{1});
+  torch::stable::copy_(others, of.up);
+  torch::stable::fill_(ones, 1.0);
+  return call_aten("aten::index_select", by_place, int64_t{0}, of.order);
+}
+
+std::optional<Tensor> all_biases(const PivotedUp& of) {
+  if (!of.bias && !of.pivot_bias) return std::nullopt;
+  const int64_t R = of.up.size(1);
+  Tensor by_place = torch::stable::new_zeros(of.up, {of.N()});
+  Tensor pivots = torch::stable::narrow(by_place, 0, 0, R), others = torch::stable::narrow(by_place, 0, R, of.N() - R);
+  if (of.pivot_bias) torch::stable::copy_(pivots, *of.pivot_bias);
+  if (of.bias) torch::stable::copy_(others, *of.bias);
+  return call_aten("aten::index_select", by_place, int64_t{0}, of.order);
 }
 
 Tensor low_rank_pivoted(const LowRankPivoted& args, const Runtime& runtime) {

@@ -5,8 +5,7 @@
 #include <string_view>
 #include <tuple>
 
-#include "runtime.h"
-#include "tensors.h"
+#include "boxed.h"
 
 namespace shrank {
 
@@ -20,6 +19,9 @@ struct LowRankPivoted {
   std::string_view activation;
   const std::optional<Tensor>& residual;
 };
+
+// After a look at the law.
+LinearProblem problem_of(const LowRankPivoted& args, bool training, const Runtime& runtime);
 
 Tensor low_rank_pivoted(const LowRankPivoted& args, const Runtime& runtime);
 std::tuple<Tensor, Tensor> low_rank_pivoted_train(const LowRankPivoted& args, const Runtime& runtime);
@@ -41,54 +43,22 @@ struct PivotedUp {
   int64_t N() const { return order.size(0); }
 };
 
-// What the forward and the backward pass share: the law of the second stage for h of R columns, of which `like` has
-// dtype and device; whether all is as the kernels want it; and the pre-activation (..., N) by PyTorch.
-void check(const char* op, const PivotedUp& of, int64_t R, const Tensor& like);
+// What the ops share: the law of the second stage for h of R columns, of which `like` has dtype and device, with what its
+// tensors' names begin with; whether all is as the kernels want it; and the pre-activation (..., N) by PyTorch.
+void check(const char* op, const PivotedUp& of, int64_t R, const Tensor& like, const std::string& prefix = "");
 bool is_plain(const PivotedUp& of);
 Tensor pre_activation(const PivotedUp& of, const Tensor& h);
 
+// The same as plain factors: up (N, R), where the rows of pivots are those of the unit matrix, and the bias (N), if there
+// is any.
+Tensor all_rows(const PivotedUp& of);
+std::optional<Tensor> all_biases(const PivotedUp& of);
+
+using BoxedLowRankPivoted = Boxed<LowRankPivoted, TensorIn, TensorIn, TensorIn, MaybeTensor, MaybeTensor, TensorIn,
+                                  std::string_view, MaybeTensor>;
+
 // Registers all for one dispatch key: `runtime` is a constexpr Runtime.
 #define SHRANK_IMPL_LOW_RANK_PIVOTED(library, runtime)                                                                 \
-  library.impl("low_rank_pivoted", TORCH_BOX((&::shrank::boxed::low_rank_pivoted<&runtime>)));                         \
-  library.impl("low_rank_pivoted_train", TORCH_BOX((&::shrank::boxed::low_rank_pivoted_train<&runtime>)));             \
-  library.impl("low_rank_pivoted_as", TORCH_BOX((&::shrank::boxed::low_rank_pivoted_as<&runtime>)));                   \
-  library.impl("low_rank_pivoted_choices", TORCH_BOX((&::shrank::boxed::low_rank_pivoted_choices<&runtime>)))
+  SHRANK_IMPL(library, low_rank_pivoted, BoxedLowRankPivoted, runtime)
 
-namespace boxed {
-
-template <const Runtime* runtime>
-Tensor low_rank_pivoted(const Tensor& x, const Tensor& down, const Tensor& up, const std::optional<Tensor>& bias,
-                        const std::optional<Tensor>& pivot_bias, const Tensor& order, std::string_view activation,
-                        const std::optional<Tensor>& residual) {
-  return shrank::low_rank_pivoted({x, down, up, bias, pivot_bias, order, activation, residual}, *runtime);
-}
-
-template <const Runtime* runtime>
-std::tuple<Tensor, Tensor> low_rank_pivoted_train(const Tensor& x, const Tensor& down, const Tensor& up,
-                                                  const std::optional<Tensor>& bias,
-                                                  const std::optional<Tensor>& pivot_bias, const Tensor& order,
-                                                  std::string_view activation, const std::optional<Tensor>& residual) {
-  return shrank::low_rank_pivoted_train({x, down, up, bias, pivot_bias, order, activation, residual}, *runtime);
-}
-
-template <const Runtime* runtime>
-std::tuple<Tensor, Tensor> low_rank_pivoted_as(const Tensor& x, const Tensor& down, const Tensor& up,
-                                               const std::optional<Tensor>& bias,
-                                               const std::optional<Tensor>& pivot_bias, const Tensor& order,
-                                               std::string_view activation, const std::optional<Tensor>& residual,
-                                               bool training, std::string_view kernel,
-                                               const std::vector<int64_t>& grid) {
-  return shrank::low_rank_pivoted_as({x, down, up, bias, pivot_bias, order, activation, residual},
-                                     {training, kernel, grid}, *runtime);
-}
-
-template <const Runtime* runtime>
-std::string low_rank_pivoted_choices(const Tensor& x, const Tensor& down, const Tensor& up,
-                                     const std::optional<Tensor>& bias, const std::optional<Tensor>& pivot_bias,
-                                     const Tensor& order, std::string_view activation,
-                                     const std::optional<Tensor>& residual, int64_t most) {
-  return shrank::low_rank_pivoted_choices({x, down, up, bias, pivot_bias, order, activation, residual}, most, *runtime);
-}
-
-}  // namespace boxed
 }  // namespace shrank

@@ -14,11 +14,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(shrank, library) {
       "expand_backward_as(Tensor grad, Tensor h, Tensor up, Tensor? bias, str activation, bool needs_bias, str kernel, "
       "int[] grid) -> (Tensor z, Tensor bias)");
   library.def(
-      "low_rank_linear_multi_as(Tensor x, Tensor[] down, Tensor[] up, Tensor?[] bias, int tokens, int[] splits) -> "
-      "Tensor[]");
+      "low_rank_linear_multi_as(Tensor x, Tensor[] down, Tensor[] up, Tensor?[] bias, Tensor?[] pivot_bias, "
+      "Tensor?[] order, int tokens, int[] splits) -> Tensor[]");
   library.def(
       "low_rank_gated_as(Tensor x, Tensor gate_down, Tensor gate_up, Tensor? gate_bias, Tensor down, Tensor up, "
-      "Tensor? bias, str activation, bool training, str kernel, int[] grid) -> (Tensor y, Tensor gate_h, Tensor h)");
+      "Tensor? bias, Tensor? gate_pivot_bias, Tensor? gate_order, Tensor? pivot_bias, Tensor? order, str activation, "
+      "bool training, str kernel, int[] grid) -> (Tensor y, Tensor gate_h, Tensor h)");
   library.def(
       "gated_backward_as(Tensor grad, Tensor gate_h, Tensor gate_up, Tensor? gate_bias, Tensor h, Tensor up, "
       "Tensor? bias, str activation, bool needs_gate_bias, bool needs_bias, str kernel, int[] grid) -> "
@@ -34,7 +35,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(shrank, library) {
       "str activation, Tensor? residual, int most) -> str");
   library.def(
       "low_rank_gated_choices(Tensor x, Tensor gate_down, Tensor gate_up, Tensor? gate_bias, Tensor down, Tensor up, "
-      "Tensor? bias, str activation, int most) -> str");
+      "Tensor? bias, Tensor? gate_pivot_bias, Tensor? gate_order, Tensor? pivot_bias, Tensor? order, str activation, "
+      "int most) -> str");
   library.def(
       "low_rank_linear_choices(Tensor x, Tensor down, Tensor up, Tensor? bias, str activation, Tensor? residual, "
       "int most) -> str");

@@ -19,16 +19,14 @@ LinearProblem problem_of(const PivotedBackward& args) {
   const PivotedUp up = up_of(args);
   const int64_t R = h.size(h.dim() - 1);
   check(kOp, up, R, h);
-  bool fits = grad.dim() == h.dim() && grad.size(grad.dim() - 1) == up.N();
-  int64_t M = 1;
-  for (int64_t i = 0; fits && i + 1 < h.dim(); i++) fits = grad.size(i) == h.size(i), M *= h.size(i);
+  const bool fits = has_rows_of(grad, h) && grad.size(grad.dim() - 1) == up.N();
   STD_TORCH_CHECK(fits, kOp, ": grad is ", shape(grad), ", wanted the shape of h ", shape(h), " with ", up.N(),
                   " columns");
   check_like(kOp, "grad", grad, h);
   const Activation kind = activation_of(kOp, args.activation);
   STD_TORCH_CHECK(kind != Activation::none, kOp,
                   ": activation is 'none', wanted one: without it, grad is the gradient of z");
-  LinearProblem problem{M, R, up.N(), R, dtype, kind, args.bias || args.pivot_bias, false, true};
+  LinearProblem problem{rows_of(h), R, up.N(), R, dtype, kind, args.bias || args.pivot_bias, false, true};
   problem.pivoted = true;
   problem.aligned = is_plain(grad) && is_plain(h) && is_plain(up);
   return problem;

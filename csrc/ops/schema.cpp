@@ -16,13 +16,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(shrank, library) {
       "low_rank_conv_train(Tensor x, Tensor down, Tensor up, Tensor? bias, int[] stride, int[] padding, "
       "int[] dilation, int groups=1, int up_groups=1, str activation='none', Tensor? residual=None) -> "
       "(Tensor y, Tensor h)");
-  library.def("low_rank_linear_multi(Tensor x, Tensor[] down, Tensor[] up, Tensor?[] bias) -> Tensor[]");
+  library.def(
+      "low_rank_linear_multi(Tensor x, Tensor[] down, Tensor[] up, Tensor?[] bias, Tensor?[] pivot_bias, "
+      "Tensor?[] order) -> Tensor[]");
   library.def(
       "low_rank_gated(Tensor x, Tensor gate_down, Tensor gate_up, Tensor? gate_bias, Tensor down, Tensor up, "
-      "Tensor? bias=None, str activation='silu') -> Tensor");
+      "Tensor? bias=None, Tensor? gate_pivot_bias=None, Tensor? gate_order=None, Tensor? pivot_bias=None, "
+      "Tensor? order=None, str activation='silu') -> Tensor");
   library.def(
       "low_rank_gated_train(Tensor x, Tensor gate_down, Tensor gate_up, Tensor? gate_bias, Tensor down, Tensor up, "
-      "Tensor? bias=None, str activation='silu') -> (Tensor y, Tensor gate_h, Tensor h)");
+      "Tensor? bias=None, Tensor? gate_pivot_bias=None, Tensor? gate_order=None, Tensor? pivot_bias=None, "
+      "Tensor? order=None, str activation='silu') -> (Tensor y, Tensor gate_h, Tensor h)");
   library.def(
       "low_rank_pivoted(Tensor x, Tensor down, Tensor up, Tensor? bias, Tensor? pivot_bias, Tensor order, "
       "str activation='none', Tensor? residual=None) -> Tensor");

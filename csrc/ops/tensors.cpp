@@ -1,5 +1,6 @@
 #include "tensors.h"
 
+#include <algorithm>
 #include <sstream>
 
 namespace shrank {
@@ -40,10 +41,23 @@ std::string shape(const Tensor& tensor) {
 }
 
 Tensor rows_like(const Tensor& x, int64_t columns) {
-  std::vector<int64_t> sizes(x.dim());
-  for (int64_t i = 0; i < x.dim(); i++) sizes[i] = x.size(i);
-  sizes.back() = columns;
-  return torch::stable::new_empty(x, sizes);
+  const int64_t dims = x.dim();
+  std::vector<int64_t> sizes(2 * dims);
+  int64_t* const strides = sizes.data() + dims;
+  for (int64_t i = 0; i < dims; i++) sizes[i] = x.size(i);
+  sizes[dims - 1] = columns;
+  int64_t stride = 1;
+  for (int64_t i = dims - 1; i >= 0; i--) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(1, sizes[i]);
+  }
+  int32_t dtype, type, index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides, dtype, type, index, &made));
+  return Tensor(made);
 }
 
 Dtype dtype_of(const char* op, const Tensor& x, const char* name) {
@@ -81,8 +95,7 @@ void check_int32(const char* op, const char* name, const Tensor& tensor, const T
 }
 
 void check_residual(const char* op, const Tensor& residual, const Tensor& x, int64_t N) {
-  bool fits = residual.dim() == x.dim() && residual.size(x.dim() - 1) == N;
-  for (int64_t i = 0; fits && i + 1 < x.dim(); i++) fits = residual.size(i) == x.size(i);
+  const bool fits = has_rows_of(residual, x) && residual.size(x.dim() - 1) == N;
   STD_TORCH_CHECK(fits, op, ": residual is ", shape(residual), ", wanted the shape of x ", shape(x), " with ", N,
                   " columns");
   check_like(op, "residual", residual, x);

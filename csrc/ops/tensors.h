@@ -89,7 +89,21 @@ inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<
 
 inline Tensor product(const Tensor& a, const Tensor& b) { return call_aten(Operator{"aten::mul", "Tensor"}, a, b); }
 
-// (..., columns) like x.
+// Of x (..., columns) as a matrix.
+inline int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); i++) rows *= x.size(i);
+  return rows;
+}
+
+// Whether one (..., columns) has as many rows as another, along every dimension.
+inline bool has_rows_of(const Tensor& one, const Tensor& other) {
+  bool fits = one.dim() == other.dim();
+  for (int64_t i = 0; fits && i + 1 < one.dim(); i++) fits = one.size(i) == other.size(i);
+  return fits;
+}
+
+// (..., columns) like x, unwritten: half of the time of new_empty, which goes through torch's dispatcher twice.
 Tensor rows_like(const Tensor& x, int64_t columns);
 
 }  // namespace shrank

@@ -49,6 +49,16 @@ int32_t aoti_torch_get_device_type(void*, int32_t* type) {
   return 0;
 }
 
+int32_t aoti_torch_device_type_cpu();
+
+// As all tensors, on the CPU.
+int32_t aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t,
+                                 int32_t, void** made) {
+  static auto* const make = real<int32_t(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, void**)>(
+      "aoti_torch_empty_strided");
+  return make(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, made);
+}
+
 int32_t aoti_torch_create_device_guard(int32_t device, Guard** guard) {
   *guard = new Guard{machine().current};
   machine().current = device;

@@ -23,6 +23,7 @@ template <typename Kernel, typename P> struct Way {
   double (*microseconds)(const P&, const Device&);  // predicted, in a replayed CUDA graph, if it may run
   const char* reason;
   bool ours = true;  // a matrix kernel of ours, which no card need be good at; else PyTorch's own calls
+  bool composed = false;  // not ours either: what other ops choose, one after the other
 };
 
 template <typename Kernel> struct Candidate {
@@ -80,8 +81,9 @@ template <typename Kernel, typename P> struct Chosen {
 inline constexpr double kNeededGain = 1.25;
 
 // By the model, for training and inference together, so that a layer gives the same bits either way: the cheapest of
-// PyTorch's own ways, unless the cheapest of ours costs less than that by kNeededGain and is slower in neither. The last
-// way may always run.
+// PyTorch's own ways, unless the cheapest of ours costs less than that by kNeededGain and is slower in neither. What other
+// ops choose has been weighed so already: it is taken where it costs less, and ours then where that costs less still. The
+// last way may always run.
 template <typename Kernel, typename P, std::size_t Count>
 Chosen<Kernel, P> choose(const std::array<Way<Kernel, P>, Count>& ways, const P& p, const Device& d) {
   struct Cost {
@@ -96,18 +98,20 @@ Chosen<Kernel, P> choose(const std::array<Way<Kernel, P>, Count>& ways, const P&
   const auto cost_of = [&](const Way<Kernel, P>& way) {
     return Cost{&way, way.microseconds(training, d), way.microseconds(inference, d)};
   };
-  const auto cheapest = [&](bool ours, const Cost& than) {
+  const auto cheapest = [&](bool ours, bool composed, const Cost& than) {
     Cost best;
     for (const Way<Kernel, P>& way : ways) {
-      if (way.ours != ours || way.why_not(p, d)) continue;
+      if (way.ours != ours || way.composed != composed || way.why_not(p, d)) continue;
       const Cost cost = cost_of(way);
       if (cost.training > than.training || cost.inference > than.inference) continue;
       if (!best.way || cost.total() < best.total()) best = cost;
     }
     return best;
   };
-  const Cost library = cheapest(false, cost_of(ways.back())), ours = cheapest(true, library);
-  const Cost& best = ours.way && ours.total() * kNeededGain <= library.total() ? ours : library;
+  const Cost library = cheapest(false, false, cost_of(ways.back())), others = cheapest(false, true, library);
+  const Cost& otherwise = others.way ? others : library;
+  const Cost ours = cheapest(true, false, otherwise);
+  const Cost& best = ours.way && ours.total() * kNeededGain <= library.total() ? ours : otherwise;
   return {*best.way, p.training ? best.training : best.inference};
 }
 

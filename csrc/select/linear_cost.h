@@ -12,6 +12,9 @@ double two_gemms_us(const LinearProblem& p, const Device& d);
 // The second of them; of pivoted factors with what puts all columns in order.
 double expand_gemm_us(const LinearProblem& p, const Device& d);
 
+// Of a gated layer with pivots, before the matrix kernels: an up of all rows for both; 0 of others.
+double all_rows_us(const LinearProblem& p, const Device& d);
+
 // What no kernel can beat: each input read once, each output written once, no FLOP wasted, no launch.
 double floor_us(const LinearProblem& p, const Device& d);
 

@@ -50,7 +50,7 @@ double microseconds(const LinearGrid& grid, const LinearProblem& p, const Device
 
   const Phase up = up_steps(tile, tiles, real(p.most_rank()), width);
   const Phase end = end_of(tile, p) * tiles;
-  const double read = (fused ? M * K + R * K : M * R) + real(p.up_rows()) * R + bias_numbers(p) +
+  const double read = (fused ? M * K + R * K : M * R) + real(p.up_numbers()) + bias_numbers(p) +
                       (p.residual ? M * N : 0);
   const double moved = read + M * N + (fused && p.training ? M * R : 0);
   const Launch launch{grid.blocks_m * grid.blocks_n, tile.threads(), tile.shared_bytes(), moved * width};

@@ -19,7 +19,8 @@ struct LinearProblem {
   bool aligned = true;  // every tensor is contiguous and begins at a multiple of 16 bytes
   bool captured = false;  // into a CUDA graph, where a launch costs the host nothing
   int64_t gate_R = 0;  // the rank of the gate; R is that of the value. 0: no gate
-  bool pivoted = false;  // R columns of y are h itself, and up has rows for the others alone
+  bool pivoted =
+      false;  // R columns of y are h itself, and up has rows for the others alone; of a gated layer in costs both
 
   constexpr bool operator==(const LinearProblem& other) const {
     return M == other.M && K == other.K && N == other.N && R == other.R && dtype == other.dtype &&
@@ -34,13 +35,24 @@ struct LinearProblem {
                                  residual * 11 + gate_R * 13 + pivoted * 17);
   }
 
-  constexpr Form form() const { return gate_R ? Form::gated : pivoted ? Form::pivoted : Form::plain; }
-  constexpr int64_t up_rows() const { return pivoted ? N - R : N; }
+  constexpr Form form() const {
+    if (gate_R) return pivoted ? Form::gated_pivoted : Form::gated;
+    return pivoted ? Form::pivoted : Form::plain;
+  }
+  constexpr int64_t up_rows() const { return pivoted ? N - R : N; }  // of the value
+  constexpr int64_t up_numbers() const { return up_rows() * R + (pivoted ? N - gate_R : N) * gate_R; }
 
   // Of factors, and their ranks: both together, and the larger.
   constexpr int pairs() const { return pairs_of(form()); }
   constexpr int64_t ranks() const { return R + gate_R; }
   constexpr int64_t most_rank() const { return R < gate_R ? gate_R : R; }
+
+  // As the matrix kernels have it: those of gated layers know no places, and get an up of all rows.
+  constexpr LinearProblem on_all_rows() const {
+    LinearProblem all = *this;
+    all.pivoted = pivoted && !gate_R;
+    return all;
+  }
 
   // The layers that gate and value would be alone.
   constexpr LinearProblem gate() const {

@@ -49,7 +49,9 @@ namespace fused {
 
 const char* why_not(const LinearProblem& p, const Device& d) { return linear_why_not(p, d, true); }
 
-double microseconds(const LinearProblem& p, const Device& d) { return linear_grid(p, d, true).microseconds; }
+double microseconds(const LinearProblem& p, const Device& d) {
+  return linear_grid(p.on_all_rows(), d, true).microseconds + all_rows_us(p, d);
+}
 
 constexpr const char* kReason = "one launch: h stays in shared memory, and y is written once, finished";
 
@@ -61,12 +63,28 @@ const char* why_not(const LinearProblem& p, const Device& d) { return linear_why
 
 double microseconds(const LinearProblem& p, const Device& d) {
   const auto h_us = [&](int64_t R) { return gemm_us(real(p.M), real(R), real(p.K), 0, p.dtype, d); };
-  return h_us(p.R) + (p.gate_R ? h_us(p.gate_R) : 0) + linear_grid(p, d, false).microseconds;
+  return h_us(p.R) + (p.gate_R ? h_us(p.gate_R) : 0) + linear_grid(p.on_all_rows(), d, false).microseconds +
+         all_rows_us(p, d);
 }
 
 constexpr const char* kReason = "h by cuBLAS; the second product, bias, activation and residual in one kernel of ours";
 
 }  // namespace gemm_expand
+
+namespace apart {
+
+const char* why_not(const LinearProblem& p, const Device&) {
+  return p.form() == Form::gated_pivoted ? nullptr
+                                         : "no gate and value with pivots, of which no GEMM makes all columns";
+}
+
+double microseconds(const LinearProblem& p, const Device& d) {
+  return modelled(p.gate(), d).microseconds + modelled(p.value(), d).microseconds + pass_us(p, d, 3);
+}
+
+constexpr const char* kReason = "gate and value each by the kernels of its own op, then their product";
+
+}  // namespace apart
 
 // In the order of the enum. At equal cost the earlier wins: it needs no more memory and rounds no more often.
 constexpr std::array<Way<LinearKernel, LinearProblem>, kLinearKernelCount> kWays{{
@@ -74,6 +92,7 @@ constexpr std::array<Way<LinearKernel, LinearProblem>, kLinearKernelCount> kWays
      shrink_expand::kReason},
     {LinearKernel::fused, "fused", fused::why_not, fused::microseconds, fused::kReason},
     {LinearKernel::gemm_expand, "gemm_expand", gemm_expand::why_not, gemm_expand::microseconds, gemm_expand::kReason},
+    {LinearKernel::apart, "apart", apart::why_not, apart::microseconds, apart::kReason, false, true},
     {LinearKernel::two_gemms_epilogue, "two_gemms_epilogue", two_gemms_epilogue::why_not,
      two_gemms_epilogue::microseconds, two_gemms_epilogue::kReason, false},
     {LinearKernel::two_gemms, "two_gemms", two_gemms::why_not, two_gemms::microseconds, two_gemms::kReason, false},
@@ -82,7 +101,7 @@ constexpr std::array<Way<LinearKernel, LinearProblem>, kLinearKernelCount> kWays
 // The `most` cheapest grids of a kernel of ours.
 std::vector<PlannedGrid> grids_of(LinearKernel kernel, const LinearProblem& p, const Device& d, std::size_t most) {
   if (kernel == LinearKernel::shrink_expand) return shrink_expand_grids(p, d, most);
-  return linear_grids(p, d, kernel == LinearKernel::fused, most);
+  return linear_grids(p.on_all_rows(), d, kernel == LinearKernel::fused, most);
 }
 
 // The grid that a caller names, or std::invalid_argument.
@@ -135,7 +154,7 @@ LinearChoice choice_named(const LinearProblem& p, const Device& d, std::string_v
     return choice;
   }
   choice.grid = grid.empty() ? grids_of(way.kernel, p, d, 1).front().grid
-                             : grid_of(way.kernel, p, d, NamedGrid(grid, p.form()));
+                             : grid_of(way.kernel, p, d, NamedGrid(grid, p.on_all_rows().form()));
   return choice;
 }
 

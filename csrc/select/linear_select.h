@@ -17,10 +17,11 @@ enum class LinearKernel {
   shrink_expand,       // for a few rows: two kernels of ours that stream the factors
   fused,               // one kernel of ours from x to y
   gemm_expand,         // h by cuBLAS, then one kernel of ours: second product, bias, activation, residual
+  apart,               // of a gated layer with pivots: gate and value by their own ops, then their product
   two_gemms_epilogue,  // two cuBLAS GEMMs, the bias in the second, then one kernel of ours: activation, residual
   two_gemms,           // the same GEMMs, then PyTorch's own activation and residual kernels
 };
-inline constexpr int kLinearKernelCount = 5;
+inline constexpr int kLinearKernelCount = 6;
 
 std::string_view name_of(LinearKernel kernel);
 

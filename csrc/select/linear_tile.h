@@ -6,21 +6,23 @@
 
 namespace shrank {
 
-// What a column of y comes from: a pair of factors; the two of a gated layer, each with a rank of its own; or a pair of
-// pivoted factors, where R columns are h itself.
-enum class Form { plain = 1, gated = 2, pivoted = 3 };  // numbers, by which the kernels' names tell them apart
+// What a column of y comes from: a pair of factors; the two of a gated layer, each with a rank of its own; a pair of
+// pivoted factors, where R columns are h itself; or the two of a gated layer, either of which may be pivoted.
+enum class Form { plain = 1, gated = 2, pivoted = 3, gated_pivoted = 4 };  // numbers, which are in the kernels' names
 constexpr int number_of(Form form) { return static_cast<int>(form); }
-constexpr int pairs_of(Form form) { return form == Form::gated ? 2 : 1; }
+constexpr bool is_gated(Form form) { return form == Form::gated || form == Form::gated_pivoted; }
+constexpr bool has_pivots(Form form) { return form == Form::pivoted || form == Form::gated_pivoted; }
+constexpr int pairs_of(Form form) { return is_gated(form) ? 2 : 1; }
 
 // A block computes block_m rows of y. With a max_rank it holds their h in shared memory, computed from x or read once;
 // without, it reads h from global memory panel by panel, again for each column tile, whatever the rank.
 struct LinearTile {
-  int block_m;   // 32, 64 or 128
+  int block_m;  // 32, 64 or 128
   int max_rank;  // of an h that is held: a multiple of 32, at most 256; or 0
   Form form = Form::plain;
 
   static constexpr int kBlockN = 128;  // columns of h up^T at a time, of all pairs together
-  static constexpr int kPanel = 64;    // numbers of a panel row: 128 bytes of 16-bit numbers
+  static constexpr int kPanel = 64;  // numbers of a panel row: 128 bytes of 16-bit numbers
   static constexpr int kPanelRow = 128;
   static constexpr int kWarpsN = 2;
 

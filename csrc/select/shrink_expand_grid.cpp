@@ -71,7 +71,7 @@ double expand_us(const LinearProblem& p, const Device& d, const LinearGrid& grid
   end.slots = kWarps * tile.tokens / 8 * (kTokenEndSlots + activation_slots(p.activation) / 2);
   const int64_t blocks = ShrinkExpandTile::expand_blocks(p.N) * grid.blocks_m;
   const double M = real(p.M), N = real(p.N), R = real(p.ranks());
-  const double moved = real(p.up_rows()) * R + bias_numbers(p) + M * N * (1 + p.residual) + (p.training ? M * R : 0);
+  const double moved = real(p.up_numbers()) + bias_numbers(p) + M * N * (1 + p.residual) + (p.training ? M * R : 0);
   return kernel_us(
       {blocks, ShrinkExpandTile::kExpandThreads, tile.expand_bytes(static_cast<int>(p.most_rank())), moved * width},
       {load, weights, end}, d);

@@ -19,7 +19,7 @@ struct ShrinkExpandTile {
 
   static constexpr int kMostLayers = 3;
   constexpr int pairs() const { return pairs_of(form); }
-  constexpr Form shrink_form() const { return pairs() == 1 ? Form::plain : form; }  // pivots are up's affair
+  constexpr Form shrink_form() const { return is_gated(form) ? Form::gated : Form::plain; }  // pivots are up's affair
   constexpr int parts() const { return pairs() * layers; }
 
   static constexpr int kRows = 16;
@@ -55,15 +55,20 @@ struct ShrinkExpandTile {
   }
 };
 
-inline constexpr std::array<ShrinkExpandTile, 8> kShrinkExpandTiles{{
+// Of several layers, those of a pivoted tile may be pivoted or not.
+inline constexpr std::array<ShrinkExpandTile, 12> kShrinkExpandTiles{{
     {8},
     {16},
     {8, Form::gated},
     {16, Form::gated},
     {8, Form::pivoted},
     {16, Form::pivoted},
+    {8, Form::gated_pivoted},
+    {16, Form::gated_pivoted},
     {8, Form::plain, ShrinkExpandTile::kMostLayers},
     {16, Form::plain, ShrinkExpandTile::kMostLayers},
+    {8, Form::pivoted, ShrinkExpandTile::kMostLayers},
+    {16, Form::pivoted, ShrinkExpandTile::kMostLayers},
 }};
 
 }  // namespace shrank

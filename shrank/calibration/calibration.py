@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..linalg import FactorizationError, Metric, Moments, metric
+from ..linalg import Columns, FactorizationError, Metric, Moments, columns, metric
+from ..model.feed_forward import FeedForward
 from ..model.hooks import frozen
 from ..model.survey import Survey
 from ..util import tensor_file
@@ -22,6 +23,7 @@ from ..util.fingerprint import Unhashable, fingerprint
 from ..util.names import checks_keywords
 from ..util.processes import current
 from .batches import Batch, as_batches, bound
+from .feed_forward import blocks_in
 from .losses import LossLike, Sensitivity, as_sensitivity
 from .metric_source import LayerStatistics
 from .moment_files import FORMAT
@@ -40,13 +42,21 @@ class Calibration(LayerStatistics):
         folder: Where the files are.
         files: One for every pass over the data.
         unseen: Layers that saw no data.
+        feed_forward: The blocks that can be narrowed, and those that look so with the reason; None: not looked for.
 
     Attributes:
         reached: Whether gradients came to any layer.
     """
 
-    def __init__(self, folder: Path, files: Iterable[Path], unseen: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        files: Iterable[Path],
+        unseen: Iterable[str] = (),
+        feed_forward: Iterable[FeedForward] | None = None,
+    ) -> None:
         self.folder = folder
+        self._feed_forward = None if feed_forward is None else tuple(feed_forward)
         self._entries: dict[str, tuple[Path, dict]] = {}
         self.unseen = list(unseen)
         self.reached = False
@@ -72,6 +82,11 @@ class Calibration(LayerStatistics):
     def has_gradients(self) -> bool:
         """Whether errors are weighted by a loss."""
         return any("gradient" in entry["tensors"] for _, entry in self._entries.values())
+
+    @property
+    def feed_forward(self) -> tuple[FeedForward, ...] | None:
+        """The blocks that can be narrowed, and those that look so with the reason; None: not looked for."""
+        return self._feed_forward
 
     def require_gradients(self) -> None:
         """ValueError if there are layers and no gradient came to any."""
@@ -114,19 +129,31 @@ class Calibration(LayerStatistics):
         Raises:
             FactorizationError: The layer is of no consequence, or what it sees is not finite.
         """
+        moments = self._seen(fqn, matrices, seen)
+        if moments is None or (not moments.of_inputs and moments.data.shape[:2] != matrices.shape[:2]):
+            return None
+        return metric(matrices, moments, centred)
+
+    def columns(self, fqn: str, matrices: Tensor, centred: bool, seen: Moments | None = None) -> Columns | None:
+        """As `metric`, by the layer's inputs one by one; None where it was not observed by its inputs."""
+        moments = self._seen(fqn, matrices, seen)
+        if moments is None or not moments.of_inputs or len(matrices) > 1:
+            return None
+        return columns(matrices, moments, centred)
+
+    def _seen(self, fqn: str, matrices: Tensor, seen: Moments | None) -> Moments | None:
+        """The moments of a layer, where its matrices are; FactorizationError where they are of no use."""
         if fqn not in self._entries:
             return None
         moments = self[fqn]
         if seen is not None:
             moments = replace(seen, gradient=moments.gradient, gradient_samples=moments.gradient_samples)
         moments = moments.to(matrices.device)
-        if not moments.of_inputs and moments.data.shape[:2] != matrices.shape[:2]:
-            return None
         if moments.gradient is not None and not bool(moments.gradient.any()):
             raise FactorizationError("the loss does not depend on it")
         if not bool(moments.data.isfinite().all()):
             raise FactorizationError("what it sees behind compressed layers holds NaN or infinity")
-        return metric(matrices, moments, centred)
+        return moments
 
 
 @checks_keywords
@@ -141,6 +168,7 @@ def calibrate(
     spill: bool = False,
     seed: int = 0,
     inputs: bool = False,
+    narrow: bool = False,
 ) -> Calibration:
     """Run data through a model, which is not changed, and note what its layers see.
 
@@ -159,6 +187,8 @@ def calibrate(
         seed: Of the random directions that "output" draws.
         inputs: Observe linear layers by their inputs where these are more numbers than their outputs, too. Rounding
             weights to a few bits needs it.
+        narrow: Find the feed-forward blocks too, and observe their hidden units one by one: what a plan with `narrow`
+            asks for, and more numbers than the ranks of their layers need.
 
     Returns:
         The moments of every layer, in files that are read when asked for.
@@ -168,7 +198,7 @@ def calibrate(
     """
     if isinstance(data, Calibration):
         return data
-    request = Calibrate(data, loss, cache, max_memory, spill, seed, inputs)
+    request = Calibrate(data, loss, cache, max_memory, spill, seed, inputs, narrow)
     return calibrated(Survey(model), request, layers)
 
 
@@ -178,13 +208,14 @@ def calibrated(survey: Survey, request: Calibrate, layers: Iterable[str] | None)
     batches, loss = bound(as_batches(request.data), model), as_sensitivity(request.loss)
     wanted = None if layers is None else set(layers)
     agree_on(model, batches)
-    how = (wanted and sorted(wanted), type(loss), request.seed, request.max_memory, request.inputs)
+    how = (wanted and sorted(wanted), type(loss), request.seed, request.max_memory, request.inputs, request.narrow)
     current().agree("the layers and the loss to calibrate", how)
     key = _key(model, batches, loss, request.seed) if request.cache else None
     temporary = None if key else tempfile.TemporaryDirectory(prefix="shrank-")
     folder = Path(request.cache) / key if key else Path(temporary.name)
+    blocks = blocks_in(folder, survey, batches) if request.narrow else None
     with frozen(model), torch.set_grad_enabled(loss is not None):
-        found = _found(survey, batches, loss, wanted, folder, request)
+        found = _found(survey, batches, loss, wanted, folder, request, blocks)
     if temporary:
         weakref.finalize(found, temporary.cleanup)
     if loss:
@@ -199,6 +230,7 @@ def _found(
     wanted: set[str] | None,
     folder: Path,
     request: Calibrate,
+    blocks: list[FeedForward] | None,
 ) -> Calibration:
     """What the layers see, in files of the folder; those that are there already are not made again."""
     model = survey.model
@@ -209,8 +241,9 @@ def _found(
     masking = Masking(model, {site.fqn: site.module for site in possible})
     calls = layer_calls(folder, model, sites, batches, masking, [site for site in possible if site not in sites])
     warn_of_unseen(calls.unseen)
-    files = moment_files(folder, sites, calls, batches, masking, loss, request)
-    return Calibration(folder, files, calls.unseen)
+    by_inputs = {block.consumer for block in blocks or () if not block.reason}
+    files = moment_files(folder, sites, calls, batches, masking, loss, request, by_inputs)
+    return Calibration(folder, files, calls.unseen, blocks)
 
 
 def warn_of_unseen(names: list[str]) -> None:

@@ -6,7 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..linalg import Metric
+from ..linalg import Columns, Metric
+from ..model.feed_forward import FeedForward
 from ..model.survey import Site
 
 
@@ -28,6 +29,10 @@ class MetricSource(Protocol):
             FactorizationError: The layer must stay dense; the text says why.
         """
 
+    def columns(self, fqn: str, matrices: Tensor, centred: bool) -> Columns | None:
+        """The same by the layer's inputs one by one, for narrowing; None if nothing is known of them."""
+        return None
+
 
 class LayerStatistics(MetricSource, Protocol):
     """What a plan asks of a calibration: the norms, and how much data is behind them."""
@@ -41,6 +46,18 @@ class LayerStatistics(MetricSource, Protocol):
 
     def tokens(self, fqn: str) -> int:
         """Tokens, or positions of a convolution's output, that the layer saw."""
+
+    @property
+    def feed_forward(self) -> tuple[FeedForward, ...] | None:
+        """The blocks that can be narrowed, and those that look so with the reason; None: not looked for."""
+        return None
+
+
+def columns_of(source: MetricSource | None, site: Site) -> Columns | None:
+    """The norm for the error of a layer at this site by its inputs one by one; None if nothing is known of them."""
+    if source is None:
+        return None
+    return source.columns(site.fqn, site.adapter.matrices(site.shape), site.module.bias is not None)
 
 
 def metric_of(source: MetricSource | None, site: Site, matrices: Tensor) -> Metric | None:

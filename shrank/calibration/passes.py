@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -36,14 +37,15 @@ def moment_files(
     masking: Masking,
     loss: Sensitivity | None,
     request: Calibrate,
+    by_inputs: Collection[str] = (),
 ) -> list[Path]:
     """The files with the moments of these layers, one for every pass over the data; those that are there already are
-    not made again."""
+    not made again. by_inputs: layers to observe by their inputs whatever the request says."""
     max_memory = request.max_memory
     if max_memory is None:
         max_memory = max(2 * sum(p.numel() for p in masking.model.parameters()), LEAST_MEMORY)
-    passes = plan_passes(sites, calls, loss is not None, max_memory, request.inputs)
-    side = ["inputs"] if request.inputs else []
+    passes = plan_passes(sites, calls, loss is not None, max_memory, request.inputs or by_inputs)
+    side = ["inputs"] if request.inputs else sorted(by_inputs)
     files = [
         folder / f"{_digest([*side, *([site.fqn for site in group.sites] for group in groups)])}.safetensors"
         for groups in passes

@@ -24,6 +24,8 @@ class Calibrate:
         seed: Of the random directions that "output" draws.
         inputs: Observe linear layers by their inputs where these are more numbers than their outputs, too. Rounding
             weights to a few bits needs it, and `auto_fact` sees to it where a plan or a budget has bits.
+        narrow: Find the feed-forward blocks and observe their hidden units one by one. A plan with `narrow` needs it,
+            and `auto_fact` sees to it.
     """
 
     data: Iterable[object]
@@ -33,3 +35,4 @@ class Calibrate:
     spill: bool = False
     seed: int = 0
     inputs: bool = False
+    narrow: bool = False

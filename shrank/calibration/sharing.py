@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -61,12 +61,12 @@ class LayerCalls:
 
 
 def plan_passes(
-    sites: list[Site], calls: LayerCalls, gradients: bool, max_memory: int, inputs: bool = False
+    sites: list[Site], calls: LayerCalls, gradients: bool, max_memory: int, inputs: bool | Collection[str] = False
 ) -> list[list[Group]]:
     """The layers in groups that share their inputs, in the order of execution, split so that the moments of each part
     fit into `max_memory` bytes (of a single group, whatever it needs).
 
-    inputs: linear layers are observed by their inputs, however many these are.
+    inputs: linear layers, or those of these names, are observed by their inputs, however many these are.
     """
     by_name = {site.fqn: site for site in sites}
     groups = [group for names in calls.shared for group in _sided([by_name[name] for name in names], inputs)]
@@ -138,13 +138,14 @@ def _together(seen: list[dict[str, list[int]]], rows: dict[str, int], sites: lis
     return LayerCalls(list(shared.values()), calls, max(rows.values(), default=0), unseen)
 
 
-def _sided(sites: list[Site], inputs: bool) -> list[Group]:
+def _sided(sites: list[Site], inputs: bool | Collection[str]) -> list[Group]:
     """The layers with one input as a group that observes it; or each alone, if their outputs are fewer numbers and
     nobody insists on the `inputs`."""
     if not sites[0].adapter.takes_vectors:
         return [Group((site,), False) for site in sites]
     shapes = [site.shape for site in sites]
-    if inputs or shapes[0].in_features ** 2 <= sum(shape.out_features**2 for shape in shapes):
+    insisted = inputs is True or any(site.fqn in (inputs or ()) for site in sites)
+    if insisted or shapes[0].in_features ** 2 <= sum(shape.out_features**2 for shape in shapes):
         return [Group(tuple(sites), True)]
     return [Group((site,), False) for site in sites]
 

@@ -107,7 +107,8 @@ def explain(
     gate: Annotated[int, typer.Option(help="The rank of the gate of a gated layer, whose R is the value's.")] = 0,
     pivoted: Annotated[bool, typer.Option(help="Whether the factors of a linear layer are pivoted.")] = False,
     sibling: Annotated[
-        list[str] | None, typer.Option(help="N,R of another layer of the same input; once for each of them.")
+        list[str] | None,
+        typer.Option(help="N,R of another layer of the same input, N,Rp of a pivoted one; once for each of them."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -118,9 +119,9 @@ def explain(
 
         one_of(shape=shape, conv=conv)
         if sibling:
-            if conv or residual or training or gate or pivoted or activation != "none":
-                raise ValueError("--sibling: of plain linear layers in inference, with nothing after them")
-            facts = explain_siblings(parse_shape(shape), list(map(parse_sibling, sibling)), dtype, gpu, bias)
+            if conv or residual or training or gate or activation != "none":
+                raise ValueError("--sibling: of linear layers in inference, with nothing after them")
+            facts = explain_siblings(parse_shape(shape), list(map(parse_sibling, sibling)), dtype, gpu, bias, pivoted)
             show(facts, siblings_table(facts), as_json)
             return
         layer = parse_shape(shape) if conv is None else parse_conv(conv, stride, padding, dilation, groups, up_groups)

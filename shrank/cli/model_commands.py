@@ -12,8 +12,9 @@ from torch import nn
 from ..calibration.batches import Batch
 from ..calibration.calibration import calibrate as run_calibration
 from ..calibration.request import Calibrate
-from ..compression.apply import describe, merge
+from ..compression.apply import merge
 from ..compression.auto_fact import auto_fact
+from ..compression.describe import describe
 from ..data.file_batches import batches_from_file
 from ..data.model_inputs import require_next_token
 from ..healing.heal import heal as heal_model
@@ -42,6 +43,8 @@ from .options import (
     Include,
     Json,
     Keep,
+    KeepBytes,
+    Narrow,
     Out,
     Pivot,
     Rank,
@@ -91,6 +94,7 @@ def plan(
     source: Source,
     rank: Rank = None,
     keep: Keep = None,
+    keep_bytes: KeepBytes = None,
     energy: EnergyOption = None,
     calibrate: Data = None,
     loss: Loss = "output",
@@ -103,6 +107,7 @@ def plan(
     pivot: Pivot = None,
     bits: Bits = None,
     group_size: GroupSize = None,
+    narrow: Narrow = None,
     treat_as_base: TreatAsBase = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan to this JSON file.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page about the plan.")] = None,
@@ -112,9 +117,10 @@ def plan(
     with errors(across=True) as here:
         from ..saving.transformers_folder import load_model
 
-        rule = one_of(bits, rank=rank, keep=keep, energy=energy)
+        rule = one_of(bits, rank=rank, keep=keep, keep_bytes=keep_bytes, energy=energy)
         options = plan_options(
             pivot,
+            narrow,
             include=include,
             exclude=exclude,
             round_to=round_to,
@@ -126,7 +132,9 @@ def plan(
         trust(model, treat_as_base)
         if calibrate and (layers := eligible(model, **options)):
             batches = _batches(calibrate, model, source, loss, max_length, batch_size)
-            found = run_calibration(model, batches, loss=loss, layers=layers, inputs=bits is not None)
+            found = run_calibration(
+                model, batches, loss=loss, layers=layers, inputs=bool(bits or keep_bytes), narrow=bool(narrow)
+            )
         made = make_plan(model, rule, calibration=found, **options)
         if save and here.is_first:
             made.save(save)
@@ -141,6 +149,7 @@ def compress(
     out: Out,
     rank: Rank = None,
     keep: Keep = None,
+    keep_bytes: KeepBytes = None,
     energy: EnergyOption = None,
     plan: Annotated[Path | None, typer.Option(help="A plan as JSON, from `shrank plan --save`.")] = None,
     calibrate: Data = None,
@@ -156,6 +165,7 @@ def compress(
     pivot: Pivot = None,
     bits: Bits = None,
     group_size: GroupSize = None,
+    narrow: Narrow = None,
     treat_as_base: TreatAsBase = None,
     stream: Stream = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page about what was done.")] = None,
@@ -176,9 +186,10 @@ def compress(
     with errors(across=True) as here:
         from ..saving.transformers_folder import load_model, save_model
 
-        rule = one_of(bits, rank=rank, keep=keep, energy=energy, plan=plan)
+        rule = one_of(bits, rank=rank, keep=keep, keep_bytes=keep_bytes, energy=energy, plan=plan)
         options = plan_options(
             pivot,
+            narrow,
             include=include,
             exclude=exclude,
             round_to=round_to,

@@ -16,6 +16,7 @@ from rich.markup import escape
 from torch import nn
 
 from ..model.subclasses import subclasses_in, treat_as_base
+from ..planning.budget import Budget
 from ..planning.plan import RankPlan
 from ..planning.rank import Energy
 from ..util.files import is_empty_or_absent
@@ -30,6 +31,12 @@ Out = Annotated[Path, typer.Option(help="Folder to write; must not exist or be e
 Force = Annotated[bool, typer.Option(help="Replace the output folder.")]
 Rank = Annotated[int | None, typer.Option(help="The same rank for every layer.")]
 Keep = Annotated[float | None, typer.Option(help="Share of each replaced layer's parameters to keep, in (0, 1).")]
+KeepBytes = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the bytes of the replaced layers' weights to keep, in (0, 1): by low rank, by few bits, or both."
+    ),
+]
 EnergyOption = Annotated[float | None, typer.Option(help="Share of the squared singular values to keep, in (0, 1].")]
 Include = Annotated[list[str] | None, typer.Option(help="Only layers whose name matches this glob; repeatable.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Not layers whose name matches this glob; repeatable.")]
@@ -44,6 +51,13 @@ Pivot = Annotated[
 ]
 Bits = Annotated[int | None, typer.Option(help="4 or 8, for the weights of all linear layers that may change.")]
 GroupSize = Annotated[int | None, typer.Option(help="Weights of a row with one scale; without it, each row has one.")]
+Narrow = Annotated[
+    str | None,
+    typer.Option(
+        metavar="each|uniform",
+        help="Let --keep take hidden units out of feed-forward blocks, of each its own number or of all the same.",
+    ),
+]
 TreatAsBase = Annotated[
     list[str] | None,
     typer.Option(
@@ -71,24 +85,32 @@ def show(data: object, table: RenderableType | None, as_json: bool, note: str = 
         console.print(note, highlight=False)
 
 
+_RULES = {"energy": Energy, "keep_bytes": lambda share: Budget(keep_bytes=share)}
+
+
 def one_of(bits: int | None = None, **given: object) -> object:
     """The rank rule of the one option that was given; with bits there may be none, and all layers stay dense."""
     chosen = {name: value for name, value in given.items() if value is not None}
     if bits and not chosen:
         return _dense
     if len(chosen) != 1:
-        fail(f"give exactly one of {', '.join('--' + n for n in given)}; got {len(chosen)}", USAGE)
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        fail(f"give exactly one of {names}; got {len(chosen)}", USAGE)
     ((name, value),) = chosen.items()
-    return Energy(value) if name == "energy" else value
+    return _RULES[name](value) if name in _RULES else value
 
 
 def _dense(fqn: str, module: nn.Module) -> None:
     """A rule that gives no layer a rank."""
 
 
-def plan_options(pivot: bool | None, **given: object) -> dict[str, object]:
+def plan_options(pivot: bool | None, narrow: str | None, **given: object) -> dict[str, object]:
     """The fields of PlanOptions that options were given for."""
     options = {name: value for name, value in given.items() if value}
+    if narrow not in (None, "each", "uniform"):
+        fail(f"--narrow must be each or uniform, got {narrow}", USAGE)
+    if narrow:
+        options["narrow"] = "uniform" if narrow == "uniform" else True
     if pivot is not None:
         options["pivot"] = pivot
     return options
@@ -117,7 +139,7 @@ def module_class(name: str) -> type[nn.Module]:
 
 def require_layers(made: RankPlan) -> None:
     """End with the most frequent reasons where nothing is to be done."""
-    if made.changed:
+    if not made.does_nothing:
         return
     fail(f"no layer can be replaced: {made.why_dense()}", NOTHING)
 

@@ -23,7 +23,7 @@ from ..calibration.metric_source import MetricSource
 from ..calibration.observer import Observed, add_up
 from ..calibration.sharing import Group, observe_calls
 from ..calibration.streams import Masking
-from ..linalg import Metric, Moments
+from ..linalg import Columns, Metric, Moments
 from ..model.blocks import blocks_of
 from ..model.hooks import hooked, in_eval_mode, input_of
 from ..model.surgery import finish
@@ -31,7 +31,9 @@ from ..model.survey import Site, Survey
 from ..planning.plan import LayerPlan, RankPlan
 from ..util.processes import current
 from ..util.progress import track
-from .apply import carry_out, resolve
+from .apply import carry_out
+from .narrow import block_jobs, part_of
+from .resolve import resolve
 
 # all-MiniLM-L6-v2 at keep 0.6 with 3524 tokens: a cosine of 0.926 without; of 0.932, 0.924 and 0.837 with shares of
 # 0.25, 0.5 and 1. With 15215 tokens: 0.940 without; 0.944, 0.946, 0.942 and 0.922 with 0.1, 0.25, 0.5 and 0.75.
@@ -70,7 +72,9 @@ def carry_out_anchored(
 ) -> RankPlan:
     """As `apply_anchored`; the plan with the errors found. `finish` must follow."""
     require_share(share)
-    sites = [site for site, layer in resolve(survey, plan) if layer.fqn in calibration]
+    jobs = [site for site, _ in resolve(survey, plan)] + [job.consumer for job in block_jobs(survey, plan)[0]]
+    wanted = {site.fqn for site in jobs} & set(calibration)
+    sites = [site for site in survey.sites(inside_low_rank=True) if site.fqn in wanted]
     warn_of_few_tokens(plan, calibration, sites)
     dense = copy.deepcopy(survey.model)
     batches = bound(batches, dense)
@@ -81,12 +85,19 @@ def carry_out_anchored(
     by_name = {site.fqn: site for site in sites}
     stages = _stages(survey.model, [[by_name[name] for name in names] for names in seen.shared])
     anchored = {site.fqn for stage in stages for sharing in stage for site in sharing}
-    done = carried_out(survey, plan, {layer.fqn for layer in plan} - anchored, calibration)
+    parts = [carry_out(survey, part_of(plan, {layer.fqn for layer in plan} - anchored), calibration)]
     for stage in track(stages, "compressing block by block"):
         groups = [group for sharing in stage for group in groups_in(sharing, calibration)]
         found = anchored_at(calibration, survey.model, masking, groups, batches, seen.calls, share)
-        done |= carried_out(survey, plan, {site.fqn for group in groups for site in group.sites}, found)
-    return replace(plan, layers=tuple(done[layer.fqn] for layer in plan))
+        names = {site.fqn for group in groups for site in group.sites}
+        parts.append(carry_out(survey, part_of(plan, names), found))
+    done = {layer.fqn: layer for part in parts for layer in part}
+    blocks = {block.consumer: block for part in parts for block in part.narrowed}
+    return replace(
+        plan,
+        layers=tuple(done[layer.fqn] for layer in plan),
+        narrowed=tuple(blocks.get(block.consumer, block) for block in plan.narrowed),
+    )
 
 
 def require_share(share: float) -> None:
@@ -102,6 +113,9 @@ class _Anchored(MetricSource):
 
     def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
         return self._calibration.metric(fqn, matrices, centred, self._moments.get(fqn))
+
+    def columns(self, fqn: str, matrices: Tensor, centred: bool) -> Columns | None:
+        return self._calibration.columns(fqn, matrices, centred, self._moments.get(fqn))
 
 
 def anchored_at(
@@ -225,8 +239,7 @@ def carried_out(
     survey: Survey, plan: RankPlan, names: set[str], calibration: MetricSource | None, workers: int | None = None
 ) -> dict[str, LayerPlan]:
     """What became of these layers of the plan, which were replaced, so many at a time."""
-    part = replace(plan, layers=tuple(x for x in plan if x.fqn in names))
-    return {layer.fqn: layer for layer in carry_out(survey, part, calibration, workers)}
+    return {layer.fqn: layer for layer in carry_out(survey, part_of(plan, names), calibration, workers)}
 
 
 def _stages(model: nn.Module, shared: list[list[Site]]) -> list[list[list[Site]]]:

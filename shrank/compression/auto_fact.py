@@ -26,7 +26,8 @@ from ..planning.spectra import Spectra
 from ..util.processes import current
 from ..util.progress import track
 from .anchored import SHARE, carry_out_anchored
-from .apply import carry_out, has_grids
+from .apply import carry_out
+from .resolve import has_grids
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -116,19 +117,26 @@ def auto_fact(
         fitting = replace(fitting, submodules=_counterparts(module, fitting.submodules, copied))
         module = copied
     data, survey = _data(calibrate, anchored), Survey(module)
-    if fitting.grid or (isinstance(rank, RankPlan) and has_grids(rank)):
+    if fitting.grid or _rounds(rank):
         data = data.of_inputs()
     if isinstance(rank, RankPlan):
-        plan, data = rank, data.seen_by(survey, [layer.fqn for layer in rank.changed])
+        needed = {layer.fqn for layer in rank.changed} | {block.consumer for block in rank.narrower}
+        plan, data = rank, data.seen_by(survey, sorted(needed), bool(rank.narrower))
     else:
         # Errors come with the factors; computing the spectra first would decompose every layer twice.
         fitting = replace(fitting, errors=bool(options.get("errors", False)))
-        data = data.seen_by(survey, [] if data.how is None else eligible_in(survey, fitting))
+        eligible = [] if data.how is None else eligible_in(survey, fitting)
+        data = data.seen_by(survey, eligible, bool(fitting.narrow))
         search = isinstance(rank, Budget) and isinstance(rank.goal, SmallestGoodEnough)
         plan = (_smallest_good_enough if search else _plan)(survey, rank, data, fitting)
-    if not plan.changed:
+    if plan.does_nothing:
         warnings.warn(f"no layer was replaced: {plan.why_dense()}", stacklevel=2)
     return data.applied(survey, plan)
+
+
+def _rounds(rank: Rank | Budget | RankPlan) -> bool:
+    """Whether it may give layers weights of few bits."""
+    return has_grids(rank) if isinstance(rank, RankPlan) else isinstance(rank, Budget) and rank.rounds
 
 
 def _is_streamed(module: nn.Module | Streamed) -> bool:
@@ -149,7 +157,7 @@ def _streamed(
         raise TypeError(f"a {type(module).__name__} is not in memory: say where to write with stream=folder")
     if current().size > 1:
         raise ValueError(f"stream: one process reads and writes the files, and these are {current().size}")
-    if options.grid or (isinstance(rank, RankPlan) and has_grids(rank)):
+    if options.grid or _rounds(rank):
         raise ValueError(
             "stream: weights of few bits are made of a model in memory: compress it, then quantize_factors"
         )
@@ -166,9 +174,12 @@ class _Data:
     calibration: Calibration | None
     anchored: float
 
-    def seen_by(self, survey: Survey, layers: list[str]) -> _Data:
-        """With the calibration of these layers, if there is data."""
-        return self if self.how is None else replace(self, calibration=calibrated(survey, self.how, layers))
+    def seen_by(self, survey: Survey, layers: list[str], narrow: bool) -> _Data:
+        """With the calibration of these layers, and of the units of blocks if they may go, if there is data."""
+        if self.how is None:
+            return self
+        how = replace(self.how, narrow=narrow or self.how.narrow)
+        return replace(self, calibration=calibrated(survey, how, layers))
 
     def of_inputs(self) -> _Data:
         """Observing the inputs of linear layers, as rounding of weights needs."""
@@ -214,8 +225,8 @@ def _smallest_good_enough(survey: Survey, budget: Budget, data: _Data, options: 
         except BudgetTooSmall:
             low = keep
             continue
-        nothing = nothing and not plan.low_rank
-        if plan.low_rank and quality(data.applied(Survey(copy.deepcopy(survey.model)), plan)) >= wanted:
+        nothing = nothing and plan.does_nothing
+        if not plan.does_nothing and quality(data.applied(Survey(copy.deepcopy(survey.model)), plan)) >= wanted:
             high, best = keep, plan
         else:
             low = keep

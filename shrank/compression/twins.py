@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.metric_source import MetricSource, metric_of
+from ..layers.corrected import CorrectedLinear
 from ..layers.quantized import quantized_weight
 from ..linalg import (
     AS_IT_IS,
@@ -20,9 +22,8 @@ from ..linalg import (
     Quantized,
     factorize,
     factorize_weighted,
+    on_grids,
     pivoted,
-    quantized_dense,
-    quantized_factors,
 )
 from ..model.survey import Site
 from ..planning.plan import LayerPlan
@@ -33,7 +34,7 @@ Job = tuple[Site, LayerPlan]
 # What a twin is made of: down, up, with pivots their order, and what a bias must gain, if anything. Of a dense weight
 # on a grid, the weight; all that is on a grid has its scales beside it.
 Parts = dict[str, Tensor]
-_SCALES = ".scales"
+_HELD, _SCALES = ("weight", "down", "up"), ".scales"
 
 
 def twins(
@@ -88,29 +89,31 @@ def _factorised(calibration: MetricSource | None, job: Job) -> tuple[LayerPlan, 
     if layer.storage.grid is not None:
         return _on_grid(metric_of(calibration, site, matrices), matrices, layer)
     rank = layer.rank // layer.shape.down_groups
+    dtype, pivots = matrices.dtype, layer.shape.pivoted
     try:
         metric = metric_of(calibration, site, matrices)
+        # Factors on the way to pivots are not to be rounded twice.
+        matrices = matrices.float() if pivots and dtype.itemsize == 2 else matrices
         factors = factorize(matrices, rank) if metric is None else factorize_weighted(matrices, metric, rank)
+        stored = pivoted(factors, dtype) if pivots else factors
     except FactorizationError as error:
         return _failed(layer, error), {}
-    stored = pivoted(factors) if layer.shape.pivoted else factors
     parts = {"down": stored.down, "up": stored.up, "order": getattr(stored, "order", None), "shift": factors.shift}
-    return replace(layer, error=factors.relative_error), {n: t.contiguous() for n, t in parts.items() if t is not None}
+    error = math.hypot(factors.relative_error, getattr(stored, "rounding", 0.0))
+    return replace(layer, error=error), {n: t.contiguous() for n, t in parts.items() if t is not None}
 
 
 def _on_grid(metric: Metric | None, matrices: Tensor, layer: LayerPlan) -> tuple[LayerPlan, Parts]:
     """As `_factorised`, of a layer whose weights get few bits."""
     try:
-        if layer.rank is None:
-            found = quantized_dense(matrices, metric, layer.storage.grid)
-            held = {"weight": found.weight}
-        else:
-            found = quantized_factors(matrices, metric, layer.rank, layer.storage.grid)
-            held = {"down": found.down, "up": found.up}
+        found = on_grids(matrices, metric, layer.rank, layer.storage)
     except FactorizationError as error:
         return _failed(layer, error), {}
-    parts = {name: each.values for name, each in held.items()}
-    parts |= {name + _SCALES: each.scales for name, each in held.items()}
+    parts = {}
+    for name in _HELD:
+        if (each := getattr(found, name, None)) is None:
+            continue
+        parts |= {name: each.values, name + _SCALES: each.scales} if isinstance(each, Quantized) else {name: each}
     if found.loss.shift is not None:
         parts["shift"] = found.loss.shift
     return replace(layer, error=found.loss.relative_error), parts
@@ -136,16 +139,22 @@ def _twin(site: Site, layer: LayerPlan, parts: Parts) -> nn.Module | None:
 
 
 def _of_few_bits(site: Site, layer: LayerPlan, parts: Parts, bias: nn.Parameter | None) -> nn.Module:
-    """The dense layer again, or its twin, with weights of torchao."""
-
-    def weight(name: str) -> nn.Parameter:
-        held = Quantized(parts[name], parts[name + _SCALES], layer.storage.grid)
-        return quantized_weight(held, layer.storage.activations)
-
+    """The dense layer again, corrected or not, or its twin, with weights of torchao."""
+    storage, weights = layer.storage, {}
+    for name, grid in (("weight", storage.grid), ("down", storage.of_factors), ("up", storage.of_factors)):
+        if name + _SCALES in parts:
+            held = Quantized(parts[name], parts[name + _SCALES], grid)
+            weights[name] = quantized_weight(held, storage.activations)
+        elif name in parts:
+            weights[name] = nn.Parameter(parts[name])
+    if layer.rank is not None and not storage.corrected:
+        twin = site.adapter.twin(layer.rank, layer.shape)
+        twin.set_factors(weights["down"], weights["up"], bias)
+        return twin
+    made = site.adapter.like()
+    made.weight, made.bias = weights["weight"], bias
     if layer.rank is None:
-        made = site.adapter.like()
-        made.weight, made.bias = weight("weight"), bias
         return made
-    twin = site.adapter.twin(layer.rank, layer.shape)
-    twin.set_factors(weight("down"), weight("up"), bias)
+    twin = CorrectedLinear(made, layer.rank, device="meta")
+    twin.set_factors(weights["down"], weights["up"], None)
     return twin

@@ -135,7 +135,8 @@ class Traced:
         """Changes the graph; the names of the modules whose calls were dropped."""
         reading = _reading_of(block, self.graph)
         for node in list(self.graph.nodes):
-            if (layer := _called(block, node)) is None or not isinstance(layer, LowRankLayer):
+            layer = _called(block, node)
+            if not isinstance(layer, LowRankLayer) or not layer.takes_ends:
                 continue
             end = End.of(node, reading, 1 if isinstance(layer, CED) else None)
             if end and end.norm and end.gain == 1:

@@ -58,7 +58,7 @@ def at_once(x: Tensor, layers: tuple[LED, ...]) -> list[Tensor] | None:
     those each layer's own op knows more."""
     if torch.is_grad_enabled():
         return None
-    factors = [layer.plain_factors() for layer in layers]
-    if not all(factors) or any(ops_of(x, *each) is not dispatch for each in factors):
+    factors = [layer.stored_factors() for layer in layers]
+    if not all(factors) or any(ops_of(x, *each[:4]) is not dispatch for each in factors):
         return None
     return dispatch.low_rank_linear_multi(x, *zip(*factors, strict=True))

@@ -13,10 +13,11 @@ from ..layers.batch_norm import folded
 from .end import End, Reading
 from .graph import arguments_of, take_place, value_of
 from .halves import halved
-from .siblings import factors_in, join_siblings, one_op
+from .siblings import STORED, factors_in, join_siblings, one_op
 
-_LINEAR = torch.ops.shrank.low_rank_linear
-_FACTORS = ("down", "up", "bias")
+_LINEAR, _PIVOTED = torch.ops.shrank.low_rank_linear, torch.ops.shrank.low_rank_pivoted
+_FACTORS, _PIVOTS = STORED[:3], STORED[3:]
+_LINEAR_OPS = (_LINEAR.default, _PIVOTED.default)
 _CHANNELS = {_LINEAR.default: -1, torch.ops.shrank.low_rank_conv.default: 1}  # the dimension that the rows of up are
 _STATISTICS = ("running_mean", "running_var", "weight", "bias", "eps")
 
@@ -42,7 +43,7 @@ def fuse(graph: Graph) -> int:
 
     def input_of(node: Node) -> object:
         called = bare(node)
-        return called[1]["x"] if called and called[0] is _LINEAR.default else None
+        return called[1]["x"] if called and called[0] in _LINEAR_OPS else None
 
     reading = Reading(input_of=input_of)
     for node in list(graph.nodes):
@@ -51,7 +52,7 @@ def fuse(graph: Graph) -> int:
         op, arguments = called
         end = End.of(node, reading, _CHANNELS.get(op))
         if end and end.value is not None:
-            _replace_gate(graph, arguments, arguments_of(end.value, op), end)
+            _replace_gate(graph, arguments, arguments_of(end.value, ops[end.value.target]), end)
         elif end:
             _replace(graph, op, arguments, end)
         elif op is _LINEAR.default and (end := End.of_halves(node, arguments["x"], _outputs_of(node), reading)):
@@ -62,7 +63,7 @@ def fuse(graph: Graph) -> int:
 
 def _ops() -> dict[Callable, Callable]:
     """Both spellings of each op, and its overload."""
-    packets = (_LINEAR, torch.ops.shrank.low_rank_pivoted, torch.ops.shrank.low_rank_conv)
+    packets = (_LINEAR, _PIVOTED, torch.ops.shrank.low_rank_conv)
     return {spelled: packet.default for packet in packets for spelled in (packet, packet.default)}
 
 
@@ -82,9 +83,9 @@ def _replace(graph: Graph, op: Callable, arguments: dict[str, object], end: End)
 def _replace_gate(graph: Graph, gate: dict[str, object], value: dict[str, object], end: End) -> None:
     with graph.inserting_before(end.last):
         gate = gate | _folded(graph, gate, end)
-        factors = [each[name] for each in (gate, value) for name in _FACTORS]
+        stored = [each.get(name) for names in (_FACTORS, _PIVOTS) for each in (gate, value) for name in names]
         op = torch.ops.shrank.low_rank_gated.default
-        fused = graph.call_function(op, (gate["x"], *factors, end.activation))
+        fused = graph.call_function(op, (gate["x"], *stored, end.activation))
     take_place(graph, fused, end.last)
 
 

@@ -14,13 +14,13 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 import torch
-from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from ..layers.led import LED
 from ..layers.plain import is_untouched
-from ..layers.two_stage import may_be_native
 from ..ops import dispatch
+from ..ops.dispatch import Backend, process
 from ..util.closeness import distance
 from .blocks import DOES_NOT_RUN
 from .finish import at_once
@@ -34,6 +34,7 @@ class _Running(threading.local):
 
 
 _running = _Running()
+NATIVE = Backend.NATIVE
 
 
 class SharingForward:
@@ -58,7 +59,7 @@ class SharingForward:
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         own = type(self.block).forward
-        if is_compiling() or torch.is_grad_enabled() or not any(map(_may_be_native, (*args, *kwargs.values()))):
+        if is_compiling() or is_grad_enabled() or not _may_be_native((*args, *kwargs.values())):
             return own(self.block, *args, **kwargs)
         outer, call = _running.call, Call(self.groups)
         _running.call = call
@@ -75,9 +76,10 @@ class SharedForward:
         self.layer = layer
 
     def __call__(self, x: Tensor) -> Tensor:
-        call = None if is_compiling() else _running.call
-        y = call and call.take(self.layer, x)
-        return type(self.layer).forward(self.layer, x) if y is None else y
+        layer = self.layer  # on a CPU this is called for nothing, for every layer: it must cost next to nothing
+        if is_dynamo_compiling() or (call := _running.call) is None or (y := call.take(layer, x)) is None:
+            return type(layer).forward(layer, x)
+        return y
 
 
 class Call:
@@ -95,7 +97,7 @@ class Call:
 
     def take(self, layer: LED, x: Tensor) -> Tensor | None:
         """The layer's output, if it is there or can be computed with those of others."""
-        if not isinstance(x, Tensor) or x.is_inference() or torch.is_grad_enabled():
+        if not isinstance(x, Tensor) or x.is_inference() or is_grad_enabled():
             return None  # a tensor of inference mode does not know whether it was changed
         self._seen.setdefault(id(x), (x, []))[1].append(layer)
         if not (x is self._x and self._state == _state_of(x)):
@@ -117,8 +119,10 @@ class Call:
             self._left |= zip(layers, outputs, strict=True)
 
 
-def _may_be_native(given: object) -> bool:
-    return isinstance(given, Tensor) and may_be_native(given)
+def _may_be_native(given: Iterable[object]) -> bool:
+    """Whether native kernels may run for one of these."""
+    insisted = process.backend is NATIVE
+    return any(isinstance(each, Tensor) and (insisted or each.is_cuda) for each in given)
 
 
 def _is_as_left(layer: LED) -> bool:
@@ -144,7 +148,7 @@ def share(block: nn.Module, called: list[nn.Module]) -> SharingForward | None:
 
     called: the modules that the block may call itself.
     """
-    layers = [each for each in called if isinstance(each, LED) and is_untouched(each) and each.plain_factors()]
+    layers = [each for each in called if isinstance(each, LED) and is_untouched(each) and each.stored_factors()]
     if len(layers) < 2 or "forward" in vars(block) or any(each.is_meta for each in block.parameters()):
         return None
     groups = [each for each in _seen_in(block, layers) if _is_right(each)]
@@ -181,7 +185,7 @@ def _is_right(group: tuple[LED, ...]) -> bool:
     """Whether layers give the same in one op; not all that were called with an input need it to fit."""
     if len({each.in_features for each in group}) > 1:
         return False
-    lists = [*zip(*(each.plain_factors() for each in group), strict=True)]
+    lists = [*zip(*(each.stored_factors() for each in group), strict=True)]
     with torch.no_grad():
         for x in _inputs_of(group[0]):
             together = dispatch.low_rank_linear_multi(x, *lists)

@@ -10,8 +10,8 @@ from torch.fx import Graph, Node
 
 from .graph import arguments_of, can_move, is_right, take_place
 
-_LINEAR = torch.ops.shrank.low_rank_linear
-_FACTORS = ("down", "up", "bias")
+_LINEAR, _PIVOTED = torch.ops.shrank.low_rank_linear, torch.ops.shrank.low_rank_pivoted
+STORED = ("down", "up", "bias", "pivot_bias", "order")  # what a linear layer has, with pivots or without
 
 
 def join_siblings(
@@ -44,14 +44,19 @@ def join_siblings(
 
 def one_op(graph: Graph, x: Node, nodes: list[Node]) -> Node:
     """The call for layers that are calls of ops themselves."""
-    lists = [[arguments_of(node, _LINEAR.default)[part] for node in nodes] for part in _FACTORS]
-    return graph.call_function(torch.ops.shrank.low_rank_linear_multi.default, (x, *lists))
+    lists = zip(*(_stored_in(node) for node in nodes), strict=True)
+    return graph.call_function(torch.ops.shrank.low_rank_linear_multi.default, (x, *map(list, lists)))
 
 
 def factors_in(node: Node) -> list[object]:
     """Those of a call of an op."""
-    arguments = arguments_of(node, _LINEAR.default)
-    return [arguments[part] for part in _FACTORS if arguments[part] is not None]
+    return [each for each in _stored_in(node) if each is not None]
+
+
+def _stored_in(node: Node) -> list[object]:
+    op = _PIVOTED if node.target in (_PIVOTED, _PIVOTED.default) else _LINEAR
+    arguments = arguments_of(node, op.default)
+    return [arguments.get(part) for part in STORED]
 
 
 def _joined(graph: Graph, nodes: list[Node], parts_of: Callable[[Node], list[object]]) -> list[Node]:

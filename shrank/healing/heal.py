@@ -16,6 +16,7 @@ from ..calibration.batches import Batch, as_batches, bound
 from ..calibration.losses import LossLike, as_training_loss
 from ..calibration.sameness import agree_on
 from ..calibration.streams import warn_of_masks_that_fit_nothing
+from ..layers.corrected import CorrectedLinear
 from ..layers.quantized import is_quantized
 from ..model.notes import HEALING, note
 from ..model.storage import with_pivots, with_plain_factors
@@ -142,7 +143,8 @@ def _check(student: nn.Module, teacher: nn.Module | RecordedLogits, options: Hea
             f"the student is split between processes, {sharded[0]} for one: every process must hold all of it; "
             "shrank.DistillationTrainer trains sharded ones"
         )
-    if on_grid := [name for name, p in student.named_parameters() if is_quantized(p)]:
+    bases = {id(p) for m in student.modules() if isinstance(m, CorrectedLinear) for p in m.base.parameters()}
+    if on_grid := [name for name, p in student.named_parameters() if is_quantized(p) and id(p) not in bases]:
         raise ValueError(
             f"weights of few bits do not train, {on_grid[0]} for one: heal the model first, then quantize its factors"
         )

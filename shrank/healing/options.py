@@ -19,7 +19,7 @@ class HealOptions:
     """How healing trains, beside its length and rate.
 
     Args:
-        train: The parameters of the "low_rank" layers, or "all".
+        train: The parameters of the "low_rank" and narrowed layers, or "all".
         hidden: Weight of the mean relative error of the blocks' outputs in the loss.
         evaluate_every: Steps between evaluations on held-out data.
         recompute: Compute what happens inside of the blocks once more in the backward pass, instead of keeping it.

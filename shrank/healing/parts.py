@@ -7,8 +7,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ..layers.quantized import is_quantized
 from ..model.adapters import LOW_RANK
 from ..model.hooks import recomputing
+from ..model.notes import NARROWED, noted
 from .distance import common_blocks
 
 
@@ -42,12 +44,13 @@ def run_again(student: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
 
 def trained_parameters(student: nn.Module, train: str) -> dict[str, nn.Parameter]:
     """The parameters to train, by name, each once."""
-    inside = {id(p) for m in student.modules() if isinstance(m, LOW_RANK) for p in m.parameters()}
+    changed = [m for m in student.modules() if isinstance(m, LOW_RANK) or noted(m, NARROWED) is not None]
+    inside = {id(p) for m in changed for p in m.parameters()}
     chosen = {
         name: p
         for name, p in student.named_parameters()
-        if p.is_floating_point() and (train == "all" or id(p) in inside)
+        if p.is_floating_point() and not is_quantized(p) and (train == "all" or id(p) in inside)
     }
     if not chosen:
-        raise ValueError("the student has no low-rank layers to train: compress it first")
+        raise ValueError("the student has no low-rank or narrowed layers to train: compress it first")
     return chosen

@@ -26,7 +26,7 @@ class DistillationTrainer(Trainer):
             it.
         hidden: Weight of the mean relative error of the blocks' outputs.
         task: Weight of the model's own loss, for data with labels.
-        train: The parameters of the "low_rank" layers, or "all"; others stop requiring gradients.
+        train: The parameters of the "low_rank" and narrowed layers, or "all"; others stop requiring gradients.
         **kwargs: Of Trainer.
 
     Raises:

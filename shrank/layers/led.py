@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
-from torch.nn import Linear
+from torch.nn import Linear, Parameter
 from torch.nn.functional import linear
 
 from ..linalg import Factors, PivotedFactors, Shape
@@ -17,10 +17,11 @@ from ..ops.linear import LINEAR
 from .low_rank import LowRankLayer
 from .pivots import Pivots, run_pivots
 from .plain import is_untouched
-from .two_stage import checked_rank, ops_of, reset_stages
+from .two_stage import Stored, checked_rank, ops_of, reset_stages
 
 AUTO, NATIVE = Backend.AUTO, Backend.NATIVE
-FEWEST_INPUTS = cpu.FEWEST_INPUTS
+FEWEST_INPUTS, FEWEST_WEIGHTS, FEWEST_NUMBERS = cpu.FEWEST_INPUTS, cpu.FEWEST_WEIGHTS, cpu.FEWEST_NUMBERS
+NEVER = cpu.NEVER
 
 
 class LED(LowRankLayer):
@@ -82,14 +83,15 @@ class LED(LowRankLayer):
         # two_stage.run, inlined for stages that own their parameters: attribute access on modules and more calls (as of
         # current_backend) would cost as much as the product of a small layer (benchmarks/speed/bench_inference.py). All
         # else goes there, and tests/layers/test_run.py holds both to the same answers.
-        stages = self._modules["led_unit"]._modules
+        own = self.__dict__  # a module's attribute takes three times as long as an entry of its dictionary
+        stages = own["_modules"]["led_unit"].__dict__["_modules"]
         first, second = stages["0"], stages["1"]
         a, b = first.__dict__, second.__dict__
-        own, others = a["_parameters"], b["_parameters"]
+        its, others = a["_parameters"], b["_parameters"]
         # DataParallel and FSDP take the parameters away and leave tensors in their places, which the stages know.
         if (
             type(first) is type(second) is Linear
-            and "weight" in own
+            and "weight" in its
             and len(others) == 2
             and not (
                 a["_forward_hooks"]
@@ -104,10 +106,19 @@ class LED(LowRankLayer):
                 or "forward" in b
             )
         ):
-            down, up, bias = own["weight"], others["weight"], others["bias"]
-            backend = process.backend
-            large = self.in_features >= FEWEST_INPUTS and not is_grad_enabled() and backend is AUTO
-            by = cpu.fastest(x, down, up, bias) if large else None
+            down, up, bias = its["weight"], others["weight"], others["bias"]
+            backend, large, by = process.backend, False, None
+            inputs = own["in_features"]
+            if inputs >= FEWEST_INPUTS and backend is AUTO and type(x) is Tensor and not is_grad_enabled():
+                weights = a["out_features"] * (inputs + own["out_features"])
+                # Under a compiler no size is read, on which the graph would depend.
+                large = (
+                    weights >= FEWEST_WEIGHTS.get(x.dtype, NEVER)
+                    or is_compiling()
+                    or x.numel() * weights >= FEWEST_NUMBERS
+                )
+                if large:
+                    by = cpu.fastest(x, down, up, bias)
             if len(stages) == 2:
                 if by:
                     return by.low_rank_linear(x, down, up, bias)
@@ -120,7 +131,7 @@ class LED(LowRankLayer):
             if by is host:
                 if type(pivots) is Pivots and is_untouched(pivots) and cpu.is_plain(pivots.bias, x.dtype):
                     return self.in_one_op(host, x)
-            elif backend is not NATIVE and not down.is_cuda:
+            elif backend is not NATIVE and not down.is_cuda and type(down) is type(up) is Parameter:
                 product = onednn.product if by else linear
                 h = product(x, down)
                 return run_pivots(pivots, h, product(h, up, bias))
@@ -137,9 +148,11 @@ class LED(LowRankLayer):
     def gated(self, value: LED, x: Tensor, activation: str) -> Tensor:
         """activation(self(x)) * value(x): in one op, where ops compute both layers."""
         if is_untouched(self) and is_untouched(value):
-            gate, factors = self.plain_factors(), value.plain_factors()
-            if gate and factors and (ops := ops_of(x, *factors, *gate)):
-                return ops.low_rank_gated(x, *gate, *factors, activation)
+            gate, factors = self.stored_factors(), value.stored_factors()
+            if gate and factors and (ops := _ops_of_both(x, gate, factors)):
+                pivots = {"gate_pivot_bias": gate.pivot_bias, "gate_order": gate.order}
+                pivots |= {"pivot_bias": factors.pivot_bias, "order": factors.order}
+                return ops.low_rank_gated(x, *gate[:3], *factors[:3], activation=activation, **pivots)
         return self.finished(x, activation) * value(x)
 
     def takes_residual(self, x: Tensor, residual: Tensor) -> bool:
@@ -172,6 +185,12 @@ class LED(LowRankLayer):
     def extra_repr(self) -> str:
         pivoted = ", pivoted" if self.pivoted else ""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}{pivoted}"
+
+
+def _ops_of_both(x: Tensor, gate: Stored, value: Stored) -> ModuleType | None:
+    by = ops_of(x, *value[:4], *gate[:4])
+    are_pivoted = gate.order is not None or value.order is not None
+    return None if by is onednn and are_pivoted else by  # the third stage knows where no gather is needed
 
 
 class LEDConv1D(LED):

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..linalg import AS_IT_IS, FactorizationError, Factors, PivotedFactors, Shape, Storage, factorize, pivoted
+from ..linalg import Factors, PivotedFactors, Shape, Storage
 from ..ops import reference
+from .assigned import assign_weight
 from .merged_weight import merged
 from .plain import is_untouched, why_no_matrix, why_not_plain
 from .quantized import is_quantized, plain, quantized_of, storage_of_both, why_not_alike
 from .seal import drop_seal
-from .two_stage import assign_bias, factors_of, is_pivoted, merged_bias, ops_for, run, set_stages
+from .two_stage import (
+    Stored,
+    assign_bias,
+    factors_of,
+    is_pivoted,
+    merged_bias,
+    ops_for,
+    run,
+    set_stages,
+    stored_factors,
+)
 
 _NAMES = ("down", "up")
 
@@ -28,6 +40,8 @@ class LowRankLayer(nn.Module):
 
     unit: ClassVar[str]  # the name of the sequence of stages, in attributes and checkpoints
     stage_kinds: ClassVar[tuple[type[nn.Module], ...]]  # that the op computes as well
+    takes_ends: ClassVar[bool] = True  # whether an op computes it with what follows it
+    scales_with_a_factor: ClassVar[bool] = True  # whether its weight does
 
     def forward(self, x: Tensor) -> Tensor:
         return run(self.stages, x, self.stage_kinds, self.in_one_op)
@@ -49,6 +63,10 @@ class LowRankLayer(nn.Module):
     def plain_factors(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """down, up and bias, where they are all that the stages do: no pivots, no hooks, no stages of other tools."""
         return factors_of(self.stages, self.stage_kinds)
+
+    def stored_factors(self) -> Stored | None:
+        """The same with pivots or without."""
+        return stored_factors(self.stages, self.stage_kinds)
 
     def takes_residual(self, x: Tensor, residual: Tensor) -> bool:
         """Whether the op adds a residual of this shape and dtype."""
@@ -93,7 +111,7 @@ class LowRankLayer(nn.Module):
         own = self.stages[1].bias
         if not self.pivoted or own is None:
             return own
-        return merged(own, (self.shape.out_features,), lambda: merged_bias(self.stages), self, "bias")
+        return merged(own, (self.shape.out_features,), self.dense_bias, self, "bias")
 
     @property
     def weight(self) -> Tensor:
@@ -113,6 +131,14 @@ class LowRankLayer(nn.Module):
     def dense_weight(self) -> Tensor:
         """The product of the factors, in the layout of the dense layer's weight."""
         raise NotImplementedError
+
+    def dense_bias(self) -> Tensor | None:
+        """That of the dense layer (N,), put together."""
+        return merged_bias(self.stages)
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that it is made of, as messages call them."""
+        yield from zip(("down", "up", "pivots"), self.stages, strict=False)
 
     def all_rows(self, product: Tensor) -> Tensor:
         """The dense weight as a matrix (N, K), from the product of the factors: with pivots, of the other rows."""
@@ -152,6 +178,10 @@ class LowRankLayer(nn.Module):
         """A dense weight as (G, N/G, K/G), one matrix for each group of the first stage."""
         raise NotImplementedError
 
+    def why_not_saved(self) -> str:
+        """What keeps its state from being loaded again; '' if nothing does."""
+        return self.why_not_plain(sharded=True)
+
     def why_not_plain(self, sharded: bool = False) -> str:
         """What keeps the parameters of the stages from being all that the layer does; '' if nothing does.
 
@@ -187,7 +217,7 @@ class LowRankLayer(nn.Module):
     def assign(self, name: str, value: Tensor | None) -> None:
         """Give the layer another dense `weight` or `bias`; ValueError where its factors cannot express it."""
         if name == "weight":
-            self._assign_weight(value)
+            assign_weight(self, value)
         else:
             assign_bias(self.stages, value)
 
@@ -203,34 +233,6 @@ class LowRankLayer(nn.Module):
             self.assign(name, param)
         else:
             super().register_parameter(name, param)
-
-    @torch.no_grad()
-    def _assign_weight(self, weight: Tensor) -> None:
-        owner = type(self).__name__
-        if not isinstance(weight, Tensor) or tuple(weight.shape) != self.weight_shape:
-            raise ValueError(
-                f"{owner}.weight is {tuple(self.weight_shape)}, got "
-                f"{tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__}"
-            )
-        if reason := self.why_not_plain():
-            raise RuntimeError(f"{owner}.weight cannot be assigned: {reason}")
-        if self.storage != AS_IT_IS:
-            raise RuntimeError(f"{owner}.weight cannot be assigned to factors of {self.storage}: merge the model first")
-        try:
-            found = factorize(self.blocks_of(weight.detach()), self.rank // self.shape.down_groups)
-        except FactorizationError as error:
-            raise ValueError(f"{owner}.weight cannot be assigned: {error}") from error
-        # Products that were rounded to the dtype; a weight of another rank is off by tens of percent.
-        tolerance = max(8 * torch.finfo(weight.dtype).eps, 1e-4)
-        if found.relative_error > tolerance:
-            raise ValueError(
-                f"{owner}.weight was given a weight that no factors of rank {self.rank} have (they miss "
-                f"{found.relative_error:.2g} of it): merge the model to dense layers first, or use set_factors"
-            )
-        flags = {name: p.requires_grad for name, p in self.named_parameters()}
-        self.take(pivoted(found) if self.pivoted else found, self.bias)
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(flags[name])
 
     def _load_from_state_dict(self, state: dict, prefix: str, *rest: object) -> None:
         super()._load_from_state_dict(state, prefix, *rest)

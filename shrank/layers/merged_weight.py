@@ -165,6 +165,7 @@ def _is_scaling(target: object, arguments: tuple, kwargs: dict) -> bool:
     return (
         isinstance(target, MergedWeight)
         and target._name == "weight"
+        and target._owner.scales_with_a_factor
         and "rounding_mode" not in kwargs
         and not any(isinstance(x, Tensor) for x in values)
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ops import reference
 from .plain import is_untouched
 
 
@@ -14,8 +15,12 @@ class Pivots(nn.Module):
 
     order: (N,), for every output its place among h and then the others. Where h is one window of the outputs, no gather
     is needed. `bias` is that of the outputs in h: added after the others were computed from it, since a large bias
-    would cost h its digits in a 16-bit dtype.
+    would cost h its digits in a 16-bit dtype. mixes_groups: whether pivots of one group are outputs of another, of
+    which no convolution with groups makes all outputs. looked_at: whether stages that another tool made were found to
+    bear pivots.
     """
+
+    looked_at = False
 
     def __init__(
         self,
@@ -28,7 +33,7 @@ class Pivots(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.rank, self.dim = rank, dim
+        self.rank, self.dim, self.groups, self.mixes_groups = rank, dim, groups, False
         # Every group's first outputs are its pivots, until somebody knows better.
         parts = [torch.arange(n, dtype=torch.int32, device=device).view(groups, -1) for n in (rank, outputs - rank)]
         self.register_buffer("order", torch.cat((parts[0], parts[1] + rank), 1).flatten())
@@ -47,15 +52,15 @@ class Pivots(nn.Module):
         return torch.cat((before, h, after), dim)
 
     def all_rows(self, up: Tensor) -> Tensor:
-        """The second factor (N, R, ...) that makes all outputs: rows of the unit matrix for those that are in h.
+        """The second factor (N, R / groups, ...) that makes all outputs: rows of the unit matrix for those in h.
 
-        up: (N - R, R, ...).
+        up: (N - R, R / groups, ...).
         """
-        unit = torch.eye(self.rank, dtype=up.dtype, device=up.device)
-        return torch.cat((unit.view(self.rank, *up.shape[1:]), up)).index_select(0, self.order)
+        return reference.all_rows(up, self.order, self.groups)
 
     def settle(self) -> None:
-        """Find out whether the order needs no gather; for whoever set `order`. ValueError if it is none."""
+        """Find out whether the order needs no gather and keeps groups apart; for whoever set `order`. ValueError if it
+        is none."""
         places = self.order.long()
         plain = torch.arange(len(places), device=places.device)
         if not torch.equal(places.sort().values, plain):
@@ -63,6 +68,9 @@ class Pivots(nn.Module):
         first, rank = int((places == 0).nonzero()[0]), self.rank
         window = torch.cat((plain[rank : rank + first], plain[:rank], plain[rank + first :]))
         self.window = first if torch.equal(places, window) else None
+        others = len(places) - rank
+        of = torch.where(places < rank, places * self.groups // rank, (places - rank) * self.groups // max(others, 1))
+        self.mixes_groups = not torch.equal(of, plain * self.groups // len(places))
 
     def _load_from_state_dict(self, *arguments: object) -> None:
         super()._load_from_state_dict(*arguments)

@@ -28,7 +28,7 @@ def torchao_tensors() -> ModuleType:
     try:
         from . import torchao_tensors as found
     except ImportError as error:
-        raise ImportError(f"weights of 4 or 8 bits need torchao: pip install 'shrank[quant]' ({error})") from error
+        raise ImportError(f"weights of few bits need torchao: pip install 'shrank[quant]' ({error})") from error
     return found
 
 
@@ -112,12 +112,13 @@ def packed_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def packed(quantized: Quantized) -> tuple[Tensor, Tensor]:
-    """Values and scales for a file: (N, K) int8, or of 4 bits (N, ceil(K / 2)) uint8 with the first of two in the lower
-    half; scales (N, groups) in 16 bits, or as they are where no 16 bits hold them."""
+    """Values and scales for a file: (N, K) int8, or of fewer bits one after another, lowest first, in uint8 (N, bytes
+    of a row); scales (N, groups) in 16 bits, or as they are where no 16 bits hold them."""
     values = quantized.values
-    if quantized.grid.bits == 4:
-        values = nn.functional.pad(values, (0, values.shape[1] % 2)).view(torch.uint8) & 15
-        values = values[:, ::2] | (values[:, 1::2] << 4)
+    if quantized.grid.bits < 8:
+        single = _single_bits(values.view(torch.uint8), quantized.grid.bits).flatten(1)
+        eights = nn.functional.pad(single, (0, -single.shape[1] % 8)).unflatten(1, (-1, 8))
+        values = (eights << _places(8, values.device)).sum(2, dtype=torch.uint8)
     return values.contiguous(), _in_16_bits(quantized.scales)
 
 
@@ -131,9 +132,10 @@ def unpacked(values: Tensor, scales: Tensor, columns: int, grid: Grid, dtype: to
     with either."""
     if reason := why_not_packed(values, scales, columns, grid):
         raise ValueError(reason)
-    if grid.bits == 4:
-        both = torch.stack((values & 15, values >> 4), 2).flatten(1)[:, :columns]
-        values = (both.to(torch.int8) ^ 8) - 8
+    if grid.bits < 8:
+        single = _single_bits(values, 8).flatten(1)[:, : columns * grid.bits].unflatten(1, (columns, grid.bits))
+        values = (single << _places(grid.bits, values.device)).sum(2, dtype=torch.uint8).view(torch.int8)
+        values = (values ^ -grid.least) + grid.least  # the sign
     return Quantized(values.contiguous(), scales.to(dtype), grid)
 
 
@@ -151,6 +153,15 @@ def why_not_packed(values: Tensor, scales: Tensor, columns: int, grid: Grid) -> 
     if not scales.is_meta and not bool(scales.isfinite().all()):
         return "scales hold NaN or infinity"
     return ""
+
+
+def _single_bits(values: Tensor, bits: int) -> Tensor:
+    """The lowest bits of every byte, one in a byte: (N, K) -> (N, K, bits)."""
+    return (values[..., None] >> _places(bits, values.device)) & 1
+
+
+def _places(bits: int, device: torch.device) -> Tensor:
+    return torch.arange(bits, dtype=torch.uint8, device=device)
 
 
 def _in_16_bits(scales: Tensor) -> Tensor:

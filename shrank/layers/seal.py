@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from .quantized import VALUES
-from .two_stage import UNITS
+from .two_stage import BASE, UNITS
 
 DENSE_NAME = "weight"
 _TEXT = b"shrank"
-_UNIT = re.compile(rf"(?P<dot>^|\.)(?:{'|'.join(UNITS)})\.")
+_UNIT = re.compile(rf"(?P<dot>^|\.)(?:{'|'.join((*UNITS, BASE))})\.")
 
 
 def seal(dense_shape: tuple[int, ...]) -> Tensor:

@@ -18,7 +18,8 @@ from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor 
 
 from ..linalg import Grid, Quantized
 
-_TYPES = {4: torch.int4, 8: torch.int8}
+_TYPES = {3: torch.int3, 4: torch.int4, 8: torch.int8}
+_BITS = {dtype: bits for bits, dtype in _TYPES.items()}
 
 
 class RowsOfInt8(Int8Tensor):
@@ -40,7 +41,7 @@ class GroupsOfInts(IntxUnpackedToInt8Tensor):
 
     def quantized(self) -> Quantized:
         columns = self.block_size[1]
-        grid = Grid(4 if self.target_dtype is torch.int4 else 8, None if columns == self.shape[1] else columns)
+        grid = Grid(_BITS[self.target_dtype], None if columns == self.shape[1] else columns)
         return Quantized(self.qdata, self.scale, grid)
 
     def activations(self) -> str | None:

@@ -6,20 +6,32 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import cpu, dispatch, host
 from ..ops.dispatch import Backend, current_backend
+from .few_bits import quantizer, refuse_few_bits
 from .pivots import Pivots, run_pivots
 from .plain import is_untouched
 
 UNITS = ("led_unit", "ced_unit")  # what the sequence of stages is called, in attributes and checkpoints
-_OF_PIVOTED_KERNELS = (torch.float16, torch.bfloat16)
+BASE = "led_base"  # likewise the layer that a correction is beside
 NO_PIVOTED_KERNEL = (
-    "backend is native, but it has no kernel for a pivoted convolution with groups: auto_fact(..., pivot=False)"
+    "backend is native, but it has no kernel for a pivoted convolution whose groups have pivots of one another"
 )
+
+
+class Stored(NamedTuple):
+    """What the ops take of a layer: with an order, its factors are pivoted."""
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor | None
+    pivot_bias: Tensor | None = None
+    order: Tensor | None = None
 
 
 def checked_rank(rank: int | None, r: int | None, outputs: int | None = None) -> int:
@@ -68,40 +80,47 @@ def run(
 ) -> Tensor:
     """Decides who computes a low-rank layer: the stages one by one, or `in_one_op` of the ops and x.
 
-    RuntimeError where the native kernels are insisted on for a pivoted convolution with groups.
+    RuntimeError where the native kernels are insisted on for pivots that they do not know.
     """
     ops = ops_for(stages, kinds, x)
-    if ops is None and is_pivoted(stages) and _has_groups(stages[0]) and current_backend() is Backend.NATIVE:
+    mixed = is_pivoted(stages) and getattr(stages[2], "mixes_groups", False)
+    if ops is None and mixed and current_backend() is Backend.NATIVE:
         raise RuntimeError(NO_PIVOTED_KERNEL)
     return in_one_op(ops, x) if ops else run_stages(stages, x)
 
 
 def ops_for(stages: nn.Sequential, kinds: tuple[type[nn.Module], ...], x: Tensor) -> ModuleType | None:
     """The module whose op computes these stages of x at once; None where they run one by one."""
-    if is_pivoted(stages):
-        return _ops_of_pivoted(stages, kinds, x)
-    factors = factors_of(stages, kinds)
-    return ops_of(x, *factors) if factors else None
+    if not is_pivoted(stages):
+        factors = factors_of(stages, kinds)
+        return ops_of(x, *factors) if factors else None
+    _look_at_quantized(stages, x)
+    stored = stored_factors(stages, kinds)
+    if stored is None or stages[2].mixes_groups:
+        return None
+    by = ops_of(x, *stored[:4])
+    return by if by in (dispatch, host) else None  # oneDNN: the third stage knows where no gather is needed
 
 
-def _has_groups(stage: nn.Module) -> bool:
-    return getattr(stage, "groups", 1) > 1
-
-
-def _ops_of_pivoted(stages: nn.Sequential, kinds: tuple[type[nn.Module], ...], x: Tensor) -> ModuleType | None:
-    """Where kernels may run. Other calls are better made by the stages: the third one knows where no gather is needed.
-
-    An order may mix the outputs of groups, and then no convolution with groups makes them all.
-    """
+def _look_at_quantized(stages: nn.Sequential, x: Tensor) -> None:
+    """RuntimeError at the first call of pivots of a linear layer that another tool quantized to a few bits."""
     first, second, pivots = stages._modules.values()
-    if not (type(first) in kinds and type(second) in kinds and type(pivots) is Pivots) or _has_groups(first):
+    is_linear = isinstance(pivots, Pivots) and pivots.dim == -1
+    if is_linear and not pivots.looked_at and (quantizer(first) or quantizer(second)):
+        refuse_few_bits(stages, x)
+
+
+def stored_factors(stages: nn.Sequential, kinds: tuple[type[nn.Module], ...]) -> Stored | None:
+    """All that is stored of stages which are all that a layer does, as `factors_of` has it, with pivots or without."""
+    if not is_pivoted(stages):
+        factors = factors_of(stages, kinds)
+        return factors and Stored(*factors)
+    first, second, pivots = stages._modules.values()
+    if not (type(first) in kinds and type(second) in kinds and type(pivots) is Pivots):
         return None
     if not all(map(is_untouched, (first, second, pivots))):
         return None
-    by = ops_of(x, first.weight, second.weight, second.bias, pivots.bias)
-    if by is dispatch and current_backend() is Backend.AUTO and x.dtype not in _OF_PIVOTED_KERNELS:
-        return None
-    return by if by in (dispatch, host) else None
+    return Stored(first.weight, second.weight, second.bias, pivots.bias, pivots.order)
 
 
 def factors_of(

@@ -64,6 +64,12 @@ def frontier(items: Sequence[Options]) -> list[Allocation]:
     return found
 
 
+def combined(items: Sequence[Options]) -> Options:
+    """Items as one: of everything that they can be together, what is worth considering at any budget."""
+    found = frontier(items)
+    return Options([each.cost for each in found], [each.error for each in found])
+
+
 def _totals(items: Sequence[Options], chosen: Sequence[int]) -> Allocation:
     pairs = list(zip(items, chosen, strict=True))
     return Allocation(tuple(chosen), sum(x.costs[i] for x, i in pairs), sum(x.errors[i] for x, i in pairs))

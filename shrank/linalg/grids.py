@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+BITS = (3, 4, 8)
+ONE_OF_BITS = "3, 4 or 8"
 SCALE_BYTES = 2  # a scale is kept in 16 bits
 
 
@@ -23,8 +25,8 @@ class Grid:
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise ValueError(f"bits must be 4 or 8, got {self.bits}")
+        if self.bits not in BITS:
+            raise ValueError(f"bits must be {ONE_OF_BITS}, got {self.bits}")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, or None for whole rows, got {self.group_size}")
 
@@ -59,14 +61,15 @@ class Storage:
     """How the weights of a layer are stored.
 
     Args:
-        grid: That of the dense weight, or of both factors; None: in the dtype of the layer.
+        grid: That of the dense weight, or of both factors; None: in the dtype of the layer, or where it is corrected in
+            whatever form another tool gave it.
         corrected: The dense weight stays, on the grid, and the factors add what it lost.
         factor_grid: That of the factors of a correction; None: in the dtype of the layer.
         activations: "int8": what weights on a grid multiply is rounded to 8 bits at every call; None: not.
 
     Raises:
-        ValueError: A correction of a weight that lost nothing, a grid of factors that correct nothing, or activations
-            of another kind or beside weights without a grid.
+        ValueError: A grid of factors that correct nothing, or activations of another kind or beside weights without a
+            grid.
     """
 
     grid: Grid | None = None
@@ -79,15 +82,14 @@ class Storage:
             raise ValueError(f"activations must be 'int8' or None, got {self.activations!r}")
         if self.activations and self.grid is None:
             raise ValueError("activations are rounded where they meet weights on a grid: give its grid")
-        if self.corrected and self.grid is None:
-            raise ValueError("a correction is of a weight on a grid: give its grid")
         if self.factor_grid is not None and not self.corrected:
             raise ValueError("factor_grid is that of a correction; the grid of low-rank factors is grid")
 
     def __str__(self) -> str:
         """In a word, "" for the dtype of the layer."""
         factors = (f"+{self.factor_grid}" if self.factor_grid else "+") if self.corrected else ""
-        return f"{self.grid or ''}{factors}" + (f" x {self.activations}" if self.activations else "")
+        grid = self.grid or ("quantized" if self.corrected else "")
+        return f"{grid}{factors}" + (f" x {self.activations}" if self.activations else "")
 
     @property
     def of_factors(self) -> Grid | None:

@@ -72,13 +72,57 @@ class Metric:
     input_mean: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Columns:
+    """The norm of a layer's error by its inputs one by one, in float64: positive definite `data` (K, K), their second
+    moment, and `worth` (K, K), which is `goal^T G goal` with the gradients' moment G.
+
+    goal: the matrix (N, K) to approximate. `mean` (K,): of the inputs, if a bias is to make up for it; else None.
+    `shift` (N,): what the mean output lacks even without an error.
+    """
+
+    data: Tensor
+    worth: Tensor
+    goal: Tensor
+    mean: Tensor | None
+    shift: Tensor | None = None
+
+
 def metric(matrices: Tensor, moments: Moments, centred: bool) -> Metric:
     """The shrunk norm for matrices (G, N, K); centred: a bias will take up the mean of the error, which is then free.
 
     Source: the shrinkage towards the diagonal is that of Ledoit and Wolf (2004) with another target.
     """
-    W, mean = matrices.double(), moments.mean.double()
+    W = matrices.double()
     on_inputs = moments.of_inputs and W.shape[-2] > W.shape[-1]
+    W, data, mean, gradient, goal, shift = _seen(W, moments, centred)
+    inputs, input_mean = (data, mean) if moments.of_inputs else (None, None)
+    if moments.of_inputs and not on_inputs:
+        data, mean = W @ data @ W.mT, (W @ mean[..., None])[..., 0]
+    gradient = _shrunk_gradient(W, gradient, moments.gradient_samples, on_inputs)
+    if not centred:
+        mean = shift = input_mean = None
+    return Metric(data, gradient, on_inputs, mean, goal, shift, inputs, input_mean)
+
+
+def columns(matrix: Tensor, moments: Moments, centred: bool) -> Columns:
+    """The shrunk norm for a matrix (1, N, K), whose moments are those of its inputs; centred: as of `metric`."""
+    of_inputs = moments.gradient is not None and matrix.shape[-2] > matrix.shape[-1]
+    W, data, mean, gradient, _, shift = _seen(matrix.double(), moments, centred)
+    gradient = _shrunk_gradient(W, gradient, moments.gradient_samples, of_inputs)
+    if not of_inputs:
+        gradient = W.mT @ W if gradient is None else W.mT @ gradient @ W
+    return Columns(
+        data[0], gradient[0], W[0], mean[0] if centred else None, shift[0] if centred and shift is not None else None
+    )
+
+
+def _seen(
+    W: Tensor, moments: Moments, centred: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The matrices to approximate, the shrunk data, its mean and the gradient of these; where they are not the layer's
+    own, again as the goal, and the mean output that it lacks."""
+    mean = moments.mean.double()
     data = _about(moments.data, mean, mean, centred)
     energy = data.diagonal(dim1=-2, dim2=-1) if centred and moments.of_inputs else moments.input_energy.double()
     energy = energy.clamp_min(0) + _FLOOR * energy.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
@@ -92,13 +136,7 @@ def metric(matrices: Tensor, moments: Moments, centred: bool) -> Metric:
         cross = _mixed(_about(moments.anchor, wanted, mean, centred), prior, share)
         goal, shift, data, mean, gradient = _anchored(W, moments.of_inputs, cross, wanted, data, mean, gradient)
         W = goal
-    inputs, input_mean = (data, mean) if moments.of_inputs else (None, None)
-    if moments.of_inputs and not on_inputs:
-        data, mean = W @ data @ W.mT, (W @ mean[..., None])[..., 0]
-    gradient = _shrunk_gradient(W, gradient, moments.gradient_samples, on_inputs)
-    if not centred:
-        mean = shift = input_mean = None
-    return Metric(data, gradient, on_inputs, mean, goal, shift, inputs, input_mean)
+    return W, data, mean, gradient, goal, shift
 
 
 def _anchored(

@@ -60,18 +60,19 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, dtype: torch.dtype | None 
     energy = hessian.diagonal()
     scales = _scales(W, grid, energy, dtype or weight.dtype)
     order = energy.argsort(descending=True, stable=True)
-    spread = scales.double().repeat_interleave(W.shape[1] // scales.shape[1], 1)[:, order]
-    W, values, inverse = W[:, order], torch.empty_like(W), _inverse_factor(hessian[order][:, order])
-    for start in range(0, W.shape[1], _COLUMNS):
-        end = min(start + _COLUMNS, W.shape[1])
-        errors = torch.empty_like(W[:, start:end])
+    spread = scales.double().repeat_interleave(W.shape[1] // scales.shape[1], 1).mT[order].contiguous()
+    columns, inverse = W.mT[order].contiguous(), _inverse_factor(hessian[order][:, order])
+    values = torch.empty_like(columns)
+    for start in range(0, len(columns), _COLUMNS):
+        end = min(start + _COLUMNS, len(columns))
+        errors = torch.empty_like(columns[start:end])
         for j in range(start, end):
-            values[:, j] = _rounded(W[:, j], spread[:, j], grid)
-            error = (W[:, j] - values[:, j] * spread[:, j]) / inverse[j, j]
-            W[:, j + 1 : end] -= torch.outer(error, inverse[j, j + 1 : end])
-            errors[:, j - start] = error
-        W[:, end:] -= errors @ inverse[start:end, end:]
-    return Quantized(values[:, order.argsort()].to(torch.int8).contiguous(), scales, grid)
+            values[j] = _rounded(columns[j], spread[j], grid)
+            error = torch.addcmul(columns[j], values[j], spread[j], value=-1).div_(inverse[j, j])
+            columns[j + 1 : end].addr_(inverse[j, j + 1 : end], error, alpha=-1)
+            errors[j - start] = error
+        columns[end:].addmm_(inverse[start:end, end:].mT, errors, alpha=-1)
+    return Quantized(values[order.argsort()].mT.to(torch.int8).contiguous(), scales, grid)
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:

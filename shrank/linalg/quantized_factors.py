@@ -57,18 +57,24 @@ def quantized_dense(matrices: Tensor, metric: Metric | None, grid: Grid) -> Quan
     """
     weight = matrices[0] if metric is None or metric.goal is None else metric.goal[0]
     on_grid = _on_grid(weight, inputs_of(metric), grid, matrices.dtype)
-    return QuantizedDense(on_grid, _loss(weight, _numbers(on_grid), metric))
+    return QuantizedDense(on_grid, loss_of(weight, numbers(on_grid), metric))
 
 
 def quantized_factors(
-    matrices: Tensor, metric: Metric | None, rank: int, grid: Grid, factors: Factors | None = None
+    matrices: Tensor,
+    metric: Metric | None,
+    rank: int,
+    grid: Grid,
+    factors: Factors | None = None,
+    dtype: torch.dtype | None = None,
 ) -> QuantizedFactors:
     """Factors of a weight (1, N, K) on a grid.
 
-    factors: those of this rank in plain numbers, if somebody has them. Raises FactorizationError on NaN, infinity or
-    an eigensolver that does not converge; ValueError on a metric without inputs, or groups that do not divide K and R.
+    factors: those of this rank in plain numbers, if somebody has them. dtype: that of the scales, if not the matrices'.
+    Raises FactorizationError on NaN, infinity or an
+    eigensolver that does not converge; ValueError on a metric without inputs, or groups that do not divide K and R.
     """
-    moment = inputs_of(metric)
+    moment, dtype = inputs_of(metric), dtype or matrices.dtype
     if factors is None:
         factors = factorize(matrices, rank) if metric is None else factorize_weighted(matrices, metric, rank)
     weight = (matrices[0] if metric is None or metric.goal is None else metric.goal[0]).double()
@@ -76,12 +82,12 @@ def quantized_factors(
     up = factors.up[0].double()
     strengths = up.norm(dim=0).clamp_min(torch.finfo(up.dtype).tiny)
     up, plain = up / strengths, factors.down[0].double() * strengths[:, None]
-    down = _on_grid(plain, moment, grid, matrices.dtype)
-    D = _numbers(down)
+    down = _on_grid(plain, moment, grid, dtype)
+    D = numbers(down)
     seen, between = _seen(D, moment), _second_moment(D, moment)
     up = up + _refit(weight - up @ D, seen, between, _second_moment(D - plain, moment))
-    up = _on_grid(up, between, grid, matrices.dtype)
-    return QuantizedFactors(down, up, _loss(weight, _numbers(up) @ D, metric))
+    up = _on_grid(up, between, grid, dtype)
+    return QuantizedFactors(down, up, loss_of(weight, numbers(up) @ D, metric))
 
 
 def _refit(residual: Tensor, seen: Tensor, between: Tensor, noise: Tensor) -> Tensor:
@@ -118,13 +124,14 @@ def _on_grid(weight: Tensor, moment: Tensor | None, grid: Grid, dtype: torch.dty
     return nearest(weight, grid, dtype=dtype) if moment is None else gptq(weight, moment, grid, dtype)
 
 
-def _numbers(on_grid: Quantized) -> Tensor:
+def numbers(on_grid: Quantized) -> Tensor:
     """The weights in float64, which 8 bits times 16 fit."""
     spread = on_grid.scales.double().repeat_interleave(on_grid.values.shape[1] // on_grid.scales.shape[1], 1)
     return on_grid.values.double() * spread
 
 
-def _loss(weight: Tensor, approximation: Tensor, metric: Metric | None) -> Loss:
+def loss_of(weight: Tensor, approximation: Tensor, metric: Metric | None) -> Loss:
+    """What is lost by an approximation of a weight, (N, K) both, in a metric that knows the inputs."""
     weight = weight.double()
     lost = weight - approximation
     if metric is None:

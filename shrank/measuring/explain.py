@@ -138,7 +138,7 @@ def explain(
 ) -> dict:
     """The decision, the alternatives and the costs of a linear layer or of a convolution with its channels last
     (csrc/select/explain.cpp lists the keys). gpu: a name, cuda:N or cpu. gate: the rank of the gate of a gated layer.
-    pivoted: whether a linear layer's factors are.
+    pivoted: whether a linear layer's factors are, of a gated layer both.
 
     Raises ValueError on an unknown name, on a gate or pivots where there can be none and without a GPU to explain for,
     RuntimeError with the reasons where the extension decides and is not loaded.
@@ -150,8 +150,8 @@ def explain(
         gpu = f"cuda:{torch.cuda.current_device()}"
     if gate < 0 or (gate and (residual or isinstance(shape, Conv))):
         raise ValueError(f"gate is {gate}: the rank of a gate, of a linear layer without residual; or 0")
-    if pivoted and (gate or isinstance(shape, Conv) or shape[3] > shape[2]):
-        raise ValueError("pivoted: of a linear layer with one pair of factors, of at most as many ranks as outputs")
+    if pivoted and (isinstance(shape, Conv) or max(shape[3], gate) > shape[2]):
+        raise ValueError("pivoted: of a linear layer, of at most as many ranks as outputs")
     end = (dtype, activation, bias, residual, training)
     if (on_cpu := explain_plain.is_cpu(gpu)) or native.problems():
         return _without_extension(_problem(shape, *end, gate, pivoted), gpu, on_cpu)

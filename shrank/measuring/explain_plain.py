@@ -75,12 +75,12 @@ def choice_on_cpu(problem: dict) -> tuple[str, str]:
     """Which kernel a CPU runs, and why: as `ops/cpu` chooses, where nobody looks on."""
     plain = plain_kernel(problem)
     if "M" in problem and not problem["training"]:
-        x = torch.empty(problem["M"], problem["K"], dtype=getattr(torch, problem["dtype"]), device="meta")
-        outputs = problem["N"] - problem["R"] * problem["pivoted"]
-        factors = x.new_empty(problem["R"], problem["K"]), x.new_empty(outputs, problem["R"])
-        if host.are_few(x, *factors):
+        M, K, N, R = (problem[name] for name in "MKNR")
+        weights = R * K + (N - R * problem["pivoted"]) * R
+        sizes = getattr(torch, problem["dtype"]), M * K, K, weights
+        if host.are_few(*sizes):
             return "low_rank_rows", "few rows of x: one kernel for both stages, as fast as the weights are read"
-        if onednn.is_faster(x, *factors):
+        if onednn.is_faster(*sizes):
             return plain, "a large layer: oneDNN's two products, with bias and activation"
     return plain, "PyTorch's own two calls, and its own activation and residual"
 

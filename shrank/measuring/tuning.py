@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ops import machine, tuned
 from ..ops.apart import NotMade
-from ..ops.probes import Truth
+from ..ops.truth import Truth
 from ..ops.tuned import Measured
 from ..util.progress import track
 from .timing import Timing, copies_beyond_cache, time_in_turns

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ..ops.apart import SECONDS, begin, run_apart, say
-from ..ops.probes import Truth
+from ..ops.truth import Truth
 from .tuning_problem import Problem
 from .ways import failure, ways
 

@@ -27,9 +27,9 @@ class Problem:
     def op(self) -> Op:
         if "M" not in self.numbers:
             return CONV
-        if self.numbers.get("pivoted"):
-            return PIVOTED
-        return GATED if self.numbers.get("gate_R") else LINEAR
+        if self.numbers.get("gate_R"):
+            return GATED
+        return PIVOTED if self.numbers.get("pivoted") else LINEAR
 
     @property
     def is_tunable(self) -> bool:
@@ -46,11 +46,12 @@ class Problem:
 
         if self.op is GATED:
             M, K, N = (n[name] for name in "MKN")
-            given = [draw(M, K)]
+            given, pivots = [draw(M, K)], []
             for rank in (n["gate_R"], n["R"]):
-                bias = draw(N) if n["bias"] else None
-                given += [draw(rank, K, fan_in=K), draw(N, rank, fan_in=rank), bias]
-            return (*given, n["activation"])
+                rows = N - rank if n.get("pivoted") else N
+                given += [draw(rank, K, fan_in=K), draw(rows, rank, fan_in=rank), draw(rows) if n["bias"] else None]
+                pivots += [draw(rank) if n["bias"] else None, torch.randperm(N, device=device).int()]
+            return (*given, *(pivots if n.get("pivoted") else [None] * 4), n["activation"])
         if self.op is PIVOTED:
             M, K, N, R = (n[name] for name in "MKNR")
             biases = (draw(N - R), draw(R)) if n["bias"] else (None, None)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ops.probes import Truth
 from ..ops.registration import Op
+from ..ops.truth import Truth
 
 GRIDS = 3  # of every matrix kernel, the cheapest by the model
 

@@ -61,6 +61,19 @@ class Target:
         """The dense module that a twin stands for, its parameters in place of whatever it was built with."""
         raise NotImplementedError
 
+    def resized(self, matrix: Tensor, bias: Tensor | None) -> dict[str, object]:
+        """The attributes of the module with a matrix (N, K) of another size, and a bias (N,) if it has one."""
+        raise NotImplementedError
+
+    def _parameters(self, weight: Tensor, bias: Tensor | None) -> dict[str, object]:
+        own = self.module._parameters
+        new = {"weight": weight, "bias": bias}
+        return {
+            name: value if value is None else nn.Parameter(value.to(old.dtype).contiguous(), old.requires_grad)
+            for name, value in new.items()
+            if (old := own.get(name)) is not None
+        }
+
     def tokens(self, outputs: Tensor) -> Tensor:
         """The module's inputs, outputs or gradients with the features last, a vector for every token or position."""
         return outputs
@@ -108,6 +121,10 @@ class LinearTarget(Target):
             )
         )
 
+    def resized(self, matrix: Tensor, bias: Tensor | None) -> dict[str, object]:
+        N, K = matrix.shape
+        return {**self._parameters(matrix, bias), "in_features": K, "out_features": N}
+
     @staticmethod
     def dense_from(layer: LED) -> nn.Linear:
         dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
@@ -131,6 +148,10 @@ class HFConv1DTarget(Target):
 
     def twin(self, rank: int, shape: Shape) -> LEDConv1D:
         return LEDConv1D(shape.in_features, shape.out_features, rank, True, pivot=shape.pivoted, **self._meta())
+
+    def resized(self, matrix: Tensor, bias: Tensor | None) -> dict[str, object]:
+        N, K = matrix.shape
+        return {**self._parameters(matrix.mT, bias), "nx": K, "nf": N}
 
     @staticmethod
     def dense_from(layer: LEDConv1D) -> nn.Module:

@@ -9,7 +9,6 @@ from torch import nn
 from ..layers.low_rank import LowRankLayer
 from ..layers.plain import why_not_quiet
 from ..layers.quantized import plain
-from ..layers.two_stage import merged_bias
 from .adapters import adapter_of, target
 from .survey import Site
 
@@ -26,8 +25,8 @@ def why_not_dense(layer: LowRankLayer) -> str:
     """What a dense layer made of this one's parameters would lack; '' if nothing."""
     if reason := layer.why_not_plain():
         return reason
-    for name, stage in zip(("down", "up", "pivots"), layer.stages, strict=False):
-        if reason := why_not_quiet(stage):
+    for name, part in layer.parts():
+        if reason := why_not_quiet(part):
             return f"its {name} stage {reason}"
     if any(p.is_meta for p in layer.parameters()):
         return "its factors are on the meta device (offloaded or not loaded)"
@@ -35,8 +34,8 @@ def why_not_dense(layer: LowRankLayer) -> str:
 
 
 def dense_twin(layer: LowRankLayer) -> nn.Module:
-    """The dense module that a low-rank layer stands for, with the product of its factors as weight."""
-    dense, bias = adapter_of(layer).dense_from(layer), merged_bias(layer.stages)
+    """The dense module that a low-rank layer stands for, with what its factors make as weight."""
+    dense, bias = adapter_of(layer).dense_from(layer), layer.dense_bias()
     dense.weight = nn.Parameter(layer.dense_weight_like(dense))
     if bias is not None:
         dense.bias = nn.Parameter(bias.detach())

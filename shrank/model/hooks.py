@@ -12,13 +12,19 @@ from torch.utils.checkpoint import checkpoint
 
 # (module, args, kwargs, output) -> the output to use instead, or None.
 Hook = Callable[[nn.Module, tuple, dict, object], object]
+# (module, args, kwargs) -> the arguments to use instead.
+InputHook = Callable[[nn.Module, tuple, dict], tuple[tuple, dict]]
 
 
 @contextmanager
-def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
-    """Call these after the forwards of their modules, which then do run: torch's fused paths of attention and encoder
-    layers, which read weights instead of calling layers and pass nested tensors on, are off meanwhile."""
+def hooked(
+    hooks: Iterable[tuple[nn.Module, Hook]], before: Iterable[tuple[nn.Module, InputHook]] = ()
+) -> Iterator[None]:
+    """Call these after the forwards of their modules, or before them, which then do run: torch's fused paths of
+    attention and encoder layers, which read weights instead of calling layers and pass nested tensors on, are off
+    meanwhile."""
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
+    handles += [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in before]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
@@ -56,6 +62,19 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def all_trainable(model: nn.Module) -> Iterator[None]:
+    """With gradients of all parameters that can have one."""
+    held = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point() and not p.is_inference()]
+    try:
+        for parameter in held:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
 def recomputing(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Runs of these modules, none inside of another, keep nothing for the backward pass, which runs them again."""
     patched = {module: vars(module).get("forward") for module in modules}
@@ -68,6 +87,11 @@ def recomputing(modules: Iterable[nn.Module]) -> Iterator[None]:
             del module.forward
             if own is not None:  # as accelerate puts one there
                 module.forward = own
+
+
+def with_input(args: tuple, kwargs: dict, x: Tensor) -> tuple[tuple, dict]:
+    """The arguments of a layer of one input, with another one."""
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
 
 
 def input_of(args: tuple, kwargs: dict) -> Tensor:

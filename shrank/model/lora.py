@@ -17,16 +17,20 @@ from torch import Tensor, nn
 from wrapt import wrap_function_wrapper
 
 from ..layers.ced import CED
+from ..layers.corrected import CorrectedLinear
 from ..layers.led import LED, LEDConv1D
+from ..layers.two_stage import merged_bias
 from ..linalg import Factors, PivotedFactors, unpivoted
+
+_KNOWN = (LED, CorrectedLinear)
 
 
 class LowRankLinear(Linear):
-    """peft's LoRA layer around a LED."""
+    """peft's LoRA layer around a LED or a CorrectedLinear."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         base = self.get_base_layer()
-        if not isinstance(base, LED):  # it was merged to a dense layer meanwhile
+        if not isinstance(base, _KNOWN):  # it was merged to a dense layer meanwhile
             super().merge(safe_merge, adapter_names)
             return
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
@@ -46,7 +50,7 @@ class LowRankLinear(Linear):
 
     def unmerge(self) -> None:
         base = self.get_base_layer()
-        if not isinstance(base, LED):
+        if not isinstance(base, _KNOWN):
             super().unmerge()
             return
         while self.merged_adapters:
@@ -55,13 +59,13 @@ class LowRankLinear(Linear):
 
 
 @torch.no_grad()
-def add_rank(layer: LED, down: Tensor, up: Tensor) -> None:
-    """Add up @ down, (N, r) and (r, K), to what the layer multiplies by; its rank grows by r, pivots become plain."""
+def add_rank(layer: LED | CorrectedLinear, down: Tensor, up: Tensor) -> None:
+    """Add up @ down, (N, r) and (r, K), to what the layer multiplies by. Its rank grows by r, pivots become plain."""
     found = layer.factors()
     found = unpivoted(found) if isinstance(found, PivotedFactors) else found
     like = found.down
     downs, ups = torch.cat((found.down, down[None].to(like)), 1), torch.cat((found.up, up[None].to(like)), 2)
-    grown, bias = Factors(downs, ups, 0.0, 1.0), layer.bias
+    grown, bias = Factors(downs, ups, 0.0, 1.0), merged_bias(layer.stages)
     made = LED(layer.in_features, layer.out_features, grown.rank, bias is not None, device="meta", dtype=like.dtype)
     made.take(grown, None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad))
     made.requires_grad_(any(p.requires_grad for p in layer.parameters()))
@@ -78,7 +82,7 @@ def _dispatch(dispatch: Callable, _: object, args: tuple, kwargs: dict) -> nn.Mo
             f"LoRA knows no low-rank convolution {base}: target its stages, as NAME.{base.unit}.1, or "
             "'all-linear' for the linear ones"
         )
-    if not isinstance(base, LED) or kwargs.get("parameter_name"):
+    if not isinstance(base, _KNOWN) or kwargs.get("parameter_name"):
         return dispatch(*args, **kwargs)
     config = kwargs["config"] if "config" in kwargs else args[2]
     config.fan_in_fan_out = isinstance(base, LEDConv1D)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 PLAN = "shrank_plan"  # what its layers became, and why
+NARROWED = "shrank_narrowed"  # on layers: of which block they are, and as what
 HEALING = "shrank_healing"  # how its factors were trained
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -52,6 +53,49 @@ def put_in_place(survey: Survey, site: Site, new: nn.Module) -> None:
     if site.module is survey.model:
         survey.model = new
     site.module = new
+
+
+def wrap(survey: Survey, site: Site, new: nn.Module) -> None:
+    """Put `new` wherever the site's module is, which goes on in it without its hooks: these are `new`'s now, and all
+    parameters train that did."""
+    old = site.module
+    _with_flags_kept(survey, site, new)
+    fresh = vars(nn.Module())
+    vars(old).update({name: fresh[name] for name in _HOOKS})
+
+
+def unwrap(survey: Survey, site: Site, inner: nn.Module) -> None:
+    """Put a part of the site's module wherever that is, as it is, with the hooks of the whole."""
+    _with_flags_kept(survey, site, inner)
+
+
+def _with_flags_kept(survey: Survey, site: Site, new: nn.Module) -> None:
+    """As `replace`; parameters train that did."""
+    flags = {parameter: parameter.requires_grad for parameter in new.parameters()}
+    replace(survey, site, new)
+    for parameter, flag in flags.items():
+        if parameter.requires_grad != flag:
+            parameter.requires_grad_(flag)
+
+
+def reshape(module: nn.Module, attributes: dict[str, object]) -> None:
+    """Give a layer parameters of another size, and what says it: it stays the module that hooks and others know."""
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+
+@contextmanager
+def reshaped(changes: Iterable[tuple[nn.Module, dict[str, object]]]) -> Iterator[None]:
+    """As `reshape`, of several layers, for as long as the context lasts."""
+    before = []
+    try:
+        for module, attributes in changes:
+            before.append((module, {name: getattr(module, name) for name in attributes}))
+            reshape(module, attributes)
+        yield
+    finally:
+        for module, attributes in reversed(before):
+            reshape(module, attributes)
 
 
 def finish(survey: Survey, plan: object) -> nn.Module:

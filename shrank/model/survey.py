@@ -9,6 +9,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from ..layers.foreign import sizes_of
 from ..linalg import Shape
 from .adapters import LOW_RANK, Target, is_lazy, target
 from .references import references
@@ -138,7 +139,8 @@ def _why_not_inside(module: nn.Module) -> str:
 def _owns_matrix(module: nn.Module) -> bool:
     if target(module) is not None or callable(getattr(module, "weight", None)):  # a method where it is quantized
         return True
-    return any(p is not None and (is_lazy(p) or p.dim() >= 2) for p in module._parameters.values())
+    held = [*module._parameters.values(), *(module._buffers.values() if sizes_of(module) else ())]  # quantized ones
+    return any(t is not None and (is_lazy(t) or t.dim() >= 2) for t in held)
 
 
 def _tied(model: nn.Module) -> dict[int, set[str]]:

@@ -7,7 +7,10 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as _are_transforms_active
+from torch._C import _get_tracing_state
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -43,10 +46,13 @@ def why_not(
 _NAMES = ("x", "down", "up", "bias", "residual")
 
 
+def is_on_cuda(x: object) -> bool:
+    """Whether native kernels may ever run for a call with this input. Tests that take a CPU for a GPU replace it."""
+    return isinstance(x, Tensor) and x.is_cuda
+
+
 def why_not_these(tensors: tuple[Tensor | None, ...], names: tuple[str, ...]) -> list[str]:
     """The reasons that hold for these tensors, and for what surrounds the call."""
-    if not torch.compiler.is_compiling() and _are_known_to_fit(tensors, names):
-        return _of_surroundings()
     reasons = []
     for name, tensor in zip(names, tensors, strict=True):
         if tensor is None:
@@ -58,45 +64,55 @@ def why_not_these(tensors: tuple[Tensor | None, ...], names: tuple[str, ...]) ->
             reasons.append(f"{name} is on {tensor.device}, not on a CUDA device")
         elif unfit := _too_old(tensor.get_device()) or _no_image(tensor.get_device()):
             reasons.append(f"{name} is on {unfit}")
-        if name == "order":
+        if _is_of_places(name):
             if tensor.dtype != ORDER_DTYPE:
                 reasons.append(f"{name} is {tensor.dtype}, not {ORDER_DTYPE}")
         elif tensor.dtype not in DTYPES:
             reasons.append(f"{name} is {tensor.dtype}, not one of {', '.join(map(str, DTYPES))}")
-        kind = type(tensor)
-        if kind is not Tensor and kind is not Parameter and is_traceable_wrapper_subclass(tensor):
-            reasons.append(f"{name} is a {kind.__name__}, which may mean something else by a product")
-    if not reasons and not torch.compiler.is_compiling():
-        _fit.update(each.get_device() for each in tensors if each is not None)
+        if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
+            reasons.append(f"{name} is a {type(tensor).__name__}, which may mean something else by a product")
     return reasons + _of_surroundings()
 
 
-_fit: set[int] = set()  # devices of which nothing speaks against a tensor
+_PLAIN = frozenset((Tensor, Parameter, type(None)))
+_known: set[tuple[str, torch.device, torch.dtype]] = set()  # ops that ran: where, and with which dtype of x
 
 
-def _are_known_to_fit(tensors: tuple[Tensor | None, ...], names: tuple[str, ...]) -> bool:
-    """Whether these are plain tensors on such devices: every eager call asks, and a microsecond counts."""
+def is_known_to_run(op: str, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a call is like one that nothing spoke against: every eager call asks, and a microsecond counts.
+
+    Only x is looked at closely: the op itself refuses other tensors that are not on its device, or of another dtype.
+    """
     for each in tensors:
-        if each is None:
-            continue
-        kind = type(each)
-        if not (kind is Tensor or kind is Parameter) or not each.is_cuda:
+        if type(each) not in _PLAIN:
             return False
-        if each.dtype not in DTYPES and not _is_order(each, tensors, names):
-            return False
-        if each.get_device() not in _fit:
-            return False
-    return True
+    x = tensors[0]
+    return (
+        (op, x.device, x.dtype) in _known
+        and not _are_transforms_active()
+        and forward_ad._current_level < 0
+        and _get_tracing_state() is None
+    )
 
 
-def _is_order(tensor: Tensor, tensors: tuple[Tensor | None, ...], names: tuple[str, ...]) -> bool:
-    """Asked of the few tensors that are no floating ones."""
-    return tensor.dtype == ORDER_DTYPE and "order" in names and tensor is tensors[names.index("order")]
+def note_that_it_ran(op: str, x: Tensor) -> None:
+    """Remember a call that nothing spoke against. A CPU that stands in for a GPU is not remembered."""
+    if x.get_device() >= 0 and not is_compiling():
+        _known.add((op, x.device, x.dtype))
+
+
+def forget() -> None:
+    """As where an op may be known to be wrong from now on."""
+    _known.clear()
+
+
+def _is_of_places(name: str) -> bool:
+    return name.partition("[")[0].endswith("order")
 
 
 def _of_surroundings() -> list[str]:
     reasons = []
-    if torch._C._are_functorch_transforms_active():
+    if _are_transforms_active():
         reasons.append("torch.func transforms (vmap, grad, jvp, ...) are active")
     if forward_ad._current_level >= 0:
         reasons.append("forward-mode differentiation is active")

@@ -10,8 +10,10 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import availability, cpu, multi, native, pivoted_reference, reference, self_check
+from .availability import is_known_to_run
 from .conv import CONV, check_low_rank_conv, window_of
 from .gated import GATED, check_low_rank_gated
 from .linear import LINEAR, check_low_rank_linear
@@ -35,10 +37,14 @@ class Backend(Enum):
     NATIVE = "native"
 
 
+TORCH = Backend.TORCH  # an attribute of a module takes a third of the time of one of an Enum
+_BY_NAME: dict[object, Backend] = {spelling: each for each in Backend for spelling in (each, each.value)}
+
+
 def _parse(value: Backend | str, source: str) -> Backend:
     try:
-        return Backend(value)
-    except ValueError:
+        return _BY_NAME[value]
+    except (KeyError, TypeError):  # TypeError: it cannot even be a key
         raise ValueError(f"{source} is {value!r}, wanted {', '.join(b.value for b in Backend)}") from None
 
 
@@ -115,7 +121,7 @@ def low_rank_linear(
             and the native kernels cannot run, with every reason.
         ValueError: The backend is unknown.
     """
-    if _runs_native(LINEAR, backend, x, down, up, bias, residual):
+    if _runs_native(LINEAR, backend, (x, down, up, bias, residual)):
         return LINEAR.call(x, down, up, bias, activation, residual)
     if _are_tensors(x, down, up, bias, residual):
         check_low_rank_linear(x, down, up, bias, activation, residual, _autocast_casts(x))
@@ -128,6 +134,8 @@ def low_rank_linear_multi(
     down: Sequence[Tensor],
     up: Sequence[Tensor],
     bias: Sequence[Tensor | None] | None = None,
+    pivot_bias: Sequence[Tensor | None] | None = None,
+    order: Sequence[Tensor | None] | None = None,
     *,
     backend: Backend | str | None = None,
 ) -> list[Tensor]:
@@ -136,27 +144,34 @@ def low_rank_linear_multi(
     Args:
         x: (..., K).
         down: (R, K) of each layer, the first factors; every R is its own.
-        up: (N, R) of each layer, the second factors; every N is its own.
-        bias: (N,) or None of each layer; None where no layer has one.
+        up: (N, R) of each layer, the second factors; every N is its own. Of a pivoted layer (N - R, R).
+        bias: (N,) or None of each layer; None where no layer has one. Of a pivoted layer (N - R,).
+        pivot_bias: (R,) of each pivoted layer, or None; None where no layer has one.
+        order: (N,) of each pivoted layer, as `low_rank_pivoted` takes it, None of others; None where no layer is
+            pivoted.
         backend: Who computes this call; by default the process's backend decides.
 
     Returns:
-        (..., N) of each layer, with the bits that `low_rank_linear` gives. On few rows of x, the native kernels compute
-        up to three layers with the launches of one.
+        (..., N) of each layer, with the bits that `low_rank_linear` or `low_rank_pivoted` gives. On few rows of x, the
+        native kernels compute up to three layers with the launches of one.
 
     Raises:
         RuntimeError: As of `low_rank_linear`; also the numbers of factors differ.
         ValueError: The backend is unknown.
     """
-    bias = [None] * len(down) if bias is None else bias
-    tensors = (x, *down, *up, *bias)
-    counts_fit = len(down) == len(up) == len(bias)
-    if counts_fit and _runs_native(Multi(len(down)), backend, *tensors):
-        return multi.call(x, down, up, bias)
+    lists = (down, up, *([None] * len(down) if each is None else each for each in (bias, pivot_bias, order)))
+    tensors = (x, *(each for of_one in lists for each in of_one))
+    counts_fit = all(len(each) == len(down) for each in lists)
+    if counts_fit and _runs_native(Multi(len(down)), backend, tensors):
+        return multi.call(x, *lists)
     if _are_tensors(*tensors):
-        check_low_rank_linear_multi(x, down, up, bias, _autocast_casts(x))
-    layers = zip(down, up, bias, strict=True)
-    return [_by_pytorch(backend, x, *each).low_rank_linear(x, *each) for each in layers]
+        check_low_rank_linear_multi(x, *lists, _autocast_casts(x))
+    return [
+        _by_pytorch(backend, *given).low_rank_linear(*given)
+        if op is LINEAR
+        else pivoted_reference.low_rank_pivoted(*given)
+        for op, given in multi.alone(x, *lists)
+    ]
 
 
 def low_rank_gated(
@@ -169,6 +184,10 @@ def low_rank_gated(
     bias: Tensor | None = None,
     activation: str = "silu",
     *,
+    gate_pivot_bias: Tensor | None = None,
+    gate_order: Tensor | None = None,
+    pivot_bias: Tensor | None = None,
+    order: Tensor | None = None,
     backend: Backend | str | None = None,
 ) -> Tensor:
     """Multiply what two low-rank matrices make of x: activation(gate) * value, as the MLPs of language models do.
@@ -184,6 +203,11 @@ def low_rank_gated(
         up: (N, R), the second factor of the value.
         bias: (N,).
         activation: Of the gate: none, relu, gelu (by erf), gelu_tanh or silu.
+        gate_pivot_bias: (S,), of the gate's pivots.
+        gate_order: (N,), where the gate is pivoted, as of `low_rank_pivoted`: gate_up is then (N - S, S), and gate_bias
+            (N - S,).
+        pivot_bias: (R,), of the value's pivots.
+        order: (N,), where the value is pivoted, likewise.
         backend: Who computes this call; by default the process's backend decides.
 
     Returns:
@@ -194,12 +218,12 @@ def low_rank_gated(
         RuntimeError: As of `low_rank_linear`.
         ValueError: The backend is unknown.
     """
-    given = (x, gate_down, gate_up, gate_bias, down, up, bias)
-    if _runs_native(GATED, backend, *given):
+    given = (x, gate_down, gate_up, gate_bias, down, up, bias, gate_pivot_bias, gate_order, pivot_bias, order)
+    if _runs_native(GATED, backend, given):
         return GATED.call(*given, activation)
     if _are_tensors(*given):
         check_low_rank_gated(*given, activation, _autocast_casts(x))
-    torch_ops = _by_pytorch(backend, x, down, up, bias, gate_down, gate_up, gate_bias)
+    torch_ops = _by_pytorch(backend, x, down, up, bias, gate_down, gate_up, gate_bias, gate_pivot_bias, pivot_bias)
     return torch_ops.low_rank_gated(*given, activation)
 
 
@@ -241,7 +265,7 @@ def low_rank_pivoted(
         ValueError: The backend is unknown.
     """
     given = (x, down, up, bias, pivot_bias, order)
-    if _runs_native(PIVOTED, backend, *given, residual):
+    if _runs_native(PIVOTED, backend, (*given, residual)):
         return PIVOTED.call(*given, activation, residual)
     if _are_tensors(*given, residual):
         check_low_rank_pivoted(*given, activation, residual, _autocast_casts(x))
@@ -306,7 +330,7 @@ def low_rank_conv(
         )
         return y[0]
     window = window_of(down, stride, padding, dilation, groups, up_groups)
-    if _runs_native(CONV, backend, x, down, up, bias, residual):
+    if _runs_native(CONV, backend, (x, down, up, bias, residual)):
         return CONV.call(x, down, up, bias, *window, activation, residual)
     if _are_tensors(x, down, up, bias, residual):
         check_low_rank_conv(x, down, up, bias, window, activation, residual, _autocast_casts(x))
@@ -332,17 +356,23 @@ def _by_pytorch(backend: Backend | str | None, x: Tensor, *others: Tensor | None
     return (_chosen(backend) is Backend.AUTO and cpu.fastest(x, *others)) or reference
 
 
-def _runs_native(op: Op | Multi, backend: Backend | str | None, *tensors: Tensor | None) -> bool:
+def _runs_native(op: Op | Multi, backend: Backend | str | None, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether the op runs, and not PyTorch; RuntimeError with every reason if it was insisted on and cannot."""
-    chosen = _chosen(backend)
-    if chosen is Backend.TORCH:
+    chosen = process.backend if backend is None else _parse(backend, "backend")
+    if chosen is TORCH:
         return False
+    if not is_dynamo_compiling() and is_known_to_run(op.name, tensors):
+        return True
+    if chosen is Backend.AUTO and not availability.is_on_cuda(tensors[0]):
+        return False  # nobody reads the reasons; and CUDA devices are not asked for, which would initialise the driver
     of_tensors = availability.why_not_these(tensors, op.names)
     if of_tensors and chosen is Backend.AUTO:
-        return False  # tensors of a CPU are no reason to ask for CUDA devices, which would initialise the driver
+        return False
     reasons = (*availability.why_not_here(), *of_tensors)
     for name in op.relies_on:
         reasons = reasons or self_check.why_not_op(name, tensors[0])
     if reasons and chosen is Backend.NATIVE:
         raise RuntimeError("backend is native, but the native kernels cannot run:\n- " + "\n- ".join(reasons))
+    if not reasons:
+        availability.note_that_it_ran(op.name, tensors[0])
     return not reasons

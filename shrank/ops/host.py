@@ -6,6 +6,7 @@ rate of memory, and each stage is a call; these are one call (csrc/host).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -43,17 +44,17 @@ def problems() -> tuple[str, ...]:
 IS_HERE = not problems()
 
 
-def are_few(x: Tensor, down: Tensor, up: Tensor) -> bool:
-    """Whether x has so few rows, and the layer weights enough, that the kernels are faster."""
-    if not IS_HERE or x.dtype not in MOST_ROWS:
-        return False
-    few = x.numel() <= MOST_ROWS[x.dtype] * down.shape[1]
-    return few and down.numel() + up.numel() >= FEWEST_WEIGHTS[x.dtype]
+def _missing(*_: object) -> Tensor:
+    raise RuntimeError("; ".join(problems()))
 
 
-def rows(*given: object) -> Tensor:
-    """(x, down, up, bias, residual, order, pivot_bias): the op."""
-    return torch.ops.shrank.low_rank_rows.default(*given)
+def are_few(dtype: torch.dtype, numbers: int, inputs: int, weights: int) -> bool:
+    """Whether x, of so many numbers, has so few rows, and the layer so many weights, that the kernels are faster."""
+    return IS_HERE and dtype in MOST_ROWS and numbers <= MOST_ROWS[dtype] * inputs and weights >= FEWEST_WEIGHTS[dtype]
+
+
+# (x, down, up, bias, residual, order, pivot_bias): the op, without a frame of Python's before it.
+rows: Callable[..., Tensor] = torch.ops.shrank.low_rank_rows.default._op if IS_HERE else _missing
 
 
 def _finished(z: Tensor, activation: str, residual: Tensor | None) -> Tensor:
@@ -84,11 +85,15 @@ def low_rank_gated(
     down: Tensor,
     up: Tensor,
     bias: Tensor | None = None,
+    gate_pivot_bias: Tensor | None = None,
+    gate_order: Tensor | None = None,
+    pivot_bias: Tensor | None = None,
+    order: Tensor | None = None,
     activation: str = "silu",
 ) -> Tensor:
     """As `reference.low_rank_gated`."""
-    gate = _finished(rows(x, gate_down, gate_up, gate_bias), activation, None)
-    return gate.mul_(rows(x, down, up, bias))
+    gate = _finished(rows(x, gate_down, gate_up, gate_bias, None, gate_order, gate_pivot_bias), activation, None)
+    return gate.mul_(rows(x, down, up, bias, None, order, pivot_bias))
 
 
 def low_rank_pivoted(

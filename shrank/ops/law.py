@@ -64,12 +64,12 @@ def check_alike(op: str, casts: bool, **tensors: Tensor | None) -> None:
             raise refusal(op, f"{name} is on {tensor.device}, wanted the {like.device} of {first}")
 
 
-def check_order(op: str, order: Tensor, first: str, like: Tensor) -> None:
+def check_order(op: str, order: Tensor, first: str, like: Tensor, name: str = "order") -> None:
     """Refuse another dtype and device of an order than it must have beside the first tensor, `like`.
 
     Its numbers are not looked at: that would wait for the device.
     """
     if order.dtype != ORDER_DTYPE:
-        raise refusal(op, f"order is {order.dtype}, wanted {ORDER_DTYPE}")
+        raise refusal(op, f"{name} is {order.dtype}, wanted {ORDER_DTYPE}")
     if order.device != like.device:
-        raise refusal(op, f"order is on {order.device}, wanted the {like.device} of {first}")
+        raise refusal(op, f"{name} is on {order.device}, wanted the {like.device} of {first}")

@@ -1,7 +1,7 @@
 """Several linear layers of one input, such as query, key and value, in one op: `shrank::low_rank_linear_multi`.
 
-Each layer gets the bits that `low_rank_linear` gives it. On few rows of the input they share their launches. Where
-autograd records, each is an op of its own: there are no few rows.
+Each layer gets the bits that `low_rank_linear` gives it or, with an order, `low_rank_pivoted`. On few rows of the input
+they share their launches. Where autograd records, each is an op of its own: there are no few rows.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .law import refusal
+from .law import refusal, shape_of
 from .library import define, library, native_op
 from .linear import LINEAR, check_low_rank_linear
-from .registration import NO_AUTOCAST, is_recorded, narrowed
+from .pivoted import PIVOTED, check_low_rank_pivoted
+from .registration import NO_AUTOCAST, Op, is_recorded, narrowed
 
 NAME = "low_rank_linear_multi"
-SCHEMA = "(Tensor x, Tensor[] down, Tensor[] up, Tensor?[] bias) -> Tensor[]"
+LISTS = ("down", "up", "bias", "pivot_bias", "order")  # of each layer
+SCHEMA = "(Tensor x, Tensor[] down, Tensor[] up, Tensor?[] bias, Tensor?[] pivot_bias, Tensor?[] order) -> Tensor[]"
 MOST_TOGETHER = 3  # csrc/select/shrink_expand_tile.h
+Tensors = Sequence[Tensor]
+Maybe = Sequence[Tensor | None]
 
 
 class Multi(NamedTuple):
@@ -27,27 +31,31 @@ class Multi(NamedTuple):
 
     layers: int
     name: str = NAME
-    relies_on: tuple[str, ...] = (NAME, LINEAR.name)  # the ops whose kernels may run
+    relies_on: tuple[str, ...] = (NAME, LINEAR.name, PIVOTED.name)  # the ops whose kernels may run
 
     @property
     def names(self) -> tuple[str, ...]:
-        of_layers = (f"{part}[{i}]" for part in ("down", "up", "bias") for i in range(self.layers))
-        return ("x", *of_layers)
+        return ("x", *(f"{part}[{i}]" for part in LISTS for i in range(self.layers)))
 
 
 def check_low_rank_linear_multi(
-    x: Tensor, down: Sequence[Tensor], up: Sequence[Tensor], bias: Sequence[Tensor | None], casts: bool = False
+    x: Tensor, down: Tensors, up: Tensors, bias: Maybe, pivot_bias: Maybe, order: Maybe, casts: bool = False
 ) -> None:
     """Raise RuntimeError on numbers of layers, and on shapes, dtypes and devices of any, that do not fit.
 
     casts: autocast makes the dtypes alike.
     """
-    counts = len(down), len(up), len(bias)
+    counts = [len(each) for each in (down, up, bias, pivot_bias, order)]
     if len(set(counts)) > 1 or not down:
-        of_each = " and ".join((f"{counts[0]}, {counts[1]}", str(counts[2])))
-        raise refusal(NAME, f"down, up and bias are {of_each}, wanted one of each for each layer")
-    for each in zip(down, up, bias, strict=True):
-        check_low_rank_linear(x, *each, "none", None, casts)
+        of_each = " and ".join((", ".join(map(str, counts[:-1])), str(counts[-1])))
+        raise refusal(NAME, f"{', '.join(LISTS[:-1])} and {LISTS[-1]} are {of_each}, wanted one of each for each layer")
+    for i, (*factors, of_pivots, places) in enumerate(zip(down, up, bias, pivot_bias, order, strict=True)):
+        if places is not None:
+            check_low_rank_pivoted(x, *factors, of_pivots, places, "none", None, casts)
+        elif of_pivots is not None:
+            raise refusal(NAME, f"pivot_bias[{i}] is {shape_of(of_pivots)}, wanted none without an order")
+        else:
+            check_low_rank_linear(x, *factors, "none", None, casts)
 
 
 def run_together(given: tuple, tokens: int, splits: Sequence[int]) -> list[Tensor]:
@@ -59,26 +67,34 @@ def run_together(given: tuple, tokens: int, splits: Sequence[int]) -> list[Tenso
     return native_op(f"{NAME}_as")(*given, tokens, list(splits))
 
 
-def one_by_one(x: Tensor, down: Sequence[Tensor], up: Sequence[Tensor], bias: Sequence[Tensor | None]) -> list[Tensor]:
-    """What each layer gives, by its own op."""
-    return [LINEAR.overload(x, *each) for each in zip(down, up, bias, strict=True)]
+def alone(x: Tensor, *lists: Maybe) -> list[tuple[Op, tuple]]:
+    """Each layer's own op, and its arguments."""
+    layers = zip(*lists, strict=True)
+    return [
+        (LINEAR, (x, *factors)) if order is None else (PIVOTED, (x, *factors, pivot_bias, order))
+        for *factors, pivot_bias, order in layers
+    ]
 
 
-def call(x: Tensor, down: Sequence[Tensor], up: Sequence[Tensor], bias: Sequence[Tensor | None]) -> list[Tensor]:
+def call(x: Tensor, *lists: Maybe) -> list[Tensor]:
     """The op; where autograd has nothing to record, past its kernel, as `Op.call`."""
-    given = (x, list(down), list(up), list(bias))
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or is_recorded((x, *down, *up, *bias)):
+    given = (x, *map(list, lists))
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or _is_recorded(x, lists):
         return _overload(*given)
     with torch._C._AutoDispatchBelowAutograd():
         return _overload(*given)
 
 
-def _autograd(x: Tensor, down: list[Tensor], up: list[Tensor], bias: list[Tensor | None]) -> list[Tensor]:
-    if is_recorded((x, *down, *up, *bias)):
-        check_low_rank_linear_multi(x, down, up, bias)
-        return one_by_one(x, down, up, bias)
+def _is_recorded(x: Tensor, lists: Sequence[Maybe]) -> bool:
+    return is_recorded((x, *(each for of_one in lists for each in of_one)))
+
+
+def _autograd(x: Tensor, *lists: list[Tensor | None]) -> list[Tensor]:
+    if _is_recorded(x, lists):
+        check_low_rank_linear_multi(x, *lists)
+        return [op.overload(*given) for op, given in alone(x, *lists)]
     with torch._C._AutoDispatchBelowAutograd():
-        return _overload(x, down, up, bias)
+        return _overload(x, *lists)
 
 
 def _autocast(x: Tensor, *lists: list[Tensor | None]) -> list[Tensor]:
@@ -87,14 +103,14 @@ def _autocast(x: Tensor, *lists: list[Tensor | None]) -> list[Tensor]:
         return _overload(narrowed(x, dtype), *([narrowed(each, dtype) for each in of_one] for of_one in lists))
 
 
-def _by_pytorch(x: Tensor, down: list[Tensor], up: list[Tensor], bias: list[Tensor | None]) -> list[Tensor]:
-    check_low_rank_linear_multi(x, down, up, bias)
-    return [LINEAR.y_of(*LINEAR.packed((x, *each))) for each in zip(down, up, bias, strict=True)]
+def _by_pytorch(x: Tensor, *lists: list[Tensor | None]) -> list[Tensor]:
+    check_low_rank_linear_multi(x, *lists)
+    return [op.y_of(*op.packed(given)) for op, given in alone(x, *lists)]
 
 
-def _empty(x: Tensor, down: list[Tensor], up: list[Tensor], bias: list[Tensor | None]) -> list[Tensor]:
-    check_low_rank_linear_multi(x, down, up, bias)
-    return [x.new_empty((*x.shape[:-1], each.size(0))) for each in up]
+def _empty(x: Tensor, *lists: list[Tensor | None]) -> list[Tensor]:
+    check_low_rank_linear_multi(x, *lists)
+    return [op.empty(*op.packed(given)).y for op, given in alone(x, *lists)]
 
 
 define(NAME, SCHEMA)

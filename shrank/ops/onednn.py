@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from .reference import ACTIVATIONS
+
 # Where they win, measured for ten layers of 128 to 4096 inputs and 1 to 4096 rows
 # (benchmarks/speed/bench_cpu_layers.py): from so many multiply-adds, as a call of oneDNN costs 10 us more than one of
 # MKL; and where as many weights are read for a few rows, at twice the rate.
@@ -35,21 +37,21 @@ _IS_HERE = (
 )
 
 
-def is_faster(x: Tensor, down: Tensor, up: Tensor) -> bool:
-    """Whether a layer is large enough. `torch.backends.mkldnn.flags(enabled=False)` switches the products off."""
-    if x.dtype is not torch.float32:
+def is_faster(dtype: torch.dtype, numbers: int, inputs: int, weights: int) -> bool:
+    """Whether a layer is large enough, of so many weights and of x of so many numbers.
+
+    `torch.backends.mkldnn.flags(enabled=False)` switches the products off.
+    """
+    if dtype is not torch.float32:
         return False
-    weights = down.numel() + up.numel()
-    if weights < FEWEST_WEIGHTS and weights * x.numel() < FEWEST_PRODUCTS * down.shape[1]:
+    if weights < FEWEST_WEIGHTS and weights * numbers < FEWEST_PRODUCTS * inputs:
         return False
     return _IS_HERE and torch._C._get_mkldnn_enabled()
 
 
-def is_faster_in_a_graph(x: Tensor, down: Tensor, up: Tensor) -> bool:
+def is_faster_in_a_graph(dtype: torch.dtype, numbers: int, inputs: int, weights: int) -> bool:
     """Whether a layer is as large as makes up for a call in Python, too."""
-    if x.dtype is not torch.float32 or not _IS_HERE:
-        return False
-    return (down.numel() + up.numel()) * x.numel() >= FEWEST_PRODUCTS * down.shape[1]
+    return dtype is torch.float32 and _IS_HERE and weights * numbers >= FEWEST_PRODUCTS * inputs
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
@@ -80,9 +82,30 @@ def low_rank_gated(
     down: Tensor,
     up: Tensor,
     bias: Tensor | None = None,
+    gate_pivot_bias: Tensor | None = None,
+    gate_order: Tensor | None = None,
+    pivot_bias: Tensor | None = None,
+    order: Tensor | None = None,
     activation: str = "silu",
 ) -> Tensor:
     """As `reference.low_rank_gated`."""
     gate_h = product(x, gate_down)
     h = gate_h if down is gate_down else product(x, down)  # of two halves of one layer
-    return product(gate_h, gate_up, gate_bias, activation).mul_(product(h, up, bias))
+    gate = _expanded(gate_h, gate_up, gate_bias, gate_pivot_bias, gate_order, activation)
+    return gate.mul_(_expanded(h, up, bias, pivot_bias, order))
+
+
+def _expanded(
+    h: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    pivot_bias: Tensor | None,
+    order: Tensor | None,
+    activation: str = "none",
+) -> Tensor:
+    """A new tensor. What follows a product is the same for every column: of pivoted factors, too, for h and product."""
+    others = product(h, up, bias, activation)
+    if order is None:
+        return others
+    own = ACTIVATIONS[activation](h if pivot_bias is None else h + pivot_bias)
+    return torch.cat((own, others), -1).index_select(-1, order)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .reference import BACKWARD, End, Forward, factors_backward, finished, rows
+from .reference import BACKWARD, End, Forward, apart, factors_backward, finished, in_order, rows
 
 
 class PivotedGrads(NamedTuple):
@@ -55,18 +54,6 @@ def low_rank_pivoted_forward(
     return Forward(finished(in_order(h, up, bias, pivot_bias, order), activation, residual), h)
 
 
-def in_order(h: Tensor, up: Tensor, bias: Tensor | None, pivot_bias: Tensor | None, order: Tensor) -> Tensor:
-    """The pivots' outputs and the others, each in its place."""
-    own = h if pivot_bias is None else h + pivot_bias.to(h.dtype)  # autocast narrows h alone
-    return torch.cat((own, F.linear(h, up, bias)), -1).index_select(-1, order)
-
-
-def _apart(outputs: Tensor, order: Tensor, R: int) -> tuple[Tensor, Tensor]:
-    """The way back of `in_order`: what belongs to the R pivots, and to the others."""
-    places = torch.empty_like(outputs).index_copy_(-1, order.long(), outputs)
-    return places[..., :R], places[..., R:]
-
-
 def pivoted_backward(
     grad: Tensor,
     h: Tensor,
@@ -102,9 +89,9 @@ def low_rank_pivoted_backward(
     """
     R, needs_bias = down.size(0), bool(needs.bias or needs.pivot_bias)
     dz, sums = end(grad, h, up, bias, pivot_bias, order, activation, needs_bias)
-    own, others = _apart(dz, order, R)
+    own, others = apart(dz, order, R)
     dx, ddown, dup = factors_backward(others, x, down, up, h, needs.x, needs.down, needs.up, own)
-    dpivot_bias, dbias = (None, None) if sums is None else _apart(sums, order, R)
+    dpivot_bias, dbias = (None, None) if sums is None else apart(sums, order, R)
     return PivotedGrads(
         dx,
         ddown,

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..util.closeness import distance, stray_elements
 from . import pivoted_reference, reference
 from .conv import CONV
 from .expand_backward import run_named
@@ -21,6 +20,7 @@ from .multi import Multi, run_together
 from .pivoted import PIVOTED
 from .pivoted_backward import run_named as run_pivoted_named
 from .registration import Op
+from .truth import Truth
 
 _HALF = (torch.bfloat16, torch.float16)
 Results = dict[str, str]  # of every probe: what is wrong, or ""
@@ -91,16 +91,20 @@ class BackwardProbe(Probe):
         return Truth(reference.expand_backward, given)
 
 
+@dataclass(frozen=True)
 class GatedProbe(Probe):
     """Of a gated layer: gate and value have other ranks."""
+
+    pivoted: bool = False
 
     def arguments(self, dtype: torch.dtype, device: str) -> tuple:
         draw = _drawing(dtype, device)
         x, *pairs = self.sizes
-        given = [draw(*x)]
-        for down, up in zip(pairs[::2], pairs[1::2], strict=True):
+        given, pivots = [draw(*x)], []
+        for seed, (down, up) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
             given += [draw(*down, fan_in=down[1]), draw(*up, fan_in=up[1]), draw(up[0])]
-        return (*given, "silu")
+            pivots += [draw(up[1]), _order(sum(up), device, seed)] if self.pivoted else [None, None]
+        return (*given, *pivots, "silu")
 
 
 class GatedBackwardProbe(Probe):
@@ -129,9 +133,9 @@ class PivotedProbe(Probe):
     def arguments(self, dtype: torch.dtype, device: str) -> tuple:
         draw, (x, down, up) = _drawing(dtype, device), self.sizes
         N = up[1] + up[0]
-        order = torch.arange(N) if self.first else torch.randperm(N, generator=torch.Generator().manual_seed(0))
+        order = torch.arange(N, dtype=ORDER_DTYPE, device=device) if self.first else _order(N, device)
         given = draw(*x), draw(*down, fan_in=down[1]), draw(*up, fan_in=up[1]), draw(up[0]), draw(up[1])
-        return (*given, order.to(device, ORDER_DTYPE), "gelu", draw(*x[:-1], N))
+        return (*given, order, "gelu", draw(*x[:-1], N))
 
 
 class PivotedBackwardProbe(PivotedProbe):
@@ -148,15 +152,25 @@ class PivotedBackwardProbe(PivotedProbe):
         return Truth(pivoted_reference.pivoted_backward, given)
 
 
+@dataclass(frozen=True)
 class MultiProbe(Probe):
-    """Of several layers of one input, by the kernels for a few rows. grid: tokens, and the splits of each layer."""
+    """Of several layers of one input, by the kernels for a few rows. grid: tokens, and the splits of each layer.
+
+    pivoted: which of them are.
+    """
+
+    pivoted: tuple[int, ...] = ()
 
     def arguments(self, dtype: torch.dtype, device: str) -> tuple:
         draw = _drawing(dtype, device)
         x, *pairs = self.sizes
         down = [draw(*size, fan_in=size[1]) for size in pairs[::2]]
         up = [draw(*size, fan_in=size[1]) for size in pairs[1::2]]
-        return draw(*x), down, up, [draw(len(each)) for each in up]
+        bias = [draw(len(each)) for each in up]
+        of_pivots = [draw(len(each)) if i in self.pivoted else None for i, each in enumerate(down)]
+        outputs = [len(one) + len(other) for one, other in zip(down, up, strict=True)]
+        order = [_order(N, device, i) if i in self.pivoted else None for i, N in enumerate(outputs)]
+        return draw(*x), down, up, bias, of_pivots, order
 
     def run(self, given: tuple) -> NamedTuple:
         tokens, *splits = self.grid
@@ -164,7 +178,7 @@ class MultiProbe(Probe):
 
     def truth(self, given: tuple) -> Truth:
         x, *lists = given
-        return Truth(_three_by_pytorch, (x, *(each for pair in zip(*lists, strict=True) for each in pair)))
+        return Truth(_three_by_pytorch, (x, *(each for layer in zip(*lists, strict=True) for each in layer)))
 
 
 class _Three(NamedTuple):
@@ -173,8 +187,18 @@ class _Three(NamedTuple):
     third: Tensor
 
 
-def _three_by_pytorch(x: Tensor, *factors: Tensor) -> _Three:
-    return _Three(*(reference.low_rank_linear(x, *factors[i : i + 3]) for i in range(0, len(factors), 3)))
+def _three_by_pytorch(x: Tensor, *stored: Tensor) -> _Three:
+    layers = (stored[i : i + 5] for i in range(0, len(stored), 5))
+    return _Three(
+        *(
+            reference.low_rank_linear(x, *each[:3]) if each[4] is None else pivoted_reference.low_rank_pivoted(x, *each)
+            for each in layers
+        )
+    )
+
+
+def _order(N: int, device: str, seed: int = 0) -> Tensor:
+    return torch.randperm(N, generator=torch.Generator().manual_seed(seed)).to(device, ORDER_DTYPE)
 
 
 def _drawing(dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
@@ -187,25 +211,6 @@ def _drawing(dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
     return draw
 
 
-class Truth:
-    """What a function of tensors must give, which names its results: in fp64 and as PyTorch computes in their dtype."""
-
-    def __init__(self, compute: Callable[..., NamedTuple], given: tuple) -> None:
-        self.exact = compute(*(each.double() if _is_floating(each) else each for each in given))
-        self.plain = compute(*given)
-
-    def what_is_wrong(self, found: NamedTuple) -> str:
-        """With the results of a kernel, by the rule of the tests; "" if nothing is."""
-        for name, one, two, three in zip(found._fields, found, self.exact, self.plain, strict=True):
-            if far := distance(one, two, three) or stray_elements(one, two):
-                return f"{name} has {far}"
-        return ""
-
-
-def _is_floating(given: object) -> bool:
-    return isinstance(given, Tensor) and given.is_floating_point()
-
-
 def _sizes(*sizes: tuple[int, ...]) -> tuple[torch.Size, ...]:
     return tuple(map(torch.Size, sizes))
 
@@ -214,6 +219,7 @@ _LINEAR = _sizes((37, 200), (40, 200), (136, 40))
 _END = _sizes((37, 40), (136, 40))
 _CONV = _sizes((2, 16, 9, 7), (24, 16, 3, 3), (40, 24, 1, 1))
 _GATED = _sizes((37, 200), (72, 200), (136, 72), (40, 200), (136, 40))
+_GATED_PIVOTED = _sizes((37, 200), (72, 200), (64, 72), (40, 200), (96, 40))
 _GATED_END = _sizes((37, 72), (136, 72), (37, 40), (136, 40))
 _MULTI = _sizes((37, 200), (40, 200), (136, 40), (72, 200), (72, 72), (8, 200), (200, 8))
 # Pivots of a ragged panel, of a whole one, of more than one, and all outputs.
@@ -242,12 +248,16 @@ PROBES = (
     *_backward(LINEAR),
     MultiProbe(Multi(3), "shrink_expand", "shrink_expand", _MULTI, grid=(16, 1, 2, 1)),
     MultiProbe(Multi(3), "shrink_expand of 8", "shrink_expand", _MULTI, grid=(8, 2, 1, 4)),
+    MultiProbe(Multi(3), "shrink_expand mixed", "shrink_expand", _MULTI, grid=(16, 1, 2, 1), pivoted=(0, 2)),
+    MultiProbe(Multi(3), "shrink_expand pivoted", "shrink_expand", _MULTI, grid=(8, 2, 1, 4), pivoted=(0, 1, 2)),
     GatedProbe(GATED, "shrink_expand", "shrink_expand", _GATED, grid=(16, 0, 1)),
     GatedProbe(GATED, "shrink_expand split", "shrink_expand", _GATED, grid=(8, 0, 2)),
     GatedProbe(GATED, "fused", "fused", _GATED),
     GatedProbe(GATED, "expand", "gemm_expand", _GATED),
     GatedProbe(GATED, "expand streamed", "gemm_expand", _GATED, grid=(64, 0, 1)),
     GatedProbe(GATED, "epilogue", "two_gemms_epilogue", _GATED, dtypes=DTYPES),
+    GatedProbe(GATED, "shrink_expand pivoted", "shrink_expand", _GATED_PIVOTED, grid=(16, 0, 1), pivoted=True),
+    GatedProbe(GATED, "shrink_expand pivoted split", "shrink_expand", _GATED_PIVOTED, grid=(8, 0, 2), pivoted=True),
     GatedBackwardProbe(GATED, "backward", "fused", _GATED_END),
     GatedBackwardProbe(GATED, "backward streamed", "fused", _GATED_END, grid=(64, 0, 1)),
     GatedBackwardProbe(GATED, "backward epilogue", "gemm_epilogue", _GATED_END, dtypes=DTYPES),

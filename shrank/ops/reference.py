@@ -74,16 +74,6 @@ class GatedEnd(NamedTuple):
     bias: Tensor | None
 
 
-class GatedGrads(NamedTuple):
-    x: Tensor | None
-    gate_down: Tensor | None
-    gate_up: Tensor | None
-    gate_bias: Tensor | None
-    down: Tensor | None
-    up: Tensor | None
-    bias: Tensor | None
-
-
 def low_rank_linear(
     x: Tensor,
     down: Tensor,
@@ -172,6 +162,30 @@ def factors_backward(
     )
 
 
+# ---- pivots: h is R of the outputs itself, and up makes the others
+
+
+def in_order(h: Tensor, up: Tensor, bias: Tensor | None, pivot_bias: Tensor | None, order: Tensor) -> Tensor:
+    """The pivots' outputs and the others, each in its place."""
+    own = h if pivot_bias is None else h + pivot_bias.to(h.dtype)  # autocast narrows h alone
+    return torch.cat((own, F.linear(h, up, bias)), -1).index_select(-1, order)
+
+
+def apart(outputs: Tensor, order: Tensor, R: int, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """The way back of `in_order`: what belongs to the R pivots, and to the others."""
+    places = torch.empty_like(outputs).index_copy_(dim, order.long(), outputs)
+    return places.narrow(dim, 0, R), places.narrow(dim, R, places.size(dim) - R)
+
+
+def all_rows(up: Tensor, order: Tensor, groups: int = 1) -> Tensor:
+    """The second factor (N, R / groups, ...) that makes all outputs: rows of the unit matrix for pivots.
+
+    up: (N - R, R / groups, ...). groups: each has pivots of its own, which are its outputs.
+    """
+    unit = torch.eye(up.size(1), dtype=up.dtype, device=up.device).repeat(groups, 1)
+    return torch.cat((unit.view(*unit.shape, *up.shape[2:]), up)).index_select(0, order)
+
+
 # ---- gated layers
 
 
@@ -183,13 +197,19 @@ def low_rank_gated(
     down: Tensor,
     up: Tensor,
     bias: Tensor | None = None,
+    gate_pivot_bias: Tensor | None = None,
+    gate_order: Tensor | None = None,
+    pivot_bias: Tensor | None = None,
+    order: Tensor | None = None,
     activation: str = "silu",
 ) -> Tensor:
     """activation((x @ gate_down.T) @ gate_up.T + gate_bias) * ((x @ down.T) @ up.T + bias)
 
     x: (..., K)  gate_down: (S, K)  gate_up: (N, S)  down: (R, K)  up: (N, R)  biases: (N,)  ->  (..., N)
+    With an order, the factors of the gate or of the value are pivoted, as those of low_rank_pivoted.
     """
-    return low_rank_gated_forward(x, gate_down, gate_up, gate_bias, down, up, bias, activation).y
+    pivots = gate_pivot_bias, gate_order, pivot_bias, order
+    return low_rank_gated_forward(x, gate_down, gate_up, gate_bias, down, up, bias, *pivots, activation).y
 
 
 def low_rank_gated_forward(
@@ -200,12 +220,20 @@ def low_rank_gated_forward(
     down: Tensor,
     up: Tensor,
     bias: Tensor | None,
+    gate_pivot_bias: Tensor | None,
+    gate_order: Tensor | None,
+    pivot_bias: Tensor | None,
+    order: Tensor | None,
     activation: str,
 ) -> GatedForward:
-    """low_rank_gated with what lies between."""
-    gate = low_rank_linear_forward(x, gate_down, gate_up, gate_bias, activation, None)
-    value = low_rank_linear_forward(x, down, up, bias, "none", None)
-    return GatedForward(gate.y * value.y, gate.h, value.h)
+    """low_rank_gated with what lies between: both h are without the biases of pivots."""
+    gate_h, h = F.linear(x, gate_down), F.linear(x, down)
+    gate = ACTIVATIONS[activation](_expanded(gate_h, gate_up, gate_bias, gate_pivot_bias, gate_order))
+    return GatedForward(gate * _expanded(h, up, bias, pivot_bias, order), gate_h, h)
+
+
+def _expanded(h: Tensor, up: Tensor, bias: Tensor | None, pivot_bias: Tensor | None, order: Tensor | None) -> Tensor:
+    return F.linear(h, up, bias) if order is None else in_order(h, up, bias, pivot_bias, order)
 
 
 def gated_backward(
@@ -231,34 +259,6 @@ def gated_backward(
         rows(dgate).sum(0) if needs_gate_bias else None,
         rows(dvalue).sum(0) if needs_bias else None,
     )
-
-
-def low_rank_gated_backward(
-    grad: Tensor,
-    x: Tensor,
-    gate_down: Tensor,
-    gate_up: Tensor,
-    gate_bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    gate_h: Tensor,
-    h: Tensor,
-    activation: str,
-    needs: GatedGrads,
-    end: Callable[..., GatedEnd] = gated_backward,
-) -> GatedGrads:
-    """The gradients for which `needs` is true, from grad (..., N) of y and the forward pass's h.
-
-    end: what computes `gated_backward`.
-    """
-    of = end(grad, gate_h, gate_up, gate_bias, h, up, bias, activation, bool(needs.gate_bias), bool(needs.bias))
-    by_gate, dgate_down, dgate_up = factors_backward(
-        of.gate, x, gate_down, gate_up, gate_h, needs.x, needs.gate_down, needs.gate_up
-    )
-    by_value, ddown, dup = factors_backward(of.value, x, down, up, h, needs.x, needs.down, needs.up)
-    dx = by_gate + by_value if needs.x else None
-    return GatedGrads(dx, dgate_down, dgate_up, of.gate_bias, ddown, dup, of.bias)
 
 
 # ---- convolutions

@@ -12,7 +12,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
+from torch._C import _AutoDispatchBelowAutograd
+from torch.compiler import is_dynamo_compiling
 
 from .library import define, library, native_op
 
@@ -44,11 +46,12 @@ class Op:
     end_by_pytorch: Callable[..., tuple]
     pack: Callable[..., tuple] = lambda *between: between
     infer: Callable[..., Tensor] | None = None  # as forward, but y alone: where something is faster at that
+    uses: tuple[str, ...] = ()  # other ops whose kernels it may run
 
     @property
     def relies_on(self) -> tuple[str, ...]:
         """The ops whose kernels may run."""
-        return (self.name,)
+        return (self.name, *self.uses)
 
     @property
     def schemas(self) -> dict[str, str]:
@@ -78,6 +81,11 @@ class Op:
         return getattr(torch.ops.shrank, self.name).default
 
     @cached_property
+    def eager(self) -> Callable[..., Tensor]:
+        """What the overload calls, without a frame of Python's in between: 0.15 us (torch/_ops.py)."""
+        return self.overload._op
+
+    @cached_property
     def train_overload(self) -> Callable[..., tuple[Tensor, ...]]:
         return getattr(torch.ops.shrank, f"{self.name}_train").default
 
@@ -86,8 +94,8 @@ class Op:
 
         Args:
             given: The op's own arguments.
-            kernel: As `shrank explain` calls it: shrink_expand, fused, gemm_expand, two_gemms_epilogue, two_gemms; of a
-                convolution fused, conv_expand, two_convs_epilogue, two_convs.
+            kernel: As `shrank explain` calls it: shrink_expand, fused, gemm_expand, apart, two_gemms_epilogue or
+                two_gemms; of a convolution fused, conv_expand, two_convs_epilogue, two_convs.
             grid: Of a matrix kernel: block_m, max_rank and blocks_n, of shrink_expand tokens, 0 and splits of K; empty
                 for the cheapest by the model.
             training: Whether what is kept for gradients is wanted; otherwise it says nothing.
@@ -106,10 +114,12 @@ class Op:
 
         That is 1.6 of 7 us at one token (benchmarks/speed/bench_host_cost.py).
         """
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or is_recorded(given):
+        if is_dynamo_compiling():
             return self.overload(*given)
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.overload(*given)
+        if is_inference_mode_enabled() or (is_grad_enabled() and is_recorded(given)):
+            return self.eager(*given)
+        with _AutoDispatchBelowAutograd():
+            return self.eager(*given)
 
     def by_pytorch(self, *given: object) -> NamedTuple:
         return self.forward(*self.packed(given))
@@ -141,7 +151,7 @@ class Op:
 class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op: Op, *given: object) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
+        with _AutoDispatchBelowAutograd():
             y, *kept = op.train_overload(*given)
         tensors, ctx.between, _ = op.parts(given)
         ctx.save_for_backward(*tensors, *kept)
@@ -178,7 +188,7 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensor]:
     def autograd(*given: object) -> Tensor:
         if is_recorded(given):
             return _LowRank.apply(op, *op.complete(given))
-        with torch._C._AutoDispatchBelowAutograd():
+        with _AutoDispatchBelowAutograd():
             return overload(*given)
 
     return autograd

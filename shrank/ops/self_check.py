@@ -64,22 +64,19 @@ def check_again(device: str) -> Results:
         raise RuntimeError("the native kernels cannot run here:\n- " + "\n- ".join(reasons))
     results = _known[device] = check_apart.checked_apart(device)
     _not_made.pop(device, None)
-    _right.clear()
+    availability.forget()
     _keep(device, results)
     return results
 
 
 _known: dict[str, Results] = {}
 _not_made: dict[str, str] = {}  # in this process: why
-_right: set[tuple[str, str, torch.dtype]] = set()  # known so: every eager call asks, and a microsecond counts
 _told: set[tuple[str, str, torch.dtype]] = set()
 
 
 @constant
 def why_not(op: str, device: str, dtype: torch.dtype) -> tuple[str, ...]:
     """Why no kernel of an op may run on a device with a dtype: one was found wrong there. Checks it, the first time."""
-    if (op, device, dtype) in _right:
-        return ()
     if os.environ.get("SHRANK_SELF_CHECK", "1") == "0":
         tuned.use(device)
         return ()
@@ -102,8 +99,6 @@ def why_not(op: str, device: str, dtype: torch.dtype) -> tuple[str, ...]:
         _known[device] = results
         tuned.use(device)
     of_op = {name: reason for name, reason in _known[device].items() if reason and _is_of(name, op, dtype)}
-    if not of_op:
-        _right.add((op, device, dtype))
     by_reason = {why: [name for name in of_op if of_op[name] == why] for why in of_op.values()}
     wrong = [f"{', '.join(names)}: {why}" for why, names in by_reason.items()]
     if wrong and (device, op, dtype) not in _told:

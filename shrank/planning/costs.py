@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..linalg import Shape
+from ..linalg import AS_IT_IS, Shape, Storage
+from .grids import Grids
 from .latency import LatencyTable
 
 
@@ -13,12 +14,13 @@ class PricedLayer:
     """What a cost may depend on beside the rank and the shape of a layer.
 
     tokens: those it saw in the calibration, of a convolution the positions of its output; None without a calibration.
-    per_token: whether it runs once for each token, which convolutions do not.
+    per_token: whether it runs once for each token, which convolutions do not. itemsize: bytes of a weight now.
     """
 
     fqn: str
     tokens: int | None
     per_token: bool
+    itemsize: int = 2
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,19 @@ class Params:
 
     keep: float
 
-    def of(self, layer: PricedLayer, rank: int | None, shape: Shape) -> float:
-        return shape.params(rank) + (shape.index_size if rank is not None else 0)
+    def of(self, layer: PricedLayer, rank: int | None, shape: Shape, storage: Storage = AS_IT_IS) -> float:
+        return shape.stored_params(rank, storage) + (shape.index_size if rank is not None else 0)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes on disk, and what may be done to have fewer."""
+
+    keep: float
+    grids: Grids
+
+    def of(self, layer: PricedLayer, rank: int | None, shape: Shape, storage: Storage = AS_IT_IS) -> float:
+        return shape.bytes(rank, storage, layer.itemsize)
 
 
 @dataclass(frozen=True)
@@ -37,10 +50,11 @@ class Flops:
 
     keep: float
 
-    def of(self, layer: PricedLayer, rank: int | None, shape: Shape) -> float:
+    def of(self, layer: PricedLayer, rank: int | None, shape: Shape, storage: Storage = AS_IT_IS) -> float:
         if layer.tokens is None and not layer.per_token:
             raise ValueError(f"{layer.fqn}: keep_flops needs a calibration, which tells how often a kernel is applied")
-        return shape.flops(rank) * (1 if layer.tokens is None else layer.tokens)
+        extra = shape.flops(None) if storage.corrected else 0
+        return (shape.flops(rank) + extra) * (1 if layer.tokens is None else layer.tokens)
 
 
 @dataclass(frozen=True)
@@ -50,8 +64,8 @@ class Latency:
     keep: float
     table: LatencyTable
 
-    def of(self, layer: PricedLayer, rank: int | None, shape: Shape) -> float:
+    def of(self, layer: PricedLayer, rank: int | None, shape: Shape, storage: Storage = AS_IT_IS) -> float:
         return self.table.seconds(layer.fqn, rank, shape.pivoted)
 
 
-Cost = Params | Flops | Latency
+Cost = Params | Bytes | Flops | Latency

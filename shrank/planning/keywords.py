@@ -26,6 +26,7 @@ class FittingKeywords(TypedDict, total=False):
     pivot: bool | Literal["auto"]
     bits: int | None
     group_size: int | None
+    narrow: bool | Literal["uniform"]
 
 
 class PlanKeywords(FittingKeywords, total=False):

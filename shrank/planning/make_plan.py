@@ -19,11 +19,14 @@ from ..model.survey import Site, Survey, count, is_unit
 from ..util.parallel import dealt
 from .budget import Budget, SmallestGoodEnough
 from .costs import PricedLayer
+from .losses import Candidate
+from .narrowed import NarrowedBlock
+from .narrowing import block_candidates, require_narrowable, spend_on_blocks
 from .options import Eligibility, PlanOptions, StaysDense, fit, options_of
 from .plan import LayerPlan, RankPlan
 from .rank import Fraction, Layer, Rank, RankRule, as_rule
 from .spectra import Spectra
-from .spending import Candidate, Paid, TradeOff, spend
+from .spending import Paid, TradeOff, spend
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -65,13 +68,15 @@ def plan_of(survey: Survey, rank: Rank | Budget, spectra: Spectra, options: Plan
     """As `make_plan`, of a model that was looked at before."""
     agree_on(survey.model)
     options = options.for_grid()
-    rule = _rule(rank, spectra.calibration)
+    rule = _rule(rank, spectra.calibration, options)
     counted: set[int] = set()
     eligibility = Eligibility(options, survey.model)
     layers = [_Layer(site, _draft(site, counted), eligibility, spectra) for site in _sites(survey, options)]
-    trade_off = TradeOff()
+    trade_off, narrowed = TradeOff(), []
+    if options.narrow:
+        require_narrowable(spectra.calibration, rule)
     if isinstance(rule, Budget):
-        planned, trade_off = _by_budget(layers, rule, options, spectra)
+        planned, narrowed, trade_off = _by_budget(layers, rule, options, spectra)
     else:
         planned = dealt(lambda layer: _by_rule(layer, rule, options), layers, [x.cost for x in layers], 1, "planning")
     if options.grid is not None:
@@ -79,16 +84,18 @@ def plan_of(survey: Survey, rank: Rank | Budget, spectra: Spectra, options: Plan
     if options.errors and (options.grid is not None or not isinstance(rule, Budget)):
         planned = _with_errors(planned, layers, spectra)
     other = count(survey.model.parameters()) - sum(layer.size for layer in planned)
-    return RankPlan(tuple(planned), other, trade_off.curve, trade_off.spent)
+    return RankPlan(tuple(planned), other, trade_off.curve, trade_off.spent, tuple(narrowed))
 
 
-def _rule(rank: Rank | Budget, calibration: LayerStatistics | None) -> RankRule | Budget:
+def _rule(rank: Rank | Budget, calibration: LayerStatistics | None, options: PlanOptions) -> RankRule | Budget:
     rule = rank if isinstance(rank, Budget) else as_rule(rank)
     if isinstance(rule, Budget) and isinstance(rule.goal, SmallestGoodEnough):
         raise ValueError(
             "a Budget(eval_fn=) is spent by trying compressed models, which a plan alone does not make: "
             "call auto_fact(model, budget, deepcopy=True) and take its shrank_plan"
         )
+    if isinstance(rule, Budget) and rule.keep_bytes is not None and options.grid is not None:
+        raise ValueError("keep_bytes chooses the bits of every layer: give Budget(bits=), not bits=")
     if calibration is not None and isinstance(rank, Real) and isinstance(rule, Fraction):
         return Budget(keep_params=rule.keep)
     return rule
@@ -158,7 +165,9 @@ class _Layer:
         """As budgets price it; one that saw nothing in the calibration never runs."""
         known = self.calibration
         tokens = None if known is None else 0 if self.saw_nothing else known.tokens(self.site.fqn)
-        return PricedLayer(self.site.fqn, tokens, self.site.adapter.takes_vectors)
+        return PricedLayer(
+            self.site.fqn, tokens, self.site.adapter.takes_vectors, self.site.module.weight.element_size()
+        )
 
     @property
     def cost(self) -> float:
@@ -198,7 +207,7 @@ def _on_grid(plan: LayerPlan, layer: _Layer, options: PlanOptions) -> LayerPlan:
 
 def _by_budget(
     layers: list[_Layer], budget: Budget, options: PlanOptions, spectra: Spectra
-) -> tuple[list[LayerPlan], TradeOff]:
+) -> tuple[list[LayerPlan], list[NarrowedBlock], TradeOff]:
     """Overridden layers by their rules, all other eligible ones by the budget."""
     rules = {layer.site.fqn: budget.rule_for(layer.site.fqn) for layer in layers if not layer.why_dense}
     ruled = [layer for layer in layers if rules.get(layer.site.fqn) is not None]
@@ -219,14 +228,25 @@ def _by_budget(
         for x, found in zip(undecided, results, strict=True)
         if isinstance(found, Tensor)
     ]
-    weighted = spectra.calibration is not None and spectra.calibration.has_gradients
-    planned, trade_off = spend(budget, candidates, fixed, options, weighted)
     without_spectrum = [x for x in results if isinstance(x, LayerPlan)]
-    decided = {x.fqn: x for x in (*(paid.layer for paid in fixed), *without_spectrum, *planned)}
-    return [
-        decided.get(layer.site.fqn) or layer.stays_dense(layer.why_dense or "it saw no data in the calibration")
+    decided = {x.fqn: x for x in (*(paid.layer for paid in fixed), *without_spectrum)}
+    chosen = {x.site.fqn for x in candidates}
+    decided |= {
+        layer.site.fqn: layer.stays_dense(layer.why_dense or "it saw no data in the calibration")
         for layer in layers
-    ], trade_off
+        if layer.site.fqn not in chosen | decided.keys()
+    }
+    weighted = spectra.calibration is not None and spectra.calibration.has_gradients
+    narrowed: list[NarrowedBlock] = []
+    if options.narrow:
+        reasons = {fqn: layer.reason for fqn, layer in decided.items()}
+        blocks, narrowed = block_candidates(spectra.calibration, budget, candidates, reasons)
+        planned, tried, trade_off = spend_on_blocks(budget, candidates, fixed, options, blocks, spectra)
+        narrowed += tried
+    else:
+        planned, trade_off = spend(budget, candidates, fixed, options, weighted, spectra)
+    decided |= {x.fqn: x for x in planned}
+    return [decided[layer.site.fqn] for layer in layers], narrowed, trade_off
 
 
 def _with_errors(planned: list[LayerPlan], layers: list[_Layer], spectra: Spectra) -> list[LayerPlan]:

@@ -42,14 +42,18 @@ class PlanOptions:
         allow_slower: Permit convolutions that a CPU computes no faster than the dense layer, as allow_growth does too.
         allow_dense: Let a budget keep a layer dense that can be low-rank.
         errors: Compute the expected error of every layer.
-        pivot: Store factors in R (K + N - R) numbers. "auto": where a budget pays for it with rank, in layers that are
-            in eval mode and not on a GPU, where many tokens take longer with pivots than with plain factors.
+        pivot: Store factors in R (K + N - R) numbers. "auto": where a budget pays for it with rank. Of measured times,
+            that is where these say so; else in layers that are in eval mode and not on a GPU, for reasons that the page
+            on pivoted storage gives.
         bits: 4 or 8, for the weights of all linear layers that may change, dense or factors; without pivots then.
         group_size: Weights with one scale, of which ranks become multiples; None: each row has one.
+        narrow: Let a budget take hidden units out of feed-forward blocks, and fit the matrix behind them again, where
+            that loses less than ranks do. Their layers stay dense and become smaller. "uniform": like blocks get one
+            width, which transformers loads without shrank. It needs data, and cannot be undone.
 
     Raises:
         ValueError: A number is below 1, max_rank below min_rank, pivot none of True, False and "auto"; bits neither 4
-            nor 8, or together with pivot=True; group_size without bits.
+            nor 8, or together with pivot=True; group_size without bits; narrow none of True, False and "uniform".
     """
 
     groups_out: bool = False
@@ -69,6 +73,7 @@ class PlanOptions:
     pivot: bool | Literal["auto"] = "auto"
     bits: int | None = None
     group_size: int | None = None
+    narrow: bool | Literal["uniform"] = False
 
     def __post_init__(self) -> None:
         if self.bits is None and self.group_size is not None:
@@ -80,6 +85,8 @@ class PlanOptions:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.pivot not in (True, False, "auto"):
             raise ValueError(f"pivot must be True, False or 'auto', got {self.pivot!r}")
+        if self.narrow not in (True, False, "uniform"):
+            raise ValueError(f"narrow must be True, False or 'uniform', got {self.narrow!r}")
         if self.max_rank is not None and self.min_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"max_rank {self.max_rank} is below min_rank {self.min_rank}")
 
@@ -155,9 +162,9 @@ class Eligibility:
         options = self._options
         if self._allowed is not None and id(site.module) not in self._allowed:
             return "not in submodules"
-        if options.include is not None and not _matches(options.include, site):
+        if options.include is not None and not selects(options.include, site):
             return "not included"
-        if options.exclude is not None and _matches(options.exclude, site):
+        if options.exclude is not None and selects(options.exclude, site):
             return "excluded"
         return ""
 
@@ -203,6 +210,18 @@ def can_pivot(shape: Shape, rank: int) -> bool:
     return shape.down_groups == shape.up_groups and rank < shape.out_features
 
 
+def may_pivot(module: nn.Module, options: PlanOptions) -> bool:
+    """Whether a budget that knows no times may store a layer with pivots.
+
+    Not on a GPU: from 128 tokens on a pivoted layer takes longer there than a plain one of as many weights, by the
+    model of csrc/select (docs/guide/pivoted.md has the figures). Not in training mode: a step of the pivots moves other
+    outputs by up to `growth` times as much, so that SGD diverges at rates that plain factors bear.
+    """
+    if options.pivot == "auto":
+        return not module.training and not module.weight.is_cuda
+    return options.pivot
+
+
 # The second stage's pass over the output costs what its arithmetic does not show. Measured with torch 2.13 on 1 and 2
 # threads, in both memory formats, 64 to 512 channels of 3x3: a twin that counts 0.83 of the dense arithmetic takes 0.7
 # to 1.0 of the time; 0.90 takes 0.9 to 1.0, 0.96 takes 1.0 to 1.1, and more takes up to 1.8.
@@ -225,7 +244,8 @@ def _round(rank: int, shape: Shape, options: PlanOptions) -> int:
     return max(rank // multiple, 1) * multiple
 
 
-def _matches(selector: Selector, site: Site) -> bool:
+def selects(selector: Selector, site: Site) -> bool:
+    """Whether a selector means this layer."""
     if callable(selector):
         return bool(selector(site.module, site.fqn))
     patterns = [selector] if isinstance(selector, str) else selector

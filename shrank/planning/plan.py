@@ -12,6 +12,7 @@ from pathlib import Path
 from ..layers.two_stage import UNITS
 from ..linalg import AS_IT_IS, Grid, Shape, Storage
 from ..util.files import write_text
+from .narrowed import NarrowedBlock, narrowed_from_dict, narrowed_shape
 from .plan_checks import FORMAT, check_plan
 from .tables import text
 
@@ -32,6 +33,7 @@ class LayerPlan:
         measured: The relative error of the outputs on other data; None if it was not measured.
         spectrum: Singular values over the largest, at evenly spaced ranks from the first to the last.
         storage: How its weights are stored: in their dtype, or in fewer bits.
+        narrowed: Whether its feed-forward block is narrowed; `shape` is then that with fewer hidden units.
     """
 
     fqn: str
@@ -44,11 +46,14 @@ class LayerPlan:
     measured: float | None = None
     spectrum: tuple[float, ...] = ()
     storage: Storage = AS_IT_IS
+    narrowed: bool = False
 
     @property
     def params_after(self) -> int:
-        """Its weights at the planned rank."""
-        return self.size if self.rank is None else self.shape.stored_params(self.rank, self.storage)
+        """Its weights at the planned rank and width."""
+        if self.rank is None:
+            return self.shape.dense_params if self.narrowed else self.size
+        return self.shape.stored_params(self.rank, self.storage)
 
     @property
     def changes(self) -> bool:
@@ -58,13 +63,13 @@ class LayerPlan:
     def bytes(self, itemsize: int = 2) -> int:
         """Those of its weights on disk as planned, with `itemsize` for a number that has no grid."""
         if not self.changes:
-            return self.size * itemsize
+            return self.params_after * itemsize
         return self.shape.bytes(self.rank, self.storage, itemsize)
 
     @property
     def grows(self) -> bool:
-        """Whether it stores more at the planned rank than now."""
-        return self.params_after > self.size
+        """Whether it stores more as planned than now; of weights on a grid bytes count, against those of 16 bits."""
+        return self.params_after > self.size if self.storage.grid is None else self.bytes() > 2 * self.size
 
 
 @dataclass(frozen=True)
@@ -79,12 +84,14 @@ class RankPlan:
         trade_off: Where a budget was spent, what else it could have bought: (share of the cost of the layers it decides
             on, share of their squared error), from the least to all of it.
         spent: What this plan is there.
+        narrowed: The feed-forward blocks that were looked at for narrowing, with what happens to each as a whole.
     """
 
     layers: tuple[LayerPlan, ...]
     other_params: int = 0
     trade_off: tuple[tuple[float, float], ...] = ()
     spent: tuple[float, float] | None = None
+    narrowed: tuple[NarrowedBlock, ...] = ()
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -107,6 +114,16 @@ class RankPlan:
     def low_rank(self) -> tuple[LayerPlan, ...]:
         """The layers that get a rank."""
         return tuple(layer for layer in self.layers if layer.rank is not None)
+
+    @property
+    def narrower(self) -> tuple[NarrowedBlock, ...]:
+        """The blocks that lose hidden units."""
+        return tuple(block for block in self.narrowed if block.width is not None)
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether it leaves the model as it is."""
+        return not (self.changed or self.narrower)
 
     @property
     def outermost(self) -> RankPlan:
@@ -155,6 +172,28 @@ class RankPlan:
         changed = replace(chosen, rank=rank, error=None, reason=reason, storage=storage)
         return replace(self, layers=tuple(changed if x is chosen else x for x in self.layers))
 
+    def with_width(self, name: str, width: int | None, reason: str = "set by hand") -> RankPlan:
+        """Change the number of hidden units of one feed-forward block, whose layers then stay dense.
+
+        Args:
+            name: The name of the block, or of its consumer.
+            width: At least 1 and below its units; None keeps them all.
+            reason: What the plan says about it.
+
+        Returns:
+            A new plan.
+
+        Raises:
+            KeyError: There is no such block.
+            ValueError: The block cannot be narrowed, or the width is out of its range.
+        """
+        block = next((x for x in self.narrowed if name in (x.name, x.consumer)), None)
+        if block is None:
+            raise KeyError(f"the plan has no feed-forward block {name!r}")
+        changed = block.with_width(width, reason)
+        layers = tuple(narrowed_layer(x, changed, reason) if x.fqn in block.layers else x for x in self.layers)
+        return replace(self, layers=layers, narrowed=tuple(changed if x is block else x for x in self.narrowed))
+
     def diff(self, other: RankPlan) -> dict[str, tuple[int | None, int | None]]:
         """Compare two plans.
 
@@ -162,10 +201,14 @@ class RankPlan:
             other: Another plan.
 
         Returns:
-            fqn -> (rank here, rank there) where the two differ; a layer missing on one side counts as dense there.
+            fqn -> (rank here, rank there) where the two differ; a layer missing on one side counts as dense there. The
+            same with the widths of blocks, as "NAME: width".
         """
-        here, there = ({x.fqn: x.rank for x in plan} for plan in (self, other))
+        here, there = ({x.fqn: x.rank for x in plan} | plan._widths() for plan in (self, other))
         return {fqn: (here.get(fqn), there.get(fqn)) for fqn in here | there if here.get(fqn) != there.get(fqn)}
+
+    def _widths(self) -> dict[str, int | None]:
+        return {f"{block.name}: width": block.width for block in self.narrowed}
 
     def to_dict(self) -> dict:
         """The plan as plain data, for JSON."""
@@ -175,6 +218,7 @@ class RankPlan:
             "layers": [asdict(x) for x in self.layers],
             "trade_off": [list(point) for point in self.trade_off],
             "spent": None if self.spent is None else list(self.spent),
+            "narrowed": [asdict(x) for x in self.narrowed],
         }
 
     @classmethod
@@ -197,6 +241,7 @@ class RankPlan:
             data.get("other_params", 0),
             tuple(map(tuple, data.get("trade_off", []))),
             None if spent is None else tuple(spent),
+            tuple(map(narrowed_from_dict, data.get("narrowed", []))),
         )
 
     def save(self, path: str | os.PathLike) -> None:
@@ -235,6 +280,8 @@ class RankPlan:
             f"their weights {touched:,} -> {kept:,}" + (f" ({kept / touched:.1%})" if touched else ""),
             f"whole model {before:,} -> {after:,}" + (f" ({after / before:.1%})" if before else ""),
         ]
+        if self.narrower:
+            parts.insert(1, f"{len(self.narrower)} of {len(self.narrowed)} feed-forward blocks narrowed")
         if on_grid := [x for x in self.layers if x.storage.grid is not None]:
             before, after = (sum(b) for b in zip(*((x.size * 2, x.bytes()) for x in on_grid), strict=True))
             parts.append(f"{len(on_grid)} in few bits, bytes {before:,} in 16 bits -> {after:,}")
@@ -250,6 +297,19 @@ class RankPlan:
 
     def __str__(self) -> str:
         return "\n".join([self.summary, *text(self).splitlines()])
+
+
+def narrowed_layer(layer: LayerPlan, block: NarrowedBlock, reason: str) -> LayerPlan:
+    """One layer of a block, dense, as its width has it."""
+    return replace(
+        layer,
+        rank=None,
+        shape=narrowed_shape(block, layer.fqn, layer.shape),
+        error=None,
+        reason=reason if block.width is None else f"narrowed with {block.name}: {reason}",
+        storage=Storage(layer.storage.grid),
+        narrowed=block.width is not None,
+    )
 
 
 def _layer_from_dict(entry: dict) -> LayerPlan:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
+
+from ..linalg.grids import BITS, ONE_OF_BITS
+from .checking import are_numbers, check_count
+from .narrowed import check_narrowed
 
 FORMAT = 3
 _READABLE = (1, 2, 3)
@@ -29,13 +33,14 @@ def check_plan(data: object, layer_keys: Collection[str], shape_keys: Collection
     names = [entry["fqn"] for entry in layers]
     if repeated := sorted({n for n in names if names.count(n) > 1}):
         raise ValueError(f"the plan lists layers twice: {', '.join(repeated)}")
-    _check_count(data.get("other_params", 0), "other_params")
+    check_narrowed(data.get("narrowed", []), {entry["fqn"]: entry for entry in layers})
+    check_count(data.get("other_params", 0), "other_params")
     _check_trade_off(data.get("trade_off", []), data.get("spent"))
 
 
 def _check_trade_off(trade_off: object, spent: object) -> None:
     points = [*trade_off, *([] if spent is None else [spent])] if isinstance(trade_off, list) else [None]
-    if not all(isinstance(p, list) and len(p) == 2 and _are_numbers(p) for p in points):
+    if not all(isinstance(p, list) and len(p) == 2 and are_numbers(p) for p in points):
         raise ValueError(f"'trade_off' must be a list of pairs of numbers and 'spent' one, got {points!r:.80}")
 
 
@@ -47,17 +52,19 @@ def _check_layer(entry: object, keys: Collection[str], shape_keys: Collection[st
         raise ValueError(f"{name}: unknown keys {', '.join(sorted(unknown))}")
     rank, shape, spectrum = entry.get("rank"), entry.get("shape"), entry.get("spectrum", [])
     if rank is not None:
-        _check_count(rank, f"{name}: rank", least=1)
+        check_count(rank, f"{name}: rank", least=1)
     if rank is not None and shape is None:
         raise ValueError(f"{name}: has a rank but no shape")
     for key in ("error", "measured"):
-        if (value := entry.get(key)) is not None and not _are_numbers([value]):
+        if (value := entry.get(key)) is not None and not are_numbers([value]):
             raise ValueError(f"{name}: {key} must be a number or null, got {value!r}")
-    if not isinstance(spectrum, list | tuple) or not _are_numbers(spectrum):
+    if not isinstance(spectrum, list | tuple) or not are_numbers(spectrum):
         raise ValueError(f"{name}: spectrum must be a list of numbers, got {spectrum!r:.80}")
     if not isinstance(entry.get("kind"), str) or not isinstance(entry.get("reason", ""), str):
         raise ValueError(f"{name}: 'kind' and 'reason' must be strings")
-    _check_count(entry.get("size"), f"{name}: size")
+    check_count(entry.get("size"), f"{name}: size")
+    if not isinstance(entry.get("narrowed", False), bool):
+        raise ValueError(f"{name}: narrowed must be true or false, got {entry['narrowed']!r}")
     if shape is not None:
         _check_shape(shape, name, shape_keys)
     if (storage := entry.get("storage")) is not None:
@@ -73,10 +80,10 @@ def _check_storage(storage: object, name: str, rank: int | None, shape: object) 
             continue
         if not isinstance(grid, dict) or grid.keys() != {"bits", "group_size"}:
             raise ValueError(f"{name}: {key} must have exactly the keys bits and group_size, got {grid!r:.80}")
-        if grid["bits"] not in (4, 8):
-            raise ValueError(f"{name}: bits of {key} must be 4 or 8, got {grid['bits']!r}")
+        if grid["bits"] not in BITS:
+            raise ValueError(f"{name}: bits of {key} must be {ONE_OF_BITS}, got {grid['bits']!r}")
         if grid["group_size"] is not None:
-            _check_count(grid["group_size"], f"{name}: group_size of {key}", least=1)
+            check_count(grid["group_size"], f"{name}: group_size of {key}", least=1)
     corrected = storage.get("corrected", False)
     if not isinstance(corrected, bool):
         raise ValueError(f"{name}: corrected must be true or false, got {corrected!r}")
@@ -99,15 +106,4 @@ def _check_shape(shape: object, name: str, keys: Collection[str]) -> None:
         raise ValueError(f"{name}: pivoted must be true or false, got {pivoted!r}")
     for key, value in shape.items():
         if key != "pivoted":
-            _check_count(value, f"{name}: {key}", least=1)
-
-
-def _are_numbers(values: Iterable[object]) -> bool:
-    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-
-
-def _check_count(value: object, name: str, least: int = 0) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+            check_count(value, f"{name}: {key}", least=1)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
 from ..calibration.metric_source import LayerStatistics, metric_of
-from ..linalg import Grid, Shape, quantized_dense, quantized_factors, spectrum, squared_errors
+from ..linalg import Grid, Shape, Storage, on_grids, spectrum, squared_errors
 from ..model.survey import Site
 from ..util.parallel import workers_for
+from .forms import Form
+from .rounding import Rounding, rounding, squared_error
 
 
 class Spectra:
@@ -34,6 +36,12 @@ class Spectra:
         above, ValueError where a calibration did not observe the layer's inputs."""
         matrices = site.adapter.matrices(site.shape)
         metric = metric_of(self.calibration, site, matrices)
-        if rank is None:
-            return quantized_dense(matrices, metric, grid).loss.relative_error
-        return quantized_factors(matrices, metric, rank, grid).loss.relative_error
+        return on_grids(matrices, metric, rank, Storage(grid)).loss.relative_error
+
+    def rounding(self, site: Site, shape: Shape, forms: Sequence[Form], tails: Sequence[float]) -> Rounding | None:
+        """What rounding does to the forms of a layer; raises as `planning.rounding.rounding` does."""
+        return rounding(site, shape, forms, tails, self.calibration)
+
+    def squared_error(self, site: Site, form: Form) -> float:
+        """That of a form on a grid, measured."""
+        return squared_error(site, form, self.calibration)

@@ -1,27 +1,23 @@
-"""How a budget is spent: on the ranks, or the dense layers, that save most error."""
+"""How a budget is spent: on the ranks, the bits or the dense layers that save most error."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from functools import cached_property
 
 from torch import Tensor
 
-from ..linalg import Allocation, Options, Shape, allocate, frontier
-from ..model.survey import Site
+from ..linalg import Allocation, Options, allocate, frontier
 from .budget import Budget, MaxError
-from .costs import Cost, PricedLayer
-from .options import PlanOptions, StaysDense, can_pivot, grouped, is_faster
+from .costs import PricedLayer
+from .forms import Form, Key, forms
+from .losses import Candidate, Losses
+from .options import PlanOptions
 from .plan import LayerPlan
+from .spectra import Spectra
 
 _POINTS_OF_A_CURVE = 65
-# Errors of T tokens add up to T times their mean square if they are independent and to T^2 times if they are all alike.
-# It matters where layers see different numbers of tokens: Whisper tiny.en (1500 in the encoder, some 15 in the decoder)
-# has a cross entropy of 5.30, 5.10, 2.22, 1.56 at keep 0.5 with exponents 0, 0.5, 1, 1.5.
-_COHERENCE = 1.5
+MOST_ROUNDS = 8  # of spending, each with what the last one chose measured
 
 
 @dataclass(frozen=True)
@@ -33,37 +29,6 @@ class TradeOff:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A layer that the budget decides on; squares (G, m): what each of its directions adds to the squared error if it
-    is cut."""
-
-    site: Site
-    draft: LayerPlan
-    priced: PricedLayer
-    squares: Tensor
-
-    def tail(self, rank: int | None) -> float:
-        """The squared error at a rank; 0 for a dense layer."""
-        return 0.0 if rank is None else self.tails[min(rank // len(self.squares), len(self.tails) - 1)]
-
-    @cached_property
-    def tails(self) -> list[float]:
-        """The squared error at ranks 0, 1, ... of every group."""
-        return [*self.squares.sum(0).flip(0).cumsum(0).flip(0).clamp_min(0).tolist(), 0.0]
-
-    def relative_error(self, rank: int | None) -> float:
-        return math.sqrt(self.tail(rank) / self.tails[0]) if self.tails[0] else 0.0
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """One rank for a layer, with the shape of the twin; None keeps it dense."""
-
-    rank: int | None
-    shape: Shape
-
-
-@dataclass(frozen=True)
 class Paid:
     """A layer whose rank others decided, paid from the same budget."""
 
@@ -71,103 +36,144 @@ class Paid:
     priced: PricedLayer
 
 
-def spend(
-    budget: Budget, candidates: list[Candidate], fixed: list[Paid], options: PlanOptions, weighted: bool
-) -> tuple[list[LayerPlan], TradeOff]:
-    """The candidates with ranks, and the trade-off that there was.
+@dataclass(frozen=True)
+class Item:
+    """Layers that the budget decides on together: what they can be; the plan of each, and its form, for the option
+    chosen."""
 
-    weighted: errors of different layers add up; else every layer keeps the same share, which no measure of the weights
-    alone has beaten.
+    options: Options
+    names: tuple[str, ...]
+    decided: Callable[[int], list[LayerPlan]]
+    forms: Callable[[int], list[tuple[Candidate, Form]]]
+
+
+class Market:
+    """What a budget may buy for some layers, and what that costs and loses.
+
+    Args:
+        budget: By weights, bytes, arithmetic or time.
+        candidates: The layers.
+        options: What they may become.
+        weighted: The squared errors of different layers add up.
+        spectra: Who knows what the layers see.
+    """
+
+    def __init__(
+        self, budget: Budget, candidates: list[Candidate], options: PlanOptions, weighted: bool, spectra: Spectra
+    ) -> None:
+        self.budget, self.cost, self.candidates = budget, budget.goal, candidates
+        self._choices = {x.site.fqn: forms(x.priced, x.site, x.draft.shape, options, self.cost) for x in candidates}
+        self.losses = Losses(candidates, self._choices, self.cost, weighted, spectra)
+
+    def items(self) -> list[Item]:
+        """What each layer, or those of one rank together, can be, by what is known now."""
+        names = [x.site.fqn for x in self.candidates]
+        groups = self.budget.groups(names)
+        groups += [{fqn} for fqn in names if not any(fqn in group for group in groups)]
+        tied = [[x for x in self.candidates if x.site.fqn in group] for group in groups]
+        return [self._item(layers) for layers in tied]
+
+    def settle(self, items: Iterable[Item], bought: Allocation) -> bool:
+        """Measure what was bought, as far as it was not; whether there was anything to measure."""
+        pairs = zip(items, bought.chosen, strict=True)
+        return self.losses.settle(form for item, chosen in pairs for form in item.forms(chosen))
+
+    def _item(self, layers: list[Candidate]) -> Item:
+        """Layers of one rank, with the forms that all of them have."""
+        own = [self._choices[x.site.fqn] for x in layers]
+        common = [key for key in own[0] if all(key in other for other in own)]
+        totals, errors = [], []
+        for key in common:
+            of_all = [(x, choices[key]) for x, choices in zip(layers, own, strict=True)]
+            totals.append(sum(self.cost.of(x.priced, form.rank, form.shape, form.storage) for x, form in of_all))
+            errors.append(sum(self.losses.of(x, form) for x, form in of_all))
+
+        def chosen_forms(chosen: int) -> list[tuple[Candidate, Form]]:
+            return [(x, choices[common[chosen]]) for x, choices in zip(layers, own, strict=True)]
+
+        def decided(chosen: int) -> list[LayerPlan]:
+            return [_decided(x, form, self.losses.squared(x, form)) for x, form in chosen_forms(chosen)]
+
+        return Item(Options(totals, errors), tuple(x.site.fqn for x in layers), decided, chosen_forms)
+
+
+class Purse:
+    """What a budget has to spend on the candidates of a market, after what others were given is paid."""
+
+    def __init__(self, market: Market, fixed: list[Paid]) -> None:
+        cost, candidates = market.cost, market.candidates
+        dense = sum(cost.of(x.priced, None, x.draft.shape) for x in candidates)
+        self.dense = dense + sum(cost.of(x.priced, None, x.layer.shape) for x in fixed)
+        self.paid = sum(cost.of(x.priced, x.layer.rank, x.layer.shape, x.layer.storage) for x in fixed)
+        self.left = cost.keep * self.dense - self.paid
+        self.error = sum(market.losses.of_nothing(x) for x in candidates) or 1.0
+
+    def buy(self, items: list[Item]) -> Allocation:
+        """An option for each item; BudgetTooSmall where there is not enough for any."""
+        return allocate([item.options for item in items], self.left)
+
+    def trade_off(self, items: list[Item], bought: Allocation) -> TradeOff:
+        """What these items could have been, and what they were."""
+        curve = _thinned(frontier([item.options for item in items]))
+        return TradeOff(tuple(map(self._share, curve)), self._share(bought))
+
+    def _share(self, point: Allocation) -> tuple[float, float]:
+        return (point.cost + self.paid) / self.dense, point.error / self.error
+
+
+def spend(
+    budget: Budget,
+    candidates: list[Candidate],
+    fixed: list[Paid],
+    options: PlanOptions,
+    weighted: bool,
+    spectra: Spectra,
+) -> tuple[list[LayerPlan], TradeOff]:
+    """The candidates with ranks and bits, and the trade-off that there was.
+
+    weighted: the squared errors of different layers add up.
     """
     if not candidates:
         return [], TradeOff()
-    choices = {x.site.fqn: _choices(x, options) for x in candidates}
     if isinstance(budget.goal, MaxError):
-        return [_within(x, choices[x.site.fqn], budget.goal.error) for x in candidates], TradeOff()
-    cost: Cost = budget.goal
-    items = [[x for x in candidates if x.site.fqn in names] for names in _tied(budget.same_rank, candidates)]
-    problems = [_options(item, choices, cost, weighted) for item in items]
-    dense = sum(cost.of(x.priced, None, x.draft.shape) for x in candidates)
-    dense += sum(cost.of(x.priced, None, x.layer.shape) for x in fixed)
-    paid = sum(cost.of(x.priced, x.layer.rank, x.layer.shape) for x in fixed)
-    bought = allocate([part for part, _ in problems], cost.keep * dense - paid)
-    planned = []
-    for item, (_, common), chosen in zip(items, problems, bought.chosen, strict=True):
-        planned += [_decided(x, choices[x.site.fqn][common[chosen]]) for x in item]
-    whole = sum(_error_of_nothing(x, weighted) for x in candidates) or 1.0
-
-    def share(point: Allocation) -> tuple[float, float]:
-        return (point.cost + paid) / dense, point.error / whole
-
-    curve = _thinned(frontier([part for part, _ in problems]))
-    return planned, TradeOff(tuple(map(share, curve)), share(bought))
+        return within(candidates, budget.goal.error, options), TradeOff()
+    market = Market(budget, candidates, options, weighted, spectra)
+    purse = Purse(market, fixed)
+    for _ in range(MOST_ROUNDS):
+        items = market.items()
+        bought = purse.buy(items)
+        if not market.settle(items, bought):
+            break
+    planned = [x for item, chosen in zip(items, bought.chosen, strict=True) for x in item.decided(chosen)]
+    return planned, purse.trade_off(items, bought)
 
 
-def _choices(candidate: Candidate, options: PlanOptions) -> dict[int | None, _Choice]:
-    """Every rank that the layer could have, by rank, and None, dense, where it may be or can be nothing else."""
-    adapter, shape = candidate.site.adapter, candidate.draft.shape
-    dense = {None: _Choice(None, shape)}
-    choices: dict[int | None, _Choice] = dict(dense) if options.allow_dense else {}
-    multiple = math.lcm(options.round_to or (8 if shape.max_rank >= 128 else 1), shape.groups)
-    pivots = options.pivot is True or (
-        options.pivot == "auto" and not candidate.site.module.training and not candidate.site.module.weight.is_cuda
-    )
-    largest = min(shape.max_rank, options.max_rank or math.inf)
-    for rank in range(multiple, int(largest) + 1, multiple):
-        if rank < (options.min_rank or 1):
-            continue
-        try:
-            twin = grouped(rank, adapter, options)
-        except StaysDense:
-            continue
-        # Below a certain rank the index costs more than the pivots save.
-        pivoted = replace(twin, pivoted=pivots and can_pivot(twin, rank))
-        if pivoted.low_rank_params(rank) + pivoted.index_size < twin.low_rank_params(rank):
-            twin = pivoted
-        grows = twin.low_rank_params(rank) + twin.index_size >= twin.dense_params
-        if not grows and is_faster(rank, twin, adapter, options):
-            choices[rank] = _Choice(rank, twin)
-    return choices or dense
+def within(candidates: list[Candidate], error: float, options: PlanOptions) -> list[LayerPlan]:
+    """The layers at their smallest ranks of at most this error."""
+    return [_within(x, forms(x.priced, x.site, x.draft.shape, options, None), error) for x in candidates]
 
 
-def _options(
-    item: list[Candidate], choices: dict[str, dict[int | None, _Choice]], cost: Cost, weighted: bool
-) -> tuple[Options, list[int | None]]:
-    """What layers of one rank can be, with the ranks that all of them have."""
-    own = [choices[x.site.fqn] for x in item]
-    common = [rank for rank in own[0] if all(rank in other for other in own)]
-    totals, errors = [], []
-    for rank in common:
-        totals.append(sum(cost.of(x.priced, rank, c[rank].shape) for x, c in zip(item, own, strict=True)))
-        errors.append(sum(_error(x, c[rank], weighted) for x, c in zip(item, own, strict=True)))
-    return Options(totals, errors), common
-
-
-def _error(candidate: Candidate, choice: _Choice, weighted: bool) -> float:
-    if weighted:
-        return candidate.tail(choice.rank) * _weight(candidate)
-    size = choice.shape.dense_params
-    return 0.0 if choice.rank is None else size * (1 - choice.shape.low_rank_params(choice.rank) / size) ** 2
-
-
-def _within(candidate: Candidate, choices: dict[int | None, _Choice], max_error: float) -> LayerPlan:
+def _within(candidate: Candidate, choices: dict[Key, Form], max_error: float) -> LayerPlan:
     """The layer at its smallest rank of at most this error; where it has none, dense, or at its largest rank."""
-    ranks = [rank for rank in choices if rank is not None]
-    within = [rank for rank in ranks if candidate.relative_error(rank) <= max_error]
-    otherwise = None if None in choices else max(ranks)
-    return _decided(candidate, choices[min(within, default=otherwise)])
+    low_rank = [form for form in choices.values() if form.rank is not None]
+    within = [form for form in low_rank if candidate.relative(candidate.tail(form.rank)) <= max_error]
+    dense = [form for form in choices.values() if form.rank is None]
+    chosen = min(within, key=lambda form: form.rank) if within else (dense or low_rank[-1:])[0]
+    return _decided(candidate, chosen, candidate.tail(chosen.rank))
 
 
-def _decided(candidate: Candidate, choice: _Choice) -> LayerPlan:
+def _decided(candidate: Candidate, form: Form, squared: float) -> LayerPlan:
     layer = replace(candidate.draft, spectrum=_relative_spectrum(candidate.squares))
-    if choice.rank is None:
+    if form.rank is None and form.storage.grid is None:
         return replace(layer, reason="the budget is better spent elsewhere")
+    break_even = "" if form.rank is None else f"; break-even rank {form.shape.break_even_rank}"
     return replace(
         layer,
-        rank=choice.rank,
-        shape=choice.shape,
-        error=candidate.relative_error(choice.rank),
-        reason=f"chosen by the budget; break-even rank {choice.shape.break_even_rank}",
+        rank=form.rank,
+        shape=form.shape,
+        storage=form.storage,
+        error=candidate.relative(squared),
+        reason=f"chosen by the budget{break_even}",
     )
 
 
@@ -176,29 +182,6 @@ def _relative_spectrum(squares: Tensor) -> tuple[float, ...]:
     values = squares.amax(0).clamp_min(0).sqrt()
     places = sorted({round(i * (len(values) - 1) / (_POINTS_OF_A_CURVE - 1)) for i in range(_POINTS_OF_A_CURVE)})
     return tuple(round((values[i] / values[0]).item(), 7) if values[0] > 0 else 0.0 for i in places)
-
-
-def _tied(same_rank: Iterable[str | Iterable[str]], candidates: list[Candidate]) -> list[set[str]]:
-    """Names of the layers of each item: those of one `same_rank` entry together, all others alone."""
-    groups: list[set[str]] = []
-    free = {x.site.fqn: None for x in candidates}
-    for entry in same_rank:
-        patterns = [entry] if isinstance(entry, str) else list(entry)
-        members = {fqn for fqn in free if any(fnmatchcase(fqn, pattern) for pattern in patterns)}
-        if not members:
-            raise ValueError(f"same_rank: {', '.join(patterns)} matches no layer that the budget may change")
-        groups.append(members)
-        free = {fqn: None for fqn in free if fqn not in members}
-    return groups + [{fqn} for fqn in free]
-
-
-def _error_of_nothing(candidate: Candidate, weighted: bool) -> float:
-    return candidate.tails[0] * _weight(candidate) if weighted else candidate.draft.shape.dense_params
-
-
-def _weight(candidate: Candidate) -> float:
-    """What the errors of all tokens of a layer come to, of which `squares` are the mean."""
-    return float(candidate.priced.tokens or 1) ** _COHERENCE
 
 
 def _thinned(points: list[Allocation]) -> list[Allocation]:

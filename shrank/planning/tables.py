@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from .narrowed import NarrowedBlock
     from .plan import LayerPlan, RankPlan
 
 _COLUMNS = {
@@ -30,7 +31,9 @@ def table(plan: RankPlan) -> Table:
     for column, justify in _COLUMNS.items():
         made.add_column(column, justify=justify, overflow="fold", no_wrap=column != "reason")
     for layer in plan:
-        made.add_row(*_cells(layer), style=None if layer.changes else "dim")
+        made.add_row(*_cells(layer), style=None if layer.changes or layer.narrowed else "dim")
+    for block in plan.narrowed:
+        made.add_row(*_block_cells(block, plan), style="dim" if block.width is None else None)
     return made
 
 
@@ -41,6 +44,20 @@ def text(plan: RankPlan) -> str:
     return "\n".join(line.rstrip() for line in lines.getvalue().splitlines())
 
 
+def _block_cells(block: NarrowedBlock, plan: RankPlan) -> tuple[str, ...]:
+    layers = [layer for layer in plan if layer.fqn in block.layers]
+    return (
+        block.name,
+        "block",
+        f"{block.units} units",
+        "all" if block.width is None else str(block.width),
+        f"{sum(x.size for x in layers):,}",
+        f"{sum(x.params_after for x in layers):,}",
+        "" if block.error is None else f"{block.error:.4f}",
+        block.reason,
+    )
+
+
 def _cells(layer: LayerPlan) -> tuple[str, ...]:
     shape = layer.shape
     size = f"{shape.out_features}x{shape.in_features}" if shape else ""
@@ -48,6 +65,7 @@ def _cells(layer: LayerPlan) -> tuple[str, ...]:
     pivots = "p" if shape and shape.pivoted else ""
     rank = "dense" if layer.rank is None else f"{layer.rank}{pivots}"
     stored = f" {layer.storage}" if layer.changes and str(layer.storage) else ""
+    rank = "narrow" if layer.narrowed and layer.rank is None else rank
     error = "" if layer.error is None else f"{layer.error:.4f}"
     return (
         layer.fqn or "(root)",

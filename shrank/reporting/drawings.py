@@ -12,6 +12,14 @@ if TYPE_CHECKING:
 
 _LOW_RANK, _DENSE, _LINE = "#1f6f8b", "#b9b4a7", "#c8553d"
 _LEAST_ERROR = 1e-6
+# What a layer became: the colour of its bar.
+_FORMS = {
+    "dense": _DENSE,
+    "low rank": _LOW_RANK,
+    "few bits": "#d8a13a",
+    "low rank in few bits": "#7a4f9a",
+    "few bits, corrected": "#5d8a3a",
+}
 
 
 def figures(plan: RankPlan) -> dict[str, Figure]:
@@ -31,7 +39,7 @@ def figures(plan: RankPlan) -> dict[str, Figure]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'shrank[plot]'") from error
-    planned = [x for x in plan if x.shape is not None and (x.rank is not None or x.spectrum)]
+    planned = [x for x in plan if x.shape is not None and (x.changes or x.spectrum)]
     drawings = {}
     if plan.trade_off:
         drawings["What the budget could buy"] = (_draw_trade_off, (6.5, 3.2))
@@ -64,13 +72,26 @@ def _draw_trade_off(axis: Axes, plan: RankPlan, _: list[LayerPlan]) -> None:
 
 
 def _draw_ranks(axis: Axes, plan: RankPlan, planned: list[LayerPlan]) -> None:
-    shares = [100 * x.params_after / x.size for x in planned]
-    colours = [_DENSE if x.rank is None else _LOW_RANK for x in planned]
-    axis.barh(range(len(planned)), shares, color=colours, height=0.7)
+    in_bytes = any(x.storage.grid for x in planned)
+    shares = [100 * (x.bytes() / (2 * x.size) if in_bytes else x.params_after / x.size) for x in planned]
+    forms = [_form(x) for x in planned]
+    for form in (form for form in _FORMS if form in forms):
+        places = [number for number, of_layer in enumerate(forms) if of_layer == form]
+        axis.barh(places, [shares[n] for n in places], color=_FORMS[form], height=0.7, label=form)
+    axis.legend(frameon=False, fontsize=8, ncols=len(_FORMS), loc="lower left", bbox_to_anchor=(0, 1))
     axis.set_yticks(range(len(planned)), [x.fqn or "(root)" for x in planned], fontsize=7)
     axis.invert_yaxis()
     axis.margins(y=0.01)
-    axis.set(xlabel="% of the layer's weights that are kept (grey: dense)", xlim=(0, 100))
+    unit = "% of the layer's bytes in 16 bits" if in_bytes else "% of the layer's weights that are kept"
+    axis.set(xlabel=unit, xlim=(0, 100))
+
+
+def _form(layer: LayerPlan) -> str:
+    if layer.rank is None:
+        return "few bits" if layer.storage.grid else "dense"
+    if layer.storage.corrected:
+        return "few bits, corrected"
+    return "low rank in few bits" if layer.storage.grid else "low rank"
 
 
 def _draw_spectra(axis: Axes, plan: RankPlan, planned: list[LayerPlan]) -> None:

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..compression.apply import attach_empty, describe, expected_state, indented, unpack
+from ..compression.apply import attach_empty, expected_state, unpack
+from ..compression.describe import describe
 from ..layers.plain import why_not_numbers
 from ..layers.quantized import DTYPES, SCALES, is_quantized, packed_state
 from ..layers.seal import sealed_names
 from ..layers.two_stage import memory_format
 from ..planning.plan import RankPlan
 from ..util import tensor_file
+from ..util.lines import indented
 from .checks import check_saveable, seals
 from .planned import missing_factors, packed_problems
 

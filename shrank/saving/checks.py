@@ -12,6 +12,7 @@ from ..layers.plain import why_not_numbers
 from ..layers.quantized import is_quantized, packed_state
 from ..layers.seal import DENSE_NAME, seal
 from ..model.adapters import LOW_RANK
+from ..model.feed_forward import narrowed_in
 
 METHOD = "shrank"  # what the config of a saved model calls a plan, where quantized models have their method
 
@@ -25,6 +26,11 @@ def is_on_grid(module: nn.Module) -> bool:
     return is_quantized(module._parameters.get("weight"))
 
 
+def needs_plan(model: nn.Module) -> bool:
+    """Whether a model has layers of another kind or size than its class gives it."""
+    return is_compressed(model) or any(True for _ in narrowed_in(model))
+
+
 def seals(model: nn.Module) -> dict[str, Tensor]:
     """A seal for every low-rank layer, and for every other one on a grid, under every name that its dense weight would
     have in `model.state_dict()`."""
@@ -33,11 +39,11 @@ def seals(model: nn.Module) -> dict[str, Tensor]:
 
 def _sealed(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[int, ...]]]:
     """Every name of every layer that needs a seal, with the shape of its dense weight."""
-    stages = {id(m) for layer in model.modules() if isinstance(layer, LOW_RANK) for m in layer.stages.modules()}
+    parts = {id(m) for x in model.modules() if isinstance(x, LOW_RANK) for _, part in x.parts() for m in part.modules()}
     for fqn, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, LOW_RANK):
             yield fqn, layer, tuple(layer.weight_shape)
-        elif is_on_grid(layer) and id(layer) not in stages:
+        elif is_on_grid(layer) and id(layer) not in parts:
             yield fqn, layer, tuple(layer.weight.shape)
 
 
@@ -81,7 +87,7 @@ def check_saveable(model: nn.Module) -> None:
     problems = [
         f"{fqn or '(root)'}: {reason}"
         for fqn, layer in model.named_modules()
-        if isinstance(layer, LOW_RANK) and (reason := layer.why_not_plain(sharded=True))
+        if isinstance(layer, LOW_RANK) and (reason := layer.why_not_saved())
     ]
     if problems:
         raise ValueError(

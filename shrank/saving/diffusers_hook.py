@@ -11,7 +11,7 @@ from types import ModuleType
 from torch import nn
 from wrapt import register_post_import_hook, wrap_function_wrapper
 
-from .checks import is_compressed
+from .checks import needs_plan
 
 
 def join_quantizers(quantizers: ModuleType) -> None:
@@ -29,7 +29,7 @@ def join_models(modeling_utils: ModuleType) -> None:
 
 
 def _refuse(save: Callable, model: nn.Module, args: tuple, kwargs: dict) -> object:
-    if is_compressed(model):
+    if needs_plan(model):
         raise RuntimeError(
             "this diffusers has no quantizers, through which low-rank models are loaded again; use a "
             "newer one, or shrank.save and shrank.load"

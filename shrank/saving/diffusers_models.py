@@ -16,11 +16,13 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from ..compression.apply import attach_empty, describe, indented, merge, unpack
+from ..compression.apply import attach_empty, merge, unpack
+from ..compression.describe import describe
 from ..layers.pivots import Pivots
 from ..layers.seal import sealed_names
 from ..planning.plan import RankPlan
-from .checks import METHOD, check_saveable, is_compressed, is_plan, sealing, stand_in_for
+from ..util.lines import indented
+from .checks import METHOD, check_saveable, is_plan, needs_plan, sealing, stand_in_for
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -93,7 +95,7 @@ class LowRankQuantizer(DiffusersQuantizer):
 def save_pretrained(save_plainly: Callable, save: Callable, model: ModelMixin, args: tuple, kwargs: dict) -> None:
     """ModelMixin.save_pretrained, plain as a function of the model and bound to it: of a low-rank model it also writes
     the plan, and a seal for every layer."""
-    quantizer, low_rank = getattr(model, "hf_quantizer", None), is_compressed(model)
+    quantizer, low_rank = getattr(model, "hf_quantizer", None), needs_plan(model)
     ours = isinstance(quantizer, LowRankQuantizer)
     if not (low_rank or ours or is_plan(model.config.get(_CONFIG))):
         return save(*args, **kwargs)

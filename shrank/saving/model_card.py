@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
-from ..compression.apply import describe
+from ..compression.describe import describe
 from ..layers.quantized import packed_state
 from ..planning.plan import RankPlan
 from .folders import CARD
@@ -29,36 +29,27 @@ def write_card(model: nn.Module, source: str, folder: Path, load: str) -> None:
     metadata, dense_text, was_compressed = _card_of(Path(source) / CARD)
     name, plan = _name_of(source), describe(model)
     base = metadata.get("base_model") if was_compressed else name
-    tags = [tag for tag in metadata.get("tags") or [] if tag not in (TAG, "low-rank")]
+    tags = [tag for tag in metadata.get("tags") or [] if tag not in (TAG, "low-rank", "narrowed")]
     kept = {key: value for key, value in metadata.items() if key not in _NOT_KEPT}
     data = ModelCardData(
         **({"library_name": "transformers"} | kept | {"base_model": base, "tags": [*tags, *_tags(plan)]})
     )
-    text = _compressed(model, plan, name, load) if plan.changed else _merged(name, load)
+    text = _merged(name, load) if plan.does_nothing else _compressed(model, plan, name, load)
     about_dense = [_ABOUT_DENSE, _NOTE, dense_text] if dense_text else []
     content = "\n\n".join(("---\n" + data.to_yaml() + "\n---", *text, *about_dense))
     (folder / CARD).write_text(content + "\n", encoding="utf-8")
 
 
-def _tags(plan: RankPlan) -> tuple[str, ...]:
-    return (TAG, *["low-rank"] * bool(plan.low_rank)) if plan.changed else ()
-
-
 def _compressed(model: nn.Module, plan: RankPlan, name: str, load: str) -> Iterator[str]:
-    layers, ranks = plan.outermost.low_rank, sorted(layer.rank for layer in plan.low_rank)
+    layers = [layer for layer in plan.outermost if layer.changes or layer.narrowed]
     tensors = {*model.parameters(), *model.buffers()}
-    saved = sum((x.size - x.params_after) * model.get_submodule(x.fqn).down.itemsize for x in layers)
-    before = sum(x.nbytes for x in tensors) + saved
     after = sum(part.nbytes for x in tensors for part in packed_state({"": x}).values())
-    touched, kept = sum(x.size for x in layers), sum(x.params_after for x in layers)
-    rows = (("parameters", plan.params_before, plan.params_after), ("bytes", before, after))
-    yield f"# {'Low-rank copy' if layers else 'Copy'} of {name}{'' if layers else ' in few bits'}"
-    if layers:
-        yield (
-            f"shrank replaced {len(layers)} layers of `{name}` by products of two thin ones, of ranks {ranks[0]} to "
-            f"{ranks[-1]} (median {ranks[len(ranks) // 2]}), which keep {kept / touched:.1%} of these layers' weights. "
-            "config.json holds the rank of every layer."
-        )
+    sizes = {x.fqn: next(model.get_submodule(x.fqn).parameters()).itemsize for x in layers}
+    saved = sum(x.size * sizes[x.fqn] - x.bytes(sizes[x.fqn]) for x in layers)
+    rows = (("parameters", plan.params_before, plan.params_after), ("bytes", after + saved, after))
+    yield f"# {_what(plan)} of {name}"
+    if told := " ".join((*_of_ranks(plan, name), *_of_widths(plan, name))):
+        yield told
     if grids := Counter(str(layer.storage) for layer in plan.changed if layer.storage.grid):
         told = ", ".join(f"{grid} in {number}" for grid, number in grids.items())
         yield f"Weights have few bits: {told} of these layers (bits / weights with one scale, else a row)."
@@ -70,6 +61,39 @@ def _compressed(model: nn.Module, plan: RankPlan, name: str, load: str) -> Itera
         )
     )
     yield f"Import shrank first: without it these weights do not load.\n\n```python\nimport shrank\n\n{load}\n```"
+
+
+def _tags(plan: RankPlan) -> tuple[str, ...]:
+    if plan.does_nothing:
+        return ()
+    return (TAG, *(("low-rank",) if plan.low_rank else ()), *(("narrowed",) if plan.narrower else ()))
+
+
+def _what(plan: RankPlan) -> str:
+    """What kind of copy this is."""
+    if plan.low_rank:
+        return "Low-rank copy"
+    return "Narrowed copy" if plan.narrower else "Copy in few bits"
+
+
+def _of_ranks(plan: RankPlan, name: str) -> Iterator[str]:
+    if layers := plan.outermost.low_rank:
+        ranks = sorted(layer.rank for layer in plan.low_rank)
+        touched, kept = sum(x.size for x in layers), sum(x.params_after for x in layers)
+        yield (
+            f"shrank replaced {len(layers)} layers of `{name}` by products of two thin ones, of ranks {ranks[0]} to "
+            f"{ranks[-1]} (median {ranks[len(ranks) // 2]}), which keep {kept / touched:.1%} of these layers' weights. "
+            "config.json holds the rank of every layer."
+        )
+
+
+def _of_widths(plan: RankPlan, name: str) -> Iterator[str]:
+    if blocks := plan.narrower:
+        units, kept = sum(block.units for block in blocks), sum(block.width for block in blocks)
+        yield (
+            f"shrank took hidden units out of {len(blocks)} feed-forward blocks of `{name}`, which keep "
+            f"{kept / units:.1%} of them, and fitted the layers behind them again."
+        )
 
 
 def _merged(name: str, load: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..layers.quantized import SCALES, VALUES, packed_shapes, why_not_packed
 from ..layers.seal import DENSE_NAME
-from ..layers.two_stage import UNITS
+from ..layers.two_stage import BASE, UNITS
 from ..linalg import Grid
 from ..planning.plan import LayerPlan, RankPlan
 
@@ -30,11 +30,11 @@ def packed_problems(plan: RankPlan, state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _missing(layer: LayerPlan, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    if layer.storage.grid is not None:
-        for name, rows, columns, grid in _on_grid(layer, shapes):
-            for part, shape in zip((VALUES, SCALES), packed_shapes(rows, columns, grid), strict=True):
-                if shapes.get(name + part) != shape:
-                    yield name + part
+    for name, rows, columns, grid in _on_grid(layer, shapes):
+        for part, shape in zip((VALUES, SCALES), packed_shapes(rows, columns, grid), strict=True):
+            if shapes.get(name + part) != shape:
+                yield name + part
+    if layer.rank is None or layer.storage.of_factors is not None:
         return
     unit = _unit(layer.fqn, shapes)
     down, up = (shapes.get(f"{unit}.{stage}.{DENSE_NAME}", ()) for stage in (0, 1))
@@ -49,11 +49,11 @@ def _missing(layer: LayerPlan, shapes: Mapping[str, tuple[int, ...]]) -> Iterato
 
 def _on_grid(layer: LayerPlan, names: Collection[str]) -> Iterator[tuple[str, int, int, Grid]]:
     """(name, rows, columns, grid) of every weight of a layer that is on a grid."""
-    shape, grid = layer.shape, layer.storage.grid
-    if grid is None:
-        return
-    if layer.rank is None:
-        yield f"{layer.fqn}.{DENSE_NAME}".lstrip("."), shape.out_features, shape.in_features, grid
+    shape, storage, prefix = layer.shape, layer.storage, f"{layer.fqn}." if layer.fqn else ""
+    if storage.grid is not None and (layer.rank is None or storage.corrected):
+        base = f"{prefix}{BASE}." if storage.corrected else prefix
+        yield f"{base}{DENSE_NAME}", shape.out_features, shape.in_features, storage.grid
+    if layer.rank is None or (grid := storage.of_factors) is None:
         return
     unit = _unit(layer.fqn, names)
     yield f"{unit}.0.{DENSE_NAME}", layer.rank, shape.in_features, grid

@@ -16,13 +16,13 @@ from wrapt import register_post_import_hook, wrap_function_wrapper
 
 from ..util import tensor_file
 from .checkpoint import METADATA_KEY, content, load, read_header
-from .checks import is_compressed, sealing
+from .checks import is_compressed, needs_plan, sealing
 
 
 def save_model(save: Callable, _: object, args: tuple, kwargs: dict) -> None:
     """safetensors.torch.save_model, which of a low-rank model also writes its plan."""
     call = signature(save).bind(*args, **kwargs).arguments
-    if not is_compressed(call["model"]):
+    if not needs_plan(call["model"]):
         return save(*args, **kwargs)
     tensors, metadata = content(call["model"])
     return tensor_file.write(call["filename"], tensors, {**(call.get("metadata") or {}), **metadata})
@@ -61,7 +61,7 @@ def _hub_save(save: Callable, model: object, args: tuple, kwargs: dict) -> objec
 
 def _sentence_module_save(save: Callable, module: object, args: tuple, kwargs: dict) -> None:
     """save_torch_weights of sentence-transformers' modules, of which only the safetensors know low-rank layers."""
-    if is_compressed(module) and not signature(save).bind(*args, **kwargs).arguments.get("safe_serialization", True):
+    if needs_plan(module) and not signature(save).bind(*args, **kwargs).arguments.get("safe_serialization", True):
         raise ValueError(
             f"a {type(module).__name__} with low-rank layers is loaded again only from safetensors; save "
             "with safe_serialization=True"

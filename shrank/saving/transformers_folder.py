@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..compression.apply import describe
+from ..compression.describe import describe
 from ..planning.plan import RankPlan
 from ..util.files import replacing
 from . import transformers_saving as transformers_saving

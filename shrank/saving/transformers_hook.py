@@ -11,7 +11,7 @@ from types import ModuleType
 
 from wrapt import register_post_import_hook, wrap_function_wrapper
 
-from .checks import is_compressed
+from .checks import needs_plan
 
 OLDEST = 5  # the major version whose quantizer interface transformers_loading enters
 
@@ -32,7 +32,7 @@ def join_models(modeling_utils: ModuleType) -> None:
         return
 
     def refuse(save, model, args, kwargs):
-        if is_compressed(model):
+        if needs_plan(model):
             raise RuntimeError(
                 f"transformers {version} cannot load low-rank models again, {OLDEST} or newer can; "
                 "use shrank.save and shrank.load"

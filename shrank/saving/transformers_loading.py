@@ -99,7 +99,8 @@ class ShrankQuantizer(HfQuantizer):
             for fqn in resized_layers(plan, model)
             if any(f"{name}.{DENSE_NAME}" in self.stored for name in possible_names(fqn, model))
         }
-        model = attach_empty(model, RankPlan(tuple(layer for layer in plan if layer.fqn not in resized)))
+        kept = tuple(layer for layer in plan if layer.fqn not in resized)
+        model = attach_empty(model, RankPlan(kept, narrowed=plan.narrowed))
         _check_unplanned(model, self.stored, resized)
         model.all_tied_weights_keys = untied(model, model.all_tied_weights_keys)
         self.ignored = model._keys_to_ignore_on_load_unexpected

@@ -10,9 +10,10 @@ from torch import nn
 
 from ..layers.quantized import SCALES, VALUES
 from ..layers.seal import DENSE_NAME
-from ..layers.two_stage import UNITS
+from ..layers.two_stage import BASE, UNITS
 from ..linalg import Shape
 from ..model.adapters import target
+from ..planning.narrowed import NarrowedBlock
 from ..planning.plan import RankPlan
 
 if TYPE_CHECKING:
@@ -44,13 +45,28 @@ def as_loaded(plan: RankPlan, model: nn.Module) -> RankPlan:
         fqn = next((name for name in possible_names(layer.fqn, model) if outer(name) in names), layer.fqn)
         if outer(fqn) in names or is_saved_class(model):
             layers.append(replace(layer, fqn=fqn))
-    return RankPlan(tuple(layers))
+    return RankPlan(tuple(layers), narrowed=_blocks_as_loaded(plan, model, {layer.fqn for layer in layers}))
+
+
+def _blocks_as_loaded(plan: RankPlan, model: nn.Module, layers: set[str]) -> tuple[NarrowedBlock, ...]:
+    """The blocks in the names of the model being loaded, of those whose layers it has."""
+
+    def loaded(fqn: str) -> str:
+        return next((name for name in possible_names(fqn, model) if name in layers), fqn)
+
+    blocks = [
+        replace(block, producers=tuple(map(loaded, block.producers)), consumer=loaded(block.consumer))
+        for block in plan.narrower
+    ]
+    return tuple(block for block in blocks if layers.issuperset(block.layers))
 
 
 def resized_layers(plan: RankPlan, model: nn.Module) -> set[str]:
     """Planned layers that the model being loaded has in another size: a head for other labels, or for more words."""
     modules = dict(model.named_modules())
-    layers = [(layer, target(modules[layer.fqn])) for layer in plan.changed if layer.fqn in modules]
+    layers = [
+        (layer, target(modules[layer.fqn])) for layer in plan.changed if layer.fqn in modules and not layer.narrowed
+    ]
     return {
         layer.fqn
         for layer, found in layers
@@ -65,4 +81,4 @@ def _size(shape: Shape) -> tuple[int, int]:
 def outer(name: str) -> str:
     """The layer of the dense model to which a name of what it became belongs; of any other name, the name."""
     packed = name.removesuffix(f".{DENSE_NAME}{VALUES}").removesuffix(f".{DENSE_NAME}{SCALES}")
-    return re.split(rf"\.?(?:{'|'.join(UNITS)})\.", packed)[0]
+    return re.split(rf"(?:^|\.)(?:{'|'.join((*UNITS, BASE))})(?:\.|$)", packed)[0]

@@ -7,35 +7,39 @@ other models that share its config, never carry a plan, whatever happens while i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from inspect import BoundArguments, signature
 from pathlib import Path
 
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import PreTrainedModel
 from wrapt import wrap_function_wrapper
 
-from ..compression.apply import describe, indented
+from ..compression.describe import describe
 from ..layers.quantized import packed_state
 from ..planning.plan import RankPlan
-from .checks import check_saveable, is_compressed, is_plan, seals, stand_in_for, why_not_data
+from ..util.lines import indented
+from .checks import check_saveable, is_plan, needs_plan, seals, stand_in_for, why_not_data
 from .transformers_loading import ShrankConfig, ShrankQuantizer, remove_plan
+from .transformers_widths import configs_in, plain_as_possible
 
 _save_plainly = PreTrainedModel.save_pretrained
 
 
 def save_pretrained(save: Callable, model: PreTrainedModel, args: tuple, kwargs: dict) -> object:
     """save_pretrained of any model of transformers: for what it has become, which nothing knows before."""
-    low_rank = is_compressed(model)
+    changed = needs_plan(model)
     ours = isinstance(getattr(model, "hf_quantizer", None), ShrankQuantizer)
-    if not (low_rank or ours or any(is_plan(vars(c).get("quantization_config")) for c in configs_in(model.config))):
+    if not (changed or ours or any(is_plan(vars(c).get("quantization_config")) for c in configs_in(model.config))):
         return save(*args, **kwargs)
     stand_in = _stand_in(model)
     call = signature(_save_plainly).bind(stand_in, *args, **kwargs)
     adapters_only = getattr(model, "_hf_peft_config_loaded", False)
-    if low_rank and not adapters_only:
+    plan = describe(model)
+    if changed and not adapters_only:
         _check(model, call)
+        plan = plain_as_possible(stand_in, plan)
+    if plan.layers and not adapters_only:
         state = dict(call.arguments.get("state_dict") or model.state_dict())
         if wrong := [f"{name}: {reason}" for name, value in state.items() if (reason := why_not_data(value))]:
             raise ValueError(
@@ -45,7 +49,7 @@ def save_pretrained(save: Callable, model: PreTrainedModel, args: tuple, kwargs:
         call.arguments["state_dict"] = packed_state(state) | seals(model)
         if "save_original_format" in signature(_save_plainly).parameters:
             call.arguments["save_original_format"] = False
-        stand_in.config.quantization_config = ShrankConfig.of(describe(model))
+        stand_in.config.quantization_config = ShrankConfig.of(plan)
     return _save_plainly(*call.args, **call.kwargs)
 
 
@@ -72,16 +76,6 @@ def _stand_in(model: PreTrainedModel) -> PreTrainedModel:
         del stand_in.hf_quantizer
         vars(stand_in).pop("_weight_conversions", None)
     return stand_in
-
-
-def configs_in(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A config and those of the parts of a composite model."""
-    yield config
-    for value in vars(config).values():
-        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-        for part in parts:
-            if isinstance(part, PreTrainedConfig):
-                yield from configs_in(part)
 
 
 def _check(model: PreTrainedModel, call: BoundArguments) -> None:

@@ -102,24 +102,26 @@ def run(pieces: Sequence[Piece], x: Tensor, bias: Tensor | None) -> Tensor:
     biases = [None] * len(pieces) if bias is None else bias.split([piece.share.outputs for piece in pieces])
     found = _factors_together(pieces, x, biases)
     for number, (piece, own) in enumerate(zip(pieces, biases, strict=True)):
-        if piece.keeps_pivots:
-            y = low_rank_pivoted(x, piece.down, piece.up, piece.order)
-            found[number] = y if own is None else y + own
-        elif piece.share.rank is None:
+        if piece.share.rank is None:
             found[number] = F.linear(x, piece.weight, own)
+        elif piece.keeps_pivots and own is not None:
+            found[number] = found[number] + own  # of outputs in order
     return found[0] if len(found) == 1 else torch.cat([found[number] for number in range(len(pieces))], -1)
 
 
 def _factors_together(pieces: Sequence[Piece], x: Tensor, biases: Sequence[Tensor | None]) -> dict[int, Tensor]:
-    """The outputs of the pieces with two plain factors, by number: those of several by one op."""
-    plain = [n for n, piece in enumerate(pieces) if piece.share.rank is not None and not piece.keeps_pivots]
-    if len(plain) == 1:
-        (n,) = plain
-        return {n: low_rank_linear(x, pieces[n].down, pieces[n].up, biases[n])}
-    if not plain:
-        return {}
-    factors = [pieces[n].down for n in plain], [pieces[n].up for n in plain], [biases[n] for n in plain]
-    return dict(zip(plain, low_rank_linear_multi(x, *factors), strict=True))
+    """The outputs of the pieces with two factors, by number, without the bias of pivoted ones: of several by one op."""
+    numbers = [n for n, piece in enumerate(pieces) if piece.share.rank is not None]
+    stored = [
+        (piece.down, piece.up, None, None, piece.order)
+        if (piece := pieces[n]).keeps_pivots
+        else (piece.down, piece.up, biases[n], None, None)
+        for n in numbers
+    ]
+    if len(stored) == 1:
+        (down, up, bias, _, order), (n,) = stored[0], numbers
+        return {n: low_rank_linear(x, down, up, bias) if order is None else low_rank_pivoted(x, down, up, order)}
+    return dict(zip(numbers, low_rank_linear_multi(x, *zip(*stored, strict=True)), strict=True)) if stored else {}
 
 
 def _empty(*size: int, dtype: torch.dtype) -> nn.Parameter:

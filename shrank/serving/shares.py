@@ -93,6 +93,11 @@ def served_layers(plan: RankPlan) -> dict[str, LayerPlan]:
     """The low-rank layers of a plan by name; ValueError if there are any that no server can build."""
     if wrong := [f"{layer.fqn} is a {layer.kind}" for layer in plan.low_rank if layer.kind != SERVED]:
         raise ValueError(f"only low-rank layers of the kind {SERVED} are served: {_few(wrong)}; {WAY_OUT}")
+    if plan.narrower:
+        raise ValueError(
+            f"blocks of different widths are not served, such as {plan.narrower[0].name}: narrow='uniform' gives all "
+            "one width, which config.json has then"
+        )
     if inner := sorted({layer.fqn for layer in plan.low_rank} - {layer.fqn for layer in plan.outermost.low_rank}):
         raise ValueError(f"stages that are low-rank in turn are not served: {_few(inner)}; {WAY_OUT}")
     if few := [f"{layer.fqn} is {layer.storage}" for layer in plan.changed if layer.storage != AS_IT_IS]:

@@ -78,6 +78,8 @@ class Checkpoint(Streamed):
             raise TypeError(
                 "a Budget(eval_fn=) tries compressed models, which streaming does not make: give keep_params="
             )
+        if options.narrow or (isinstance(rank, RankPlan) and rank.narrower):
+            raise TypeError("stream: blocks are narrowed only in memory; leave out narrow=, or load the model")
         if options.submodules is not None or options.fact_led_unit:
             raise TypeError("stream: name layers with include= and exclude=; submodules and fact_led_unit need a model")
         if anchored:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..compression.apply import indented
 from ..saving.checks import is_plan
 from ..saving.folders import transformer_folder
 from ..saving.transformers_folder import class_of
 from ..util import tensor_file
+from ..util.lines import indented
 from .values import Unstreamable
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -16,7 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from ..calibration.calibration import Calibration
 from ..calibration.losses import as_sensitivity
 from ..calibration.request import Calibrate
-from ..compression.apply import resolve
+from ..compression.resolve import resolve
 from ..model import notes
 from ..model.blocks import blocks_of
 from ..model.survey import Site, Survey
@@ -27,7 +27,8 @@ from ..planning.plan import RankPlan
 from ..planning.rank import Rank
 from ..saving.folders import transformer_of
 from ..saving.transformers_folder import complete
-from ..saving.transformers_saving import configs_in, save_config
+from ..saving.transformers_saving import save_config
+from ..saving.transformers_widths import configs_in
 from ..util.fingerprint import fingerprint
 from ..version import __version__
 from .fit import AnchoredFit, Fit, KeptSpectra

@@ -146,7 +146,7 @@ def test_inspect_finds_damage(small: Path, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (("plan", "SOURCE"), USAGE, "exactly one of --rank, --keep, --energy"),
+        (("plan", "SOURCE"), USAGE, "exactly one of --rank, --keep, --keep-bytes, --energy"),
         (("plan", "SOURCE", "--rank", 8, "--keep", 0.5), USAGE, "got 2"),
         (("plan", "SOURCE", "--keep", 1.5), FAILED, "must lie in (0, 1), got 1.5"),
         (("plan", "SOURCE", "--rank", 1000), NOTHING, "no layer can be replaced"),

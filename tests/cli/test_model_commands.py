@@ -251,3 +251,17 @@ def test_pivots_are_an_option(model_folder) -> None:
     ]
     pivoted = [{x["shape"]["pivoted"] for x in plan["layers"] if x["rank"]} for plan in made]
     assert pivoted == [{True}, {False}]
+
+
+def test_a_share_of_the_bytes(model_folder, data_folder, tmp_path) -> None:
+    source, texts = model_folder("llama"), data_folder / "texts.txt"
+    options = ("--keep-bytes", 0.12, "--calibrate", texts, "--max-length", 10, "--batch-size", 5)
+    planned = run("plan", source, *options, "--json")
+    assert planned.exit_code == 0, planned.output
+    plan = shrank.RankPlan.from_dict(json.loads(planned.stdout))
+    done = run("compress", source, *options, "--out", tmp_path / "small", "--report", tmp_path / "a.html")
+    assert done.exit_code == 0, done.output
+    small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    described = {x.fqn: (x.rank, x.storage) for x in shrank.describe(small).changed}
+    assert described == {x.fqn: (x.rank, x.storage) for x in plan.changed}
+    assert any(storage.grid for _, storage in described.values())

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from shrank.ops.reference import ACTIVATIONS
+from tests.common.pivoted_cases import places
 
 
 @dataclass(frozen=True)
 class GatedCase:
     """A problem of the gated op: x (*batch, K), gate_down (S, K), gate_up (N, S), down (R, K), up (N, R).
 
-    bias: of both, of the gate alone ("gate"), of the value alone ("value"), or of none.
+    bias: of both, of the gate alone ("gate"), of the value alone ("value"), or of none. pivots: which of them are
+    pivoted, likewise; their orders differ.
     """
 
     batch: tuple[int, ...]
@@ -24,11 +26,12 @@ class GatedCase:
     R: int
     bias: str = "both"
     activation: str = "silu"
+    pivots: str = "none"
 
     def __str__(self) -> str:
-        return (
-            f"{'x'.join(map(str, (*self.batch, self.K)))}-S{self.S}-R{self.R}-N{self.N}-{self.activation}-{self.bias}"
-        )
+        sizes = f"{'x'.join(map(str, (*self.batch, self.K)))}-S{self.S}-R{self.R}-N{self.N}"
+        pivots = "" if self.pivots == "none" else f"-pivots of {self.pivots}"
+        return f"{sizes}-{self.activation}-{self.bias}{pivots}"
 
     @property
     def output(self) -> tuple[int, ...]:
@@ -59,14 +62,21 @@ class GatedCase:
             values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
             return values.to(device, dtype).requires_grad_(requires_grad)
 
-        given = [draw(*self.batch, self.K)]
+        given, pivots = [draw(*self.batch, self.K)], []
         for rank, name in ((self.S, "gate"), (self.R, "value")):
+            has_bias, is_pivoted = (which in ("both", name) for which in (self.bias, self.pivots))
+            rows = self.N - rank if is_pivoted else self.N
             given += [
                 draw(rank, self.K, scale=max(self.K, 1) ** -0.5),
-                draw(self.N, rank, scale=max(rank, 1) ** -0.5),
-                draw(self.N) if self.bias in ("both", name) else None,
+                draw(rows, rank, scale=max(rank, 1) ** -0.5),
+                draw(rows) if has_bias else None,
             ]
-        return (*given, self.activation)
+            order = places(self.N, rank, "mixed", device) if is_pivoted else None
+            pivots += [
+                draw(rank) if has_bias and is_pivoted else None,
+                order if order is None or name == "value" else order.flip(0),
+            ]
+        return (*given, *pivots, self.activation)
 
 
 # Every end, at a size whose rows are whole 16-byte accesses and at one whose rows are not.
@@ -75,6 +85,12 @@ ENDS = [
     for N in (64, 37)
     for activation in ACTIVATIONS
     for bias in ("both", "gate", "value", "none")
+]
+ENDS += [
+    GatedCase((6,), 32, N, 8, 16, bias, activation, pivots)
+    for N in (64, 37)
+    for activation, bias in zip(ACTIVATIONS, ("both", "gate", "value", "none", "both"), strict=True)
+    for pivots in ("gate", "value", "both")
 ]
 SHAPES = [
     GatedCase(batch, K, N, S, R, "both", "gelu")
@@ -94,10 +110,32 @@ SHAPES = [
         ((129,), 130, 257, 33, 12),
     ]
 ]
+SHAPES += [
+    GatedCase(batch, K, N, S, R, "both", "gelu", pivots)
+    for batch, K, N, S, R, pivots in [
+        ((), 32, 64, 8, 8, "both"),
+        ((0,), 32, 64, 8, 16, "both"),
+        ((1,), 1, 1, 1, 1, "both"),
+        ((5,), 7, 3, 2, 3, "both"),
+        ((5,), 7, 3, 3, 4, "gate"),
+        ((2, 3, 4), 24, 40, 16, 40, "both"),
+        ((4,), 0, 8, 4, 2, "value"),
+        ((4,), 16, 8, 0, 4, "both"),
+        ((4,), 16, 8, 4, 0, "both"),
+        ((129,), 130, 257, 33, 12, "both"),
+    ]
+]
 # The matrix kernels' own: few rows, fused and, beyond rank 256, from h.
 MATRICES = [
     GatedCase((130,), 200, 264, 120, 72),
     GatedCase((3, 171), 768, 776, 96, 96, "none", "gelu_tanh"),
     GatedCase((70,), 520, 520, 320, 40, "gate"),
     GatedCase((5,), 528, 136, 64, 200),
+]
+MATRICES += [
+    GatedCase((130,), 200, 264, 120, 72, pivots="both"),
+    GatedCase((70,), 520, 520, 320, 40, "gate", pivots="gate"),
+    GatedCase((40,), 128, 136, 136, 64, "value", pivots="both"),
+    GatedCase((5,), 528, 264, 64, 200, pivots="both"),
+    GatedCase((3,), 528, 136, 72, 40, pivots="value"),
 ]

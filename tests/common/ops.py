@@ -60,7 +60,7 @@ class OpUnderTest:
 
     @property
     def function(self) -> Callable[..., Tensor]:
-        return _pivoted_function if self.definition is PIVOTED else getattr(shrank, self.definition.name)
+        return _FUNCTIONS.get(self.definition.name) or getattr(shrank, self.definition.name)
 
     def assert_as_good_as_torch(self, actual: Tensor, arguments: tuple) -> None:
         assert_close(actual, self.reference(*doubled(arguments)), self.reference(*arguments))
@@ -76,6 +76,27 @@ def _pivoted_function(
     return shrank.low_rank_pivoted(x, down, up, order, bias, pivot_bias, *rest, **options)
 
 
+def _gated_function(
+    x: Tensor,
+    gate_down: Tensor,
+    gate_up: Tensor,
+    gate_bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    gate_pivot_bias: Tensor | None = None,
+    gate_order: Tensor | None = None,
+    pivot_bias: Tensor | None = None,
+    order: Tensor | None = None,
+    activation: str = "silu",
+    **options,
+) -> Tensor:
+    options |= {"gate_pivot_bias": gate_pivot_bias, "gate_order": gate_order, "pivot_bias": pivot_bias, "order": order}
+    return shrank.low_rank_gated(x, gate_down, gate_up, gate_bias, down, up, bias, activation, **options)
+
+
+# Whose arguments have another order than those of the op.
+_FUNCTIONS = {PIVOTED.name: _pivoted_function, GATED.name: _gated_function}
 _linear = LinearCase((3, 5), 24, 40, 8, True, "gelu", True)
 _last = ConvCase((6, 5), (3, 2), 16, 24, 8, padding=(1, 0, 0, 1), activation="gelu", residual=True, last=True)
 _formats = {"channels_first": replace(_last, last=False), "channels_last": _last}
@@ -109,8 +130,8 @@ GATED_OP = OpUnderTest(
     name="gated",
     definition=GATED,
     reference=reference.low_rank_gated,
-    full={"rows": _gated},
-    small={"rows": _gated},
+    full={"rows": _gated, "pivoted": replace(_gated, pivots="both")},
+    small={"rows": _gated, "pivoted": replace(_gated, pivots="both")},
     values=gated_cases.ENDS + gated_cases.SHAPES + gated_cases.MATRICES,
     gradients=gated_cases.ENDS + gated_cases.SHAPES + gated_cases.MATRICES,
     odd=[
@@ -118,6 +139,8 @@ GATED_OP = OpUnderTest(
         GatedCase((), 8, 8, 2, 3, "gate"),
         GatedCase((4,), 16, 7, 3, 2, "none", "none"),
         GatedCase((0,), 16, 8, 4, 8),
+        GatedCase((3, 5), 24, 40, 8, 16, "both", "relu", "both"),
+        GatedCase((4,), 16, 7, 3, 7, "value", "none", "value"),
     ],
 )
 _pivoted = PivotedCase((3, 5), 24, 40, 8, activation="gelu", residual=True)
@@ -197,6 +220,7 @@ def ops_of(call: Callable[[], object]) -> list[str]:
 
 def pretend_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the native kernels could run here; the ops run what this machine has of them."""
+    monkeypatch.setattr(availability, "is_on_cuda", lambda _: True)
     monkeypatch.setattr(availability, "why_not_here", tuple)
     monkeypatch.setattr(availability, "why_not_these", lambda *_: [])
     monkeypatch.setattr(self_check, "why_not_op", lambda *_: ())

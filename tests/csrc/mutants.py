@@ -165,12 +165,13 @@ def failure_of_few_rows(
 ) -> str | None:
     arguments = run.arguments()
     if isinstance(run, few_rows.MultiRun):
+        may_conflict = any(layer.pivoted for layer in run.layers)
         for given, outcome in zip(arguments, few_rows.emulate_multi(dev, run, arguments, 2), strict=True):
-            if found := mistake(outcome, linear.exact(given), linear.in_pytorch(given), False):
+            if found := mistake(outcome, linear.exact(given), linear.in_pytorch(given), False, may_conflict):
                 return found
         return None
     outcome = few_rows.emulate(dev, run, arguments, 2)
-    return mistake(outcome, linear.exact(arguments), linear.in_pytorch(arguments), run.training, run.pivoted)
+    return mistake(outcome, linear.exact(arguments), linear.in_pytorch(arguments), run.training, bool(run.pivoted))
 
 
 def failure_of_backward(dev: ModuleType, run: backward.BackwardRun, copies_early: bool) -> str | None:

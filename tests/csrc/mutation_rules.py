@@ -237,7 +237,16 @@ RULES = {  # name: (what, instead)
     "pivots of the first rows": (r"template number<kRow \* 8>", "template number<0>"),
     "places of the first row": (r"i < 2 \? places\.low : places\.high", "places.low"),
     "rows of up of the first places": (r"max_of\(places\.high - of\.R, 0\)", "0"),
-    "weights of an up without rows": (r"layer\.N > of\.R \? of\.R : 0", "of.R"),
+    "weights of an up without rows": (r"has_others \? of\.R : 0", "of.R"),
+    "an up without rows that has some": (r" \|\| \(kMayBePlain && !of\.order\)", ""),
+    "plain factors are pivoted": (r"is_pivoted \? place : of\.R \+ n", "place"),
+    "the order of the gate for both": (
+        r"const FewRowsPair& of = layer\.pair\[pair\];",
+        "const FewRowsPair& of = layer.pair[0];",
+    ),
+    "places of the gate for both": (r"places\.of\[pair\]|places\.of\[I\]", "places.of[0]"),
+    "a bias by places of the gate": (r"i % 2 \? places\.of\[i / 2\]\.high", "i % 2 ? places.of[0].high"),
+    "pivots of the gate for both": (r"take_pivots\(layer\.pair\[pair\]", "take_pivots(layer.pair[0]"),
 }
 
 EQUIVALENT = {  # (rule, a piece of `file: line`): why nothing changes

@@ -31,7 +31,7 @@ _KERNEL = re.compile(
 _GATHERS = ("chunks", "analytic", "numbers")
 LINEAR, BACKWARD, SHRINK, EXPAND = "linear", "backward", "shrink", "expand"
 GATED, MULTI, PIVOTED = "gated ", "multi ", "pivoted "  # before the kind of a kernel for such layers
-OF_FORM = ("", GATED, PIVOTED)  # csrc/select/linear_tile.h, from 1 on
+OF_FORM = ("", GATED, PIVOTED, GATED + PIVOTED)  # csrc/select/linear_tile.h, from 1 on
 Name = tuple[str, str, int, int]  # kind: linear, or how a convolution gathers; dtype, block_m, max_rank
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -51,7 +51,7 @@ class FewRowsTile:
     max_rank = 0
 
     def __init__(self, kind: str, tile: object) -> None:
-        self.gather, self.block_m = (MULTI if tile.layers > 1 else OF_FORM[tile.form - 1]) + kind, tile.tokens
+        self.gather, self.block_m = MULTI * (tile.layers > 1) + OF_FORM[tile.form - 1] + kind, tile.tokens
         self.rank_limit = tile.MAX_RANK
         self.threads = {SHRINK: tile.SHRINK_THREADS, EXPAND: tile.EXPAND_THREADS}[kind]
         self.shared_bytes = {SHRINK: tile.shrink_bytes, EXPAND: tile.expand_bytes}[kind]
@@ -196,7 +196,11 @@ def tiles_of(dev: ModuleType) -> list:
         *select.PIVOTED_TILES,
         *select.CONV_TILES,
         *map(BackwardTile, backward),
-        *(FewRowsTile(SHRINK, tile) for tile in select.SHRINK_EXPAND_TILES if OF_FORM[tile.form - 1] != PIVOTED),
+        *(
+            FewRowsTile(SHRINK, tile)
+            for tile in select.SHRINK_EXPAND_TILES
+            if not OF_FORM[tile.form - 1].endswith(PIVOTED)
+        ),
         *(FewRowsTile(EXPAND, tile) for tile in select.SHRINK_EXPAND_TILES),
     ]
 

@@ -61,7 +61,7 @@ def test_every_kernel_fits_where_select_lets_it_run(dev, model: str) -> None:
 def why_not(dev, tile, card) -> str | None:
     """Of a problem that the tile may serve."""
     kind, _, _, rank = sass.name_of(tile, "bfloat16")
-    gate = {"gate_R": 64} if kind.startswith(sass.GATED) else {"pivoted": kind.startswith(sass.PIVOTED)}
+    gate = {"gate_R": 64 * kind.startswith(sass.GATED), "pivoted": sass.PIVOTED in kind}
     kind = kind.split()[-1]
     if kind == sass.LINEAR:
         problem = dev.select.LinearProblem(512, 768, 768, rank or 96, **gate)
@@ -94,7 +94,7 @@ def test_weights_of_the_second_kernel_are_asked_for_before_it_waits(arch: str) -
         if (name := sass.name_in(part.split("\n", 1)[0])) and name[0].endswith(sass.EXPAND):
             before, _ = part.split("ACQBULK", 1)
             found[name[:3]] = len(re.findall(r"LDG\.E\.\S*LTC128B\.128", before))
-    kinds = [of + sass.EXPAND for of in (*sass.OF_FORM, sass.MULTI)]
+    kinds = [of + sass.EXPAND for of in (*sass.OF_FORM, sass.MULTI, sass.MULTI + sass.PIVOTED)]
     assert found == {
         (kind, dtype, tokens): 2 * 2 * (4 if tokens == 8 else 2)
         for kind, dtype, tokens in product(kinds, DTYPES, (8, 16))

@@ -118,6 +118,50 @@ def test_a_gate_of_a_few_rows_costs_less_than_its_two_layers(dev, gpu, M) -> Non
     assert cost["shrink_expand"] < 2 * alone["shrink_expand"]
 
 
+def gated_pivoted(dev, M: int, K: int, N: int, R: int, **more) -> object:
+    return dev.select.LinearProblem(M, K, N, R, activation="silu", gate_R=R, pivoted=True, **more)
+
+
+LARGE_GATES = [(768, 3072, 256), (576, 1536, 192), (4096, 14336, 512), (4096, 14336, 1024)]
+
+
+@pytest.mark.parametrize(("K", "N", "R"), LARGE_GATES)
+def test_a_gate_with_pivots_never_costs_more_than_its_layers_apart(dev, gpu, K, N, R) -> None:
+    """As the ops of gate and value, and a product of what these give. On few rows it shares their launches."""
+    for M, training in product((1, 8, 64, 65, 128, 1024, 4096, 65536), (False, True)):
+        problem = gated_pivoted(dev, M, K, N, R, training=training)
+        gate = dev.select.LinearProblem(M, K, N, R, activation="silu", pivoted=True, training=training)
+        value = dev.select.LinearProblem(M, K, N, R, pivoted=True, training=training)
+        own = sum(dev.select.modelled(each, gpu).microseconds for each in (gate, value))
+        apart = own + 3 * M * N * 2 / gpu.bandwidth * 1e6 + gpu.node_us
+        assert legal_costs(dev, problem, gpu)["apart"] == pytest.approx(apart)
+        assert dev.select.modelled(problem, gpu).microseconds <= apart * (1 + 1e-9)
+
+
+def test_a_gate_with_pivots_streams_fewer_weights_and_of_many_rows_gets_all(dev) -> None:
+    h200 = dev.select.device("H200")
+    for K, N, R in LARGE_GATES:
+        plain = dev.select.LinearProblem(1, K, N, R, activation="silu", gate_R=R)
+        problem = gated_pivoted(dev, 1, K, N, R)
+        assert dev.select.modelled(problem, h200).kernel == "shrink_expand"
+        saved = 2 * 2 * R * R / h200.bandwidth * 1e6  # of both layers
+        assert dev.select.floor_us(plain, h200) - dev.select.floor_us(problem, h200) == pytest.approx(saved)
+        if R > 256:  # no kernel of ours is faster than GEMMs there
+            continue
+        many = dev.select.LinearProblem(65536, K, N, R, activation="silu", gate_R=R)
+        cost, of_plain = legal_costs(dev, gated_pivoted(dev, 65536, K, N, R), h200), legal_costs(dev, many, h200)
+        moved = (3 * N * 2 * R + 2 * 2 * R * (N - R)) * 2  # zeros, a copy of up, and all rows in order
+        expanded = moved / h200.bandwidth * 1e6 + 8 * h200.node_us
+        assert cost["gemm_expand"] - of_plain["gemm_expand"] == pytest.approx(expanded)
+        assert dev.select.modelled(gated_pivoted(dev, 65536, K, N, R), h200).kernel in ("fused", "gemm_expand")
+
+
+def test_apart_is_of_gates_with_pivots_alone(dev, gpu) -> None:
+    for problem in (*problems(dev), dev.select.LinearProblem(1, 64, 64, 8, pivoted=True)):
+        (apart,) = (c for c in dev.select.candidates(problem, gpu) if c.kernel == "apart")
+        assert "no gate and value with pivots" in apart.why_not
+
+
 def test_keeping_what_the_backward_pass_needs_raises_the_floor_by_its_bytes(dev, gpu) -> None:
     M, K, N, R = 65536, 768, 3072, 16  # memory-bound on every card
 

@@ -376,10 +376,17 @@ def test_a_residual_that_a_convolution_cannot_add_is_added_after(name: str, monk
 class Attention(nn.Module):
     """As minGPT writes it."""
 
-    def __init__(self) -> None:
+    def __init__(self, pivots: str = "") -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.q, self.k, self.v, self.out = (shrank.LED(8, 8, rank=r) for r in (2, 3, 4, 2))
+        ranks = {"q": 2, "k": 3, "v": 4}
+        for name, rank in ranks.items():
+            setattr(self, name, shrank.LED(8, 8, rank=rank, pivot=name in pivots))
+            if name in pivots:
+                places = getattr(self, name).led_unit[2]
+                places.order = torch.randperm(8, generator=torch.Generator().manual_seed(rank)).int()
+                places.settle()
+        self.out = shrank.LED(8, 8, rank=2)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.size()
@@ -388,10 +395,13 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).contiguous().view(B, T, C))
 
 
+@pytest.mark.parametrize("pivots", ["", "q", "kv", "qkv"])
 @pytest.mark.parametrize("training", [False, True])
-def test_siblings_in_a_block_that_can_be_traced_are_one_call(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_siblings_in_a_block_that_can_be_traced_are_one_call(
+    training: bool, pivots: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pretend_native(monkeypatch)
-    plain, block = Attention().train(training), Attention().train(training)
+    plain, block = Attention(pivots).train(training), Attention(pivots).train(training)
     assert shrank.fuse(block) == shrank.Fused({"": ["q", "k", "v"]})
     assert isinstance(block.forward, FusedForward)
     assert_close(block(TOKENS), plain(TOKENS))

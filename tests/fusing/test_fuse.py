@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import shrank
 from shrank.fusing.blocks import FusedForward
-from shrank.ops import dispatch, onednn
+from shrank.ops import cpu, dispatch, host, onednn, pivoted_reference, reference
+from tests.common.corrected import corrected
+from tests.common.models import hf_model, hf_outputs
 from tests.common.ops import ops_of, pretend_native
 from tests.common.tolerances import assert_close
 
@@ -73,6 +75,13 @@ def test_a_block_computes_the_same_with_the_same_gradients(training: bool) -> No
             torch.autograd.grad(each(X).square().sum(), of)[0] for each, of in ((model, one), (plain, other))
         )
         assert_close(ours, theirs)
+
+
+def test_what_follows_a_correction_stays_where_it_is() -> None:
+    model = corrected(hf_model("bert"))
+    before = hf_outputs(model)
+    assert not shrank.fuse(model).blocks
+    assert torch.equal(hf_outputs(model), before)
 
 
 def test_the_ops_get_the_activation_and_the_residual(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,11 +343,14 @@ def test_convolutions_take_over_activations(monkeypatch: pytest.MonkeyPatch) -> 
 class GatedMLP(nn.Module):
     """As transformers' LlamaMLP."""
 
-    def __init__(self) -> None:
+    def __init__(self, pivots: tuple[bool, bool] = (False, False)) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.gate_proj = shrank.LED(8, 16, rank=3, bias=False)
-        self.up_proj = shrank.LED(8, 16, rank=5)
+        self.gate_proj = shrank.LED(8, 16, rank=3, bias=False, pivot=pivots[0])
+        self.up_proj = shrank.LED(8, 16, rank=5, pivot=pivots[1])
+        for layer, pivoted in zip((self.gate_proj, self.up_proj), pivots, strict=True):
+            if pivoted:
+                scattered(layer)
         self.down_proj = shrank.LED(16, 8, rank=4)
         self.act_fn = nn.SiLU()
 
@@ -346,15 +358,28 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-def fused_gate() -> GatedMLP:
-    block = GatedMLP().eval()
+def scattered(layer: shrank.LED) -> None:
+    """Pivots in many pieces; of another rank, in others."""
+    generator = torch.Generator().manual_seed(layer.rank)
+    layer.led_unit[2].order = torch.randperm(layer.out_features, generator=generator).int()
+    layer.led_unit[2].settle()
+
+
+PIVOTS = [(False, False), (True, False), (False, True), (True, True)]
+
+
+def fused_gate(pivots: tuple[bool, bool] = (False, False)) -> GatedMLP:
+    block = GatedMLP(pivots).eval()
     assert shrank.fuse(block).blocks == {"": ["gate_proj", "up_proj"]}
     return block
 
 
-def test_a_gate_and_its_value_are_one_op_with_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pivots", PIVOTS)
+def test_a_gate_and_its_value_are_one_op_with_the_same_gradients(
+    pivots: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pretend_native(monkeypatch)
-    plain, block = GatedMLP().eval(), fused_gate()
+    plain, block = GatedMLP(pivots).eval(), fused_gate(pivots)
     assert_close(block(X), plain(X))
     with shrank.backend("native"):
         with torch.no_grad():
@@ -383,6 +408,34 @@ def test_a_gated_block_whose_layer_has_become_another_still_computes_the_same(
         setattr(block, name, dense)
         assert "low_rank_gated" not in ops_of(lambda: block(X))
         assert_close(block(X), wanted)
+
+
+@pytest.mark.parametrize("pivots", PIVOTS[1:])
+@pytest.mark.parametrize(("by", "calls"), [("host", 2), ("onednn", 0), (None, 0)])
+def test_on_a_cpu_a_gate_with_pivots_makes_no_more_calls_than_its_layers(
+    by: str | None, calls: int, pivots: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels for a few rows take any order; of many, the layer knows better where no gather is needed."""
+    block, rows = fused_gate(pivots), []
+    wanted = GatedMLP(pivots).eval()(X)
+    modules = {"host": host, "onednn": onednn}
+    monkeypatch.setattr(cpu, "fastest", lambda *_: modules.get(by))
+    for module in modules.values():
+        monkeypatch.setattr(module, "low_rank_gated", refused if by != "host" else module.low_rank_gated)
+    monkeypatch.setattr(host, "rows", lambda *given: rows.append(given) or rows_in_pytorch(*given))
+    with torch.no_grad():
+        assert_close(block(X), wanted)
+    assert len(rows) == calls  # the layer that follows is too small
+
+
+def refused(*_: object) -> Tensor:
+    raise AssertionError("the op")
+
+
+def rows_in_pytorch(x: Tensor, down: Tensor, up: Tensor, bias=None, residual=None, order=None, pivot_bias=None):
+    if order is None:
+        return reference.low_rank_linear(x, down, up, bias, "none", residual)
+    return pivoted_reference.low_rank_pivoted(x, down, up, bias, pivot_bias, order, "none", residual)
 
 
 class HalvesMLP(nn.Module):

@@ -47,6 +47,13 @@ def pivoted(x: Tensor) -> Tensor:
     return torch.ops.shrank.low_rank_pivoted(x, *PIVOTS)
 
 
+OTHER_PIVOTS = (drawn(3, 8), drawn(5, 3), None, None, torch.tensor([3, 7, 0, 4, 2, 5, 1, 6], dtype=torch.int32))
+
+
+def other_pivoted(x: Tensor) -> Tensor:
+    return torch.ops.shrank.low_rank_pivoted(x, *OTHER_PIVOTS)
+
+
 def low_rank_conv(x: Tensor, bias: Tensor | None = CHANNEL_BIAS) -> Tensor:
     return torch.ops.shrank.low_rank_conv(x, FILTERS, POINTWISE, bias, [1, 1], [1, 1], [1, 1], 1, 1)
 
@@ -129,6 +136,10 @@ TAKEN = {
         ("gated silu", False),
     ),
     "of pivots": (lambda x: x + F.gelu(pivoted(x)), ("gelu", True)),
+    "a gate with pivots": (lambda x: F.silu(pivoted(x)) * low_rank(x), ("gated silu", False)),
+    "a value with pivots": (lambda x: F.gelu(gate(x)) * pivoted(x), ("gated gelu", False)),
+    "both with pivots": (lambda x: F.silu(pivoted(x)) * other_pivoted(x), ("gated silu", False)),
+    "both with pivots, the gate behind": (lambda x: pivoted(x) * F.relu(other_pivoted(x)), ("gated relu", False)),
     "dropout with p = 0": (lambda x: x + F.dropout(F.silu(low_rank(x)), 0.0, training=True), ("silu", True)),
 }
 
@@ -319,6 +330,26 @@ def test_gradients_of_a_gated_layer_are_those_of_its_parts() -> None:
         assert_close(ours, wanted)
 
 
+@pytest.mark.parametrize("which", ["gate", "value", "both"])
+def test_gradients_of_a_gated_layer_with_pivots_are_those_of_its_parts(which: str) -> None:
+    plain, pivoted = torch.ops.shrank.low_rank_linear, torch.ops.shrank.low_rank_pivoted
+    *gate, gate_order = PIVOTS if which != "value" else (*GATE[:2], BIAS, None)
+    *value, order = OTHER_PIVOTS if which != "gate" else (DOWN, UP, BIAS, None)
+    gate, value = ([None if each is None else each.clone().requires_grad_() for each in own] for own in (gate, value))
+    x = drawn(3, 8).requires_grad_()
+
+    def block(x: Tensor) -> Tensor:
+        z = plain(x, *gate) if gate_order is None else pivoted(x, *gate, gate_order)
+        return F.silu(z) * (plain(x, *value) if order is None else pivoted(x, *value, order))
+
+    found, answer = fused(block, x)
+    assert found == [("gated silu", False)]
+    weights = [x, *(each for each in (*gate, *value) if each is not None)]
+    ours, wanted = (torch.autograd.grad(each.square().sum(), weights) for each in (answer, block(x)))
+    for one, other in zip(ours, wanted, strict=True):
+        assert_close(one, other)
+
+
 class Halves(nn.Module):
     """A layer whose outputs `ends` takes apart; of a model, so that their number is known in dynamic graphs too."""
 
@@ -486,6 +517,7 @@ def test_a_layer_of_halves_keeps_its_residual_where_it_has_one() -> None:
 
 
 KEY = (drawn(2, 8), drawn(6, 2), drawn(6))
+DENSE = drawn(5, 8)
 
 
 def key(x: Tensor) -> Tensor:
@@ -516,6 +548,20 @@ def factor_made_between(x: Tensor) -> Tensor:
     return y * 2, torch.ops.shrank.low_rank_linear(x, KEY[0] * y.mean(), *KEY[1:])
 
 
+def pivoted_siblings(x: Tensor) -> Tensor:
+    return pivoted(x) * 2, other_pivoted(x) + 1
+
+
+def mixed_siblings(x: Tensor) -> Tensor:
+    return low_rank(x) * 2, F.linear(x, DENSE), other_pivoted(x).sin(), key(x) + 1, pivoted(x)
+
+
+def order_made_between(x: Tensor) -> Tensor:
+    y = low_rank(x)
+    *factors, order = PIVOTS
+    return y * 2, torch.ops.shrank.low_rank_pivoted(x, *factors, (order + (y.sum() > 1e9)).int())
+
+
 def siblings_of_a_sibling(x: Tensor) -> Tensor:
     y = low_rank(x)
     return key(y) * 2, gate(y).sin(), gate(x).cos()
@@ -524,6 +570,9 @@ def siblings_of_a_sibling(x: Tensor) -> Tensor:
 SIBLINGS = {
     "of a sibling": (siblings_of_a_sibling, ["multi"] * 4),
     "three": (siblings, ["multi"] * 3),
+    "with pivots": (pivoted_siblings, ["multi"] * 2),
+    "with pivots, without, and dense": (mixed_siblings, ["multi"] * 4),
+    "with an order that is made between": (order_made_between, ["none"] * 2),
     "with an end": (siblings_with_ends, ["none", "multi", "multi"]),
     "of two inputs": (of_two_inputs, ["multi"] * 4),
     "with a change between": (changed_between_siblings, ["none"] * 2),

@@ -401,14 +401,31 @@ def test_a_layer_that_the_op_does_not_compute_is_no_sibling() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * 2
 
-    for other in (Doubled(8, 4, rank=2), shrank.LED(8, 4, rank=2, pivot=True)):
-        block = Attention()
-        block.k_proj = other
-        found = shrank.fuse(block).blocks
-        assert "k_proj" not in found.get("", [])
-        plain = copy.deepcopy(block)
-        shrank.unfuse(plain)
-        assert_same(block, X, plain=plain)
+    block = Attention()
+    block.k_proj = Doubled(8, 4, rank=2)
+    found = shrank.fuse(block).blocks
+    assert "k_proj" not in found.get("", [])
+    plain = copy.deepcopy(block)
+    shrank.unfuse(plain)
+    assert_same(block, X, plain=plain)
+
+
+@pytest.mark.parametrize("pivoted", [["k_proj"], ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]])
+def test_siblings_may_be_pivoted(pivoted: list[str]) -> None:
+    block = Attention()
+    for name in pivoted:
+        outputs, rank = getattr(block, name).out_features, getattr(block, name).rank
+        setattr(block, name, shrank.LED(8, outputs, rank=min(rank, outputs - 1), pivot=True))
+        pivots = getattr(block, name).led_unit[2]
+        pivots.order = pivots.order.roll(rank)
+        pivots.settle()
+    plain = copy.deepcopy(block)
+    assert assert_same(fused(block), X, plain=plain) == [TOGETHER, ALONE]
+    block.k_proj = nn.Linear(8, 4)
+    plain.k_proj = block.k_proj
+    shrank.unfuse(block)
+    assert shrank.fuse(block).blocks == {"": ["q_proj", "v_proj"]}
+    assert assert_same(block, X, plain=plain) == [TOGETHER, ALONE]
 
 
 class Counting(Attention):

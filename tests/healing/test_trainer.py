@@ -106,5 +106,5 @@ def test_what_is_trained(tmp_path) -> None:
     assert {n for n, p in student.named_parameters() if p.requires_grad} == {
         n for n, _ in student.named_parameters() if "led_unit" in n
     }
-    with pytest.raises(ValueError, match="the student has no low-rank layers to train"):
+    with pytest.raises(ValueError, match="the student has no low-rank or narrowed layers to train"):
         trainer(tmp_path, mlp(), mlp())

@@ -135,3 +135,11 @@ def test_conv1d_twin_reads_transposed() -> None:
     layer = LEDConv1D(12, 20, 5)
     assert (layer.nx, layer.nf) == (12, 20) and layer.weight.shape == (12, 20)
     assert_close(layer.dense_weight(), (layer.up @ layer.down).T)
+
+
+def test_a_symbolic_trace_without_gradients_reads_no_size() -> None:
+    """Of a layer that is small, and of one that kernels for a CPU would compute."""
+    for features in (64, 384):
+        layer, x = LED(features, features, 200), torch.randn(1, features)
+        with torch.no_grad():
+            assert_close(torch.fx.symbolic_trace(layer)(x), layer(x))

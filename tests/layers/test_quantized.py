@@ -26,7 +26,7 @@ from shrank.layers.quantized import (
 from shrank.linalg import Grid, Quantized, nearest
 from tests.common.tolerances import assert_close
 
-GRIDS = [Grid(8), Grid(8, 16), Grid(4), Grid(4, 16)]
+GRIDS = [Grid(8), Grid(8, 16), Grid(4), Grid(4, 16), Grid(3), Grid(3, 16)]
 CONVERSIONS = {
     "half": (nn.Module.half, torch.float16),
     "bfloat16": (nn.Module.bfloat16, torch.bfloat16),
@@ -182,5 +182,5 @@ def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "shrank.layers.torchao_tensors", raising=False)
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     monkeypatch.delattr("shrank.layers.torchao_tensors", raising=False)
-    with pytest.raises(ImportError, match=r"weights of 4 or 8 bits need torchao: pip install 'shrank\[quant\]'"):
+    with pytest.raises(ImportError, match=r"weights of few bits need torchao: pip install 'shrank\[quant\]'"):
         quantized_weight(on_grid(Grid(8)))

@@ -34,10 +34,8 @@ OPS = {LED: "low_rank_linear", LEDConv1D: "low_rank_linear", CED: "low_rank_conv
 
 
 def op_of(layer: LowRankLayer) -> str:
-    """The op that computes the layer; '' if there is none."""
-    if layer.pivoted and isinstance(layer, LED):
-        return "low_rank_pivoted"
-    return "" if layer.pivoted and layer.up_groups > 1 else OPS[type(layer)]
+    """The op that computes the layer."""
+    return "low_rank_pivoted" if layer.pivoted and isinstance(layer, LED) else OPS[type(layer)]
 
 
 def in_subclass(layer: LowRankLayer) -> LowRankLayer:
@@ -115,21 +113,20 @@ def test_who_computes(
         found, wanted = outcome(lambda: changed(x)), outcome(lambda: LowRankLayer.forward(changed, x))
     insisted = backend is shrank.Backend.NATIVE
     for ran, result in (found, wanted):
-        if insisted and not op:
-            assert ran == [] and "no kernel for a pivoted convolution with groups" in result
-        elif insisted and change in SAME and not kernels:
+        if insisted and change in SAME and not kernels:
             assert ran == [] and "backend is native, but the native kernels cannot run" in result
         else:
-            asked = insisted or (on_cuda and backend is shrank.Backend.AUTO and kernels and not layer.pivoted)
-            assert ran == ([op] if asked and change in SAME and op else [])
+            asked = insisted or (on_cuda and backend is shrank.Backend.AUTO and kernels)
+            assert ran == ([op] if asked and change in SAME else [])
             assert_close(result, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", [shrank.Backend.AUTO, shrank.Backend.TORCH])
-@pytest.mark.parametrize("name", ["led-pivoted", "ced-pivoted", "ced-pivoted-unbatched"])
-def test_pivots_take_their_op_where_it_has_kernels(
-    name: str, backend: shrank.Backend, dtype: torch.dtype, monkeypatch
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", [name for name in LAYERS if "pivoted" in name])
+def test_pivots_take_their_op_where_it_may_run(
+    name: str, autocast: bool, backend: shrank.Backend, dtype: torch.dtype, monkeypatch
 ) -> None:
     build, shape = LAYERS[name]
     layer, x = seeded(build).to(dtype), draw(*shape, dtype=dtype)
@@ -137,10 +134,11 @@ def test_pivots_take_their_op_where_it_has_kernels(
     pretend_native(monkeypatch)
     with monkeypatch.context() as patch, shrank.backend(backend), torch.no_grad():
         patch.setattr(Tensor, "is_cuda", True)
-        ran, result = outcome(lambda: layer(x))
-    has_kernels = backend is shrank.Backend.AUTO and dtype is torch.bfloat16
-    assert ran == [op_of(layer)] * has_kernels
-    assert_close(result, expected)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            ran, result = outcome(lambda: layer(x))
+    assert ran == [op_of(layer)] * (backend is shrank.Backend.AUTO)
+    assert result.dtype == (torch.bfloat16 if autocast else dtype)
+    assert_close(result, expected.to(result.dtype))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -156,16 +154,15 @@ def test_a_compiled_layer_follows_the_backend(name: str, monkeypatch) -> None:
         return graph
 
     compiled = torch.compile(layer, fullgraph=True, backend=record)
-    name = op_of(layer)
-    op = getattr(torch.ops.shrank, name).default if name else None
+    op = getattr(torch.ops.shrank, op_of(layer)).default
     with torch.no_grad():
         expected = layer(x)
         assert_close(compiled(x), expected)
-        with shrank.backend("native" if name else "torch"):
+        with shrank.backend("native"):
             assert_close(compiled(x), expected)
         assert_close(compiled(x), expected)
     calls = [op in {node.target for node in graph.graph.nodes} for graph in graphs]
-    assert calls == ([False, True] if name else [False, False])
+    assert calls == [False, True]
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -175,7 +172,6 @@ def test_what_follows_a_layer_runs_in_its_op_or_after_it(name: str, end: str, na
     pretend_native(monkeypatch)
     build, shape = LAYERS[name]
     layer, x = seeded(build), draw(*shape)
-    native = native and bool(op_of(layer))
     y = layer(x)
     with shrank.backend("native" if native else "torch"), torch.no_grad():
         for residual in (None, draw(*y.shape), draw(*y.shape).double(), draw(y.size(-1))):

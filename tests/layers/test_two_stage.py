@@ -21,10 +21,12 @@ CONVS = {"1d": (1, 1), "2d": (2, 1), "3d": (3, 1), "grouped": (2, 4)}
 
 
 def scattered(order_of: Pivots) -> None:
-    """Another order, of pivots in many pieces."""
-    order_of.order = torch.randperm(len(order_of.order), generator=torch.Generator().manual_seed(5)).int()
+    """Another order, of pivots in many pieces; each group has its own."""
+    generator = torch.Generator().manual_seed(5)
+    groups = order_of.order.view(order_of.groups, -1)
+    order_of.order = torch.cat([each[torch.randperm(len(each), generator=generator)] for each in groups])
     order_of.settle()
-    assert order_of.window is None
+    assert order_of.window is None and not order_of.mixes_groups
 
 
 def led(kind: type = LED, bias: bool = True, window: int | None = 0, dtype: torch.dtype = torch.float32) -> LED:
@@ -66,8 +68,6 @@ def test_the_layer_is_the_convolution_of_its_weight(name: str, window: int | Non
     layer, x = ced(name, window)
     assert layer.out_channels == 20
     conv = {3: nn.functional.conv1d, 4: nn.functional.conv2d, 5: nn.functional.conv3d}[x.dim()]
-    if name == "grouped" and window is None:
-        return  # another order mixes the groups' outputs, which is no grouped convolution
     expected = conv(x, layer.dense_weight(), layer.bias, 2, 1, 1, layer.groups)
     assert_close(layer(x), expected)
     assert_close(layer(x[0]), expected[0])
@@ -78,7 +78,7 @@ def test_the_layer_is_the_convolution_of_its_weight(name: str, window: int | Non
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("window", [0, None])
-@pytest.mark.parametrize("name", [name for name in CONVS if name != "grouped"])
+@pytest.mark.parametrize("name", CONVS)
 def test_a_second_factor_with_all_rows_makes_the_same_convolution(
     name: str, window: int | None, residual: bool
 ) -> None:
@@ -107,8 +107,20 @@ def test_bad_pivots_are_refused() -> None:
         led().set_factors(draw(7, 24), draw(13, 7), draw(20), torch.arange(19))
     with pytest.raises(ValueError, match="no permutation of 20 places"):
         led().set_factors(draw(7, 24), draw(13, 7), draw(20), torch.zeros(20))
-    with shrank.backend("native"), pytest.raises(RuntimeError, match="no kernel for a pivoted convolution with groups"):
-        CED(8, 12, 4, (3,), groups=2, groups_out=True, pivot=True)(draw(2, 8, 9))
+
+
+@pytest.mark.parametrize("places", [[2, 6, 0, 3, 4, 5, 1, 7], [0, 1, 2, 4, 3, 5, 6, 7], [4, 0, 6, 1, 2, 5, 3, 7]])
+def test_groups_with_pivots_of_one_another_have_no_kernel(places: list[int]) -> None:
+    """Outputs 0 to 3 are of the first group, whose pivots have the places 0 and 1, and whose others 4 and 5."""
+    layer, x = seeded(lambda: CED(8, 8, 4, (3,), groups=2, groups_out=True, pivot=True)), draw(2, 8, 9)
+    layer.ced_unit[2].order = torch.tensor(places).int()
+    layer.ced_unit[2].settle()
+    assert layer.ced_unit[2].mixes_groups
+    with shrank.backend("native"), pytest.raises(RuntimeError, match="groups have pivots of one another"):
+        layer(x)
+    both = torch.cat((layer.ced_unit[0](x), layer.ced_unit[1](layer.ced_unit[0](x))), 1)
+    both[:, :4] += layer.ced_unit[2].bias[:, None]
+    assert_close(layer(x), both[:, layer.ced_unit[2].order.long()])
 
 
 def test_factors_go_in_as_they_come_out_of_the_matrix() -> None:

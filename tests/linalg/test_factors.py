@@ -85,7 +85,6 @@ def test_groups_that_fit() -> None:
 @pytest.mark.parametrize(
     ("storage", "says"),
     [
-        ({"corrected": True}, "give its grid"),
         ({"factor_grid": Grid(8)}, "is that of a correction"),
         ({"activations": "int8"}, "give its grid"),
         ({"grid": Grid(8), "activations": "fp8"}, "must be 'int8' or None, got 'fp8'"),

@@ -10,7 +10,7 @@ from shrank.linalg import FactorizationError, Grid, gptq, nearest
 from tests.common.models import draw
 from tests.common.tolerances import assert_close
 
-GRIDS = [Grid(4, 32), Grid(4, 8), Grid(4), Grid(8), Grid(8, 32)]
+GRIDS = [Grid(3, 32), Grid(4, 32), Grid(4, 8), Grid(4), Grid(8), Grid(8, 32)]
 N, K = 48, 64
 
 
@@ -109,7 +109,9 @@ def test_groups_must_divide_rows() -> None:
         nearest(draw(N, K), Grid(4, 48))
 
 
-@pytest.mark.parametrize(("bits", "size", "says"), [(3, None, "4 or 8, got 3"), (4, 0, "group_size must be at least")])
+@pytest.mark.parametrize(
+    ("bits", "size", "says"), [(5, None, "3, 4 or 8, got 5"), (4, 0, "group_size must be at least")]
+)
 def test_a_grid_that_cannot_be(bits: int, size: int | None, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Grid(bits, size)

@@ -95,11 +95,13 @@ def test_options_reach_the_op(asked) -> None:
     assert run("--shape", "1, 2, 3, 4").exit_code == 0
     assert run("--shape", "1,2,3,4", "--activation", "silu", "--gate", 5).exit_code == 0
     assert run("--shape", "1,2,4,3", "--pivoted").exit_code == 0
+    assert run("--shape", "1,2,4,3", "--pivoted", "--gate", 4).exit_code == 0
     assert asked == [
         (16384, 768, 3072, 96, "fp16", "gelu", False, True, True, 0, False, "a100"),
         (1, 2, 3, 4, "bf16", "none", True, False, False, 0, False, "cuda:1"),
         (1, 2, 3, 4, "bf16", "silu", True, False, False, 5, False, "cuda:1"),
         (1, 2, 4, 3, "bf16", "none", True, False, False, 0, True, "cuda:1"),
+        (1, 2, 4, 3, "bf16", "none", True, False, False, 4, True, "cuda:1"),
     ]
 
 
@@ -113,7 +115,7 @@ def test_a_gate_where_there_can_be_none_is_refused(asked, more: list) -> None:
 
 
 @pytest.mark.parametrize(
-    "layer", [["--shape", "1,2,4,3", "--gate", 4], ["--shape", "1,2,3,4"], ["--conv", "2,3,8x8,3x3,4,2"]], ids=str
+    "layer", [["--shape", "1,2,4,3", "--gate", 5], ["--shape", "1,2,3,4"], ["--conv", "2,3,8x8,3x3,4,2"]], ids=str
 )
 def test_pivots_where_there_can_be_none_are_refused(asked, layer: list) -> None:
     shown = run(*layer, "--pivoted")
@@ -239,6 +241,7 @@ def test_what_no_kernel_runs_is_told_without_the_extension(options: tuple, kerne
         (("--shape", "2,576,1536,209", "--dtype", "bf16"), "low_rank_rows"),
         (("--shape", "8,576,1536,209", "--dtype", "fp32", "--pivoted"), "low_rank_rows"),
         (("--shape", "8,576,1536,209", "--dtype", "fp32", "--gate", "100"), "low_rank_rows"),
+        (("--shape", "8,576,1536,209", "--dtype", "fp32", "--gate", "100", "--pivoted"), "low_rank_rows"),
         (("--shape", "8,576,1536,8", "--dtype", "fp32", "--gate", "209"), "two_gemms"),
         (("--shape", "8,576,1536,209", "--dtype", "fp32", "--training"), "two_gemms"),
         (("--shape", "9,576,1536,209", "--dtype", "fp32"), "two_gemms"),

@@ -25,12 +25,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """What `explain` was asked; layers of a rank below 100 take the kernels for a few rows."""
     calls = []
 
-    def explain(shape: tuple, dtype: str, gpu: str | None, bias: bool) -> dict:
-        calls.append((shape, dtype, gpu, bias))
+    def explain(shape: tuple, dtype: str, gpu: str | None, bias: bool, pivoted: bool) -> dict:
+        calls.append((shape, dtype, gpu, bias, pivoted))
         kernel = "shrink_expand" if shape[3] < 100 else "fused"
         decision = {"kernel": kernel, "microseconds": 2.5, "reason": f"rank {shape[3]}"}
         return {
-            "problem": dict(zip("MKNR", shape, strict=True)) | {"dtype": dtype},
+            "problem": dict(zip("MKNR", shape, strict=True)) | {"dtype": dtype, "pivoted": pivoted},
             "device": {"name": gpu},
             "decision": decision,
         }
@@ -60,11 +60,19 @@ def test_layers_for_few_rows_run_together_three_at_a_time(ranks: tuple, together
     options = ("--shape", f"1,32,128,{first}", *siblings(*others), "--gpu", "h200", "--dtype", "fp16", "--no-bias")
     told = json.loads(run(*options, "--json").stdout)
     assert told["together"] == together and len(told["layers"]) == len(ranks)
-    assert asked[0] == ((1, 32, 128, first), "fp16", "h200", False)
-    assert asked[1:] == [((1, 32, 64, rank), "fp16", "h200", False) for rank in others]
+    assert asked[0] == ((1, 32, 128, first), "fp16", "h200", False, False)
+    assert asked[1:] == [((1, 32, 64, rank), "fp16", "h200", False, False) for rank in others]
     shown = run(*options).stdout
     assert all(f"R {rank} " in shown and f"rank {rank}" in shown for rank in ranks)
     assert shown.count("none") == len(ranks) - sum(map(len, together))
+
+
+def test_pivoted_layers_and_others_run_together(asked: list) -> None:
+    options = ("--shape", "1,32,128,16", "--pivoted", "--sibling", "64,8", "--sibling", "64,24p", "--gpu", "h200")
+    assert json.loads(run(*options, "--json").stdout)["together"] == [[0, 1, 2]]
+    assert [each[0][3] for each in asked if each[4]] == [16, 24]
+    shown = run(*options).stdout
+    assert "R 16p" in shown and "R 24p" in shown and "R 8 " in shown
 
 
 def test_as_many_run_together_as_the_kernels_take() -> None:
@@ -80,8 +88,9 @@ def test_as_many_run_together_as_the_kernels_take() -> None:
         (("--sibling", "64,8", "--residual"), "with nothing after them"),
         (("--sibling", "64,8", "--activation", "relu"), "with nothing after them"),
         (("--sibling", "64,8", "--training"), "in inference"),
-        (("--sibling", "64,8", "--gate", "8"), "plain linear layers"),
-        (("--sibling", "64,8", "--pivoted"), "plain linear layers"),
+        (("--sibling", "64,8", "--gate", "8"), "of linear layers in inference"),
+        (("--sibling", "64,8q"), "p of a pivoted layer"),
+        (("--sibling", "p"), "p of a pivoted layer"),
     ],
 )
 def test_other_siblings_are_refused(options: tuple, message: str, asked: list) -> None:

@@ -67,6 +67,7 @@ GATED_PROBLEM = LINEAR_PROBLEM | {"activation": "silu", "residual": False, "gate
 PROBLEMS = {
     "linear": Problem("a linear key", LINEAR_PROBLEM),
     "gated": Problem("a gated key", GATED_PROBLEM),
+    "gated pivoted": Problem("a gated pivoted key", GATED_PROBLEM | {"pivoted": True}),
     "pivoted": Problem("a pivoted key", LINEAR_PROBLEM | {"pivoted": True}),
     "conv": Problem("a conv key", CONV_PROBLEM),
 }
@@ -218,7 +219,7 @@ def test_a_problem_for_which_memory_is_short_is_left_out_alone(native, monkeypat
         shrank.tune("cpu", clock=scripted({})) as done,
     ):
         pass
-    others = {"a conv key", "a gated key", "a pivoted key"}
+    others = {"a conv key", "a gated key", "a gated pivoted key", "a pivoted key"}
     assert {each.key for each in done} == others == {each.key for each in tuned.load("cpu")}
 
 

@@ -39,7 +39,7 @@ def test_every_way_is_named_before_it_is_tried(native, stdin, capsys) -> None:  
     answer("cpu")
     *tried, done = said(capsys)
     assert done == "done" and [tuple(each) for each in tried[: len(LINEAR_WAYS)]] == LINEAR_WAYS
-    assert len(tried) == sum(map(len, WAYS.values()))
+    assert len(tried) == sum(len(WAYS[problem.op.name]) for problem in PROBLEMS.values())
 
 
 def test_what_ended_another_process_is_not_tried_again(native, stdin, capsys) -> None:  # noqa: F811

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import shrank
 from shrank import LED
+from tests.common.corrected import RANK, STORAGES, corrected
 from tests.common.models import draw, hf_inputs, hf_model, hf_outputs, mlp, seeded
 from tests.common.tolerances import assert_close
 
@@ -66,6 +67,20 @@ def test_merging_adds_the_rank_and_is_exact(kind: str) -> None:
     assert layer.base_layer.rank == 8 + 4 and not layer.base_layer.pivoted
     layer.unmerge()
     assert layer.base_layer.rank == 8 and torch.equal(layer(x), apart)
+
+
+@pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
+def test_merging_into_a_correction_adds_to_its_rank_and_leaves_its_base(storage) -> None:
+    model, x = corrected(named_mlp(), storage), draw(3, 32)
+    base = model.fc1.base
+    tuned = inject_adapter_in_model(LoraConfig(target_modules=["fc1"], **DRAWN), model).eval()
+    apart = tuned.fc1(x)
+    assert (apart - tuned.fc1.base_layer(x)).abs().max() > 1e-3
+    tuned.fc1.merge(safe_merge=True)
+    assert (tuned.fc1(x) - apart).norm() < 1e-2 * apart.norm()  # of factors that were on a grid, products are not now
+    assert tuned.fc1.base_layer.rank == RANK + 4 and tuned.fc1.base_layer.base is base
+    tuned.fc1.unmerge()
+    assert tuned.fc1.base_layer.rank == RANK and torch.equal(tuned.fc1(x), apart)
 
 
 def test_merge_and_unload_leaves_a_low_rank_model_that_saves_and_loads(llama, tmp_path) -> None:

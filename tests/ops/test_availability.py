@@ -71,14 +71,57 @@ def test_a_fake_tensor_of_a_device_that_is_elsewhere_asks_for_no_device() -> Non
         assert shrank.low_rank_linear(x, down, up).shape == (4, 16)
 
 
-def test_what_fits_once_hides_no_reason_of_another_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Devices are remembered, of which nothing speaks against a tensor."""
+def test_what_ran_once_hides_no_reason_of_another_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an op that ran, on a device, with a dtype, all later calls are believed that are like it."""
+    x, down, up = torch.randn(2, 8), nn.Parameter(torch.randn(4, 8)), torch.randn(8, 4)
+    monkeypatch.setattr(availability, "_known", {("op", x.device, x.dtype)})
+
+    def is_known(*tensors: object, op: str = "op") -> bool:
+        return availability.is_known_to_run(op, tensors)
+
+    class Other(Tensor):
+        pass
+
+    assert is_known(x, down, up) and is_known(x, down, None)
+    assert not is_known(x, down, up, op="another op") and not is_known(x.double(), down, up)
+    assert not is_known(torch.empty(2, 8, device="meta"), down, up)
+    assert not is_known(x.as_subclass(Other), down, up) and not is_known(x, down, up.as_subclass(Other))
+    assert not is_known(x, down, 3) and not is_known(torch.fx.Graph().placeholder("x"), down, up)
+    with forward_ad.dual_level():
+        assert not is_known(x, down, up)
+    seen = []
+    torch.vmap(lambda each: seen.append(is_known(each, down, up)) or each)(x)
+    torch.jit.trace(lambda each: seen.append(is_known(each, down, up)) or each, x, check_trace=False)
+    assert len(seen) >= 2 and not any(seen)
+    availability.forget()
+    assert not is_known(x, down, up)
+
+
+def test_a_cpu_that_stands_in_for_a_gpu_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(availability, "_known", known := set())
+    x, on_a_card = torch.randn(2), torch.randn(2)
+    availability.note_that_it_ran("op", x)
+    assert not known
+    monkeypatch.setattr(Tensor, "get_device", lambda _: 0)
+    availability.note_that_it_ran("op", on_a_card)
+    assert known == {("op", x.device, x.dtype)}
+
+
+def test_an_order_of_places_is_no_reason_and_numbers_of_its_kind_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # on device -1
-    monkeypatch.setattr(availability, "_fit", set())
+    names = ("x", "down", "order")
+    x, down, order = torch.randn(2, 8), torch.randn(4, 8), torch.arange(4, dtype=torch.int32)
+    assert availability.why_not_these((x, down, order), names) == []
+    assert availability.why_not_these((x, None, order), names) == []
+    assert availability.why_not_these((x, down, order.long()), names) == ["order is torch.int64, not torch.int32"]
+    assert "x is torch.int32" in availability.why_not_these((x.int(), down, order), names)[0]
+    assert "up is torch.int32" in availability.why_not_these((x, down, order), ("x", "down", "up"))[0]
+
+
+def test_reasons_of_tensors_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # on device -1
     x, down, up = torch.randn(2, 8), torch.randn(4, 8), torch.randn(8, 4)
-    for _ in range(2):
-        assert availability.why_not_these((x, down, up), NAMES) == []
-    assert availability._fit == {-1}
+    assert availability.why_not_these((x, down, up), NAMES) == []
 
     class Other(Tensor):
         pass
@@ -89,22 +132,7 @@ def test_what_fits_once_hides_no_reason_of_another_call(monkeypatch: pytest.Monk
     with forward_ad.dual_level():
         assert "forward-mode" in availability.why_not_these((x, down, up), NAMES)[0]
     monkeypatch.setattr(availability, "_find_too_old", lambda _: "a card that is too old")
-    monkeypatch.setattr(availability, "_fit", set())
     assert "too old" in availability.why_not_these((x, down, up), NAMES)[0]
-    assert availability._fit == set()
-
-
-def test_an_order_of_places_is_no_reason_and_numbers_of_its_kind_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # on device -1
-    names = ("x", "down", "order")
-    x, down, order = torch.randn(2, 8), torch.randn(4, 8), torch.arange(4, dtype=torch.int32)
-    for known in (set(), {-1}):
-        monkeypatch.setattr(availability, "_fit", known)
-        assert availability.why_not_these((x, down, order), names) == []
-        assert availability.why_not_these((x, None, order), names) == []
-        assert availability.why_not_these((x, down, order.long()), names) == ["order is torch.int64, not torch.int32"]
-        assert "x is torch.int32" in availability.why_not_these((x.int(), down, order), names)[0]
-        assert "up is torch.int32" in availability.why_not_these((x, down, order), ("x", "down", "up"))[0]
 
 
 def test_the_mark_of_constants_is_that_of_torch() -> None:

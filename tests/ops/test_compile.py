@@ -35,7 +35,7 @@ def largest_gradient(tested: OpUnderTest, case: object, device: str) -> float:
 def test_compiles_whole_for_any_size(tested, full, requires_grad: bool, device: str) -> None:
     torch._dynamo.reset()  # it counts what it compiled of a function, whatever the parameters of the test
     (_, *weights), between, residual = tested.definition.parts(full.tensors(torch.float32, device, requires_grad))
-    for weight in weights:
+    for weight in filter(None.__ne__, weights):
         torch._dynamo.mark_static(weight)  # as a module's parameters are
     graphs = []
 

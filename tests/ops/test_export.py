@@ -52,7 +52,31 @@ class Pivoted(nn.Module):
         return torch.ops.shrank.low_rank_pivoted(x, down, up, bias, self.pivot_bias, self.order, "relu").square()
 
 
+class Gated(nn.Module):
+    """The value has pivots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.value = shrank.LED(64, 48, 8), Pivoted()
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, led = self.gate, self.value.led
+        up, bias = led.led_unit[1].parameters()
+        pivots = None, None, self.value.pivot_bias, self.value.order
+        return torch.ops.shrank.low_rank_gated(x, gate.down, gate.up, gate.bias, led.down, up, bias, *pivots, "gelu")
+
+
+class LinearMulti(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, led = self.gate, self.value.led
+        up, bias = led.led_unit[1].parameters()
+        lists = [gate.down, led.down], [gate.up, up], [gate.bias, bias]
+        pivots = [None, self.value.pivot_bias], [None, self.value.order]
+        return torch.cat(torch.ops.shrank.low_rank_linear_multi(x, *lists, *pivots), -1)
+
+
 NETS = {"linear": (Linear, (64,)), "conv": (Conv, (16, 6, 5)), "pivoted": (Pivoted, (64,))}
+NETS |= {"gated": (Gated, (64,)), "linear_multi": (LinearMulti, (64,))}
 
 
 def exported(net: type[nn.Module], shape: tuple[int, ...]) -> tuple[nn.Module, ExportedProgram]:

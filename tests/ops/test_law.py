@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from shrank.ops import pivoted_reference, reference
+from shrank.ops.law import ORDER_DTYPE
 from tests.common.ops import CONV_OP, EACH_OP, GATED_OP, LINEAR_OP, OPS, PIVOTED_OP, OpUnderTest
 from tests.common.pivoted_cases import places
 from tests.common.tolerances import assert_close
@@ -60,15 +61,16 @@ BAD_GATED = [
     ({"gate_up": (16, 9)}, "gate_up"),
     ({"gate_up": (16,)}, "gate_up"),
     ({"gate_bias": (15,)}, "gate_bias"),
+    ({"gate_bias": (24,)}, "gate_bias"),
     ({"gate_bias": (1, 16)}, "gate_bias"),
     ({"down": (12, 31)}, "down is"),
     ({"down": (12, 32, 1)}, "down is"),
-    ({"up": (16, 8)}, "up is"),
+    ({"up": (12, 8)}, "up is"),
     ({"up": (12, 16)}, "up is"),
-    ({"up": (24, 12), "bias": (24,)}, "up is"),
+    ({"up": (13, 12), "bias": (13,), "order": (25,)}, "up is"),
     ({"bias": (15,)}, "bias is"),
     ({"bias": ()}, "bias is"),
-    ({name: torch.int64 for name in GATED_TENSORS}, "x is"),
+    ({name: torch.int64 for name in GATED_TENSORS if not name.endswith("order")}, "x is"),
     ({"x": torch.float64}, "gate_down is"),
     ({"gate_up": torch.bfloat16}, "gate_up is"),
     ({"gate_bias": torch.float16}, "gate_bias is"),
@@ -78,6 +80,22 @@ BAD_GATED = [
     ({"activation": "swish"}, "activation is"),
     ({"gate_up": "meta"}, "gate_up is on"),
     ({"up": "meta"}, "up is on"),
+    ({"gate_up": (16, 9)}, "gate_up is"),
+    ({"gate_up": (8, 8), "gate_bias": (8,)}, "gate_order is"),
+    ({"gate_order": (16,)}, "gate_order is"),
+    ({"gate_order": (24, 1)}, "gate_order is"),
+    ({"gate_order": torch.int64}, "gate_order is"),
+    ({"gate_order": "meta"}, "gate_order is on"),
+    ({"gate_order": None}, "gate_pivot_bias is .*without gate_order"),
+    ({"gate_order": None, "gate_pivot_bias": None}, "up is"),  # 16 outputs then
+    ({"gate_pivot_bias": (16,)}, "gate_pivot_bias is"),
+    ({"gate_pivot_bias": torch.float64}, "gate_pivot_bias is"),
+    ({"order": (12,)}, " order is"),
+    ({"order": torch.float32}, " order is"),
+    ({"order": "meta"}, " order is on"),
+    ({"order": None}, " pivot_bias is .*without order"),
+    ({"pivot_bias": (8,)}, " pivot_bias is"),
+    ({"pivot_bias": "meta"}, " pivot_bias is on"),
 ]
 BAD_PIVOTED = [
     ({"x": ()}, "x is 0-dimensional"),
@@ -232,12 +250,16 @@ LAWS[GATED_OP.name] = Law(
         "gate_up": (16, 8),
         "gate_bias": (16,),
         "down": (12, 32),
-        "up": (16, 12),
-        "bias": (16,),
+        "up": (12, 12),
+        "bias": (12,),
+        "gate_pivot_bias": (8,),
+        "gate_order": (24,),
+        "pivot_bias": (12,),
+        "order": (24,),
         "activation": "gelu",
     },
-    (4, 16),
-    lambda x, *pairs: reference.low_rank_gated(x, *pairs, "relu"),
+    (4, 24),
+    lambda x, *pairs: reference.low_rank_gated(x, *pairs, activation="relu"),
     BAD_GATED,
     BAD_GATED,
     [({"x": (4, 31)}, "gate_down"), ({"up": torch.bfloat16}, "up"), ({"activation": "swish"}, "activation")],
@@ -281,13 +303,14 @@ def arguments(tested: OpUnderTest, changes: dict, device: str) -> dict:
     made = {}
     for name, good in LAWS[tested.name].good.items():
         change = changes.get(name, good)
-        if name not in tested.definition.names:
+        if name not in tested.definition.names or change is None:
             made[name] = change
             continue
+        dtype = ORDER_DTYPE if name.endswith("order") else torch.float32
         made[name] = torch.zeros(
             change if isinstance(change, tuple) else good,
             device=change if isinstance(change, str) else device,
-            dtype=change if isinstance(change, torch.dtype) else torch.int32 if name == "order" else torch.float32,
+            dtype=change if isinstance(change, torch.dtype) else dtype,
         )
     return made
 
@@ -366,11 +389,11 @@ def test_an_unknown_backend_is_a_value_error(tested, device: str) -> None:
 def test_autocast_makes_dtypes_alike_and_then_they_are_no_mistake(tested, device: str) -> None:
     law, made = LAWS[tested.name], arguments(tested, {"activation": "relu"}, device)
     names = tested.definition.names
-    made |= {name: torch.randn(made[name].shape, device=device) for name in names if name != "order"}
-    if "order" in names:
-        made["order"] = places(*LAWS[tested.name].good["order"], 0, "mixed", device)
+    orders = [name for name in names if name.endswith("order")]
+    made |= {name: torch.randn(made[name].shape, device=device) for name in names if name not in orders}
+    made |= {name: places(*law.good[name], 0, "mixed", device) for name in orders}
     made |= {name: made[name].bfloat16() for name in ("x", "bias")}
-    pairs = [made[name] if name == "order" else made[name].bfloat16() for name in names if name != "residual"]
+    pairs = [made[name] if name in orders else made[name].bfloat16() for name in names if name != "residual"]
     wanted = law.plain(*pairs)
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         if tested.definition.takes_residual:

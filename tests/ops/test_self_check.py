@@ -53,7 +53,6 @@ def fresh(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("SHRANK_CACHE", str(tmp_path))
     monkeypatch.setattr(self_check, "_known", {})
     monkeypatch.setattr(self_check, "_not_made", {})
-    monkeypatch.setattr(self_check, "_right", set())
     monkeypatch.setattr(self_check, "_told", set())
 
 
@@ -82,7 +81,7 @@ def named(monkeypatch):
     monkeypatch.setattr(probes, "run_pivoted_named", run_pivoted_backward)
 
     def run_together(given, tokens, splits):
-        found = [reference.low_rank_linear(given[0], *each) for each in zip(*given[1:], strict=True)]
+        found = [op.y_of(*op.packed(layer)) for op, layer in multi.alone(*given)]
         return changes.get((multi.NAME, "shrink_expand"), lambda all_: all_)(found)
 
     monkeypatch.setattr(probes, "run_together", run_together)
@@ -106,7 +105,10 @@ def test_every_family_and_every_end_is_looked_at() -> None:
     assert {"fused", "conv_expand", "two_convs_epilogue"} == {k for op, k, _ in kernels if op == CONV.name}
     for probe in forward:
         tensors, between, residual = probe.op.parts(probe.arguments(torch.float32, "cpu"))
-        assert between[-1] != "none" and all(each is not None for each in (*tensors, *residual))
+        missing = {name for name, each in zip(probe.op.names, (*tensors, *residual), strict=True) if each is None}
+        of_pivots = {"gate_pivot_bias", "gate_order", "pivot_bias", "order"}
+        without = probe.op is GATED and not probe.pivoted
+        assert between[-1] != "none" and missing == (of_pivots if without else set())
         downs = [each for name, each in zip(probe.op.names, tensors, strict=False) if name.endswith("down")]
         if probe.op is not PIVOTED:  # its whole panels are an end of their own
             assert all(down.size(0) % 64 for down in downs), "ranks are smaller than any tile's"
@@ -249,6 +251,7 @@ def test_a_reason_keeps_one_dtype_of_one_op_from_its_kernels(named, monkeypatch)
 def test_a_found_fault_means_pytorch_and_an_error_where_kernels_are_insisted_on(named, monkeypatch) -> None:
     named[LINEAR.name, "fused"] = lambda found: found._replace(y=found.y + 1)
     check_and_keep("cpu")
+    monkeypatch.setattr(availability, "is_on_cuda", lambda _: True)
     monkeypatch.setattr(availability, "why_not_here", tuple)
     monkeypatch.setattr(availability, "why_not_these", lambda *_: [])
     monkeypatch.setattr(torch.ops.shrank, "low_rank_linear", None, raising=False)
@@ -418,6 +421,7 @@ def test_a_graph_that_is_being_recorded_is_not_disturbed(monkeypatch) -> None:
 
 def test_it_is_a_constant_of_compiled_code(named, monkeypatch) -> None:
     check_and_keep("cpu")
+    monkeypatch.setattr(availability, "is_on_cuda", lambda _: True)
     monkeypatch.setattr(availability, "why_not_here", tuple)
     monkeypatch.setattr(availability, "why_not_these", lambda *_: [])
     x, down, up = (torch.randn(8, 8) for _ in range(3))

@@ -20,6 +20,7 @@ from tests.common.ops import (
     doubled,
     each_case,
     each_format,
+    is_floating,
 )
 from tests.common.tolerances import assert_close
 
@@ -109,7 +110,7 @@ def one_number(tested, x: Tensor, activation: str, residual: Tensor | None = Non
     d, between = (1, ([1], [0], [1], 1, 1)) if tested is CONV_OP else (0, ())
     one = torch.ones(1, 1, *(1,) * d, device=x.device, dtype=x.dtype)
     if tested is GATED_OP:
-        return x.view_as(one), one, one, None, one, one, None, activation
+        return x.view_as(one), one, one, None, one, one, *[None] * 5, activation
     if tested is PIVOTED_OP:
         order = torch.zeros(1, device=x.device, dtype=torch.int32)  # of two numbers, PyTorch's gelu of infinity is NaN
         end = None if residual is None else residual.view_as(one)
@@ -153,7 +154,7 @@ def test_training_and_inference_agree_to_the_bit(tested, full, device: str) -> N
 def test_autocast(tested, full, last: torch.dtype, device: str) -> None:
     """last: the dtype of the last tensor, which is the residual where there is one."""
     arguments = list(full.tensors(torch.float32, device, requires_grad=True))
-    at = max(i for i, each in enumerate(arguments) if isinstance(each, Tensor))
+    at = max(i for i, each in enumerate(arguments) if is_floating(each))
     arguments[at] = arguments[at].to(last)
     with torch.autocast(device, torch.bfloat16):
         y = tested.op(*arguments)

@@ -12,6 +12,10 @@ from torch import nn
 import shrank
 from shrank import Budget, LatencyTable, auto_fact, calibrate, make_plan
 from shrank.linalg import BudgetTooSmall
+from shrank.model.survey import Survey
+from shrank.planning.forms import Form
+from shrank.planning.rounding import squared_error
+from shrank.planning.spectra import Spectra
 from tests.common.models import WIDTH, Mixed, SharedLayer, TiedLM, draw, hf_inputs, hf_model, mlp, seeded, tokens
 
 
@@ -103,6 +107,32 @@ def test_pivots_are_for_layers_that_do_not_train() -> None:
     assert not any(x.shape.pivoted for x in make_plan(model, Budget(keep_params=0.5)))
     assert all(x.shape.pivoted for x in make_plan(model, Budget(keep_params=0.5), pivot=True))
     assert all(x.shape.pivoted for x in make_plan(model.eval(), Budget(keep_params=0.5)))
+
+
+@pytest.mark.parametrize("pivot", ["auto", True, False])
+@pytest.mark.parametrize("training", [False, True])
+def test_measured_times_decide_where_pivots_are(training: bool, pivot: object) -> None:
+    model, ranks = mlp().train(training), [str(rank) for rank in range(1, WIDTH)]
+    quick, slow = ({rank: time * int(rank) for rank in ranks} for time in (0.01, 0.02))
+    names = [x.fqn for x in make_plan(model, 8).low_rank]
+    table = LatencyTable(
+        {
+            name: {"dense": 1.0, "plain": quick if i % 2 else slow, "pivoted": slow if i % 2 else quick}
+            for i, name in enumerate(names)
+        },
+        {},
+    )
+    plan = make_plan(model, Budget(keep_latency=0.5, table=table), pivot=pivot)
+    wanted = {"auto": names[::2], True: names, False: []}[pivot]
+    assert [x.fqn for x in plan.low_rank if x.shape.pivoted] == [x.fqn for x in plan.low_rank if x.fqn in wanted]
+    assert len(plan.low_rank) > 1
+
+
+def test_no_pivots_on_a_gpu_unless_times_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert not any(x.shape.pivoted for x in make_plan(model, Budget(keep_params=0.5)))
+    assert all(x.shape.pivoted for x in make_plan(model, Budget(keep_params=0.5), pivot=True))
 
 
 def test_the_trade_off_falls_and_the_plan_is_near_it() -> None:
@@ -211,6 +241,13 @@ def test_the_smallest_model_that_is_good_enough() -> None:
         ({"keep_params": 1.2}, r"keep_params must lie in \(0, 1\), got 1.2"),
         ({"keep_latency": 0.5}, "go together"),
         ({"max_error": 0.0}, "max_error must lie"),
+        ({"keep_bytes": 1.0}, r"keep_bytes must lie in \(0, 1\), got 1.0"),
+        ({"keep_bytes": 0.5, "bits": (2,)}, "bits must be 3, 4 or 8, got 2"),
+        ({"keep_bytes": 0.5, "group_sizes": (0,)}, "group_sizes must be whole numbers of at least 1, got 0"),
+        (
+            {"keep_bytes": 0.5, "correction_ranks": (2.5,)},
+            "correction_ranks must be whole numbers of",
+        ),
     ],
 )
 def test_bad_budgets_are_refused(arguments: dict, says: str) -> None:
@@ -311,3 +348,85 @@ def test_plans_and_factors_ask_whatever_says_how_errors_count() -> None:
     for name in ("0", "1"):  # only where the mean error is free do biases make up for it
         assert torch.equal(plain.get_submodule(name).bias, model.get_submodule(name).bias)
         assert not torch.equal(centred.get_submodule(name).bias, model.get_submodule(name).bias)
+
+
+def few_bits(keep: float, **options) -> Budget:
+    return Budget(keep_bytes=keep, group_sizes=(8, 16), correction_ranks=(2, 4), **options)
+
+
+def bytes_stored(plan: shrank.RankPlan) -> int:
+    return sum(x.bytes(4) for x in plan if x.shape)
+
+
+@pytest.mark.parametrize("keep", [0.07, 0.12, 0.2, 0.5])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_no_more_bytes_are_stored_than_the_budget(keep: float, calibrated: bool) -> None:
+    model = wide(5)
+    found = calibrate(model, [correlated()], inputs=True) if calibrated else None
+    plan = make_plan(model, few_bits(keep), calibration=found)
+    dense = sum(4 * x.size for x in plan)
+    assert 0.75 * keep < bytes_stored(plan) / dense <= keep
+    assert plan.spent[0] == pytest.approx(bytes_stored(plan) / dense)
+    small = auto_fact(copy.deepcopy(model), few_bits(keep), calibrate=found)
+    assert [(x.rank, x.storage) for x in small.shrank_plan] == [(x.rank, x.storage) for x in plan]
+
+
+def test_bits_beat_low_rank_alone_at_the_same_bytes() -> None:
+    model, x = mlp(4), correlated()
+    dense = model(x)
+    lost = {}
+    for name, options in {"all": {}, "low rank": {"bits": ()}}.items():
+        small = auto_fact(copy.deepcopy(model), few_bits(0.3, **options), calibrate=[x])
+        lost[name] = (small(x) - dense).norm() / dense.norm()
+    assert lost["all"] < 0.2 * lost["low rank"]
+
+
+@pytest.mark.parametrize("keep", [0.09, 0.15])
+def test_all_forms_together_are_as_good_as_any_alone(keep: float) -> None:
+    model, x = wide(5), correlated()
+    found = calibrate(model, [x], inputs=True)
+    errors = {
+        name: make_plan(model, few_bits(keep, **{} if options is None else options), calibration=found).spent[1]
+        for name, options in {"all": {}, "4 bits": {"bits": (4,)}, "4 and 3 bits": {"bits": (4, 3)}}.items()
+    }
+    assert errors["all"] <= 1.1 * min(errors.values())
+
+
+@pytest.mark.parametrize("keep", [0.08, 0.12, 0.2])
+def test_what_the_budget_takes_was_measured(keep: float) -> None:
+    model = wide(4)
+    found = calibrate(model, [correlated()], inputs=True)
+    of_few_bits = [x for x in make_plan(model, few_bits(keep), calibration=found).changed if x.storage.grid]
+    sites = {site.fqn: site for site in Survey(model).sites()}
+    assert of_few_bits
+    for layer in of_few_bits:
+        whole = Spectra(found).of(sites[layer.fqn], layer.shape).square().sum()
+        squared = squared_error(sites[layer.fqn], Form(layer.rank, layer.shape, layer.storage), found)
+        assert layer.error == pytest.approx(math.sqrt(squared / whole))
+
+
+def test_weights_in_16_bits_cost_half_of_those_in_32() -> None:
+    model = mlp(3)
+    of_32 = make_plan(model, few_bits(0.125))
+    of_16 = make_plan(copy.deepcopy(model).bfloat16(), few_bits(0.25))
+    assert bytes_stored(of_32) / sum(4 * x.size for x in of_32) <= 0.125
+    assert sum(x.bytes(2) for x in of_16) / sum(2 * x.size for x in of_16) <= 0.25
+
+
+def test_layers_of_one_rank_have_one_storage() -> None:
+    model = wide(4)
+    found = calibrate(model, [correlated()], inputs=True)
+    budget = few_bits(0.12, same_rank=["[01]"])
+    plan = make_plan(model, budget, calibration=found)
+    assert (plan["0"].rank, plan["0"].storage) == (plan["1"].rank, plan["1"].storage)
+
+
+def test_bytes_and_bits_have_one_owner() -> None:
+    with pytest.raises(ValueError, match=r"give Budget\(bits=\), not bits="):
+        make_plan(mlp(2), few_bits(0.2), bits=4)
+
+
+def test_inputs_are_observed_where_bits_may_be_few() -> None:
+    model, x = seeded(lambda: nn.Sequential(nn.Linear(WIDTH, 96), nn.ReLU(), nn.Linear(96, 16))), correlated()
+    small = auto_fact(copy.deepcopy(model), few_bits(0.1), calibrate=[x])
+    assert any(layer.storage.grid for layer in small.shrank_plan)

@@ -116,3 +116,26 @@ def test_measured_errors_are_relative_to_the_outputs() -> None:
     assert layer.measured == pytest.approx(expected, rel=1e-4)
     with pytest.raises(ValueError, match="not in both models"):
         measure_errors(small.shrank_plan, torch.nn.Sequential(), small, [x])
+
+
+def test_bars_tell_forms_and_bytes_where_there_are_few_bits(tmp_path) -> None:
+    model = mlp(5)
+    found = calibrate(model, [draw(200, WIDTH)], inputs=True)
+    plan = make_plan(model, Budget(keep_bytes=0.1, group_sizes=(8,), correction_ranks=(2,)), calibration=found)
+    title = "What every layer keeps"
+    axis = figures(plan)[title].axes[0]
+    assert "bytes" in axis.get_xlabel()
+    widths = {round(bar.get_width(), 3) for bar in axis.patches}
+    shown = [layer for layer in plan if layer.changes or layer.spectrum]
+    assert widths == {round(100 * layer.bytes() / (2 * layer.size), 3) for layer in shown}
+    named = {text.get_text() for text in axis.get_legend().get_texts()}
+    assert "few bits" in named and named <= {
+        "dense",
+        "low rank",
+        "few bits",
+        "low rank in few bits",
+        "few bits, corrected",
+    }
+    assert "bytes" not in figures(planned())[title].axes[0].get_xlabel()
+    report(plan, tmp_path / "report.html")
+    assert "bytes of these layers" in (tmp_path / "report.html").read_text()

@@ -301,7 +301,7 @@ def test_cards_count_the_bytes_that_are_stored(tmp_path: Path) -> None:
     from shrank.saving.transformers_folder import save_model
 
     hf_model("llama").save_pretrained(tmp_path / "dense")
-    for rule, title in ((8, "# Low-rank copy of dense"), ({"*": None}, "# Copy of dense in few bits")):
+    for rule, title in ((8, "# Low-rank copy of dense"), ({"*": None}, "# Copy in few bits of dense")):
         model = shrank.auto_fact(hf_model("llama"), rule, bits=4, min_features=8)
         save_model(model, str(tmp_path / "dense"), tmp_path / "small")
         card = (tmp_path / "small" / "README.md").read_text()

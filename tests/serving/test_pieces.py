@@ -112,9 +112,12 @@ def test_layers_of_one_input_are_one_op(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(f"shrank.serving.pieces.{name}", lambda *a, op=op: asked.append(op.__name__) or op(*a))
     x = draw(5, K)
     assert_close(run(pieces, x, None), torch.cat([layer(x) for layer in layers.values()], -1))
-    assert asked == ["low_rank_linear_multi", "low_rank_pivoted"]
-    run(pieces[:1], x, None)
-    assert asked[2:] == ["low_rank_linear"]
+    assert asked == ["low_rank_linear_multi"]
+    bias = draw(3 * 16)
+    assert_close(run(pieces, x, bias), torch.cat([layer(x) for layer in layers.values()], -1) + bias)
+    for piece in pieces[:2]:
+        run([piece], x, None)
+    assert asked[2:] == ["low_rank_linear", "low_rank_pivoted"]
 
 
 @torch.no_grad()

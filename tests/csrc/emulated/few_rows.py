@@ -32,13 +32,13 @@ class FewRowsRun:
     training: bool = False
     dtype: torch.dtype = BF16
     gate: int = 0
-    pivoted: bool = False
+    pivoted: bool | str = False  # of a gated layer "gate", "value" or "both"
 
     def __str__(self) -> str:
         end = [self.activation] + [name for name in ("bias", "residual", "training") if getattr(self, name)]
-        sizes = (
-            f"M{self.M}-K{self.K}-N{self.N}-{f'gate{self.gate}-' if self.gate else 'pivoted-' * self.pivoted}R{self.R}"
-        )
+        form = f"gate{self.gate}-" * bool(self.gate)
+        form += f"pivots of {self.pivoted}-" if self.gate and self.pivoted else "pivoted-" * bool(self.pivoted)
+        sizes = f"M{self.M}-K{self.K}-N{self.N}-{form}R{self.R}"
         return f"{self.tokens}x{self.splits}-{sizes}-{'-'.join(end)}-{str(self.dtype)[6:]}"
 
     def multiply_adds(self) -> int:
@@ -74,12 +74,13 @@ def emulate(dev: ModuleType, run: FewRowsRun, arguments: tuple, seed: int = 0) -
 
 
 class Layer(NamedTuple):
-    """One of several layers of an input: outputs, rank, splits of K, and whether it has a bias."""
+    """One of several layers of an input: outputs, rank, splits of K, whether it has a bias, and whether pivots."""
 
     N: int
     R: int
     splits: int = 1
     bias: bool = True
+    pivoted: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class MultiRun:
     dtype: torch.dtype = BF16
 
     def __str__(self) -> str:
-        layers = "-".join(f"N{n}R{r}by{splits}{'b' * bias}" for n, r, splits, bias in self.layers)
+        layers = "-".join(f"N{n}R{r}by{splits}{'b' * bias}{'p' * pivots}" for n, r, splits, bias, pivots in self.layers)
         return f"{self.tokens}-M{self.M}-K{self.K}-{layers}-{str(self.dtype)[6:]}"
 
     def multiply_adds(self) -> int:
@@ -102,12 +103,22 @@ class MultiRun:
     def alone(self) -> list[FewRowsRun]:
         """The same layers one by one."""
         return [
-            FewRowsRun(self.tokens, layer.splits, self.M, self.K, layer.N, layer.R, layer.bias, dtype=self.dtype)
+            FewRowsRun(
+                self.tokens,
+                layer.splits,
+                self.M,
+                self.K,
+                layer.N,
+                layer.R,
+                layer.bias,
+                dtype=self.dtype,
+                pivoted=layer.pivoted,
+            )
             for layer in self.layers
         ]
 
     def arguments(self) -> list[tuple]:
-        """Of low_rank_linear, for each layer, with one x."""
+        """Of low_rank_linear or low_rank_pivoted, for each layer, with one x."""
         given = [run.arguments() for run in self.alone()]
         return [(given[0][0], *each[1:]) for each in given]
 
@@ -115,7 +126,7 @@ class MultiRun:
 def emulate_multi(dev: ModuleType, run: MultiRun, arguments: list[tuple], seed: int = 0) -> list[Outcome]:
     """What each layer gives; the problems and the counts are those of the launches, and stand with every layer."""
     made, kept = [], []
-    for layer, (_, down, up, bias, *_) in zip(run.layers, arguments, strict=True):
+    for layer, given in zip(run.layers, arguments, strict=True):
         y = torch.full((run.M, layer.N), torch.nan, dtype=run.dtype)
         between = (
             torch.full((run.M, layer.R), torch.nan, dtype=run.dtype)
@@ -124,7 +135,7 @@ def emulate_multi(dev: ModuleType, run: MultiRun, arguments: list[tuple], seed: 
         )
         name = "h" if layer.splits == 1 else "sums"
         made.append(
-            addresses(down=down, up=up, bias=bias, y=y, **{name: between})
+            addresses(**Given.of(given).pairs[0]._asdict(), y=y, **{name: between})
             | {"R": layer.R, "N": layer.N, "splits": layer.splits}
         )
         kept.append((y, between))
@@ -166,7 +177,8 @@ def runs() -> list[FewRowsRun]:
         for activation, bias, residual in product(reference.ACTIVATIONS, *[(False, True)] * 2)
         for splits, training in ((1, False), (2, True))
     ]
-    return every_tile + tokens + columns + ranks + outputs + ends + _gated_runs() + _pivoted_runs()
+    every_form = _gated_runs() + _pivoted_runs() + _gated_pivoted_runs()
+    return every_tile + tokens + columns + ranks + outputs + ends + every_form
 
 
 def _gated_runs() -> list[FewRowsRun]:
@@ -214,6 +226,29 @@ def _pivoted_runs() -> list[FewRowsRun]:
     return every_tile + tokens + ranks + ends
 
 
+def _gated_pivoted_runs() -> list[FewRowsRun]:
+    """Of gated layers where the gate, the value or both have pivots: up has no rows, few, or many."""
+    which = ("gate", "value", "both")
+    every_tile = [
+        FewRowsRun(tokens, splits, tokens + 3, 520, 136, 72, True, "silu", False, True, dtype, 40, pivoted)
+        for tokens, splits, dtype in product(TOKENS, (1, 2), (BF16, FP16))
+        for pivoted in which
+    ]
+    ranks = [
+        FewRowsRun(8, splits, 3, 40, N, R, True, training=True, gate=gate, pivoted=pivoted)
+        for N, R, gate in [(40, 40, 8), (40, 8, 40), (48, 40, 40), (176, 24, 136), (392, 264, 128)]
+        for splits, pivoted in zip((1, 2, 1), which, strict=True)
+    ]
+    ends = [
+        FewRowsRun(16, splits, 11, 72, 72, 40, bias, activation, gate=56, pivoted=pivoted)
+        for (activation, bias), (splits, pivoted) in product(
+            product(reference.ACTIVATIONS, (False, True)), zip((1, 2, 1), which, strict=True)
+        )
+        if bias or pivoted == "both"
+    ]
+    return every_tile + ranks + ends
+
+
 def multi_runs() -> list[MultiRun]:
     """Two and three layers: every tile in both dtypes, layers of one block and of many, splits that differ, groups."""
     qkv = (Layer(136, 72), Layer(40, 24, 2), Layer(72, 40, 1, False))
@@ -225,4 +260,12 @@ def multi_runs() -> list[MultiRun]:
         MultiRun(8, 19, 1032, (Layer(72, 8, 4), Layer(72, 24, 1), Layer(72, 16, 2))),
         MultiRun(16, 37, 72, (Layer(264, 136, 1, False), Layer(72, 8, 1, False), Layer(8, 520))),
     ]
-    return every_tile + two + edges
+    pivots = [
+        MultiRun(tokens, tokens + 3, 520, tuple(layer._replace(pivoted=i in which) for i, layer in enumerate(qkv)))
+        for tokens in TOKENS
+        for which in ((0, 1, 2), (0,), (1,), (2,))
+    ] + [
+        MultiRun(8, 3, 264, (Layer(72, 72, 2, True, True), Layer(64, 16, 1, False, True)), FP16),
+        MultiRun(8, 19, 264, (Layer(8, 8), Layer(200, 136, 1, True, True), Layer(264, 264, 3, False, True))),
+    ]
+    return every_tile + two + edges + pivots

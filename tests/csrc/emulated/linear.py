@@ -39,7 +39,7 @@ TILES = (
 GATED_TILES = ((32, 0), (32, 128), (64, 0), (64, 64), (64, 128), (64, 256), (128, 0), (128, 128), (128, 256))
 PIVOTED_TILES = GATED_TILES
 BF16, FP16 = torch.bfloat16, torch.float16
-PLAIN, GATED, PIVOTED = 1, 2, 3  # csrc/select/linear_tile.h
+PLAIN, GATED, PIVOTED, GATED_PIVOTED = 1, 2, 3, 4  # csrc/select/linear_tile.h
 
 
 class Pair(NamedTuple):
@@ -62,7 +62,9 @@ def form_of(arguments: tuple) -> int:
     """Which op these are arguments of."""
     if len(arguments) == 6:
         return PLAIN
-    return PIVOTED if arguments[5].dtype == torch.int32 else GATED
+    if len(arguments) == 8:
+        return PIVOTED
+    return GATED if arguments[8] is None and arguments[10] is None else GATED_PIVOTED
 
 
 class Given(NamedTuple):
@@ -78,17 +80,20 @@ class Given(NamedTuple):
     @classmethod
     def of(cls, arguments: tuple) -> Given:
         form = form_of(arguments)
-        x, *pairs, activation, residual = (*arguments, None) if form == GATED else arguments
-        each = 5 if form == PIVOTED else 3
-        pairs = [Pair(*pairs[i : i + each]) for i in range(0, len(pairs), each)]
-        return cls(form, x, pairs, activation, residual)
+        if form in (GATED, GATED_PIVOTED):
+            x, *stored, activation = arguments
+            pairs = [Pair(*stored[i * 3 : i * 3 + 3], *stored[6 + i * 2 : 8 + i * 2]) for i in range(2)]
+            return cls(form, x, pairs, activation, None)
+        x, *stored, activation, residual = arguments
+        return cls(form, x, [Pair(*stored)], activation, residual)
 
 
 def arguments_of(run: object) -> tuple:
     """The op's arguments for a run, of whichever kernels."""
     if run.gate:
         bias = "both" if run.bias else "none"
-        return GatedCase((run.M,), run.K, run.N, run.gate, run.R, bias, run.activation).tensors(run.dtype, "cpu")
+        sizes = (run.M,), run.K, run.N, run.gate, run.R
+        return GatedCase(*sizes, bias, run.activation, run.pivoted or "none").tensors(run.dtype, "cpu")
     kind, bias = (PivotedCase, bias_of(run)) if run.pivoted else (LinearCase, run.bias)
     return kind((run.M,), run.K, run.N, run.R, bias, run.activation, run.residual).tensors(run.dtype, "cpu")
 
@@ -98,6 +103,7 @@ def in_pytorch(arguments: tuple) -> Tensor:
     of_form = {
         PLAIN: reference.low_rank_linear,
         GATED: reference.low_rank_gated,
+        GATED_PIVOTED: reference.low_rank_gated,
         PIVOTED: pivoted_reference.low_rank_pivoted,
     }
     return of_form[form_of(arguments)](*arguments)

@@ -14,7 +14,7 @@ import torch
 import shrank
 from shrank.measuring import tuning
 from shrank.measuring.timing import Timing
-from shrank.ops import gated_backward, pivoted_backward, pivoted_reference, reference, self_check, tuned
+from shrank.ops import gated_backward, multi, pivoted_backward, pivoted_reference, reference, self_check, tuned
 from shrank.ops.conv import CONV
 from shrank.ops.expand_backward import run_named
 from shrank.ops.gated import GATED
@@ -66,6 +66,20 @@ def test_every_tile_of_gated_layers(tile, dtype: torch.dtype) -> None:
         held_to_pytorch(GATED, given, kernel, (tile.block_m, tile.max_rank, 2))
 
 
+@pytest.mark.parametrize("pivots", ["gate", "value", "both"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gated_layers_with_pivots_get_all_rows_or_are_computed_apart(dtype: torch.dtype, pivots: str) -> None:
+    for bias in ("both", "gate", "none"):
+        given = GatedCase((37,), 72, 264, 24, 56, bias, pivots=pivots).tensors(dtype, "cpu")
+        for kernel in ("fused", "gemm_expand", "apart", "two_gemms_epilogue"):
+            held_to_pytorch(GATED, given, kernel, ())
+    ways = json.loads(torch.ops.shrank.low_rank_gated_choices(*given, 1))
+    assert {"shrink_expand", "fused", "gemm_expand", "apart", "two_gemms"} <= {way["kernel"] for way in ways}
+    plain = GatedCase((37,), 72, 264, 24, 56).tensors(dtype, "cpu")
+    with pytest.raises(RuntimeError, match="apart: no gate and value with pivots"):
+        GATED.run_named(plain, "apart")
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("tile", DEV.select.PIVOTED_TILES, ids=repr)
 def test_every_tile_of_pivoted_layers(tile, dtype: torch.dtype) -> None:
@@ -87,8 +101,9 @@ def test_pivoted_layers_by_gemms(dtype: torch.dtype, activation: str, bias: str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 def test_gated_layers_by_gemms(dtype: torch.dtype, activation: str) -> None:
-    given = GatedCase((6,), 32, 37, 8, 5, "gate", activation).tensors(dtype, "cpu")
-    held_to_pytorch(GATED, given, "two_gemms" if activation == "none" else "two_gemms_epilogue", ())
+    for pivots in ("none", "gate", "value", "both"):
+        given = GatedCase((6,), 32, 37, 8, 5, "gate", activation, pivots).tensors(dtype, "cpu")
+        held_to_pytorch(GATED, given, "two_gemms" if activation == "none" else "two_gemms_epilogue", ())
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -106,18 +121,23 @@ def test_every_tile_of_convolutions(tile, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("tile", DEV.select.SHRINK_EXPAND_TILES, ids=repr)
 def test_every_tile_for_a_few_rows(tile, dtype: torch.dtype) -> None:
     if tile.layers > 1:
-        layers = [LinearCase((37,), 520, N, R).tensors(dtype, "cpu")[:4] for N, R in ((136, 72), (40, 24), (72, 40))]
+        layers = [
+            PivotedCase((37,), 520, N, R).tensors(dtype, "cpu")[:6]
+            if tile.form == 3 and N != 40
+            else (*LinearCase((37,), 520, N, R).tensors(dtype, "cpu")[:4], None, None)
+            for N, R in ((136, 72), (40, 24), (72, 40))
+        ]
         x, lists = layers[0][0], [list(each) for each in zip(*(given[1:] for given in layers), strict=True)]
         for splits in ((1, 1, 1), (2, 1, 3)):
             found = run_together((x, *lists), tile.tokens, splits)
-            for y, (_, *factors), each in zip(found, layers, splits, strict=True):
-                alone = LINEAR.run_named((x, *factors), "shrink_expand", (tile.tokens, 0, each))
-                assert torch.equal(y, alone.y)
+            for y, (op, given), each in zip(found, multi.alone(x, *lists), splits, strict=True):
+                assert torch.equal(y, op.run_named(given, "shrink_expand", (tile.tokens, 0, each)).y)
         return
     op, case = {
         1: (LINEAR, LinearCase((37,), 520, 136, 72, True, "silu", True)),
         2: (GATED, GatedCase((37,), 520, 136, 72, 40)),
         3: (PIVOTED, PivotedCase((37,), 520, 136, 72, "both", "silu", True)),
+        4: (GATED, GatedCase((37,), 520, 136, 72, 40, pivots="both")),
     }[tile.form]
     for splits in (1, 2):
         held_to_pytorch(op, case.tensors(dtype, "cpu"), "shrink_expand", (tile.tokens, 0, splits))
@@ -195,7 +215,7 @@ def test_groups_of_both_stages(shares: int) -> None:
         (
             "warp",
             (),
-            "kernel is 'warp', wanted one of shrink_expand, fused, gemm_expand, two_gemms_epilogue, two_gemms",
+            "kernel is 'warp', wanted one of shrink_expand, fused, gemm_expand, apart, two_gemms_epilogue, two_gemms",
         ),
         ("fused", (64,), "grid has 1 numbers, wanted block_m, max_rank and blocks_n"),
         ("fused", (64, 32, 1), "fused: no kernel is compiled for this tile"),

@@ -1,0 +1,252 @@
+"""Quality at a size in bytes: budgets of shrank beside what is published, benchmarks/results/sizes_TASK.json and .png.
+
+Bytes are those of the compressed layers' weights on disk, relative to these in 16 bits.
+
+python -m benchmarks.quality.sizes [TASK ...] [--budgets 0.35 0.28] [--methods "shrank" "GPTQ*"] [--draw-only]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import torch
+from matplotlib import pyplot as plt
+from torch import nn
+
+import shrank
+from benchmarks.provenance import RESULTS, provenance
+from benchmarks.quality import baselines
+from benchmarks.quality.rounded import METHODS, Rounded, gptq, rtn
+from benchmarks.quality.tasks import Crepe, MiniLM, SmolLM2, Task, Whisper
+from benchmarks.speed.turns import THREADS
+from shrank import Budget, Grid, RankPlan, Storage
+from shrank.linalg import Shape
+
+TASKS = {"minilm": MiniLM, "smollm2": SmolLM2, "whisper": Whisper, "crepe-full": partial(Crepe, "full")}
+BUDGETS = (0.35, 0.28, 0.25, 0.22, 0.17)
+OURS = "shrank"
+# Ways to spend the same bytes: all forms, without low rank, without corrections, low rank alone.
+OWN = {
+    OURS: ({}, {}),
+    f"{OURS}, bits alone": ({"correction_ranks": ()}, {"max_rank": 1}),
+    f"{OURS}, low rank alone": ({"bits": ()}, {}),
+}
+BITS_AND_GROUPS = ((8, 32), (4, 32), (4, 128), (3, 32), (3, 128))
+CORRECTED = ((4, 32, 16), (4, 128, 16), (4, 128, 32))  # bits, group, rank of factors in int8
+SVD_LLM = {"SVD-LLM": None, "SVD-LLM + int8": Grid(8), "SVD-LLM + int4": Grid(4, 32)}
+RANKS = (0.9, 0.8, 0.6, 0.5, 0.4)  # shares of the weights that SVD-LLM keeps, alone and in few bits
+QUALITY = {"cosine": True, "word error rate": False, "perplexity": False, "mean cents": False}  # larger is better
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A task, its dense model, and its layers with what they are as matrices."""
+
+    task: Task
+    dense: nn.Module
+    shapes: dict[str, Shape]
+
+    def row(self, method: str, model: nn.Module, size: float, weights: float, flops: float, **more: object) -> dict:
+        """One model, measured; sizes are relative to the dense layers."""
+        figures = {"bytes": size, "weights": weights, "FLOPs": flops}
+        return {"method": method, **{k: round(v, 4) for k, v in figures.items()}, **self.task.evaluate(model), **more}
+
+    def uniform(self, method: str, model: nn.Module, storage: Storage, keep: float | None = None) -> dict:
+        """A model whose layers all have one storage, at the rank that keeps a share of the weights, or corrected."""
+        ranks = {name: _rank(shape, keep) for name, shape in self.shapes.items()}
+        return self.row(method, model, *self._shares((s, ranks[n], storage) for n, s in self.shapes.items()))
+
+    def corrected(self, method: str, model: nn.Module, storage: Storage, rank: int) -> dict:
+        return self.row(method, model, *self._shares((shape, rank, storage) for shape in self.shapes.values()))
+
+    def planned(self, method: str, model: nn.Module, **more: object) -> dict:
+        """A model that shrank made."""
+        plan: RankPlan = model.shrank_plan
+        layers = [layer for layer in plan if layer.fqn in self.shapes]
+        counted = Counter(_form(layer) for layer in layers)
+        shares = self._shares((layer.shape, layer.rank, layer.storage) for layer in layers)
+        return self.row(method, model, *shares, forms=dict(counted.most_common()), **more)
+
+    def _shares(self, forms) -> tuple[float, float, float]:
+        """Bytes, weights and operations for a token, relative to dense layers in 16 bits."""
+        totals = torch.zeros(2, 3, dtype=torch.float64)
+        for shape, rank, storage in forms:
+            operations = shape.flops(rank) + (shape.flops(None) if storage.corrected else 0)
+            totals[0] += torch.tensor([shape.bytes(rank, storage), shape.stored_params(rank, storage), operations])
+            totals[1] += torch.tensor([shape.bytes(None), shape.dense_params, shape.flops(None)])
+        return tuple((totals[0] / totals[1]).tolist())
+
+
+def rows(name: str, budgets: tuple[float, ...], methods: list[str]) -> Iterator[dict]:
+    """Of the methods that match one of these patterns; the dense model comes first."""
+    task = TASKS[name]()
+    dense = task.model()
+    found = baselines.layers(dense, task.exclude)
+    plan = shrank.make_plan(dense, {"*": None}, errors=False)
+    bench = Bench(task, dense, {fqn: plan[fqn].shape for fqn in found})
+    yield bench.row("dense, 16 bits", dense, 1.0, 1.0, 1.0)
+    started = time.perf_counter()
+    calibration = shrank.calibrate(dense, task.batches(), loss=task.own_loss, layers=list(found), inputs=True)
+    seconds = round(time.perf_counter() - started)
+    # A model in float32 has twice the bytes, of which half the share is kept.
+    share = 2 / next(iter(found.values())).weight.element_size()
+    for method, (of_budget, options) in OWN.items():
+        if not _matches(method, methods):
+            continue
+        for keep in budgets:
+            started = time.perf_counter()
+            try:
+                small = shrank.auto_fact(
+                    copy.deepcopy(dense),
+                    Budget(keep_bytes=keep * share, **of_budget),
+                    calibrate=calibration,
+                    include=list(found),
+                    **options,
+                )
+            except shrank.linalg.BudgetTooSmall:
+                continue
+            taken = round(time.perf_counter() - started)
+            yield bench.planned(method, small, budget=keep, **{"calibrated in s": seconds, "compressed in s": taken})
+    if task.kfac:
+        yield from _published(bench, methods)
+
+
+def _matches(method: str, methods: list[str]) -> bool:
+    return any(fnmatchcase(method, pattern) for pattern in methods)
+
+
+def _published(bench: Bench, methods: list[str]) -> Iterator[dict]:
+    """Every layer alike."""
+    task, dense, names = bench.task, bench.dense, list(bench.shapes)
+    seen = baselines.statistics(task.model(), shrank.batches(task.batches()), None, task.exclude)
+    for bits, group in BITS_AND_GROUPS:
+        for method in ("RTN",) if bits == 8 else ("RTN", "AWQ", "GPTQ"):
+            if _matches(name := f"{method} int{bits} g{group}", methods):
+                model = Rounded(dense, METHODS[method], seen, names, group, bits).at(0, False)
+                yield bench.uniform(name, model, Storage(Grid(bits, group)))
+    for bits, group, rank in CORRECTED:
+        for method in ("RTN + QERA / EoRA", "GPTQ + EoRA"):
+            if _matches(name := f"{method}, int{bits} g{group} + rank {rank}", methods):
+                model = Rounded(dense, METHODS[method], seen, names, group, bits).at(rank, True)
+                yield bench.corrected(name, model, Storage(Grid(bits, group), True, Grid(8)), rank)
+    of_svd_llm = {name: form for name, form in SVD_LLM.items() if _matches(name, methods)}
+    svd_llm = baselines.approximations(dense, "SVD-LLM", seen, task.exclude) if of_svd_llm else {}
+    for keep in RANKS:
+        for name, grid in of_svd_llm.items():
+            yield bench.uniform(name, _svd_llm_on(bench, svd_llm, seen, keep, grid), Storage(grid), keep)
+
+
+@torch.no_grad()
+def _svd_llm_on(bench: Bench, found: dict, seen: dict, keep: float, grid: Grid | None) -> nn.Module:
+    """SVD-LLM's factors as they are, or rounded one after the other: to the nearest in 8 bits, by GPTQ in fewer."""
+    model = copy.deepcopy(bench.dense)
+    for name, shape in bench.shapes.items():
+        rank, weight = _rank(shape, keep), model.get_submodule(name).weight
+        if grid is None:
+            weight.copy_(found[name](rank).view(weight.shape))
+            continue
+        (up, down), bits, group = baselines.split(found[name](rank), rank), grid.bits, grid.group_size
+        own, moment = seen[name], seen[name].inputs.double() / seen[name].tokens
+        down = rtn(down, own, group or down.shape[1], bits) if bits == 8 else gptq(down, own, group, bits)
+        between = baselines.Statistics(1, down @ moment @ down.T)
+        up = rtn(up, own, group or rank, bits) if bits == 8 else gptq(up, between, group, bits)
+        weight.copy_((up @ down).view(weight.shape))
+    return model
+
+
+def _rank(shape: Shape, keep: float | None) -> int | None:
+    """The multiple of 32, which groups ask for, that keeps at most a share of the weights."""
+    return None if keep is None else max(32, shape.rank_for(keep * shape.dense_params) // 32 * 32)
+
+
+def _form(layer: shrank.LayerPlan) -> str:
+    low_rank = layer.rank is not None and not layer.storage.corrected
+    stored = str(layer.storage) or "16 bits"
+    return f"low rank, {stored}" if low_rank else stored
+
+
+def draw(name: str, found: list[dict], path: Path) -> None:
+    """Quality over bytes, a line for each method."""
+    figure_name = next(key for key in QUALITY if key in found[0])
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    by_method: dict[str, list[dict]] = {}
+    for row in found[1:]:
+        by_method.setdefault(_series(row["method"]), []).append(row)
+    for method, measured in by_method.items():
+        points = sorted(measured, key=lambda row: row["bytes"])
+        ours = method.startswith(OURS)
+        axes.plot(
+            [row["bytes"] for row in points],
+            [row[figure_name] for row in points],
+            marker="o" if ours else "x",
+            linewidth=2 if method == OURS else 1,
+            linestyle="-" if ours else ":",
+            label=method,
+        )
+    axes.set_xlabel("bytes of the layers' weights, relative to 16 bits")
+    axes.set_ylabel(figure_name)
+    axes.set_xlim(0.12, 0.6)
+    good = [row[figure_name] for row in found if row["method"] == OURS]
+    if QUALITY[figure_name]:
+        axes.set_ylim(min(good) - 0.05, 1.0)
+    else:
+        axes.set_ylim(0.9 * found[0][figure_name], 1.5 * max(good))
+        axes.axhline(found[0][figure_name], color="grey", linewidth=0.5)
+    axes.set_title(f"{found[0].get('name', name)}: {figure_name} at a size")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _series(method: str) -> str:
+    """What methods of several bits or ranks have in common."""
+    return method.split(" int")[0].split(", int")[0] if not method.startswith("SVD-LLM") else method
+
+
+def table(found: list[dict]) -> str:
+    """The rows as a Markdown table, by size."""
+    skipped = ("method", "forms", "budget", "calibrated in s", "compressed in s")
+    figures = [key for key in found[0] if key not in skipped]
+    lines = ["| method | " + " | ".join(figures) + " |", "|---" * (len(figures) + 1) + "|"]
+    for row in sorted(found, key=lambda row: -row["bytes"]):
+        lines.append(f"| {row['method']} | " + " | ".join(f"{row[key]:.4g}" for key in figures) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", default=list(TASKS), metavar="TASK")
+    parser.add_argument("--budgets", type=float, nargs="*", default=list(BUDGETS))
+    parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--methods", nargs="*", default=["*"], help="patterns of the rows to measure")
+    parser.add_argument("--draw-only", action="store_true", help="draw and print what was measured")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for name in arguments.tasks:
+        path = RESULTS / f"sizes_{name}.json"
+        if not arguments.draw_only:
+            results = {**provenance("cpu"), "rows": []}
+            for row in rows(name, tuple(arguments.budgets), arguments.methods):
+                results["rows"].append(row)
+                print(json.dumps(row), flush=True)
+                path.write_text(json.dumps(results, indent=1) + "\n")
+        found = json.loads(path.read_text())["rows"]
+        draw(name, found, path.with_suffix(".png"))
+        print(name, table(found), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Feed-forward blocks made narrower as planned: units eliminated, and the matrix behind them fitted again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..calibration.metric_source import MetricSource, columns_of
+from ..linalg import FactorizationError, eliminate, refit
+from ..model import surgery
+from ..model.feed_forward import Narrowed, narrowed_consumer, narrowed_producer, note_narrowed
+from ..model.survey import Site, Survey
+from ..planning.narrowed import NarrowedBlock, narrowed_shape
+from ..planning.plan import LayerPlan, RankPlan, narrowed_layer
+from ..util.parallel import dealt, in_parallel, workers_for
+from ..util.processes import current
+from ..util.progress import track
+
+
+@dataclass(frozen=True)
+class BlockJob:
+    """A block to narrow, and the sites of its layers, the consumer last."""
+
+    block: NarrowedBlock
+    sites: tuple[Site, ...]
+
+    @property
+    def consumer(self) -> Site:
+        return self.sites[-1]
+
+
+# Of one block: the units that stay, the matrix on them, what the bias gains, and the error of the outputs; or why there
+# is none.
+Fitted = tuple[Tensor, Tensor, Tensor | None, float] | str
+
+
+def block_jobs(survey: Survey, plan: RankPlan, loading: bool = False) -> tuple[list[BlockJob], list[str]]:
+    """The blocks that the plan narrows and the model has as they were; and what does not fit the model.
+
+    loading: blocks that are as narrow as planned are left as they are.
+    """
+    sites, jobs, problems = {site.fqn: site for site in survey.sites(inside_low_rank=True)}, [], []
+    for block in plan.narrower:
+        found = tuple(sites[fqn] for fqn in block.layers if fqn in sites)
+        if missing := [fqn for fqn in block.layers if fqn not in sites]:
+            problems.append(f"{block.name!r}: the model has no layer {', '.join(missing)}")
+        elif loading and all(_is_narrow(block, plan[site.fqn], site) for site in found):
+            continue
+        elif problem := next(filter(None, (_misfit(block, plan[s.fqn], s, loading) for s in found)), ""):
+            problems.append(f"{block.name!r}: {problem}")
+        else:
+            jobs.append(BlockJob(block, found))
+    return jobs, problems
+
+
+def _is_narrow(block: NarrowedBlock, layer: LayerPlan, site: Site) -> bool:
+    shape = site.module.shape if layer.rank is not None and site.shape is None else site.shape
+    return shape is not None and narrowed_shape(block, site.fqn, shape) == replace(shape, pivoted=False)
+
+
+def _misfit(block: NarrowedBlock, layer: LayerPlan, site: Site, loading: bool) -> str:
+    """What keeps a layer from getting the sizes planned; '' if nothing does."""
+    adapter = site.adapter
+    if adapter is None or not adapter.takes_vectors or (not loading and site.why_not()):
+        return f"{site.fqn} cannot change: {'; '.join(site.why_not()) or 'it is no linear layer'}"
+    if adapter.kind != layer.kind:
+        return f"{site.fqn} is a {adapter.kind} here and a {layer.kind} in the plan"
+    if layer.rank is not None and not loading:
+        return f"{site.fqn} has a rank in the plan, and the layers of a narrowed block stay dense"
+    shape, now = site.shape, replace(block, width=None)
+    if narrowed_shape(now, site.fqn, shape) != shape:
+        return f"{site.fqn} is {shape} here, and the plan is of {block.units} hidden units"
+    wanted = narrowed_shape(block, site.fqn, shape)
+    if layer.rank is None and wanted != layer.shape:
+        return f"{site.fqn} would be {wanted} here and is {layer.shape} in the plan"
+    return ""
+
+
+def narrow(
+    jobs: list[BlockJob], calibration: MetricSource | None, plan: RankPlan, workers: int | None = None
+) -> RankPlan:
+    """Narrow these blocks in place; the plan with the errors found. ValueError without data, which they are fitted
+    on."""
+    if jobs and calibration is None:
+        raise ValueError(
+            f"{jobs[0].block.name!r} is to be narrowed, which takes the data that the plan was made with: "
+            "give calibrate="
+        )
+    for job, fitted in track(_fitted(jobs, calibration, workers), "narrowing", total=len(jobs)):
+        if isinstance(fitted, str):
+            warnings.warn(f"{job.block.name} keeps its hidden units: {fitted}", stacklevel=4)
+            done = replace(job.block.with_width(None, fitted), able=False)
+        else:
+            _put_in_place(job, *fitted[:3])
+            done = replace(job.block, error=fitted[3])
+        plan = _with_block(plan, done)
+    return plan
+
+
+def _fitted(
+    jobs: list[BlockJob], calibration: MetricSource | None, workers: int | None
+) -> Iterator[tuple[BlockJob, Fitted]]:
+    def fit(job: BlockJob) -> Fitted:
+        try:
+            columns = columns_of(calibration, job.consumer)
+            if columns is None:
+                return "the calibration did not observe them one by one: make it with calibrate(..., narrow=True)"
+            kept = eliminate(columns, job.block.width).kept(job.block.width)
+            found = refit(columns, kept)
+        except FactorizationError as reason:
+            return str(reason)
+        dtype = job.consumer.module.weight.dtype
+        return (
+            kept.cpu(),
+            found.matrix.to("cpu", dtype),
+            found.shift if found.shift is None else found.shift.cpu(),
+            (found.output_error),
+        )
+
+    workers = workers or workers_for(job.consumer.module.weight for job in jobs)
+    if current().size > 1:  # all must keep the same units, to the last bit
+        costs = [float(job.block.units) ** 3 for job in jobs]
+        yield from zip(jobs, dealt(fit, jobs, costs, workers, "narrowing"), strict=True)
+    else:
+        yield from zip(jobs, in_parallel(fit, jobs, workers), strict=True)
+
+
+def _put_in_place(job: BlockJob, kept: Tensor, matrix: Tensor, shift: Tensor | None) -> None:
+    block = job.block
+    *producers, consumer = (site.module for site in job.sites)
+    for module in producers:
+        surgery.reshape(module, narrowed_producer(module, kept, block.units, block.stacked))
+    surgery.reshape(consumer, narrowed_consumer(consumer, matrix, shift))
+    note_narrowed(Narrowed(block.units, block.width, block.stacked), producers, consumer)
+
+
+def attach_narrow(jobs: list[BlockJob]) -> None:
+    """Give the layers of these blocks their planned sizes, and no values: what loading a checkpoint fills."""
+    for job in jobs:
+        block = job.block
+        *producers, consumer = (site.module for site in job.sites)
+        kept = torch.arange(block.width)
+        for module in producers:
+            surgery.reshape(module, narrowed_producer(module, kept, block.units, block.stacked))
+        weight = consumer.weight
+        matrix = torch.empty(job.consumer.shape.out_features, block.width, dtype=weight.dtype, device=weight.device)
+        surgery.reshape(consumer, narrowed_consumer(consumer, matrix))
+        note_narrowed(Narrowed(block.units, block.width, block.stacked), producers, consumer)
+
+
+def narrowed_state(jobs: list[BlockJob]) -> dict[int, dict[str, Tensor]]:
+    """What the parameters of these blocks' layers will be, on the meta device, by the ids of the layers."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for job in jobs:
+        for site in job.sites:
+            shape, adapter = narrowed_shape(job.block, site.fqn, site.shape), site.adapter
+            empty = {"dtype": site.module.weight.dtype, "device": "meta"}
+            bias = None if site.module.bias is None else torch.empty(shape.out_features, **empty)
+            new = adapter.resized(torch.empty(shape.out_features, shape.in_features, **empty), bias)
+            found[id(site.module)] = {name: value for name, value in new.items() if isinstance(value, Tensor)}
+    return found
+
+
+def _with_block(plan: RankPlan, done: NarrowedBlock) -> RankPlan:
+    """The plan with what became of one block."""
+
+    def layer(x: LayerPlan) -> LayerPlan:
+        if x.fqn not in done.layers:
+            return x
+        if done.width is None:
+            return narrowed_layer(x, done, done.reason)
+        return replace(x, error=done.error) if x.fqn == done.consumer else x
+
+    blocks = tuple(done if x.consumer == done.consumer else x for x in plan.narrowed)
+    return replace(plan, layers=tuple(map(layer, plan.layers)), narrowed=blocks)
+
+
+def part_of(plan: RankPlan, names: set[str]) -> RankPlan:
+    """These layers of a plan; of a block that is narrowed all, with the one that sees its units."""
+    blocks = tuple(block for block in plan.narrower if block.consumer in names)
+    narrower = {fqn for block in plan.narrower for fqn in block.layers}
+    whole = {fqn for block in blocks for fqn in block.layers}
+    layers = tuple(x for x in plan if x.fqn in whole or (x.fqn in names and x.fqn not in narrower))
+    return replace(plan, layers=layers, narrowed=blocks)

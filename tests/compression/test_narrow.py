@@ -1,0 +1,267 @@
+"""Feed-forward blocks with fewer hidden units: planned, carried out, told again, and what forbids it."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shrank
+from shrank import Budget, Calibration, RankPlan
+from shrank.compression.narrow import block_jobs
+from shrank.layers.led import LED
+from shrank.model.survey import Survey
+from tests.common.feed_forward import UNITS, WIDTH, Block, Stacked, data, stack
+from tests.common.models import assert_untouched, fingerprint, hf_inputs, hf_model
+from tests.common.tolerances import assert_close
+
+MADE = {
+    "plain": Block,
+    "gated": lambda: Block(gated=True),
+    "without bias": lambda: Block(bias=False),
+    "stacked": Stacked,
+}
+
+
+def blocks(make=Block) -> nn.Sequential:
+    return stack(make, make)
+
+
+def seen(model: nn.Module, **options: object) -> Calibration:
+    return shrank.calibrate(model, data(), narrow=True, **options)
+
+
+def plan_of(model: nn.Module, calibration: Calibration, width: int = 24) -> RankPlan:
+    """Both blocks of a stack at a width."""
+    plan = shrank.make_plan(model, Budget(keep_params=0.9), calibration=calibration, narrow=True, min_features=8)
+    for block in plan.narrowed:
+        plan = plan.with_width(block.name, width)
+    return plan
+
+
+@torch.no_grad()
+def error(model: nn.Module, dense: nn.Module) -> float:
+    return sum((model(x) - dense(x)).square().sum().item() for x in data())
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_blocks_become_narrower_in_place(make) -> None:
+    model = blocks(make)
+    modules = dict(model.named_modules())
+    calls = []
+    model[2].down.register_forward_hook(lambda *_: calls.append(1))
+    model[2].down.weight.requires_grad_(False)
+    calibration = seen(model)
+    calls.clear()
+    small = shrank.apply(model, plan_of(model, calibration), calibration)
+    assert small is model and dict(model.named_modules()) == modules
+    assert (model[2].down.in_features, model[2].down.out_features) == (24, WIDTH)
+    assert model[2].down.weight.shape == (WIDTH, 24) and not model[2].down.weight.requires_grad
+    producer = model[2].both if make is Stacked else model[2].up
+    outputs = 48 if make is Stacked else 24
+    assert (
+        producer.out_features == outputs and producer.weight.shape == (outputs, WIDTH) and producer.weight.requires_grad
+    )
+    assert (producer.bias is None) == (make is MADE["without bias"]) or producer.bias.shape == (outputs,)
+    assert model(data()[0]).shape == (60, 5) and calls == [1]
+    assert sum(p.numel() for p in model.parameters()) == model.shrank_plan.params_after + (
+        sum(p.numel() for p in blocks(make).parameters()) - model.shrank_plan.params_before
+    ) - sum(p.numel() for n, p in blocks(make).named_parameters() if n.endswith("bias")) + sum(
+        p.numel() for n, p in model.named_parameters() if n.endswith("bias")
+    )
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_it_is_exact_where_units_are_dead(make) -> None:
+    """Or never differ from others."""
+    model = blocks(make)
+    with torch.no_grad():
+        for block in (model[2], model[3]):
+            producer = block.both if make is Stacked else block.up
+            producer.weight[4:12] = 0  # of the gate, where there is one in the layer
+            if producer.bias is not None:
+                producer.bias[4:12] = 0
+    dense = copy.deepcopy(model)
+    calibration = seen(model)
+    shrank.apply(model, plan_of(model, calibration, UNITS - 8), calibration)
+    with torch.no_grad():
+        assert_close(model(data()[0]), dense(data()[0]))
+
+
+def test_it_is_better_than_the_same_units_without_a_fit() -> None:
+    dense = blocks()
+    calibration = seen(dense)
+    model = shrank.apply(copy.deepcopy(dense), plan_of(dense, calibration, 20), calibration)
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        for small, block in ((plain[2], dense[2]), (plain[3], dense[3])):
+            kept = (small.up.weight[:, None] == block.up.weight).all(-1).nonzero()[:, 1]
+            small.down.weight.copy_(block.down.weight[:, kept])
+            small.down.bias.copy_(block.down.bias)
+    assert error(model, dense) < error(plain, dense)
+
+
+def test_a_budget_chooses_widths_or_ranks() -> None:
+    """And keeps what it says; the errors that it adds up are not larger than with ranks alone."""
+    dense = blocks()
+    calibration = seen(dense)
+    for keep in (0.4, 0.6, 0.8):
+        plan = shrank.make_plan(dense, keep, calibration=calibration, narrow=True)
+        ranks = shrank.make_plan(dense, keep, calibration=calibration)
+        assert plan.spent[1] <= ranks.spent[1] and plan.spent[0] <= keep
+        layers = [x for x in plan if not x.reason.startswith("too small")]
+        assert sum(x.params_after for x in layers) <= keep * sum(x.size for x in layers)
+        assert all(plan[fqn].rank is None for block in plan.narrower for fqn in block.layers)
+    model = shrank.auto_fact(dense, 0.4, calibrate=data(), narrow=True, deepcopy=True)
+    assert model.shrank_plan.narrower and error(model, dense) < error(dense, model) * 1.0001
+
+
+def test_uniform_widths_are_one() -> None:
+    model = blocks()
+    plan = shrank.make_plan(model, 0.3, calibration=seen(model), narrow="uniform", pivot=False)
+    assert len({block.width for block in plan.narrowed}) == 1 and len(plan.narrower) == 2
+
+
+def test_flops_and_errors_can_be_the_goal() -> None:
+    model = blocks(lambda: Block(gated=True))
+    calibration = seen(model)
+    plan = shrank.make_plan(model, Budget(keep_flops=0.3), calibration=calibration, narrow=True, pivot=False)
+    assert plan.narrower and plan.spent[0] <= 0.3
+    plan = shrank.make_plan(model, Budget(max_error=0.8), calibration=calibration, narrow=True, pivot=False)
+    assert plan.narrower and all(block.error <= 0.8 for block in plan.narrower)
+
+
+def test_the_error_is_that_of_the_outputs() -> None:
+    dense = blocks()
+    calibration = seen(dense)
+    model = shrank.apply(copy.deepcopy(dense), plan_of(dense, calibration), calibration)
+    held: list[Tensor] = []
+    dense[2].down.register_forward_pre_hook(lambda _, args: held.append(args[0]))
+    for x in data():
+        dense(x)
+    h = torch.cat(held)
+    y = h @ dense[2].down.weight.T
+    kept = (model[2].up.weight[:, None] == dense[2].up.weight).all(-1).nonzero()[:, 1]
+    with torch.no_grad():
+        lost = y - (h[:, kept] @ model[2].down.weight.T + model[2].down.bias - dense[2].down.bias)
+        measured = float(lost.norm() / (y - y.mean(0)).norm())
+    # Shrinkage makes it larger than that of these very tokens.
+    assert 0.8 * model.shrank_plan.narrowed[0].error < measured < 1.05 * model.shrank_plan.narrowed[0].error
+
+
+def test_a_narrowed_model_tells_what_it_was() -> None:
+    """And its low-rank layers, where these came later; after a copy too."""
+    model = blocks()
+    calibration = seen(model)
+    small = shrank.apply(model, plan_of(model, calibration), calibration)
+    small = shrank.auto_fact(small, {"2.down": 6})
+    assert type(small[2].down) is LED
+    for each in (small, copy.deepcopy(small)):
+        plan = shrank.describe(each)
+        assert [(b.name, b.units, b.width) for b in plan.narrowed] == [("2", UNITS, 24), ("3", UNITS, 24)]
+        assert plan["2.down"].rank == 6 and plan["2.down"].narrowed and plan["2.up"].size == UNITS * WIDTH
+        assert plan.params_after == sum(p.numel() for p in each.parameters())
+        assert RankPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_merging_says_that_units_are_gone() -> None:
+    model = blocks()
+    calibration = seen(model)
+    shrank.apply(model, plan_of(model, calibration), calibration)
+    with pytest.warns(UserWarning, match="2 feed-forward blocks, such as 2, were narrowed and stay so"):
+        shrank.merge(model)
+    assert model[2].up.out_features == 24 and shrank.describe(model).narrower
+
+
+def test_anchored() -> None:
+    dense = blocks()
+    small = {
+        anchored: shrank.auto_fact(dense, 0.4, calibrate=data(), narrow=True, anchored=anchored, deepcopy=True)
+        for anchored in (False, 0.5)
+    }
+    assert small[0.5].shrank_plan.narrower
+    assert error(small[0.5], dense) < 1.05 * error(small[False], dense)
+
+
+def test_what_narrowing_needs() -> None:
+    model = blocks()
+    with pytest.raises(ValueError, match="give calibrate=data"):
+        shrank.make_plan(model, Budget(keep_params=0.5), narrow=True)
+    with pytest.raises(ValueError, match="a loss"):
+        shrank.make_plan(model, 0.5, calibration=seen(model, loss="none"), narrow=True)
+    with pytest.raises(ValueError, match=r"calibrate\(..., narrow=True\)"):
+        shrank.make_plan(model, 0.5, calibration=shrank.calibrate(model, data()), narrow=True)
+    with pytest.raises(ValueError, match="only a budget"):
+        shrank.make_plan(model, 8, calibration=seen(model), narrow=True)
+    plan = plan_of(model, seen(model))
+    with pytest.raises(ValueError, match="to be narrowed, which takes the data"):
+        shrank.apply(model, plan)
+    with pytest.raises(TypeError, match="stream: blocks are narrowed only in memory"):
+        shrank.auto_fact(shrank.Checkpoint("nowhere"), 0.5, calibrate=data(), narrow=True, stream="elsewhere")
+
+
+def test_layers_that_may_not_change_keep_their_block() -> None:
+    model = blocks()
+    calibration = seen(model)
+    plan = shrank.make_plan(
+        model, Budget(keep_params=0.5, overrides={"3.up": 4}), calibration=calibration, narrow=True, exclude="2.up"
+    )
+    assert not plan.narrower
+    assert [block.reason for block in plan.narrowed] == ["2.up: excluded", "3.up: break-even rank 15"]
+    with pytest.raises(ValueError, match=r"'2' cannot be narrowed: 2\.up: excluded"):
+        plan.with_width("2", 8)
+    tied = Budget(keep_params=0.5, same_rank=["*.up"])
+    plan = shrank.make_plan(model, tied, calibration=calibration, narrow=True)
+    assert {block.reason for block in plan.narrowed} == {f"{i}.up: same_rank ties it to others" for i in (2, 3)}
+
+
+def test_a_plan_that_does_not_fit_changes_nothing() -> None:
+    model = blocks()
+    calibration = seen(model)
+    plan = plan_of(model, calibration)
+    others = [stack(lambda: Block(gated=True), Block), stack(Block), blocks().double()]
+    small = shrank.apply(blocks(), plan, calibration)
+    for other, complaint in ((others[1], "the model has no layer 3"), (small, "the plan is of 40 hidden units")):
+        before = fingerprint(other)
+        with pytest.raises(ValueError, match=complaint):
+            shrank.apply(other, plan, calibration)
+        assert_untouched(other, before)
+    assert not block_jobs(Survey(others[0]), plan)[1]  # of other layers the plan says nothing
+    ranked = plan.with_width("2", None).with_rank("2.up", 4)
+    assert not ranked["2.up"].narrowed and ranked["2.up"].shape.out_features == UNITS
+
+
+def test_moments_that_say_nothing_leave_a_block(monkeypatch) -> None:
+    model = blocks()
+    calibration = seen(model)
+    plan = plan_of(model, calibration)
+    bare = shrank.calibrate(model, data())
+    with pytest.warns(UserWarning, match="2 keeps its hidden units: the calibration did not observe them"):
+        shrank.apply(model, plan, bare)
+    assert model[2].up.out_features == UNITS and not model.shrank_plan.narrower
+    assert model.shrank_plan["2.up"].shape.out_features == UNITS
+
+
+def test_gpt2_of_transformers() -> None:
+    """Whose layers store their weights transposed."""
+    model = hf_model("gpt2")
+    calibration = shrank.calibrate(model, [hf_inputs(model)], narrow=True)
+    plan = shrank.make_plan(model, 0.6, calibration=calibration, narrow=True).with_width("transformer.h.0.mlp", 80)
+    small = shrank.apply(copy.deepcopy(model), plan, calibration)
+    layer = small.transformer.h[0].mlp.c_proj
+    assert small.shrank_plan.narrower and (layer.nx, layer.nf) == (layer.weight.shape[0], 32)
+    with torch.no_grad():
+        found: Tensor = small(**hf_inputs(small))[0]
+    assert found.isfinite().all() and (found - model(**hf_inputs(model))[0]).norm() < 0.5 * found.norm()
+
+
+def test_healing_trains_narrowed_layers() -> None:
+    model = blocks()
+    calibration = seen(model)
+    small = shrank.apply(copy.deepcopy(model), plan_of(model, calibration, 12), calibration)
+    before = error(small, model)
+    shrank.heal(small, model, data(), steps=20)
+    assert error(small, model) < before

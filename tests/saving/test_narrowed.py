@@ -1,0 +1,146 @@
+"""Narrowed models in files: of any widths with their plan, of one width as ordinary models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import shrank
+from shrank import RankPlan
+from shrank.planning.plan import RankPlan as Plan
+from tests.common.feed_forward import Block, Stacked, data, stack
+from tests.common.models import assert_same_state, assert_untouched, fingerprint, hf_inputs, hf_model
+
+
+def narrowed(model: nn.Module, inputs: list, widths: list[int], **options: object) -> nn.Module:
+    """The model with these widths; other layers as a budget has them."""
+    calibration = shrank.calibrate(model, inputs, narrow=True)
+    plan: Plan = shrank.make_plan(model, 0.9, calibration=calibration, narrow=True, **options)
+    for block, width in zip([block for block in plan.narrowed if block.able], widths, strict=False):
+        plan = plan.with_width(block.consumer, width)
+    return shrank.apply(model, plan, calibration)
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    assert_same_state(fingerprint(one)["state"], fingerprint(other)["state"])
+
+
+@pytest.mark.parametrize("make", [lambda: Block(gated=True), Stacked])
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_files_of_shrank(make, on_meta: bool, tmp_path: Path) -> None:
+    model = narrowed(stack(make, make), data(), [30, 12])
+    shrank.save(model, tmp_path / "model.safetensors")
+    with torch.device("meta" if on_meta else "cpu"):
+        other = stack(make, make) if not on_meta else nn.Sequential(*stack(make, make).to("meta"))
+    loaded = shrank.load(other, tmp_path / "model.safetensors")
+    assert_same(loaded, model)
+    assert shrank.describe(loaded) == shrank.describe(model) and len(shrank.describe(model).narrower) == 2
+    assert torch.equal(loaded.eval()(data()[0]), model(data()[0]))
+    assert_same(shrank.load(loaded, tmp_path / "model.safetensors"), model)  # again
+
+
+def test_low_rank_layers_in_narrowed_blocks(tmp_path: Path) -> None:
+    model = shrank.auto_fact(narrowed(stack(Block, Block), data(), [30, 12]), {"*.up": 6, "3.down": 5})
+    shrank.save(model, tmp_path / "model.safetensors")
+    loaded = shrank.load(stack(Block, Block), tmp_path / "model.safetensors")
+    assert_same(loaded, model)
+
+
+def test_files_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    shrank.save(narrowed(stack(Block, Block), data(), [30, 12]), file)
+    for other in (stack(Block), stack(lambda: Block(gated=True), Block)):
+        before = fingerprint(other)
+        with pytest.raises(ValueError, match="does not fit the model"):
+            shrank.load(other, file)
+        assert_untouched(other, before)
+    model, before = stack(Block, Block), None
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        metadata = json.loads(opened.metadata()["shrank"])
+    metadata["plan"]["narrowed"][0]["width"] = 20
+    for layer in metadata["plan"]["layers"]:
+        if layer["fqn"].startswith("2."):
+            key = "in_features" if layer["fqn"] == "2.down" else "out_features"
+            layer["shape"][key] = 20
+    save_file(load_file(file), file, {"shrank": json.dumps(metadata)})
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=r"2.up.weight: \(30, 24\) in the file, \(20, 24\) in the model"):
+        shrank.load(model, file)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "llama"])
+def test_transformers_with_widths_of_their_own(name: str, tmp_path: Path) -> None:
+    model = narrowed(hf_model(name), [hf_inputs(hf_model(name))], [40, 24, 32, 16], include=["*attn*", "*.[0-9].*"])
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert RankPlan.from_dict(config["quantization_config"]["plan"]).narrower
+    loaded = type(model).from_pretrained(tmp_path)
+    assert_same(loaded, model)
+    assert [b.width for b in shrank.describe(loaded).narrowed] == [b.width for b in shrank.describe(model).narrowed]
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same(type(model).from_pretrained(tmp_path / "again"), model)
+
+
+def test_a_base_model_and_its_model_with_a_head(tmp_path: Path) -> None:
+    """Whose layers have other names."""
+    model = narrowed(hf_model("llama"), [hf_inputs(hf_model("llama"))], [40, 24])
+    model.save_pretrained(tmp_path)
+    base = type(model.model).from_pretrained(tmp_path)
+    assert_same(base, model.model)
+
+
+_PLAINLY = """
+import sys, torch, transformers
+model = getattr(transformers, sys.argv[2]).from_pretrained(sys.argv[1])
+assert not any(name.startswith("shrank") for name in sys.modules)
+torch.save(model.state_dict(), sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "llama", "vit"])
+def test_one_width_is_an_ordinary_model(name: str, tmp_path: Path) -> None:
+    model = narrowed(hf_model(name), [hf_inputs(hf_model(name))], [40] * 4, include="nothing", min_features=8)
+    assert not model.shrank_plan.narrower  # nothing may change
+    model = hf_model(name)
+    calibration = shrank.calibrate(model, [hf_inputs(model)], narrow=True)
+    plan = shrank.make_plan(model, 0.9, calibration=calibration, narrow=True)
+    for layer in plan.low_rank:
+        plan = plan.with_rank(layer.fqn, None)
+    for block in plan.narrowed:
+        plan = plan.with_width(block.consumer, None if "pooler" in block.producers[0] else 40)
+    shrank.apply(model, plan, calibration)
+    width = model.config.to_dict()
+    model.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert "quantization_config" not in config and 40 in config.values() and 40 not in width.values()
+    assert_same(type(model).from_pretrained(tmp_path / "model"), model)
+    if name == "gpt2":  # one process is enough, and slow
+        state = tmp_path / "state.pt"
+        call = [sys.executable, "-c", _PLAINLY, str(tmp_path / "model"), type(model).__name__, str(state)]
+        subprocess.run(call, check=True, cwd=tmp_path)
+        loaded = torch.load(state)
+        assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
+
+
+def test_one_width_and_ranks_need_only_the_ranks_in_the_plan(tmp_path: Path) -> None:
+    """So that servers, which know no widths of blocks, build the model of the config."""
+    model = hf_model("llama")
+    calibration = shrank.calibrate(model, [hf_inputs(model)], narrow=True)
+    plan = shrank.make_plan(model, 0.9, calibration=calibration, narrow=True).with_width("model.layers.0.mlp", 40)
+    plan = plan.with_width("model.layers.1.mlp", 40).with_rank("model.layers.0.self_attn.o_proj", 8)
+    shrank.apply(model, plan, calibration)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    saved = RankPlan.from_dict(config["quantization_config"]["plan"])
+    assert config["intermediate_size"] == 40 and saved.low_rank and not saved.narrowed
+    assert_same(type(model).from_pretrained(tmp_path), model)
