@@ -338,3 +338,15 @@ def test_folders_of_diffusers_and_safetensors(tmp_path: Path) -> None:
     again = seeded(unet)
     load_model(again, str(tmp_path / "x.safetensors"))
     same(again, model)
+
+
+def test_who_refuses_few_bits(tmp_path: Path) -> None:
+    from shrank.serving.shares import served_layers
+
+    model = hf_model("llama")
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="stream: weights of few bits are made of a model in memory"):
+        shrank.auto_fact(shrank.Checkpoint(tmp_path / "dense"), 8, stream=tmp_path / "small", bits=8)
+    assert not (tmp_path / "small").exists()
+    with pytest.raises(ValueError, match=r"weights of few bits are not served: .* is int8"):
+        served_layers(shrank.describe(shrank.auto_fact(model, 8, bits=8, min_features=8)))
