@@ -104,7 +104,7 @@ def _dense(fqn: str, module: nn.Module) -> None:
     """A rule that gives no layer a rank."""
 
 
-def plan_options(pivot: bool | None, narrow: str | None, **given: object) -> dict[str, object]:
+def plan_options(pivot: bool | None, narrow: str | None = None, **given: object) -> dict[str, object]:
     """The fields of PlanOptions that options were given for."""
     options = {name: value for name, value in given.items() if value}
     if narrow not in (None, "each", "uniform"):

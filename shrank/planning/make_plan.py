@@ -237,16 +237,15 @@ def _by_budget(
         if layer.site.fqn not in chosen | decided.keys()
     }
     weighted = spectra.calibration is not None and spectra.calibration.has_gradients
-    narrowed: list[NarrowedBlock] = []
+    tried: list[NarrowedBlock] = []
+    unable: list[NarrowedBlock] = []
     if options.narrow:
-        reasons = {fqn: layer.reason for fqn, layer in decided.items()}
-        blocks, narrowed = block_candidates(spectra.calibration, budget, candidates, reasons)
+        blocks, unable = block_candidates(spectra.calibration, budget, candidates, decided)
         planned, tried, trade_off = spend_on_blocks(budget, candidates, fixed, options, blocks, spectra)
-        narrowed += tried
     else:
         planned, trade_off = spend(budget, candidates, fixed, options, weighted, spectra)
     decided |= {x.fqn: x for x in planned}
-    return [decided[layer.site.fqn] for layer in layers], narrowed, trade_off
+    return [decided[layer.site.fqn] for layer in layers], [*unable, *tried], trade_off
 
 
 def _with_errors(planned: list[LayerPlan], layers: list[_Layer], spectra: Spectra) -> list[LayerPlan]:

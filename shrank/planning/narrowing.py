@@ -76,17 +76,21 @@ def require_narrowable(statistics: LayerStatistics | None, rule: object) -> None
 
 
 def block_candidates(
-    statistics: LayerStatistics, budget: Budget, candidates: list[Candidate], others: dict[str, str]
+    statistics: LayerStatistics, budget: Budget, candidates: list[Candidate], others: dict[str, LayerPlan]
 ) -> tuple[list[BlockCandidate], list[NarrowedBlock]]:
     """The blocks that the budget may narrow, and those that it may not, with the reasons.
 
-    others: why layers are no candidates.
+    others: the layers that are no candidates, with the reasons.
     """
     by_name = {x.site.fqn: x for x in candidates}
     tied = {fqn for group in budget.groups(by_name) for fqn in group}
     able, unable = [], []
     for block in statistics.feed_forward:
-        reasons = [f"{fqn}: {others.get(fqn, 'not in the plan')}" for fqn in block.layers if fqn not in by_name]
+        reasons = [
+            f"{fqn}: {others[fqn].reason if fqn in others else 'not in the plan'}"
+            for fqn in block.layers
+            if fqn not in by_name
+        ]
         reasons += [f"{fqn}: same_rank ties it to others" for fqn in block.layers if fqn in tied]
         if reason := block.reason or "; ".join(reasons):
             unable.append(NarrowedBlock.of(block, reason))

@@ -265,3 +265,12 @@ def test_a_share_of_the_bytes(model_folder, data_folder, tmp_path) -> None:
     described = {x.fqn: (x.rank, x.storage) for x in shrank.describe(small).changed}
     assert described == {x.fqn: (x.rank, x.storage) for x in plan.changed}
     assert any(storage.grid for _, storage in described.values())
+
+
+def test_blocks_are_narrowed_alike_or_each(model_folder, data_folder, tmp_path) -> None:
+    options = ("--calibrate", data_folder / "texts.txt", "--keep", 0.4, "--no-pivot", "--max-length", 10)
+    call = ("compress", model_folder("llama"), *options)
+    result = run(*call, "--out", tmp_path / "small", "--narrow", "uniform")
+    assert result.exit_code == 0, result.output
+    assert "feed-forward blocks narrowed" in result.output
+    assert run(*call, "--out", tmp_path / "other", "--narrow", "all").exit_code == 2
