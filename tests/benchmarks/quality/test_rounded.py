@@ -76,4 +76,4 @@ def test_a_plan_says_one_form_for_all() -> None:
 
 
 def test_the_scale_reaches_half_a_step_beyond_the_largest_number() -> None:
-    assert_close(rounded._scale(torch.tensor([[1.0, -15.0]])), torch.tensor([[2.0]]))
+    assert_close(rounded._scale(torch.tensor([[1.0, -15.0]]), 4), torch.tensor([[2.0]]))
