@@ -83,6 +83,17 @@ def sizes() -> str:
     return table(["keep", "parameters", "cosine to dense", "mean weight error", "speed-up over dense"], body, 0)
 
 
+def bytes_kept() -> str:
+    """Budgets in bytes beside what is published, by size."""
+    kept = ("shrank", "shrank, bits alone", "shrank, low rank alone")
+    names = dict(
+        zip(kept, ("**`keep_bytes`**", "`keep_bytes`, no low rank", "low rank alone, in 16 bits"), strict=True)
+    )
+    rows = sorted((row for row in rows_of("sizes_minilm") if row["bytes"] < 1), key=lambda row: -row["bytes"])
+    body = ((names.get(row["method"], row["method"]), f"{row['bytes']:.3f}", f"{row['cosine']:.4f}") for row in rows)
+    return table(("method", "bytes, of 16 bits dense", "cosine to dense"), body)
+
+
 def few_bits() -> str:
     def how(row: dict) -> tuple[str, str]:
         bits = "16 bits" if row["bits"] is None else f"{row['bits']} bits"
@@ -164,6 +175,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "crepe-tiny-confidence": lambda: by_keep("crepe-tiny", "confidence", fixed(3)),
     "plain-svd-sizes": sizes,
     "int8": int8,
+    "bytes": bytes_kept,
     "few_bits": few_bits,
     "corrected": corrected,
     "front": front,

@@ -1,4 +1,5 @@
-"""Quality at a size in bytes: budgets of shrank beside what is published, benchmarks/results/sizes_TASK.json and .png.
+"""Quality at a size in bytes: budgets of shrank beside what is published, benchmarks/results/sizes_TASK.json, drawn in
+docs/assets/sizes_TASK.png.
 
 Bytes are those of the compressed layers' weights on disk, relative to these in 16 bits.
 
@@ -36,6 +37,7 @@ from shrank import Budget, Grid, RankPlan, Storage
 from shrank.linalg import Shape
 
 TASKS = {"minilm": MiniLM, "smollm2": SmolLM2, "whisper": Whisper, "crepe-full": partial(Crepe, "full")}
+PICTURES = Path(__file__).parents[2] / "docs" / "assets"
 BUDGETS = (0.35, 0.28, 0.25, 0.22, 0.17)
 OURS = "shrank"
 # Ways to spend a share of the bytes that the layers have in 16 bits: all forms, dense ones alone, low rank alone. Low
@@ -209,7 +211,7 @@ def draw(name: str, found: list[dict], path: Path) -> None:
     else:
         axes.set_ylim(0.9 * found[0][figure_name], 1.5 * max(good))
         axes.axhline(found[0][figure_name], color="grey", linewidth=0.5)
-    axes.set_title(f"{found[0].get('name', name)}: {figure_name} at a size")
+    axes.set_title(f"{TASKS[name]().name}: {figure_name} at a size")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -217,7 +219,7 @@ def draw(name: str, found: list[dict], path: Path) -> None:
 
 def _series(method: str) -> str:
     """What methods of several bits or ranks have in common."""
-    return method.split(" int")[0].split(", int")[0] if not method.startswith("SVD-LLM") else method
+    return method if method.startswith("SVD-LLM") else method.split(", int")[0].split(" int")[0]
 
 
 def table(found: list[dict]) -> str:
@@ -235,20 +237,22 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", default=list(TASKS), metavar="TASK")
     parser.add_argument("--budgets", type=float, nargs="*", default=list(BUDGETS))
     parser.add_argument("--threads", type=int, default=THREADS)
-    parser.add_argument("--methods", nargs="*", default=["*"], help="patterns of the rows to measure")
+    parser.add_argument("--methods", nargs="*", default=["*"], help="patterns of the rows to measure; others are kept")
     parser.add_argument("--draw-only", action="store_true", help="draw and print what was measured")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for name in arguments.tasks:
         path = RESULTS / f"sizes_{name}.json"
         if not arguments.draw_only:
+            before = json.loads(path.read_text())["rows"] if path.exists() else []
+            others = [row for row in before[1:] if not _matches(row["method"], arguments.methods)]
             results = {**provenance("cpu"), "rows": []}
-            for row in rows(name, tuple(arguments.budgets), arguments.methods):
-                results["rows"].append(row)
+            for number, row in enumerate(rows(name, tuple(arguments.budgets), arguments.methods)):
+                results["rows"] += [row] if number else [row, *others]
                 print(json.dumps(row), flush=True)
                 path.write_text(json.dumps(results, indent=1) + "\n")
         found = json.loads(path.read_text())["rows"]
-        draw(name, found, path.with_suffix(".png"))
+        draw(name, found, PICTURES / f"{path.stem}.png")
         print(name, table(found), sep="\n")
 
 

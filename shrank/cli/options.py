@@ -49,7 +49,7 @@ Pivot = Annotated[
         help="Store factors in fewer numbers, or never; without either, where a budget gains by it.",
     ),
 ]
-Bits = Annotated[int | None, typer.Option(help="4 or 8, for the weights of all linear layers that may change.")]
+Bits = Annotated[int | None, typer.Option(help="3, 4 or 8, for the weights of all linear layers that may change.")]
 GroupSize = Annotated[int | None, typer.Option(help="Weights of a row with one scale; without it, each row has one.")]
 Narrow = Annotated[
     str | None,

@@ -48,7 +48,7 @@ def quantize_factors(
 
     Args:
         model: A model with low-rank layers.
-        bits: 4 or 8, of a weight.
+        bits: 3, 4 or 8, of a weight.
         group_size: Weights of a row with one scale; None: each row has one.
         calibrate: Data, as `shrank.batches` makes it or takes it without further arguments, or Calibrate(data, ...).
         activations: "int8": round what the weights multiply too, at every call and for each token; None: do not.
@@ -165,7 +165,7 @@ def _quantize(survey: Survey, draft: _Draft, found: Calibration | None) -> Layer
 def _metric(found: Calibration | None, draft: _Draft, matrices: torch.Tensor, centred: bool) -> Metric | None:
     if found is None or draft.observed not in found:
         return None
-    return metric(matrices, found[draft.observed].to(matrices.device), centred)
+    return metric(matrices, found[draft.observed].to(matrices.device), centred, inputs=True)
 
 
 def _reasons(plan: RankPlan) -> str:

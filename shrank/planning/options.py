@@ -45,15 +45,15 @@ class PlanOptions:
         pivot: Store factors in R (K + N - R) numbers. "auto": where a budget pays for it with rank. Of measured times,
             that is where these say so; else in layers that are in eval mode and not on a GPU, for reasons that the page
             on pivoted storage gives.
-        bits: 4 or 8, for the weights of all linear layers that may change, dense or factors; without pivots then.
+        bits: 3, 4 or 8, for the weights of all linear layers that may change, dense or factors; without pivots then.
         group_size: Weights with one scale, of which ranks become multiples; None: each row has one.
         narrow: Let a budget take hidden units out of feed-forward blocks, and fit the matrix behind them again, where
             that loses less than ranks do. Their layers stay dense and become smaller. "uniform": like blocks get one
             width, which transformers loads without shrank. It needs data, and cannot be undone.
 
     Raises:
-        ValueError: A number is below 1, max_rank below min_rank, pivot none of True, False and "auto"; bits neither 4
-            nor 8, or together with pivot=True; group_size without bits; narrow none of True, False and "uniform".
+        ValueError: A number is below 1, max_rank below min_rank, pivot none of True, False and "auto"; bits none of
+            3, 4 and 8, or together with pivot=True; group_size without bits; narrow none of True, False and "uniform".
     """
 
     groups_out: bool = False
@@ -77,7 +77,7 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         if self.bits is None and self.group_size is not None:
-            raise ValueError(f"group_size {self.group_size} is that of weights of few bits: give bits=4 or 8")
+            raise ValueError(f"group_size {self.group_size} is that of weights of few bits: give bits=3, 4 or 8")
         if self.grid is not None and self.pivot is True:
             raise ValueError("pivoted factors lose too much in few bits: give pivot=False with bits")
         for name in ("round_to", "min_rank", "max_rank", "min_features"):

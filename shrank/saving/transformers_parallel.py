@@ -71,7 +71,7 @@ class _Refused(TensorParallelLayer):
         self.shard_param(module, param, mesh)
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
-        raise ValueError("weights of 4 or 8 bits cannot be split between processes: load it in one, and merge it")
+        raise ValueError("weights of few bits cannot be split between processes: load it in one, and merge it")
 
     def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         self.shard_param(module, "weight", mesh)

@@ -88,8 +88,8 @@ def test_few_bits(model_folder, data_folder, tmp_path) -> None:
     assert merged.exit_code == 0 and f"{len(storages)} layers merged" in merged.stdout, merged.output
     alone = run("compress", source, "--bits", 8, "--out", tmp_path / "dense")  # without a rank
     assert alone.exit_code == 0 and "dense int8" in alone.stdout and "0 of" in alone.stdout, alone.output
-    wrong = run("compress", source, "--keep", 0.5, "--bits", 3, "--out", tmp_path / "no")
-    assert wrong.exit_code == FAILED and "bits must be 4 or 8, got 3" in wrong.stderr
+    wrong = run("compress", source, "--keep", 0.5, "--bits", 5, "--out", tmp_path / "no")
+    assert wrong.exit_code == FAILED and "bits must be 3, 4 or 8, got 5" in wrong.stderr
     assert not (tmp_path / "no").exists()
 
 

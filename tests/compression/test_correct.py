@@ -219,6 +219,6 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(source, rank, kind, sa
 
 def test_a_calibration_that_did_not_observe_inputs_is_refused() -> None:
     model, quantized = dense(), by_torchao(dense())
-    with pytest.raises(ValueError, match=r"calibrate\(..., inputs=True\): fc2"):
+    with pytest.raises(ValueError, match=r"calibrate\(..., inputs=True\): fc1"):
         shrank.correct(quantized, model, 4, calibrate=shrank.calibrate(model, data()))
     assert type(quantized.fc1) is type(quantized.fc2) is nn.Linear

@@ -115,7 +115,7 @@ def test_bad_arguments_change_nothing() -> None:
     model = low_rank()
     before = fingerprint(model)
     for given, message in (
-        ({"bits": 3}, "bits must be 4 or 8, got 3"),
+        ({"bits": 5}, "bits must be 3, 4 or 8, got 5"),
         ({"group_size": 0}, "group_size must be at least 1"),
         ({"activations": "fp8"}, "activations must be 'int8' or None, got 'fp8'"),
         ({"calibrate": [torch.full((4, K), torch.nan)]}, "NaN or infinity"),
@@ -174,7 +174,7 @@ def test_what_cannot_be_rounded_is_said_before_anything_changes() -> None:
         shrank.apply(model, plain_plan, shrank.calibrate(model, data()))
     with pytest.raises(ValueError, match="pivoted factors lose too much in few bits"):
         shrank.auto_fact(model, 0.5, bits=8, pivot=True)
-    with pytest.raises(ValueError, match="give bits=4 or 8"):
+    with pytest.raises(ValueError, match="give bits=3, 4 or 8"):
         shrank.make_plan(model, 0.5, group_size=8)
     assert_untouched(model, before)
 

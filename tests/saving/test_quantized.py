@@ -206,7 +206,7 @@ def layer_set(**changes: object) -> Callable[[dict], None]:
 
 # What is done to the plan of a dense layer in few bits, and to what else the file says.
 PLANS = {
-    **{f"bits-{bits!r}": (grid_set(bits=bits), "bits of grid must be 4 or 8") for bits in (3, 0, -8, "8", None, 16)},
+    **{f"bits-{bits!r}": (grid_set(bits=bits), "bits of grid must be 3, 4 or 8") for bits in (2, 0, -8, "8", None, 16)},
     **{f"group-{n!r}": (grid_set(group_size=n), "group_size of grid must be") for n in (0, -1, "8", 2.5, True)},
     "group-indivisible": (grid_set(group_size=7), "groups of 7 do not divide its 48 inputs"),
     "group-endless": (grid_set(group_size=10**9), "groups of 1000000000 do not divide"),
