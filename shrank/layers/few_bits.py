@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .plain import why_not_numbers
 
@@ -15,13 +16,15 @@ _SAME = 1e-5  # of a row's largest entry
 _WAY_OUT = "shrank.unpivot(model) before quantizing, or compress with pivot=False"
 
 
-@torch.compiler.disable(reason=f"pivots that were quantized: call the model once before compiling it, or {_WAY_OUT}")
 @torch.no_grad()
 def refuse_few_bits(stages: nn.Sequential, x: Tensor) -> None:
     """Once for the stages of a pivoted linear layer of which another tool made one: RuntimeError if it has few values.
 
-    What a stage multiplies by, its products with rows of the unit matrix tell, whatever it is made of.
+    What a stage multiplies by, its products with rows of the unit matrix tell, whatever it is made of. A graph that is
+    being compiled ends before it, and one that must be whole cannot be made: the values decide.
     """
+    if is_compiling():
+        raise RuntimeError(f"pivots that were quantized: call the model once before compiling it, or {_WAY_OUT}")
     for name, stage, width in zip(("down", "up"), stages, (x.shape[-1], stages[2].rank), strict=False):
         if not (by := quantizer(stage)):
             continue

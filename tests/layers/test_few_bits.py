@@ -81,4 +81,4 @@ def test_eight_bits_run(quantize) -> None:
     expected = pivoted(x)
     quantize(pivoted)
     assert (pivoted(x) - expected).norm() < 0.1 * expected.norm()
-    assert_close(torch.compile(pivoted, backend="eager", fullgraph=True)(x), pivoted(x))
+    assert_close(torch.compile(pivoted, backend="eager")(x), pivoted(x))

@@ -10,14 +10,11 @@ from shrank.ops import onednn, reference
 from tests.common import gated_cases, linear_cases
 from tests.common.gated_cases import GatedCase
 from tests.common.linear_cases import LinearCase
+from tests.common.ops import doubled
 from tests.common.tolerances import assert_close
 
 LARGE = LinearCase((7,), 384, 500, 160, True, "gelu", True)
 LARGE_GATE = GatedCase((7,), 384, 500, 180, 160)
-
-
-def doubled(arguments: tuple) -> list:
-    return [each.double() if isinstance(each, Tensor) else each for each in arguments]
 
 
 def is_not_empty(case: LinearCase | GatedCase) -> bool:
