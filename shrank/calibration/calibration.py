@@ -108,6 +108,10 @@ class Calibration(LayerStatistics):
         """Whether the layer's moments are those of its inputs, else of its outputs."""
         return self._entries[fqn][1]["of_inputs"]
 
+    def knows_inputs(self, fqn: str) -> bool:
+        """Whether its weight may be rounded: the inputs were observed, and stay known."""
+        return self.inputs and self.of_inputs(fqn)
+
     def __getitem__(self, fqn: str) -> Moments:
         if fqn not in self._entries:
             raise KeyError(f"the calibration has no layer {fqn!r}")

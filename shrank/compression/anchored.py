@@ -26,7 +26,7 @@ from ..planning.narrowed import NarrowedBlock
 from ..planning.plan import LayerPlan, RankPlan
 from ..util.processes import current
 from ..util.progress import track
-from .anchored_moments import anchored_at
+from .anchored_moments import AnchoredMetrics, observed
 from .anchored_options import SHARE, Anchored
 from .apply import carry_out
 from .narrow import block_jobs, part_of
@@ -125,10 +125,8 @@ class _BlockByBlock:
         else:
             reason = both.why_not_alone(block)
         runner = Batch.call if reason else partial(both.run, block)
-        found = anchored_at(
-            self.calibration, self.survey.model, masking, groups, both.batches, calls, self.how.share, runner
-        )
-        self._carry_out(names, found)
+        found = observed(self.survey.model, masking, groups, both.batches, calls, self.how.share, runner)
+        self._carry_out(names, AnchoredMetrics(self.calibration, found))
         return block, reason
 
     def _refine(self, block: str, reason: str) -> str:

@@ -41,21 +41,6 @@ class AnchoredMetrics(MetricSource):
         return self._moments[fqn] if seen_now else None
 
 
-def anchored_at(
-    calibration: Calibration,
-    model: nn.Module,
-    masking: Masking,
-    groups: list[Group],
-    batches: list[Batch],
-    calls: dict[str, list[int]],
-    share: float,
-    runner: Runner = Batch.call,
-) -> MetricSource:
-    """The norms of a calibration, of the layers in these groups at what they see in a model that is compressed before
-    them; masking: of the dense model, calls: of every layer, by batch, runner: what runs one."""
-    return AnchoredMetrics(calibration, observed(model, masking, groups, batches, calls, share, runner))
-
-
 class _Pair:
     """Layers of one input in the model that is compressed so far, where they are still dense, beside what they see in
     the dense model."""

@@ -1,4 +1,4 @@
-"""Carrying out a plan, reading one off a model, and going back to dense."""
+"""Carrying out a plan, making room for one that is loaded, and going back to dense."""
 
 from __future__ import annotations
 

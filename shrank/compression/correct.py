@@ -134,7 +134,7 @@ def _calibration(
     """What the dense model's layers see; it is made of the quantized one where only weights are there."""
     if isinstance(given, Calibration):
         names = [layer.site.fqn for layer in layers if layer.site.fqn in given]
-        if lacking := [name for name in names if not (given.inputs and given.of_inputs(name))]:
+        if lacking := [name for name in names if not given.knows_inputs(name)]:
             raise ValueError(f"corrections are fitted to inputs, observed by calibrate(..., inputs=True): {lacking[0]}")
     if given is None or isinstance(given, Calibration):
         return given

@@ -48,7 +48,7 @@ def require_inputs(jobs: list[tuple[Site, LayerPlan]], calibration: MetricSource
     if not isinstance(calibration, Calibration):
         return
     on_grid = [layer.fqn for _, layer in jobs if layer.storage.grid and layer.fqn in calibration]
-    if lacking := [fqn for fqn in on_grid if not (calibration.inputs and calibration.of_inputs(fqn))]:
+    if lacking := [fqn for fqn in on_grid if not calibration.knows_inputs(fqn)]:
         raise ValueError(
             f"the calibration observed outputs, and weights are rounded by their inputs: calibrate(..., inputs=True); "
             f"{', '.join(lacking[:5])}"

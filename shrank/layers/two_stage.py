@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from ..ops import cpu, dispatch, host
 from ..ops.dispatch import Backend, current_backend
@@ -94,8 +95,9 @@ def ops_for(stages: nn.Sequential, kinds: tuple[type[nn.Module], ...], x: Tensor
     if not is_pivoted(stages):
         factors = factors_of(stages, kinds)
         return ops_of(x, *factors) if factors else None
-    _look_at_quantized(stages, x)
     stored = stored_factors(stages, kinds)
+    if stored is None or not (type(stored.down) is Parameter and type(stored.up) is Parameter):
+        _look_at_quantized(stages, x)
     if stored is None or stages[2].mixes_groups:
         return None
     by = ops_of(x, *stored[:4])

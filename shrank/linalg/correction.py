@@ -22,6 +22,7 @@ from .quantized_factors import (
     QuantizedDense,
     QuantizedFactors,
     _on_grid,
+    gradient_of_error,
     inputs_of,
     loss_of,
     numbers,
@@ -87,14 +88,16 @@ class Lost:
         return loss_of(self.weight, self.rounded.double() + added.double(), self.metric)
 
 
-def corrected_errors(matrices: Tensor, metric: Metric | None, grid: Grid) -> Tensor:
+def corrected_errors(matrices: Tensor, metric: Metric | None, grid: Grid, on_grid: Quantized | None = None) -> Tensor:
     """What a weight (1, N, K) loses on a grid with corrections of rank 0, 1, ..., m: (m + 1,), float64.
 
     Squared, in the unit of `squared_errors`; of one rounding of the weight, by which `quantized_corrected` begins.
-    Raises FactorizationError on NaN or infinity, ValueError on a metric without inputs or groups that do not divide K.
+    on_grid: the weight as `quantized_dense` rounds it, if somebody has it. Raises FactorizationError on NaN or
+    infinity, ValueError on a metric without inputs or groups that do not divide K.
     """
-    weight = _wanted(matrices, metric)
-    on_grid = _on_grid(weight, inputs_of(metric), grid, matrices.dtype)
+    weight = goal_of(matrices, metric)[0]
+    if on_grid is None:
+        on_grid = _on_grid(weight, inputs_of(metric), grid, matrices.dtype)
     return Lost(weight, numbers(on_grid), metric).left()
 
 
@@ -118,7 +121,7 @@ def quantized_corrected(
     FactorizationError on NaN, infinity or an eigensolver that does not converge; ValueError on a metric without inputs,
     or groups that do not divide K or R.
     """
-    weight = _wanted(matrices, metric)
+    weight = goal_of(matrices, metric)[0]
     best = last = _rounded(weight, torch.zeros_like(weight), metric, rank, grid, matrices.dtype)
     for _ in range(again):
         last = _rounded(weight, last.added, metric, rank, grid, matrices.dtype)
@@ -129,11 +132,6 @@ def quantized_corrected(
     held = quantized_factors(lost.error, lost.norm, rank, factor_grid, best.factors, matrices.dtype)
     loss = lost.loss(numbers(held.up) @ numbers(held.down))
     return QuantizedCorrected(best.on_grid, held.down, held.up, loss)
-
-
-def _wanted(matrices: Tensor, metric: Metric | None) -> Tensor:
-    """The weight (N, K) to come near to, float64."""
-    return goal_of(matrices, metric)[0]
 
 
 def on_grids(
@@ -176,7 +174,7 @@ def _metric_of_error(weight: Tensor, error: Tensor, metric: Metric) -> Metric:
         data = error @ inputs @ error.mT
         mean = None if metric.input_mean is None else (error @ metric.input_mean[..., None])[..., 0]
     if metric.on_inputs and gradient is not None:
-        gradient = _gradient_of_error(weight, error, gradient)
+        gradient = gradient_of_error(weight, error, gradient)
     return Metric(
         data,
         gradient,
@@ -186,13 +184,3 @@ def _metric_of_error(weight: Tensor, error: Tensor, metric: Metric) -> Metric:
         inputs=inputs,
         input_mean=metric.input_mean,
     )
-
-
-def _gradient_of_error(weight: Tensor, error: Tensor, gradient: Tensor) -> Tensor:
-    """E^T Gamma E, of W^T Gamma W: what of E is no combination W X of the columns of W counts by the mean strength of
-    the gradients."""
-    gram = weight.mT @ weight
-    strength = gradient.diagonal(dim1=-2, dim2=-1).sum() / gram.diagonal(dim1=-2, dim2=-1).sum()
-    combined = torch.linalg.pinv(gram, rtol=1e-12, hermitian=True) @ (weight.mT @ error)
-    rest = error.mT @ error - combined.mT @ gram @ combined
-    return combined.mT @ gradient @ combined + strength * (rest + rest.mT) / 2

@@ -71,8 +71,8 @@ def quantized_factors(
     """Factors of a weight (1, N, K) on a grid.
 
     factors: those of this rank in plain numbers, if somebody has them. dtype: that of the scales, if not the matrices'.
-    Raises FactorizationError on NaN, infinity or an
-    eigensolver that does not converge; ValueError on a metric without inputs, or groups that do not divide K and R.
+    Raises FactorizationError on NaN, infinity or an eigensolver that does not converge; ValueError on a metric without
+    inputs, or groups that do not divide K and R.
     """
     moment, dtype = inputs_of(metric), dtype or matrices.dtype
     if factors is None:
@@ -150,18 +150,18 @@ def loss_of(weight: Tensor, approximation: Tensor, metric: Metric | None) -> Los
 
 
 def _by_gradient(lost: Tensor, seen: Tensor, weight: Tensor, metric: Metric) -> float:
-    """tr(Gamma E C E^T) of an error E and `seen`, E C, with Gamma the moment of the gradients at the outputs.
-
-    On the side of the inputs W^T Gamma W is known, and not Gamma: what of E is no combination W X of the columns of W
-    counts by the mean strength of the gradients.
-    """
+    """tr(Gamma E C E^T) of an error E and `seen`, E C, with Gamma the moment of the gradients at the outputs."""
     gradient = metric.gradient[0]
-    if not metric.on_inputs:
-        return ((gradient @ lost) * seen).sum().clamp_min(0).item()
+    on_inputs = metric.on_inputs
+    felt = gradient_of_error(weight, lost, gradient) * metric.inputs[0] if on_inputs else (gradient @ lost) * seen
+    return felt.sum().clamp_min(0).item()
+
+
+def gradient_of_error(weight: Tensor, error: Tensor, gradient: Tensor) -> Tensor:
+    """E^T Gamma E of an error E (..., N, K), of W^T Gamma W alone: what of E is no combination W X of the columns of W
+    counts by the mean strength of the gradients."""
     gram = weight.mT @ weight
-    strength = gradient.diagonal().sum() / gram.diagonal().sum()
-    inverse = torch.linalg.pinv(gram, rtol=1e-12, hermitian=True)
-    combined, combined_seen = inverse @ (weight.mT @ lost), inverse @ (weight.mT @ seen)
-    inside = ((gradient @ combined) * combined_seen).sum()
-    rest = ((lost * seen).sum() - ((gram @ combined) * combined_seen).sum()).clamp_min(0)
-    return (inside + strength * rest).clamp_min(0).item()
+    strength = gradient.diagonal(dim1=-2, dim2=-1).sum() / gram.diagonal(dim1=-2, dim2=-1).sum()
+    combined = torch.linalg.pinv(gram, rtol=1e-12, hermitian=True) @ (weight.mT @ error)
+    rest = error.mT @ error - combined.mT @ gram @ combined
+    return combined.mT @ gradient @ combined + strength * (rest + rest.mT) / 2

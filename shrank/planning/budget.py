@@ -111,7 +111,7 @@ class Budget:
         """Whether it may give layers weights of few bits."""
         return self.keep_bytes is not None and bool(self.grids.bits)
 
-    @property
+    @cached_property
     def grids(self) -> Grids:
         """On what grids weights may be rounded."""
         return Grids(tuple(self.bits), tuple(self.group_sizes), tuple(self.correction_ranks))

@@ -77,21 +77,22 @@ class Losses:
         weighted: bool,
         spectra: Spectra,
     ) -> None:
-        self._cost, self._weighted, self._spectra = cost, weighted, spectra
+        self._weighted, self._spectra = weighted, spectra
+        # Without gradients every layer keeps the same share, which no measure of the weights alone has beaten.
+        self._by_share = not weighted and not isinstance(cost, Bytes)
         self._exact: dict[tuple[str, Key], float] = {}
         self._rounding = self._measured(candidates, forms) if isinstance(cost, Bytes) else {}
 
     def of(self, candidate: Candidate, form: Form) -> float:
         """What a form of a layer loses."""
-        if not self._weighted and not isinstance(self._cost, Bytes):
-            # Every layer then keeps the same share, which no measure of the weights alone has beaten.
+        if self._by_share:
             size = form.shape.dense_params
             return 0.0 if form.rank is None else size * (1 - form.shape.low_rank_params(form.rank) / size) ** 2
         return self.squared(candidate, form) * self._weight(candidate)
 
     def of_nothing(self, candidate: Candidate) -> float:
         """What a layer loses that gives nothing."""
-        if not self._weighted and not isinstance(self._cost, Bytes):
+        if self._by_share:
             return candidate.draft.shape.dense_params
         return candidate.tails[0] * self._weight(candidate)
 
@@ -114,7 +115,7 @@ class Losses:
         if not unknown:
             return False
         found = dealt(
-            lambda pair: self._spectra.squared_error(pair[0].site, pair[1]),
+            lambda pair: self._spectra.loss(pair[0].site, pair[1]).squared_error,
             unknown,
             [candidate.draft.shape.work for candidate, _ in unknown],
             self._workers(candidate for candidate, _ in unknown),
@@ -147,9 +148,7 @@ class Losses:
         found = dealt(look, candidates, work, self._workers(candidates), "rounding")
         for candidate, rounding in zip(candidates, found, strict=True):
             if rounding is None:
-                own = forms[candidate.site.fqn]
-                as_they_are = {key: form for key, form in own.items() if form.storage.grid is None}
-                forms[candidate.site.fqn] = as_they_are or {
-                    (None, form.storage): form for form in [Form(None, candidate.draft.shape)]
-                }
+                own, as_it_is = forms[candidate.site.fqn], Form(None, candidate.draft.shape)
+                plain = {key: form for key, form in own.items() if form.storage.grid is None}
+                forms[candidate.site.fqn] = plain or {as_it_is.key: as_it_is}
         return {c.site.fqn: rounding for c, rounding in zip(candidates, found, strict=True) if rounding is not None}

@@ -258,7 +258,7 @@ def _with_errors(planned: list[LayerPlan], layers: list[_Layer], spectra: Spectr
         shape = plan.shape
         try:
             if plan.storage.grid is not None:
-                return replace(plan, error=layer.spectra.error_on_grid(layer.site, plan.rank, plan.storage.grid))
+                return replace(plan, error=layer.spectra.loss(layer.site, plan).relative_error)
             singular = layer.spectrum if shape.down_groups == shape.groups else layer.spectrum_of(shape)
         except FactorizationError as reason:
             return replace(plan, rank=None, reason=str(reason), storage=AS_IT_IS)

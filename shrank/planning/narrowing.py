@@ -51,13 +51,17 @@ def width_options(block: BlockCandidate, cost: Cost, options: PlanOptions) -> di
     """What a block costs and loses at every width that it could have, its layers dense: width -> (cost, error), in the
     units of the costs and errors of ranks."""
     plan, found = NarrowedBlock.of(block.block), {}
-    multiple = options.round_to or (8 if plan.units >= 128 else 1)
-    for width in range(multiple, plan.units, multiple):
+    for width in _widths(plan.units, options):
         at = replace(plan, width=width)
         shapes = [narrowed_shape(at, x.site.fqn, x.draft.shape) for x in block.layers]
         price = sum(cost.of(x.priced, None, shape) for x, shape in zip(block.layers, shapes, strict=True))
         found[width] = price, block.errors[width] * block.consumer.weight
     return found
+
+
+def _widths(units: int, options: PlanOptions) -> range:
+    multiple = options.round_to or (8 if units >= 128 else 1)
+    return range(multiple, units, multiple)
 
 
 def require_narrowable(statistics: LayerStatistics | None, rule: object) -> None:
@@ -208,9 +212,7 @@ def _within(
     """Every layer at its smallest rank of at most this error, or every block at such a width if it stores less then."""
     planned = {layer.fqn: layer for layer in within(candidates, error, options)}
     for x in blocks:
-        multiple = options.round_to or (8 if x.block.units >= 128 else 1)
-        widths = range(multiple, x.block.units, multiple)
-        good = [width for width in widths if x.errors[width] <= error**2 * x.errors[0]]
+        good = [width for width in _widths(x.block.units, options) if x.errors[width] <= error**2 * x.errors[0]]
         if not good:
             continue
         narrowed = x.layers_at(good[0])

@@ -3,7 +3,6 @@ until somebody asks."""
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +10,21 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..calibration.metric_source import LayerStatistics, metric_of
-from ..linalg import Grid, Lost, Metric, Shape, inputs_of, nearest, on_grids, quantized_dense, quantized_factors
+from ..linalg import (
+    Grid,
+    Loss,
+    Metric,
+    Shape,
+    corrected_errors,
+    inputs_of,
+    nearest,
+    on_grids,
+    quantized_dense,
+    quantized_factors,
+)
 from ..model.survey import Site
 from .forms import Form
+from .plan import LayerPlan
 
 _RANKS_MEASURED = 3  # of the reference grid
 
@@ -58,20 +69,19 @@ def rounding(
     tails: the squared errors of ranks 0, 1, ... alone. Raises FactorizationError where the layer must stay dense,
     ValueError where a calibration did not observe its inputs.
     """
-    on_grids = [form for form in forms if form.storage.grid is not None]
-    if not on_grids:
+    rounded = [form for form in forms if form.storage.grid is not None]
+    if not rounded:
         return None
     matrices = site.adapter.matrices(shape)
     metric = metric_of(source, site, matrices)
-    coarseness = _coarseness(matrices[0], metric, {form.storage.grid for form in on_grids})
-    own = [grid for grid in coarseness if grid.fits(shape.in_features)]
-    reference = min(own, key=lambda grid: (grid.bits != 4, -coarseness[grid]))
+    coarseness = _coarseness(matrices[0], metric, {form.storage.grid for form in rounded})
+    reference = min(coarseness, key=lambda grid: (grid.bits != 4, -coarseness[grid]))
     dense = quantized_dense(matrices, metric, reference)
     corrected: tuple[float, ...] = ()
-    if any(form.storage.corrected for form in on_grids):
-        corrected = tuple(Lost(matrices[0], dense.weight.dequantized(), metric).left().tolist())
+    if any(form.storage.corrected for form in rounded):
+        corrected = tuple(corrected_errors(matrices, metric, reference, dense.weight).tolist())
     low_rank = [(0, 0.0)]
-    factors = {form.rank: form.storage.grid for form in on_grids if form.rank and not form.storage.corrected}
+    factors = {form.rank: form.storage.grid for form in rounded if form.rank and not form.storage.corrected}
     for rank in _spread(sorted(factors)):
         measured = quantized_factors(matrices, metric, rank, factors[rank]).loss.squared_error
         added = max(0.0, measured - tails[min(rank, len(tails) - 1)])
@@ -79,31 +89,21 @@ def rounding(
     return Rounding(coarseness, reference, dense.loss.squared_error, tuple(low_rank), corrected)
 
 
-def squared_error(site: Site, form: Form, source: LayerStatistics | None) -> float:
-    """That of one form on a grid, with the weights that it will have."""
+def loss(site: Site, form: Form | LayerPlan, source: LayerStatistics | None) -> Loss:
+    """That of one form on a grid, with the weights that it will have; raises as `rounding`."""
     matrices = site.adapter.matrices(form.shape)
-    metric = metric_of(source, site, matrices)
-    return on_grids(matrices, metric, form.rank, form.storage).loss.squared_error
+    return on_grids(matrices, metric_of(source, site, matrices), form.rank, form.storage).loss
 
 
 def _coarseness(weight: Tensor, metric: Metric | None, grids: set[Grid]) -> dict[Grid, float]:
-    """What rounding to the nearest numbers of each grid costs. Groups that divide the ranks of factors but not the
-    inputs of the weight are taken to be as coarse as the nearest ones that do."""
+    """What rounding to the nearest numbers of each grid costs. Groups that divide the rows of both factors divide those
+    of the weight."""
     energy = None if metric is None else inputs_of(metric).diagonal()
     found = {}
     for grid in grids:
-        if grid.fits(weight.shape[1]):
-            lost = (weight - nearest(weight, grid, energy).dequantized()).double().square()
-            found[grid] = (lost if energy is None else lost * energy).sum().item()
-    return found | {
-        grid: found[min((g for g in found if g.bits == grid.bits), key=lambda g: _apart(g, grid))]
-        for grid in grids
-        if grid not in found
-    }
-
-
-def _apart(one: Grid, other: Grid) -> float:
-    return abs(math.log((one.group_size or math.inf) / (other.group_size or math.inf)))
+        lost = (weight - nearest(weight, grid, energy).dequantized()).double().square()
+        found[grid] = (lost if energy is None else lost * energy).sum().item()
+    return found
 
 
 def _spread(ranks: Sequence[int]) -> list[int]:

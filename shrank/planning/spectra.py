@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from ..calibration.metric_source import LayerStatistics, metric_of
-from ..linalg import Grid, Shape, Storage, on_grids, spectrum, squared_errors
+from ..linalg import Loss, Shape, spectrum, squared_errors
 from ..model.survey import Site
 from ..util.parallel import workers_for
 from .forms import Form
-from .rounding import Rounding, rounding, squared_error
+from .plan import LayerPlan
+from .rounding import Rounding, loss, rounding
 
 
 class Spectra:
@@ -31,17 +32,10 @@ class Spectra:
         metric = metric_of(self.calibration, site, matrices)
         return spectrum(matrices) if metric is None else squared_errors(matrices, metric).sqrt()
 
-    def error_on_grid(self, site: Site, rank: int | None, grid: Grid) -> float:
-        """The relative error of a layer, or at a rank of its factors, with weights on a grid; FactorizationError as
-        above, ValueError where a calibration did not observe the layer's inputs."""
-        matrices = site.adapter.matrices(site.shape)
-        metric = metric_of(self.calibration, site, matrices)
-        return on_grids(matrices, metric, rank, Storage(grid)).loss.relative_error
-
     def rounding(self, site: Site, shape: Shape, forms: Sequence[Form], tails: Sequence[float]) -> Rounding | None:
         """What rounding does to the forms of a layer; raises as `planning.rounding.rounding` does."""
         return rounding(site, shape, forms, tails, self.calibration)
 
-    def squared_error(self, site: Site, form: Form) -> float:
-        """That of a form on a grid, measured."""
-        return squared_error(site, form, self.calibration)
+    def loss(self, site: Site, form: Form | LayerPlan) -> Loss:
+        """That of a layer in a form on a grid, measured; raises as `rounding`."""
+        return loss(site, form, self.calibration)

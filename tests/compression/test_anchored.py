@@ -148,7 +148,7 @@ class Repeated(nn.Module):
 
 
 def test_every_call_of_every_batch_is_anchored(monkeypatch) -> None:
-    anchored, found = importlib.import_module("shrank.compression.anchored_moments"), {}
+    anchored, found = importlib.import_module("shrank.compression.anchored"), {}
     observe = anchored.observed
     monkeypatch.setattr(anchored, "observed", lambda *args: found.update(seen := observe(*args)) or seen)
     model, calls = seeded(Repeated), [draw(2, WIDTH), draw(5, WIDTH) + 1, draw(3, WIDTH) * 2, draw(1, WIDTH)]

@@ -14,7 +14,7 @@ from shrank import Budget, LatencyTable, auto_fact, calibrate, make_plan
 from shrank.linalg import BudgetTooSmall
 from shrank.model.survey import Survey
 from shrank.planning.forms import Form
-from shrank.planning.rounding import squared_error
+from shrank.planning.rounding import loss
 from shrank.planning.spectra import Spectra
 from tests.common.models import WIDTH, Mixed, SharedLayer, TiedLM, draw, hf_inputs, hf_model, mlp, seeded, tokens
 
@@ -401,7 +401,8 @@ def test_what_the_budget_takes_was_measured(keep: float) -> None:
     assert of_few_bits
     for layer in of_few_bits:
         whole = Spectra(found).of(sites[layer.fqn], layer.shape).square().sum()
-        squared = squared_error(sites[layer.fqn], Form(layer.rank, layer.shape, layer.storage), found)
+        form = Form(layer.rank, layer.shape, layer.storage)
+        squared = loss(sites[layer.fqn], form, found).squared_error
         assert layer.error == pytest.approx(math.sqrt(squared / whole))
 
 

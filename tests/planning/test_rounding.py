@@ -13,7 +13,7 @@ from shrank.planning.costs import Bytes, PricedLayer
 from shrank.planning.forms import Form, forms
 from shrank.planning.grids import Grids
 from shrank.planning.options import PlanOptions
-from shrank.planning.rounding import Rounding, _between, rounding, squared_error
+from shrank.planning.rounding import Rounding, _between, loss, rounding
 from shrank.planning.spectra import Spectra
 from tests.common.models import draw, seeded
 
@@ -79,7 +79,7 @@ def test_estimates_are_near_to_what_is_measured(shape: tuple[int, int], with_dat
     for form in every:
         if form.storage.grid is not None:
             tail = 0.0 if form.rank is None or form.storage.corrected else of_ranks[form.rank]
-            measured = squared_error(own, form, source)
+            measured = loss(own, form, source).squared_error
             assert measured / 2 < estimates.estimate(form, tail) < 2 * measured, form
 
 
@@ -89,9 +89,9 @@ def test_the_reference_is_measured() -> None:
     estimates = rounding(own, own.shape, every, of_ranks, found)
     dense = Form(None, own.shape, Storage(estimates.reference))
     assert estimates.reference.bits == 4
-    assert estimates.estimate(dense, 0.0) == pytest.approx(squared_error(own, dense, found))
+    assert estimates.estimate(dense, 0.0) == pytest.approx(loss(own, dense, found).squared_error)
     corrected = Form(2, own.shape, Storage(estimates.reference, True))
-    assert estimates.estimate(corrected, 0.0) == pytest.approx(squared_error(own, corrected, found), rel=1e-3)
+    assert estimates.estimate(corrected, 0.0) == pytest.approx(loss(own, corrected, found).squared_error, rel=1e-3)
 
 
 def test_nothing_is_measured_where_nothing_is_rounded() -> None:
