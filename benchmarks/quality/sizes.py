@@ -25,6 +25,7 @@ matplotlib.use("Agg")
 
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from torch import nn
 
 import shrank
@@ -185,14 +186,17 @@ def _form(layer: shrank.LayerPlan) -> str:
 
 
 def draw(name: str, found: list[dict], path: Path) -> None:
-    """Quality over bytes, a line for each method."""
+    """Quality over bytes, a line for each method that has a point among those of shrank."""
     figure_name = next(key for key in QUALITY if key in found[0])
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     by_method: dict[str, list[dict]] = {}
     for row in found[1:]:
         by_method.setdefault(_series(row["method"]), []).append(row)
+    _limit(axes, figure_name, found)
     for method, measured in by_method.items():
         points = sorted(measured, key=lambda row: row["bytes"])
+        if not any(_is_seen(axes, row["bytes"], row[figure_name]) for row in points):
+            continue
         ours = method.startswith(OURS)
         axes.plot(
             [row["bytes"] for row in points],
@@ -204,6 +208,14 @@ def draw(name: str, found: list[dict], path: Path) -> None:
         )
     axes.set_xlabel("bytes of the layers' weights, relative to 16 bits")
     axes.set_ylabel(figure_name)
+    axes.set_title(f"{TASKS[name]().name}: {figure_name} at a size")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _limit(axes: Axes, figure_name: str, found: list[dict]) -> None:
+    """Show what is about as good as shrank at its sizes."""
     axes.set_xlim(0.12, 0.6)
     good = [row[figure_name] for row in found if row["method"] == OURS]
     if QUALITY[figure_name]:
@@ -211,10 +223,11 @@ def draw(name: str, found: list[dict], path: Path) -> None:
     else:
         axes.set_ylim(0.9 * found[0][figure_name], 1.5 * max(good))
         axes.axhline(found[0][figure_name], color="grey", linewidth=0.5)
-    axes.set_title(f"{TASKS[name]().name}: {figure_name} at a size")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+
+def _is_seen(axes: Axes, x: float, y: float) -> bool:
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    return left <= x <= right and low <= y <= high
 
 
 def _series(method: str) -> str:
