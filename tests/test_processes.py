@@ -9,7 +9,7 @@ import signal
 import socket
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from functools import partial
 
 import pytest
@@ -210,11 +210,21 @@ def test_work_is_dealt_by_its_cost() -> None:
     assert sorted(loads) == [7.0, 7.0, 7.0]
 
 
-def _commands(rank: int, port: int, commands: list[list[str]]) -> list[tuple[int, str, str]]:
-    """Exit codes and what was printed, as under torchrun."""
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("localhost", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def _commands(rank: int, ports: list[int], commands: list[list[str]]) -> list[tuple[int, str, str]]:
+    """Exit codes and what was printed, as under torchrun, which takes a port for every command: at the port of the last
+    one, a process that is quicker finds the store that the other still has, with addresses that no longer answer."""
+    os.environ |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "test"}
     found = []
-    for arguments in commands:
+    for port, arguments in zip(ports, commands, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
         out, err = io.StringIO(), io.StringIO()
         with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
             app(arguments)
@@ -234,10 +244,7 @@ def test_torchrun_of_the_command_line(model_folder, data_folder, tmp_path) -> No
         ["merge", small, "--out", str(tmp_path / "none")],
         ["heal", small, source, "--text", texts, *options[4:], *how, "--out", str(tmp_path / "healed"), "--json"],
     ]
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    first, second = in_processes(_commands, port, commands, folder=tmp_path, joined=False)
+    first, second = in_processes(_commands, _free_ports(len(commands)), commands, folder=tmp_path, joined=False)
     assert isinstance(first, list), first
     assert [code for code, *_ in first] == [code for code, *_ in second] == [0, 0, 1, 2, 0]
     assert all(not out + err for _, out, err in second)

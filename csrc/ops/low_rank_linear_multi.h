@@ -19,8 +19,8 @@ struct LowRankLinearMulti {
   const std::vector<std::optional<Tensor>>& order;
 };
 
-// A y of each, with the bits that low_rank_linear or low_rank_pivoted gives it. Neighbours that run by the kernels for a few rows share their
-// launches.
+// A y of each, with the bits that low_rank_linear or low_rank_pivoted gives it. Neighbours that run by the kernels for a
+// few rows share their launches.
 std::vector<Tensor> low_rank_linear_multi(const LowRankLinearMulti& args, const Runtime& runtime);
 
 // All together by the kernels for a few rows, `tokens` of them at a time, K in so many splits of each layer; or an error

@@ -19,8 +19,8 @@ struct LinearProblem {
   bool aligned = true;  // every tensor is contiguous and begins at a multiple of 16 bytes
   bool captured = false;  // into a CUDA graph, where a launch costs the host nothing
   int64_t gate_R = 0;  // the rank of the gate; R is that of the value. 0: no gate
-  bool pivoted =
-      false;  // R columns of y are h itself, and up has rows for the others alone; of a gated layer in costs both
+  // R columns of y are h itself, and up has rows for the others alone; of a gated layer in costs both.
+  bool pivoted = false;
 
   constexpr bool operator==(const LinearProblem& other) const {
     return M == other.M && K == other.K && N == other.N && R == other.R && dtype == other.dtype &&

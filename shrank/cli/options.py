@@ -146,7 +146,7 @@ def require_layers(made: RankPlan) -> None:
 
 def require_compressed(made: RankPlan, source: str) -> None:
     if not made.changed:
-        fail(f"{source} has no low-rank layer", NOTHING)
+        fail(f"{source} has no low-rank layer and no weights of few bits", NOTHING)
 
 
 def require_free(out: Path, force: bool) -> None:

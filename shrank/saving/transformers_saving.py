@@ -34,23 +34,25 @@ def save_pretrained(save: Callable, model: PreTrainedModel, args: tuple, kwargs:
         return save(*args, **kwargs)
     stand_in = _stand_in(model)
     call = signature(_save_plainly).bind(stand_in, *args, **kwargs)
-    adapters_only = getattr(model, "_hf_peft_config_loaded", False)
-    plan = describe(model)
-    if changed and not adapters_only:
+    if changed and not getattr(model, "_hf_peft_config_loaded", False):  # else only adapters are written
         _check(model, call)
-        plan = plain_as_possible(stand_in, plan)
-    if plan.layers and not adapters_only:
-        state = dict(call.arguments.get("state_dict") or model.state_dict())
-        if wrong := [f"{name}: {reason}" for name, value in state.items() if (reason := why_not_data(value))]:
-            raise ValueError(
-                "safetensors hold only plain tensors, and what shrank.quantize_factors made; save before quantizing by "
-                f"others:{indented(wrong)}"
-            )
-        call.arguments["state_dict"] = packed_state(state) | seals(model)
-        if "save_original_format" in signature(_save_plainly).parameters:
-            call.arguments["save_original_format"] = False
-        stand_in.config.quantization_config = ShrankConfig.of(plan)
+        if (plan := plain_as_possible(stand_in, describe(model))).layers:
+            stand_in.config.quantization_config = ShrankConfig.of(plan)
+            _pack(model, call)
     return _save_plainly(*call.args, **call.kwargs)
+
+
+def _pack(model: PreTrainedModel, call: BoundArguments) -> None:
+    """Have the state written as files have it, with seals; ValueError if they cannot."""
+    state = dict(call.arguments.get("state_dict") or model.state_dict())
+    if wrong := [f"{name}: {reason}" for name, value in state.items() if (reason := why_not_data(value))]:
+        raise ValueError(
+            "safetensors hold only plain tensors, and what shrank.quantize_factors made; save before quantizing by "
+            f"others:{indented(wrong)}"
+        )
+    call.arguments["state_dict"] = packed_state(state) | seals(model)
+    if "save_original_format" in signature(_save_plainly).parameters:
+        call.arguments["save_original_format"] = False
 
 
 def save_config(model: PreTrainedModel, plan: RankPlan, folder: Path) -> None:

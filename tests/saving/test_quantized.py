@@ -268,6 +268,15 @@ def test_folders_of_transformers(name: str, form: str, tmp_path: Path) -> None:
     assert all(torch.equal(t, again[name]) for name, t in load_file(tmp_path / "model.safetensors").items())
 
 
+def test_layers_that_are_stored_in_two_ways_are_named(tmp_path: Path) -> None:
+    model = shrank.auto_fact(hf_model("llama"), 8, bits=8, min_features=8, include="*q_proj")
+    name, layer = next((name, m) for name, m in model.named_modules() if isinstance(m, shrank.LED))
+    layer.stages[0].weight = nn.Parameter(layer.down.detach())
+    with pytest.raises(ValueError, match=rf"{name}: its stages are stored in two ways"):
+        model.save_pretrained(tmp_path / "model")
+    assert not list(tmp_path.glob("model/*"))
+
+
 FOLDER_DAMAGE = {
     "no-values": (lambda t, name: t.pop(f"{name}.values"), "lacks weights that its plan asks for"),
     "no-scales": (lambda t, name: t.pop(f"{name}.scales"), "lacks weights that its plan asks for"),
