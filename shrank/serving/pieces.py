@@ -112,16 +112,18 @@ def run(pieces: Sequence[Piece], x: Tensor, bias: Tensor | None) -> Tensor:
 def _factors_together(pieces: Sequence[Piece], x: Tensor, biases: Sequence[Tensor | None]) -> dict[int, Tensor]:
     """The outputs of the pieces with two factors, by number, without the bias of pivoted ones: of several by one op."""
     numbers = [n for n, piece in enumerate(pieces) if piece.share.rank is not None]
-    stored = [
-        (piece.down, piece.up, None, None, piece.order)
-        if (piece := pieces[n]).keeps_pivots
-        else (piece.down, piece.up, biases[n], None, None)
-        for n in numbers
-    ]
+    stored = [_stored(pieces[n], biases[n]) for n in numbers]
     if len(stored) == 1:
         (down, up, bias, _, order), (n,) = stored[0], numbers
         return {n: low_rank_linear(x, down, up, bias) if order is None else low_rank_pivoted(x, down, up, order)}
     return dict(zip(numbers, low_rank_linear_multi(x, *zip(*stored, strict=True)), strict=True)) if stored else {}
+
+
+def _stored(piece: Piece, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    """down, up, bias, pivots and order, as the op of several layers takes them."""
+    if piece.keeps_pivots:
+        return piece.down, piece.up, None, None, piece.order
+    return piece.down, piece.up, bias, None, None
 
 
 def _empty(*size: int, dtype: torch.dtype) -> nn.Parameter:

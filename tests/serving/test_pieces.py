@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shrank import LED
 from shrank.layers.seal import seal
@@ -121,15 +121,17 @@ def test_layers_of_one_input_are_one_op(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @torch.no_grad()
-def test_compilers_see_one_graph_for_any_number_of_tokens() -> None:
+@each_bias
+def test_compilers_see_one_graph_for_any_number_of_tokens(bias: bool) -> None:
     layers = {
-        name: led(16, rank, True, pivot) for name, rank, pivot in (("q", 6, False), ("k", 3, True), ("v", 5, False))
+        name: led(16, rank, bias, pivot) for name, rank, pivot in (("q", 6, False), ("k", 3, True), ("v", 5, False))
     }
-    pieces, bias = filled(layers, [Slice.of(16)] * 3, Slice.of(K), True)
+    pieces, stacked = filled(layers, [Slice.of(16)] * 3, Slice.of(K), bias)
+    held = nn.ModuleList(pieces)  # as a layer of a server has them
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="eager")
     for tokens in (5, 1, 9):
         x = draw(tokens, K)
-        assert_close(compiled(pieces, x, bias), torch.cat([layer(x) for layer in layers.values()], -1))
+        assert_close(compiled(held, x, stacked), torch.cat([layer(x) for layer in layers.values()], -1))
 
 
 @pytest.mark.parametrize(
