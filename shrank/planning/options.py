@@ -214,12 +214,10 @@ def may_pivot(module: nn.Module, options: PlanOptions) -> bool:
     """Whether a budget that knows no times may store a layer with pivots.
 
     Not on a GPU: from 128 tokens on a pivoted layer takes longer there than a plain one of as many weights, by the
-    model of csrc/select (docs/guide/pivoted.md has the figures). Not in training mode: a step of the pivots moves other
-    outputs by up to `growth` times as much, so that SGD diverges at rates that plain factors bear.
+    model of csrc/select (docs/guide/pivoted.md has the figures). In training mode as well: pivoted layers bear rates a
+    third as high, and are worth more at those (benchmarks/results/trained_minilm.json).
     """
-    if options.pivot == "auto":
-        return not module.training and not module.weight.is_cuda
-    return options.pivot
+    return not module.weight.is_cuda if options.pivot == "auto" else options.pivot
 
 
 # The second stage's pass over the output costs what its arithmetic does not show. Measured with torch 2.13 on 1 and 2

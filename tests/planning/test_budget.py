@@ -102,11 +102,11 @@ def test_a_dense_option_and_plain_storage() -> None:
     assert pivoted.spent[1] < plan.spent[1]
 
 
-def test_pivots_are_for_layers_that_do_not_train() -> None:
-    model = mlp(2).train()
-    assert not any(x.shape.pivoted for x in make_plan(model, Budget(keep_params=0.5)))
-    assert all(x.shape.pivoted for x in make_plan(model, Budget(keep_params=0.5), pivot=True))
-    assert all(x.shape.pivoted for x in make_plan(model.eval(), Budget(keep_params=0.5)))
+@pytest.mark.parametrize("training", [False, True])
+def test_pivots_are_for_training_and_inference(training: bool) -> None:
+    model = mlp(2).train(training)
+    assert all(x.shape.pivoted for x in make_plan(model, Budget(keep_params=0.5)))
+    assert not any(x.shape.pivoted for x in make_plan(model, Budget(keep_params=0.5), pivot=False))
 
 
 @pytest.mark.parametrize("pivot", ["auto", True, False])
