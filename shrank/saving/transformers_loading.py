@@ -201,7 +201,7 @@ def _shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
 def _stages(model: nn.Module) -> Iterator[nn.Module]:
     for layer in model.modules():
         if isinstance(layer, LOW_RANK | PackedLinear):
-            yield from (m for m in layer.modules() if m._parameters)
+            yield from layer.modules()
 
 
 def _check_unplanned(model: PreTrainedModel, stored: dict, resized: set[str]) -> None:

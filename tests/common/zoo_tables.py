@@ -157,7 +157,7 @@ FAST_CALIBRATED: tuple[str, ...] = tuple(
 """.split()
 )
 # And those that are also put into few bits.
-FAST_OF_FEW_BITS: tuple[str, ...] = ("gpt2", "mixtral", "t5")
+FAST_OF_FEW_BITS: tuple[str, ...] = ("funnel", "gpt2", "mixtral", "t5")
 # Families without any layer that rank 8 could make smaller, and why.
 NOTHING_TO_REPLACE: dict[str, str] = {
     "bit": "its convolutions standardise their weights in a subclass of nn.Conv2d",

@@ -33,6 +33,28 @@ def test_in_place_returns_the_same_model() -> None:
     assert auto_fact(net, 8) is net and type(net[0]) is LED
 
 
+class Switching(nn.Module):
+    """Puts another module in the place of one of its own when it is called, as BigBird does for short texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = model()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.body = nn.Sequential(*self.body)
+        return self.body(x)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of few tokens
+def test_a_model_that_changes_its_modules_as_it_runs_gets_its_layers() -> None:
+    torch.manual_seed(0)
+    data = torch.randn(4, 64, 64)
+    for rank in (8, shrank.Budget(keep_params=0.5), shrank.make_plan(Switching(), 8)):
+        net = auto_fact(Switching(), rank, calibrate=list(data))
+        assert net.shrank_plan.low_rank
+        assert net.shrank_plan.params_after == sum(p.numel() for p in net.parameters())
+
+
 def test_a_trained_weight_is_approximated_not_redrawn() -> None:
     """Greenformer's default solver draws at random."""
     weight = model()[0].weight
