@@ -123,14 +123,13 @@ def auto_fact(
         data = data.of_inputs()
     if isinstance(rank, RankPlan):
         needed = {layer.fqn for layer in rank.changed} | {block.consumer for block in rank.narrower}
-        data = data.seen_by(survey, sorted(needed), bool(rank.narrower))
-        plan, survey = rank, data.survey_after(survey)
+        plan, (data, survey) = rank, data.seen_by(survey, sorted(needed), bool(rank.narrower))
     else:
         # Errors come with the factors; computing the spectra first would decompose every layer twice.
         fitting = replace(fitting, errors=bool(options.get("errors", False)))
         eligible = [] if data.how is None else eligible_in(survey, fitting)
-        data = data.seen_by(survey, eligible, bool(fitting.narrow)).probed(survey)
-        survey = data.survey_after(survey)
+        data, survey = data.seen_by(survey, eligible, bool(fitting.narrow))
+        data = data.probed(survey)
         search = isinstance(rank, Budget) and isinstance(rank.goal, SmallestGoodEnough)
         plan = (_smallest_good_enough if search else _plan)(survey, rank, data, fitting)
     if plan.does_nothing:
@@ -178,17 +177,15 @@ class _Data:
     calibration: Calibration | None
     anchored: Anchored | None
 
-    def seen_by(self, survey: Survey, layers: list[str], narrow: bool) -> _Data:
-        """With the calibration of these layers, and of the units of blocks if they may go, if there is data."""
+    def seen_by(self, survey: Survey, layers: list[str], narrow: bool) -> tuple[_Data, Survey]:
+        """With the calibration of these layers, and of the units of blocks if they may go, if there is data; and the
+        survey of the model as its runs left it: for short texts BigBird puts another module of attention in the place
+        of its own, with the same layers in it."""
         if self.how is None:
-            return self
-        how = replace(self.how, narrow=narrow or self.how.narrow)
-        return replace(self, calibration=calibrated(survey, how, layers))
-
-    def survey_after(self, survey: Survey) -> Survey:
-        """The survey of the model as its runs left it: for short texts BigBird puts other modules of attention in the
-        place of its own at the first one, with the same layers in them."""
-        return survey if self.how is None else Survey(survey.model)
+            return self, survey
+        how, before = replace(self.how, narrow=narrow or self.how.narrow), list(survey.model.modules())
+        data = replace(self, calibration=calibrated(survey, how, layers))
+        return data, survey if before == list(survey.model.modules()) else Survey(survey.model)
 
     def of_inputs(self) -> _Data:
         """Observing the inputs of linear layers, as rounding of weights needs."""
