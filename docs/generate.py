@@ -83,15 +83,18 @@ def sizes() -> str:
     return table(["keep", "parameters", "cosine to dense", "mean weight error", "speed-up over dense"], body, 0)
 
 
-def bytes_kept() -> str:
-    """Budgets in bytes beside what is published, by size."""
+def bytes_kept(name: str, figures: dict[str, str], written: Callable[[float], str]) -> str:
+    """Budgets in bytes beside what is published, by size; figures: those to show, with the heads of their columns."""
     kept = ("shrank", "shrank, bits alone", "shrank, low rank alone")
     names = dict(
         zip(kept, ("**`keep_bytes`**", "`keep_bytes`, no low rank", "low rank alone, in 16 bits"), strict=True)
     )
-    rows = sorted((row for row in rows_of("sizes_minilm") if row["bytes"] < 1), key=lambda row: -row["bytes"])
-    body = ((names.get(row["method"], row["method"]), f"{row['bytes']:.3f}", f"{row['cosine']:.4f}") for row in rows)
-    return table(("method", "bytes, of 16 bits dense", "cosine to dense"), body)
+    rows = sorted((row for row in rows_of(f"sizes_{name}") if row["bytes"] < 1), key=lambda row: -row["bytes"])
+    body = (
+        (names.get(row["method"], row["method"]), f"{row['bytes']:.3f}", *(written(row[figure]) for figure in figures))
+        for row in rows
+    )
+    return table(("method", "bytes, of 16 bits dense", *figures.values()), body)
 
 
 def few_bits() -> str:
@@ -175,7 +178,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "crepe-tiny-confidence": lambda: by_keep("crepe-tiny", "confidence", fixed(3)),
     "plain-svd-sizes": sizes,
     "int8": int8,
-    "bytes": bytes_kept,
+    "bytes": lambda: bytes_kept("minilm", {"cosine": "cosine to dense"}, fixed(4)),
+    "bytes-smollm2": lambda: bytes_kept(
+        "smollm2", {"perplexity": "perplexity, articles", "perplexity, news": "news"}, short
+    ),
     "few_bits": few_bits,
     "corrected": corrected,
     "front": front,

@@ -51,7 +51,7 @@ OWN = {
     ),
     f"{OURS}, low rank alone": (lambda keep, share: Budget(keep_params=keep), {}),
 }
-BITS_AND_GROUPS = ((8, 32), (4, 32), (4, 128), (3, 32), (3, 128))
+BITS_AND_GROUPS = ((8, 32), (4, 32), (4, 64), (4, 128), (3, 32), (3, 64), (3, 128))
 CORRECTED = ((4, 32, 16), (4, 128, 16), (4, 128, 32))  # bits, group, rank of factors in int8
 SVD_LLM = {"SVD-LLM": None, "SVD-LLM + int8": Grid(8), "SVD-LLM + int4": Grid(4, 32)}
 RANKS = (0.9, 0.8, 0.6, 0.5, 0.4)  # shares of the weights that SVD-LLM keeps, alone and in few bits
@@ -65,6 +65,10 @@ class Bench:
     task: Task
     dense: nn.Module
     shapes: dict[str, Shape]
+
+    def takes(self, group: int) -> bool:
+        """Whether groups of so many inputs divide the rows of every layer."""
+        return all(shape.in_features % group == 0 for shape in self.shapes.values())
 
     def row(self, method: str, model: nn.Module, size: float, weights: float, flops: float, **more: object) -> dict:
         """One model, measured; sizes are relative to the dense layers."""
@@ -105,14 +109,21 @@ def rows(name: str, budgets: tuple[float, ...], methods: list[str]) -> Iterator[
     plan = shrank.make_plan(dense, {"*": None}, errors=False)
     bench = Bench(task, dense, {fqn: plan[fqn].shape for fqn in found})
     yield bench.row("dense, 16 bits", dense, 1.0, 1.0, 1.0)
+    if own := {method: how for method, how in OWN.items() if _matches(method, methods)}:
+        yield from _own(bench, own, budgets, list(found))
+    if task.kfac:
+        yield from _published(bench, methods)
+
+
+def _own(bench: Bench, methods: dict[str, tuple], budgets: tuple[float, ...], layers: list[str]) -> Iterator[dict]:
+    """The budgets of shrank, of one calibration."""
+    task, dense = bench.task, bench.dense
     started = time.perf_counter()
-    calibration = shrank.calibrate(dense, task.batches(), loss=task.own_loss, layers=list(found), inputs=True)
+    calibration = shrank.calibrate(dense, task.batches(), loss=task.own_loss, layers=layers, inputs=True)
     seconds = round(time.perf_counter() - started)
     # A model in float32 has twice the bytes, of which half the share is kept.
-    share = 2 / next(iter(found.values())).weight.element_size()
-    for method, (budget, options) in OWN.items():
-        if not _matches(method, methods):
-            continue
+    share = 2 / dense.get_submodule(layers[0]).weight.element_size()
+    for method, (budget, options) in methods.items():
         for keep in budgets:
             started = time.perf_counter()
             try:
@@ -120,15 +131,13 @@ def rows(name: str, budgets: tuple[float, ...], methods: list[str]) -> Iterator[
                     copy.deepcopy(dense),
                     budget(keep, share),
                     calibrate=calibration,
-                    include=list(found),
+                    include=layers,
                     **options,
                 )
             except shrank.linalg.BudgetTooSmall:
                 continue
             taken = round(time.perf_counter() - started)
             yield bench.planned(method, small, budget=keep, **{"calibrated in s": seconds, "compressed in s": taken})
-    if task.kfac:
-        yield from _published(bench, methods)
 
 
 def _matches(method: str, methods: list[str]) -> bool:
@@ -140,11 +149,15 @@ def _published(bench: Bench, methods: list[str]) -> Iterator[dict]:
     task, dense, names = bench.task, bench.dense, list(bench.shapes)
     seen = baselines.statistics(task.model(), shrank.batches(task.batches()), None, task.exclude)
     for bits, group in BITS_AND_GROUPS:
+        if not bench.takes(group):
+            continue
         for method in ("RTN",) if bits == 8 else ("RTN", "AWQ", "GPTQ"):
             if _matches(name := f"{method} int{bits} g{group}", methods):
                 model = Rounded(dense, METHODS[method], seen, names, group, bits).at(0, False)
                 yield bench.uniform(name, model, Storage(Grid(bits, group)))
     for bits, group, rank in CORRECTED:
+        if not bench.takes(group):
+            continue
         for method in ("RTN + QERA / EoRA", "GPTQ + EoRA"):
             if _matches(name := f"{method}, int{bits} g{group} + rank {rank}", methods):
                 model = Rounded(dense, METHODS[method], seen, names, group, bits).at(rank, True)
