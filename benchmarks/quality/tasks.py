@@ -60,6 +60,9 @@ class MiniLM(Task):
     def batches(self) -> list[dict[str, Tensor]]:
         return self._batches("calibration", self.count)
 
+    def healing_batches(self) -> list[dict[str, Tensor]]:
+        return self._batches("calibration", 4 * self.count)
+
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         with torch.inference_mode():
             return {"cosine": (embed(model, self._test) * self._reference).sum(-1).mean().item()}

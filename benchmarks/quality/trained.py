@@ -31,7 +31,7 @@ RATES = {
     "SGD, momentum": (partial(torch.optim.SGD, momentum=0.9), (1e-5, 3e-5, 1e-4, 3e-4)),
     "AdamW": (torch.optim.AdamW, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)),
 }
-TEXTS, TOKENS = 512, 32
+TOKENS = 32
 
 
 def rows(keep: float, steps: int) -> Iterator[dict]:
@@ -39,7 +39,7 @@ def rows(keep: float, steps: int) -> Iterator[dict]:
     task = MiniLM()
     dense, names = task.model(), list(baselines.layers(task.model(), task.exclude))
     found = shrank.calibrate(dense, task.batches(), layers=names)
-    lessons = [{name: x[:, :TOKENS] for name, x in batch.items()} for batch in task._batches("calibration", TEXTS)]
+    lessons = [{name: x[:, :TOKENS] for name, x in batch.items()} for batch in task.healing_batches()]
     with torch.no_grad():
         goals = [dense(**lesson).last_hidden_state for lesson in lessons]
     plain, pivoted = (

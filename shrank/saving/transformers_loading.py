@@ -199,6 +199,8 @@ def _shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
 
 
 def _stages(model: nn.Module) -> Iterator[nn.Module]:
+    """Low-rank and packed layers with all that is in them: Funnel draws the weight of whatever is called Linear, a
+    stage without parameters of its own included."""
     for layer in model.modules():
         if isinstance(layer, LOW_RANK | PackedLinear):
             yield from layer.modules()
