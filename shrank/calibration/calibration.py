@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..linalg import Columns, FactorizationError, Metric, Moments, columns, metric
+from ..linalg import Columns, FactorizationError, Metric, Moments, channel_columns, columns, metric
 from ..model.feed_forward import FeedForward
 from ..model.hooks import frozen
 from ..model.survey import Survey
@@ -143,9 +143,14 @@ class Calibration(LayerStatistics):
         return metric(matrices, moments, centred, self.inputs)
 
     def columns(self, fqn: str, matrices: Tensor, centred: bool, seen: Moments | None = None) -> Columns | None:
-        """As `metric`, by the layer's inputs one by one; None where it was not observed by its inputs."""
+        """As `metric`, by the layer's inputs one by one, a convolution's by its channels; None where it was not observed
+        by them."""
         moments = self._seen(fqn, matrices, seen)
-        if moments is None or not moments.of_inputs or len(matrices) > 1:
+        if moments is None or len(matrices) > 1:
+            return None
+        if moments.channels is not None:
+            return channel_columns(matrices, moments, centred)
+        if not moments.of_inputs:
             return None
         return columns(matrices, moments, centred)
 
@@ -155,7 +160,9 @@ class Calibration(LayerStatistics):
             return None
         moments = self[fqn]
         if seen is not None:
-            moments = replace(seen, gradient=moments.gradient, gradient_samples=moments.gradient_samples)
+            # The channels of a convolution are observed in the dense model alone.
+            kept = ("gradient", "gradient_samples", "channels", "channel_mean")
+            moments = replace(seen, **{field: getattr(moments, field) for field in kept})
         moments = moments.to(matrices.device)
         if moments.gradient is not None and not bool(moments.gradient.any()):
             raise FactorizationError("the loss does not depend on it")
@@ -197,8 +204,8 @@ def calibrate(
         seed: Of the random directions that "output" draws.
         inputs: Observe linear layers by their inputs where these are more numbers than their outputs, too. Rounding
             weights to a few bits needs it.
-        narrow: Find the feed-forward blocks too, and observe their hidden units one by one: what a plan with `narrow`
-            asks for, and more numbers than the ranks of their layers need.
+        narrow: Find the blocks of units too (feed-forward, channels, heads), and observe these one by one: what a plan
+            with `narrow` asks for, and more numbers than the ranks of their layers need.
 
     Returns:
         The moments of every layer, in files that are read when asked for.
@@ -251,8 +258,8 @@ def _found(
     masking = Masking(model, {site.fqn: site.module for site in possible})
     calls = layer_calls(folder, model, sites, batches, masking, [site for site in possible if site not in sites])
     warn_of_unseen(calls.unseen)
-    by_inputs = {block.consumer for block in blocks or () if not block.reason}
-    files = moment_files(folder, sites, calls, batches, masking, loss, request, by_inputs)
+    consumers = {block.consumer for block in blocks or () if not block.reason}
+    files = moment_files(folder, sites, calls, batches, masking, loss, request, consumers)
     return Calibration(folder, files, calls.unseen, blocks, request.inputs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,7 +21,9 @@ from .streams import Masking, MaskOfCall
 class Observed:
     """One layer under observation; `leader` is the layer of its group that observes the input they share."""
 
-    def __init__(self, site: Site, leader: Observed | None, of_inputs: bool, gradients: bool) -> None:
+    def __init__(
+        self, site: Site, leader: Observed | None, of_inputs: bool, gradients: bool, channels: bool = False
+    ) -> None:
         self.site, self.leader, self.of_inputs = site, leader or self, of_inputs
         self.target, self.shape = site.adapter, site.shape
         # Behind more outputs than inputs the gradients are needed only as the inputs feel them.
@@ -28,14 +31,19 @@ class Observed:
         self.data = self.moment(of_inputs) if leader is None else None
         self.sums: tuple[Tensor, Tensor] | None = None  # of what `data` is of, and of squares of inputs, float64
         self.gradient = self.moment(self.gradient_of_inputs) if gradients else None
+        self.channels = self._empty(1, self.target.input_channels) if channels else None
+        self.channel_sum: Tensor | None = None
         self.inputs = Inputs()
 
     def moment(self, of_columns: bool) -> Moment:
         """An empty one of what it is observed by, of its inputs or of its outputs."""
         side = self.shape.in_features if of_columns else self.shape.out_features
         groups = 1 if self.of_inputs else self.shape.groups
+        return self._empty(groups, side // groups)
+
+    def _empty(self, groups: int, side: int) -> Moment:
         device = self.site.module.weight.device
-        return Moment(groups, side // groups, torch.device("cpu") if device.type == "meta" else device)
+        return Moment(groups, side, torch.device("cpu") if device.type == "meta" else device)
 
     def observe(self, x: Tensor, y: Tensor, mask: MaskOfCall) -> None:
         """Note an input and the output."""
@@ -77,6 +85,11 @@ class Observed:
             energy = self.target.input_energy(x, partial(self._rows, mask=mask))
             energy = energy.view(len(rows), -1) * rows.shape[1]
         self.data.add(rows)
+        if self.channels is not None:
+            channels = self._rows(x, 1, mask)
+            self.channels.add(channels)
+            total = channels.sum(1).double()
+            self.channel_sum = total if self.channel_sum is None else self.channel_sum + total
         sums = rows.sum(1).double(), energy.double()
         self.sums = sums if self.sums is None else tuple(a + b for a, b in zip(self.sums, sums, strict=True))
 
@@ -103,12 +116,19 @@ class Observed:
                 groups = 1 if self.of_inputs else self.shape.groups
                 sums = (data.new_zeros(data.shape[:2]), data.new_zeros(groups, energy // groups))
             self.sums = tuple(current().summed(total.double()) for total in sums)
+        if self.channels is not None and self.channels.rows:
+            none = self.channels.take_mean().sum(-1).double().zero_()
+            self.channel_sum = current().summed(none if self.channel_sum is None else self.channel_sum)
 
     def moments(self, samples: int) -> Moments:
         leader, tokens = self.leader, self.leader.data.rows
         mean, energy = ((total / tokens).float() for total in leader.sums)
         gradient = self.gradient and self.gradient.take_mean()  # zero where the loss does not depend on the layer
-        return Moments(tokens, leader.data.take_mean(), mean, energy, self.of_inputs, gradient, samples)
+        found = Moments(tokens, leader.data.take_mean(), mean, energy, self.of_inputs, gradient, samples)
+        if self.channels is None or not self.channels.rows:
+            return found
+        channel_mean = (self.channel_sum / self.channels.rows).float()
+        return replace(found, channels=self.channels.take_mean(), channel_mean=channel_mean)
 
 
 class Accumulator:
@@ -121,7 +141,7 @@ class Accumulator:
         for group in groups:
             leader = None
             for site in group.sites:
-                observed = Observed(site, leader, group.of_inputs, gradients)
+                observed = Observed(site, leader, group.of_inputs, gradients, group.channels)
                 leader = leader or (observed if group.of_inputs else None)
                 self._layers.append(observed)
 
@@ -169,7 +189,7 @@ def add_up(layers: Iterable[Observed], others: Iterable[Moment] = ()) -> None:
     here, layers = current(), list(layers)
     if here.size == 1:
         return
-    moments = [m for x in layers for m in (x.data, x.gradient) if m is not None] + list(others)
+    moments = [m for x in layers for m in (x.data, x.gradient, x.channels) if m is not None] + list(others)
     for moment, *rows in zip(moments, *here.exchange([m.rows for m in moments]), strict=True):
         moment.add_up(sum(rows))
     for layer in layers:

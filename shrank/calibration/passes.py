@@ -37,15 +37,18 @@ def moment_files(
     masking: Masking,
     loss: Sensitivity | None,
     request: Calibrate,
-    by_inputs: Collection[str] = (),
+    consumers: Collection[str] = (),
 ) -> list[Path]:
     """The files with the moments of these layers, one for every pass over the data; those that are there already are
-    not made again. by_inputs: layers to observe by their inputs whatever the request says."""
+    not made again. consumers: layers to observe by their inputs whatever the request says, convolutions by their
+    channels beside."""
     max_memory = request.max_memory
     if max_memory is None:
         max_memory = max(2 * sum(p.numel() for p in masking.model.parameters()), LEAST_MEMORY)
-    passes = plan_passes(sites, calls, loss is not None, max_memory, request.inputs or by_inputs)
-    side = ["inputs"] if request.inputs else sorted(by_inputs)
+    by_channels = {s.fqn for s in sites if s.fqn in consumers and not s.adapter.takes_vectors}
+    by_inputs = set(consumers) - by_channels
+    passes = plan_passes(sites, calls, loss is not None, max_memory, request.inputs or by_inputs, by_channels)
+    side = (["inputs"] if request.inputs else sorted(by_inputs)) + [f"channels of {fqn}" for fqn in sorted(by_channels)]
     files = [
         folder / f"{_digest([*side, *([site.fqn for site in group.sites] for group in groups)])}.safetensors"
         for groups in passes

@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -25,10 +25,12 @@ ROWS_IN_FLOAT32 = 1 << 16
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that get the same input; the moments are those of this input, or of each layer's own outputs."""
+    """Layers that get the same input; the moments are those of this input, or of each layer's own outputs, and where
+    `channels` that of a convolution's input channels beside them."""
 
     sites: tuple[Site, ...]
     of_inputs: bool
+    channels: bool = False
 
 
 class Inputs:
@@ -62,15 +64,25 @@ class LayerCalls:
 
 
 def plan_passes(
-    sites: list[Site], calls: LayerCalls, gradients: bool, max_memory: int, inputs: bool | Collection[str] = False
+    sites: list[Site],
+    calls: LayerCalls,
+    gradients: bool,
+    max_memory: int,
+    inputs: bool | Collection[str] = False,
+    channels: Collection[str] = (),
 ) -> list[list[Group]]:
     """The layers in groups that share their inputs, in the order of execution, split so that the moments of each part
     fit into `max_memory` bytes (of a single group, whatever it needs).
 
-    inputs: linear layers, or those of these names, are observed by their inputs, however many these are.
+    inputs: linear layers, or those of these names, are observed by their inputs, however many these are. channels:
+    convolutions that are observed by their channels beside.
     """
     by_name = {site.fqn: site for site in sites}
-    groups = [group for names in calls.shared for group in _sided([by_name[name] for name in names], inputs)]
+    groups = [
+        replace(group, channels=group.sites[0].fqn in channels)
+        for names in calls.shared
+        for group in _sided([by_name[name] for name in names], inputs)
+    ]
     return in_passes(groups, calls.rows, lambda group: sum(_entries(group, gradients)), max_memory)
 
 
@@ -171,6 +183,8 @@ def _sided(sites: list[Site], inputs: bool | Collection[str]) -> list[Group]:
 def _entries(group: Group, gradients: bool) -> Iterator[int]:
     """Numbers in the moments of a group."""
     shapes = [site.shape for site in group.sites]
+    if group.channels:
+        yield group.sites[0].adapter.input_channels ** 2
     if group.of_inputs:
         yield shapes[0].in_features ** 2
     for shape in shapes:

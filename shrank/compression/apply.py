@@ -128,7 +128,7 @@ def merge(model: nn.Module) -> nn.Module:
         model: Any model.
 
     Returns:
-        The root of the model. Hidden units that a block lost do not come back, of which there is a warning.
+        The root of the model. Units that a block lost do not come back, of which there is a warning.
 
     Raises:
         ValueError: Another tool made something of a stage that its weight does not tell: LoRA, quantization, pruning,
@@ -140,7 +140,7 @@ def merge(model: nn.Module) -> nn.Module:
     on_grid = [site for site in survey.sites() if is_ours(site)]
     if lost := [block.name for block, _ in narrowed_in(survey.model)]:
         warnings.warn(
-            f"{len(lost)} feed-forward blocks, such as {lost[0]}, were narrowed and stay so: their units are gone",
+            f"{len(lost)} blocks, such as {lost[0]}, were narrowed and stay so: their units are gone",
             stacklevel=3,
         )
     for site in reversed(sites):  # innermost first: a stage of a low-rank layer may be low-rank itself

@@ -33,7 +33,8 @@ def describe(model: nn.Module) -> RankPlan:
     for block, width in narrowed_in(model):
         if all(fqn in sites for fqn in block.layers):
             blocks.append(replace(NarrowedBlock.of(block), width=width))
-            layers |= {fqn: _describe_narrowed(sites[fqn], layers.get(fqn), blocks[-1]) for fqn in block.layers}
+            own = [fqn for fqn in block.modules if fqn in sites]
+            layers |= {fqn: _describe_narrowed(sites[fqn], layers.get(fqn), blocks[-1]) for fqn in own}
     plan = RankPlan(tuple(layers.values()), narrowed=tuple(blocks))
     return replace(plan, other_params=max(0, count(model.parameters()) - plan.params_after))
 

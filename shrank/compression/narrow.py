@@ -1,20 +1,23 @@
-"""Feed-forward blocks made narrower as planned: units eliminated, and the matrix behind them fitted again."""
+"""Blocks made narrower as planned: units eliminated, and the matrix behind them fitted again."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calibration.metric_source import MetricSource, columns_of
 from ..linalg import FactorizationError, eliminate, refit
 from ..model import surgery
-from ..model.feed_forward import Narrowed, narrowed_consumer, narrowed_producer, note_narrowed
+from ..model.carriers import narrowed_carrier, narrowed_state_of, units_carried
+from ..model.feed_forward import narrowed_consumer, narrowed_producer, note_narrowed
 from ..model.survey import Site, Survey
 from ..planning.narrowed import NarrowedBlock, narrowed_shape
+from ..planning.narrowing import unit_columns
 from ..planning.plan import LayerPlan, RankPlan, narrowed_layer
 from ..util.parallel import dealt, in_parallel, workers_for
 from ..util.processes import current
@@ -23,14 +26,21 @@ from ..util.progress import track
 
 @dataclass(frozen=True)
 class BlockJob:
-    """A block to narrow, and the sites of its layers, the consumer last."""
+    """A block to narrow, the sites of its layers, the consumer last, and what carries its units between them."""
 
     block: NarrowedBlock
     sites: tuple[Site, ...]
+    carriers: tuple[nn.Module, ...] = ()
 
     @property
     def consumer(self) -> Site:
         return self.sites[-1]
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """All that changes, by name."""
+        layers = {site.fqn: site.module for site in self.sites}
+        return layers | dict(zip(self.block.carriers, self.carriers, strict=True))
 
 
 # Of one block: the units that stay, the matrix on them, what the bias gains, and the error of the outputs; or why there
@@ -44,17 +54,29 @@ def block_jobs(survey: Survey, plan: RankPlan, loading: bool = False) -> tuple[l
     loading: blocks that are as narrow as planned are left as they are.
     """
     sites, jobs, problems = {site.fqn: site for site in survey.sites(inside_low_rank=True)}, [], []
+    modules = dict(survey.model.named_modules()) if any(block.carriers for block in plan.narrower) else {}
     for block in plan.narrower:
         found = tuple(sites[fqn] for fqn in block.layers if fqn in sites)
-        if missing := [fqn for fqn in block.layers if fqn not in sites]:
+        missing = [fqn for fqn in block.layers if fqn not in sites]
+        if missing := missing + [fqn for fqn in block.carriers if fqn not in modules]:
             problems.append(f"{block.name!r}: the model has no layer {', '.join(missing)}")
-        elif loading and all(_is_narrow(block, plan[site.fqn], site) for site in found):
             continue
-        elif problem := next(filter(None, (_misfit(block, plan[s.fqn], s, loading) for s in found)), ""):
+        carriers = tuple(modules[fqn] for fqn in block.carriers)
+        narrow_already = loading and all(_is_narrow(block, plan[site.fqn], site) for site in found)
+        units = block.width if narrow_already else block.units
+        misfits = () if narrow_already else (_misfit(block, plan[s.fqn], s, loading) for s in found)
+        carried = map(partial(_carrier_misfit, units), block.carriers, carriers)
+        if problem := next(filter(None, (*misfits, *carried)), ""):
             problems.append(f"{block.name!r}: {problem}")
-        else:
-            jobs.append(BlockJob(block, found))
+        elif not narrow_already:
+            jobs.append(BlockJob(block, found, carriers))
     return jobs, problems
+
+
+def _carrier_misfit(units: int, fqn: str, module: nn.Module) -> str:
+    """What keeps a module from being what carries so many units; '' if nothing does."""
+    found = units_carried(module)
+    return "" if found == units else f"{fqn} has numbers for {found or 'no'} units here, and the plan for {units}"
 
 
 def _is_narrow(block: NarrowedBlock, layer: LayerPlan, site: Site) -> bool:
@@ -65,15 +87,15 @@ def _is_narrow(block: NarrowedBlock, layer: LayerPlan, site: Site) -> bool:
 def _misfit(block: NarrowedBlock, layer: LayerPlan, site: Site, loading: bool) -> str:
     """What keeps a layer from getting the sizes planned; '' if nothing does."""
     adapter = site.adapter
-    if adapter is None or not adapter.takes_vectors or (not loading and site.why_not()):
-        return f"{site.fqn} cannot change: {'; '.join(site.why_not()) or 'it is no linear layer'}"
+    if adapter is None or site.shape.groups > 1 or (not loading and site.why_not()):
+        return f"{site.fqn} cannot change: {'; '.join(site.why_not()) or 'it is in groups'}"
     if adapter.kind != layer.kind:
         return f"{site.fqn} is a {adapter.kind} here and a {layer.kind} in the plan"
     if layer.rank is not None and not loading:
         return f"{site.fqn} has a rank in the plan, and the layers of a narrowed block stay dense"
     shape, now = site.shape, replace(block, width=None)
     if narrowed_shape(now, site.fqn, shape) != shape:
-        return f"{site.fqn} is {shape} here, and the plan is of {block.units} hidden units"
+        return f"{site.fqn} is {shape} here, and the plan is of {block.units} units"
     wanted = narrowed_shape(block, site.fqn, shape)
     if layer.rank is None and wanted != layer.shape:
         return f"{site.fqn} would be {wanted} here and is {layer.shape} in the plan"
@@ -92,7 +114,7 @@ def narrow(
         )
     for job, fitted in track(_fitted(jobs, calibration, workers), "narrowing", total=len(jobs)):
         if isinstance(fitted, str):
-            warnings.warn(f"{job.block.name} keeps its hidden units: {fitted}", stacklevel=4)
+            warnings.warn(f"{job.block.name} keeps its units: {fitted}", stacklevel=4)
             done = replace(job.block.with_width(None, fitted), able=False)
         else:
             _put_in_place(job, *fitted[:3])
@@ -109,8 +131,9 @@ def _fitted(
             columns = columns_of(calibration, job.consumer)
             if columns is None:
                 return "the calibration did not observe them one by one: make it with calibrate(..., narrow=True)"
-            kept = eliminate(columns, job.block.width).kept(job.block.width)
-            found = refit(columns, kept)
+            units = unit_columns(job.block, columns)
+            kept = eliminate(columns, job.block.width, units).kept(job.block.width)
+            found = refit(columns, units[kept.cpu()].flatten().sort().values.to(kept.device))
         except FactorizationError as reason:
             return str(reason)
         dtype = job.consumer.module.weight.dtype
@@ -130,26 +153,22 @@ def _fitted(
 
 
 def _put_in_place(job: BlockJob, kept: Tensor, matrix: Tensor, shift: Tensor | None) -> None:
-    block = job.block
-    *producers, consumer = (site.module for site in job.sites)
-    for module in producers:
-        surgery.reshape(module, narrowed_producer(module, kept, block.units, block.stacked))
-    surgery.reshape(consumer, narrowed_consumer(consumer, matrix, shift))
-    note_narrowed(Narrowed(block.units, block.width, block.stacked), producers, consumer)
+    """These units, and what was fitted to them."""
+    block, modules = job.block, job.modules
+    for name in block.producers:
+        surgery.reshape(modules[name], narrowed_producer(modules[name], block.outputs_of(name, kept)))
+    for name in block.carriers:
+        surgery.reshape(modules[name], narrowed_carrier(modules[name], kept))
+    surgery.reshape(modules[block.consumer], narrowed_consumer(modules[block.consumer], matrix, shift))
+    note_narrowed(block, block.width, modules)
 
 
 def attach_narrow(jobs: list[BlockJob]) -> None:
     """Give the layers of these blocks their planned sizes, and no values: what loading a checkpoint fills."""
     for job in jobs:
-        block = job.block
-        *producers, consumer = (site.module for site in job.sites)
-        kept = torch.arange(block.width)
-        for module in producers:
-            surgery.reshape(module, narrowed_producer(module, kept, block.units, block.stacked))
-        weight = consumer.weight
-        matrix = torch.empty(job.consumer.shape.out_features, block.width, dtype=weight.dtype, device=weight.device)
-        surgery.reshape(consumer, narrowed_consumer(consumer, matrix))
-        note_narrowed(Narrowed(block.units, block.width, block.stacked), producers, consumer)
+        weight, shape = job.consumer.module.weight, narrowed_shape(job.block, job.block.consumer, job.consumer.shape)
+        matrix = torch.empty(shape.out_features, shape.in_features, dtype=weight.dtype, device=weight.device)
+        _put_in_place(job, torch.arange(job.block.width), matrix, None)
 
 
 def narrowed_state(jobs: list[BlockJob]) -> dict[int, dict[str, Tensor]]:
@@ -162,6 +181,7 @@ def narrowed_state(jobs: list[BlockJob]) -> dict[int, dict[str, Tensor]]:
             bias = None if site.module.bias is None else torch.empty(shape.out_features, **empty)
             new = adapter.resized(torch.empty(shape.out_features, shape.in_features, **empty), bias)
             found[id(site.module)] = {name: value for name, value in new.items() if isinstance(value, Tensor)}
+        found |= {id(module): narrowed_state_of(module, job.block.width) for module in job.carriers}
     return found
 
 
@@ -169,7 +189,7 @@ def _with_block(plan: RankPlan, done: NarrowedBlock) -> RankPlan:
     """The plan with what became of one block."""
 
     def layer(x: LayerPlan) -> LayerPlan:
-        if x.fqn not in done.layers:
+        if x.fqn not in done.modules:
             return x
         if done.width is None:
             return narrowed_layer(x, done, done.reason)
@@ -182,7 +202,7 @@ def _with_block(plan: RankPlan, done: NarrowedBlock) -> RankPlan:
 def part_of(plan: RankPlan, names: set[str]) -> RankPlan:
     """These layers of a plan; of a block that is narrowed all, with the one that sees its units."""
     blocks = tuple(block for block in plan.narrower if block.consumer in names)
-    narrower = {fqn for block in plan.narrower for fqn in block.layers}
-    whole = {fqn for block in blocks for fqn in block.layers}
+    narrower = {fqn for block in plan.narrower for fqn in block.modules}
+    whole = {fqn for block in blocks for fqn in block.modules}
     layers = tuple(x for x in plan if x.fqn in whole or (x.fqn in names and x.fqn not in narrower))
     return replace(plan, layers=layers, narrowed=blocks)

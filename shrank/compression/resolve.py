@@ -22,7 +22,7 @@ def resolve(survey: Survey, plan: RankPlan, loading: bool = False) -> list[tuple
     jobs, problems = [], []
     if has_grids(plan):
         torchao_tensors()
-    blocks = {fqn: block for block in plan.narrower for fqn in block.layers}
+    blocks = {fqn: block for block in plan.narrower for fqn in block.modules}
     for layer in plan.changed:
         site = sites.get(layer.fqn)
         if site is None:

@@ -6,7 +6,7 @@ from .allocation import Allocation, BudgetTooSmall, Options, allocate, combined,
 from .correction import Lost, QuantizedCorrected, corrected_errors, on_grids, quantized_corrected
 from .factors import Factors, Shape
 from .grids import AS_IT_IS, Grid, Storage
-from .moments import Columns, Metric, Moments, columns, metric
+from .moments import Columns, Metric, Moments, channel_columns, columns, metric
 from .narrowing import Elimination, Refit, eliminate, refit
 from .pivots import PivotedFactors, pivoted, unpivoted
 from .quantization import Quantized, gptq, nearest
@@ -45,6 +45,7 @@ __all__ = [
     "Shape",
     "Storage",
     "allocate",
+    "channel_columns",
     "columns",
     "combined",
     "corrected_errors",

@@ -35,7 +35,8 @@ class Moments:
     (1, K), of the same. input_energy: (G, K/G), mean squares of the inputs. gradient: of the gradients at the outputs,
     (G, N/G, N/G), or where `of_inputs` and N > K of those gradients times the weight, (1, K, K); None: not measured.
     gradient_samples: rows of the model's output that they stem from. anchor: E t s^T, shaped as `data`, where the layer
-    sees s and should act as if it saw t; None: they are the same. anchor_mean: of t.
+    sees s and should act as if it saw t; None: they are the same. anchor_mean: of t. channels (1, C, C), channel_mean
+    (1, C): of a convolution's inputs, channel by channel over all positions; None: not observed.
     """
 
     tokens: int
@@ -47,6 +48,8 @@ class Moments:
     gradient_samples: int = 0
     anchor: Tensor | None = None
     anchor_mean: Tensor | None = None
+    channels: Tensor | None = None
+    channel_mean: Tensor | None = None
 
     def to(self, device: torch.device) -> Moments:
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -82,7 +85,8 @@ class Columns:
     moment, and `worth` (K, K), which is `goal^T G goal` with the gradients' moment G.
 
     goal: the matrix (N, K) to approximate. `mean` (K,): of the inputs, if a bias is to make up for it; else None.
-    `shift` (N,): what the mean output lacks even without an error.
+    `shift` (N,): what the mean output lacks even without an error. `taps`: where the inputs are channels that a kernel
+    of so many taps sees, the goal is (N taps, K), with the taps of one output after another.
     """
 
     data: Tensor
@@ -90,6 +94,7 @@ class Columns:
     goal: Tensor
     mean: Tensor | None
     shift: Tensor | None = None
+    taps: int = 1
 
 
 def metric(matrices: Tensor, moments: Moments, centred: bool, inputs: bool = False) -> Metric:
@@ -134,6 +139,37 @@ def columns(matrix: Tensor, moments: Moments, centred: bool) -> Columns:
         worth = goal.mT @ goal if worth is None else goal.mT @ worth @ goal
     mean = moments.mean.double()[0] if centred else None
     return Columns(data[0], worth[0], goal[0], mean, shift[0] if centred and shift is not None else None)
+
+
+def channel_columns(matrix: Tensor, moments: Moments, centred: bool) -> Columns:
+    """The norm for the matrix (1, N, C taps) of a convolution, whose channels were observed, by these channels; centred:
+    as of `metric`.
+
+    What stays makes up for a channel that goes in the same way at every tap, so that the moment of all taps' inputs,
+    which is `taps` times as wide, is never asked for. Errors at different taps then count as if they were independent,
+    scaled to what the outputs really are: neighbouring positions are alike.
+    """
+    W, data = matrix[0].double(), _about(moments.channels, moments.channel_mean, moments.channel_mean, centred)[0]
+    outputs, taps = len(W), W.shape[1] // len(data)
+    energy = data.diagonal().clamp_min(0)
+    data.lerp_(
+        (energy + _FLOOR * energy.mean().clamp_min(torch.finfo(torch.float32).tiny)).diag_embed(),
+        _shrinkage(len(data), moments.tokens),
+    )
+    gradient = None if moments.gradient is None else _shrunk_gradient(matrix, None, moments, False)[0]
+    seen = moments.mean.double()
+    output = _about(moments.data, seen, seen, centred)[0]
+
+    def by_tap(matrix: Tensor) -> Tensor:
+        return matrix.unflatten(1, (-1, taps)).mT.reshape(outputs * taps, -1)
+
+    goal = by_tap(W)
+    worth = goal.mT @ (goal if gradient is None else by_tap(gradient @ W))
+    told = (worth * data).sum()
+    energy = output.diagonal().sum() if gradient is None else (gradient * output).sum()
+    if told > 0:
+        worth *= energy.clamp_min(0) / told
+    return Columns(data, worth, goal, moments.channel_mean[0].double() if centred else None, taps=taps)
 
 
 def _shrunk_data(W: Tensor, moments: Moments, centred: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -1,9 +1,10 @@
-"""Hidden units removed between two linear maps, and the second one fitted again to those that stay.
+"""Units removed between two linear maps, and the second one fitted again to those that stay.
 
 Of units h with second moment C and a matrix W after them, those in S stay. The best W' for them is W C[:, S]
 C[S, S]^-1, whatever the outputs are weighted by, and it makes of W' h the regression of W h on what is left. Removing
 one more unit j then adds ||R W'_j||^2 / (C[S, S]^-1)_jj to the squared error, with R R the gradients' moment: the step
-of the optimal brain surgeon (Hassibi and Stork, 1993), for whole columns.
+of the optimal brain surgeon (Hassibi and Stork, 1993), for whole columns. Of a unit with several columns J that is
+tr(((C[S, S]^-1)_JJ)^-1 W'_J^T R R W'_J).
 """
 
 from __future__ import annotations
@@ -53,11 +54,14 @@ class Refit:
     output_error: float
 
 
-def eliminate(columns: Columns, least: int = 1) -> Elimination:
+def eliminate(columns: Columns, least: int = 1, units: Tensor | None = None) -> Elimination:
     """Remove units one after another until `least` are left, on the matrices in float64 of `columns`.
 
+    units (units, columns of each): which columns are of which unit; None: each is one.
     Raises FactorizationError on NaN, infinity or moments that are not positive definite.
     """
+    if units is not None and units.shape[1] > 1:
+        return _eliminate_several(columns, least, units.to(columns.data.device))
     inverse, worth = _inverse(columns.data), columns.worth.clone()
     units = len(worth)
     errors = worth.new_full((units + 1,), torch.inf)
@@ -72,7 +76,7 @@ def eliminate(columns: Columns, least: int = 1) -> Elimination:
 
 
 def refit(columns: Columns, kept: Tensor) -> Refit:
-    """The best matrix on the units that stay; raises FactorizationError as `eliminate`."""
+    """The best matrix on the columns that stay, which are ascending; raises FactorizationError as `eliminate`."""
     W, C = columns.goal, columns.data
     factor, info = torch.linalg.cholesky_ex(C[kept][:, kept])
     if info.item():
@@ -85,7 +89,43 @@ def refit(columns: Columns, kept: Tensor) -> Refit:
     if columns.mean is not None:
         shift = lost @ columns.mean
         shift = shift if columns.shift is None else shift + columns.shift
+    if columns.taps > 1:
+        matrix = matrix.unflatten(0, (-1, columns.taps)).mT.flatten(1)
+        shift = shift if shift is None else shift.unflatten(0, (-1, columns.taps)).sum(1)
     return Refit(matrix.contiguous(), shift, (energies[0] / energies[1]) ** 0.5 if energies[1] else 0.0)
+
+
+def _eliminate_several(columns: Columns, least: int, units: Tensor) -> Elimination:
+    """As `eliminate`, of units that all have so many columns; these in the order of the units meanwhile."""
+    order, each = units.flatten(), units.shape[1]
+    inverse, worth = _inverse(columns.data)[order][:, order], columns.worth[order][:, order]
+    errors = worth.new_full((len(units) + 1,), torch.inf)
+    errors[-1], errors[0] = 0.0, (columns.worth * columns.data).sum().clamp_min(0)
+    left, gone = torch.arange(len(units), device=worth.device), []
+    while len(left) > least:
+        own, energies = (m.unflatten(0, (-1, each)).unflatten(2, (-1, each)) for m in (inverse, worth))
+        own, energies = (m.diagonal(dim1=0, dim2=2).movedim(-1, 0) for m in (own, energies))
+        costs = torch.linalg.solve(own, energies).diagonal(dim1=1, dim2=2).sum(1)
+        j = int(costs.argmin())
+        errors[len(left) - 1] = errors[len(left)] + costs[j].clamp_min(0)
+        inverse, worth = _group_removed(inverse, worth, j * each, each)
+        gone.append(left[j])
+        left = torch.cat((left[:j], left[j + 1 :]))
+    return Elimination(torch.stack(gone) if gone else left[:0], errors)
+
+
+def _group_removed(inverse: Tensor, worth: Tensor, first: int, number: int) -> tuple[Tensor, Tensor]:
+    """Both matrices of the other columns, without so many from the first on.
+
+    With R = (P_JJ)^-1 P_J of the inverse P, P loses P_J^T R, and W' its columns J times R.
+    """
+    inside = torch.arange(first, first + number, device=worth.device)
+    rest = _others(inside, len(worth))
+    onto = torch.linalg.solve(inverse[inside][:, inside], inverse[inside][:, rest])
+    half = worth[inside][:, rest] - worth[inside][:, inside] @ onto / 2
+    inverse = inverse[rest][:, rest].addmm_(inverse[rest][:, inside], onto, alpha=-1)
+    worth = worth[rest][:, rest].addmm_(onto.mT, half, alpha=-1).addmm_(half.mT, onto, alpha=-1)
+    return inverse, worth
 
 
 def _inverse(positive: Tensor) -> Tensor:

@@ -32,9 +32,15 @@ class Target:
     kind: ClassVar[str]  # as plans and the twins call it
     taps = 1  # positions of a kernel
     takes_vectors = True  # its matrix multiplies the input's last dimension as it is
+    features = -1  # the dimension of its inputs and outputs that holds the features
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+
+    @property
+    def input_channels(self) -> int:
+        """Features of its input."""
+        return self.shape().in_features // self.taps
 
     def shape(self) -> Shape:
         """The matrix of the module, with the groups that its twin gets unless the rank is too small for them."""
@@ -68,8 +74,13 @@ class Target:
     def _parameters(self, weight: Tensor, bias: Tensor | None) -> dict[str, object]:
         own = self.module._parameters
         new = {"weight": weight, "bias": bias}
+
+        def parameter(value: Tensor, old: Tensor) -> nn.Parameter:
+            stored = value.to(old.dtype).contiguous(memory_format=memory_format(old))
+            return nn.Parameter(stored, old.requires_grad)
+
         return {
-            name: value if value is None else nn.Parameter(value.to(old.dtype).contiguous(), old.requires_grad)
+            name: value if value is None else parameter(value, old)
             for name, value in new.items()
             if (old := own.get(name)) is not None
         }
@@ -173,6 +184,10 @@ class ConvTarget(Target):
     def taps(self) -> int:
         return math.prod(self.module.kernel_size)
 
+    @property
+    def features(self) -> int:
+        return -len(self.module.kernel_size) - 1
+
     def shape(self) -> Shape:
         conv = self.module
         out_channels, in_channels, *kernel = conv.weight.shape  # in_channels of one group
@@ -215,6 +230,12 @@ class ConvTarget(Target):
         )
         return self._cast_alike(twin.to(memory_format=memory_format(conv.weight)))
 
+    def resized(self, matrix: Tensor, bias: Tensor | None) -> dict[str, object]:
+        """Of one group alone."""
+        weight = matrix.unflatten(1, (-1, *self.module.kernel_size))
+        sizes = {"in_channels": weight.shape[1], "out_channels": len(weight)}
+        return {**self._parameters(weight, bias), **sizes}
+
     @staticmethod
     def dense_from(layer: CED) -> nn.Module:
         """Grouped where nothing crosses the groups of the first stage."""
@@ -233,7 +254,7 @@ class ConvTarget(Target):
         return as_subclass(dense, layer[0])
 
     def tokens(self, outputs: Tensor) -> Tensor:
-        return outputs.movedim(-len(self.module.kernel_size) - 1, -1)
+        return outputs.movedim(self.features, -1)
 
     def input_energy(self, inputs: Tensor, chosen: Callable[[Tensor, int], Tensor]) -> Tensor:
         return chosen(inputs, 1)[0].square().mean(0).repeat_interleave(self.taps)  # each tap sees the whole channel

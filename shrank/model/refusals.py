@@ -43,7 +43,7 @@ def why_not(module: nn.Module) -> list[str]:
         reasons.append("its forward was patched on the instance")
     if not reasons and type(module) not in ADAPTERS and is_trusted(type(module)) and (reason := disagreement(module)):
         reasons.append(f"treat_as_base does not hold: {reason}")
-    return reasons or _why_not_shape(target(module).shape())
+    return reasons or why_not_shape(target(module).shape())
 
 
 def _why_not_type(module: nn.Module) -> str:
@@ -62,7 +62,8 @@ def _why_not_type(module: nn.Module) -> str:
     return f"{name} is not a supported layer type"
 
 
-def _why_not_shape(shape: Shape) -> list[str]:
+def why_not_shape(shape: Shape) -> list[str]:
+    """Every reason for which no layer of this shape can be replaced."""
     if shape.groups > 1 and shape.max_rank == shape.groups:
         return [f"depthwise: each of its {shape.groups} groups already has rank 1"]
     return [] if shape.dense_params else ["it is empty"]

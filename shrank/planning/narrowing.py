@@ -1,14 +1,18 @@
-"""How a budget is spent where feed-forward blocks may lose hidden units: on ranks or widths, whichever saves more."""
+"""How a budget is spent where blocks may lose units: on ranks or widths, whichever saves more."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
 from ..calibration.metric_source import LayerStatistics, columns_of
-from ..linalg import Allocation, FactorizationError, Options, combined, eliminate
-from ..model.feed_forward import FeedForward
+from ..linalg import Allocation, Columns, FactorizationError, Options, combined, eliminate
+from ..model.feed_forward import FeedForward, OfUnits
 from ..util.parallel import dealt, workers_for
 from .budget import Budget, MaxError
 from .costs import Cost, Latency
@@ -24,12 +28,13 @@ _BY_BUDGET = "chosen by the budget"
 
 @dataclass(frozen=True)
 class BlockCandidate:
-    """A feed-forward block that the budget may narrow: its layers as candidates for ranks, the consumer last, and by
-    width the squared error of the consumer's outputs, for one token."""
+    """A block that the budget may narrow: its layers as candidates for ranks, the consumer last, and by width the
+    squared error of the consumer's outputs, for one token. carried: the layers between them, which follow its width."""
 
     block: FeedForward
     layers: tuple[Candidate, ...]
     errors: tuple[float, ...]
+    carried: tuple[LayerPlan, ...] = ()
 
     @property
     def consumer(self) -> Candidate:
@@ -44,14 +49,15 @@ class BlockCandidate:
     def layers_at(self, width: int) -> list[LayerPlan]:
         """The plans of its layers where it is narrowed."""
         block = self.at(width, _BY_BUDGET)
-        return [narrowed_layer(x.draft, block, _BY_BUDGET) for x in self.layers]
+        drafts = [*(x.draft for x in self.layers), *self.carried]
+        return [narrowed_layer(draft, block, _BY_BUDGET) for draft in drafts]
 
 
 def width_options(block: BlockCandidate, cost: Cost, options: PlanOptions) -> dict[int, tuple[float, float]]:
     """What a block costs and loses at every width that it could have, its layers dense: width -> (cost, error), in the
     units of the costs and errors of ranks."""
     plan, found = NarrowedBlock.of(block.block), {}
-    for width in _widths(plan.units, options):
+    for width in _widths(plan, options):
         at = replace(plan, width=width)
         shapes = [narrowed_shape(at, x.site.fqn, x.draft.shape) for x in block.layers]
         price = sum(cost.of(x.priced, None, shape) for x, shape in zip(block.layers, shapes, strict=True))
@@ -59,9 +65,11 @@ def width_options(block: BlockCandidate, cost: Cost, options: PlanOptions) -> di
     return found
 
 
-def _widths(units: int, options: PlanOptions) -> range:
-    multiple = options.round_to or (8 if units >= 128 else 1)
-    return range(multiple, units, multiple)
+def _widths(block: OfUnits, options: PlanOptions) -> range:
+    """Those at which every layer has round sizes."""
+    multiple = options.round_to or (8 if block.units >= 128 else 1)
+    multiple //= math.gcd(multiple, *block.rows) if block.rows else 1
+    return range(multiple, block.units, multiple)
 
 
 def require_narrowable(statistics: LayerStatistics | None, rule: object) -> None:
@@ -80,11 +88,17 @@ def require_narrowable(statistics: LayerStatistics | None, rule: object) -> None
 
 
 def block_candidates(
-    statistics: LayerStatistics, budget: Budget, candidates: list[Candidate], others: dict[str, LayerPlan]
+    statistics: LayerStatistics,
+    budget: Budget,
+    candidates: list[Candidate],
+    others: dict[str, LayerPlan],
+    options: PlanOptions,
+    left_out: Mapping[str, str],
 ) -> tuple[list[BlockCandidate], list[NarrowedBlock]]:
     """The blocks that the budget may narrow, and those that it may not, with the reasons.
 
-    others: the layers that are no candidates, with the reasons.
+    others: the layers that are no candidates, with the reasons. left_out: layers that the options leave out, with the
+    reasons.
     """
     by_name = {x.site.fqn: x for x in candidates}
     tied = {fqn for group in budget.groups(by_name) for fqn in group}
@@ -96,6 +110,10 @@ def block_candidates(
             if fqn not in by_name
         ]
         reasons += [f"{fqn}: same_rank ties it to others" for fqn in block.layers if fqn in tied]
+        # A depthwise convolution has no ranks to choose from, and is no candidate, but may follow its neighbours.
+        reasons += [f"{fqn}: {left_out[fqn]}" for fqn in block.carriers if fqn in left_out]
+        if options.narrow == "uniform" and block.rows:
+            reasons.append("configs have no number for how many heads are left, which uniform widths are for")
         if reason := block.reason or "; ".join(reasons):
             unable.append(NarrowedBlock.of(block, reason))
         else:
@@ -109,20 +127,31 @@ def block_candidates(
             # Least squares on so many columns err more on other tokens than on those that they are of: of
             # all-MiniLM-L6-v2 with 3524 tokens the squared error held out is 2.5 and 1.9 times as large at keep 0.8 and
             # 0.6, that of ranks 1.4 and 1.35 times.
-            tokens = statistics.tokens(block.consumer)
-            return tuple(e * (1 + width / tokens) for width, e in enumerate(eliminate(columns).errors.tolist()))
+            tokens, fitted = statistics.tokens(block.consumer), len(columns.data) // block.units
+            found = eliminate(columns, units=unit_columns(block, columns)).errors.tolist()
+            return tuple(e * (1 + width * fitted / tokens) for width, e in enumerate(found))
         except FactorizationError as reason:
             return str(reason)
 
     workers = workers_for(by_name[block.consumer].site.module.weight for block in able)
-    found = dealt(errors, able, [float(block.units) ** 3 for block in able], workers, "narrowing")
+    found = dealt(errors, able, [float(block.units * block.columns) ** 3 for block in able], workers, "narrowing")
     pairs = list(zip(able, found, strict=True))
     unable += [NarrowedBlock.of(block, x) for block, x in pairs if isinstance(x, str)]
     return [
-        BlockCandidate(block, tuple(by_name[fqn] for fqn in block.layers), x)
+        BlockCandidate(
+            block,
+            tuple(by_name[fqn] for fqn in block.layers),
+            x,
+            tuple(others[fqn] for fqn in block.carriers if fqn in others),
+        )
         for block, x in pairs
         if not isinstance(x, str)
     ], unable
+
+
+def unit_columns(block: OfUnits, columns: Columns) -> Tensor:
+    """Which columns of the norm of its consumer are of which unit (units, columns of each)."""
+    return block.columns_of(torch.arange(block.units), len(columns.data))
 
 
 def spend_on_blocks(
@@ -202,7 +231,7 @@ def _width_item(group: list[BlockCandidate], cost: Cost, options: PlanOptions) -
 def _as_planned(block: BlockCandidate, layers: dict[str, LayerPlan]) -> NarrowedBlock:
     consumer = layers[block.block.consumer]
     if consumer.narrowed:
-        return block.at(consumer.shape.in_features, _BY_BUDGET)
+        return block.at(consumer.shape.in_features // block.block.columns, _BY_BUDGET)
     return block.at(None, "its layers lose less with what else they cost")
 
 
@@ -212,10 +241,11 @@ def _within(
     """Every layer at its smallest rank of at most this error, or every block at such a width if it stores less then."""
     planned = {layer.fqn: layer for layer in within(candidates, error, options)}
     for x in blocks:
-        good = [width for width in _widths(x.block.units, options) if x.errors[width] <= error**2 * x.errors[0]]
+        good = [width for width in _widths(x.block, options) if x.errors[width] <= error**2 * x.errors[0]]
         if not good:
             continue
         narrowed = x.layers_at(good[0])
-        if sum(y.params_after for y in narrowed) < sum(planned[y.fqn].params_after for y in narrowed):
+        own = [y for y in narrowed if y.fqn in planned]
+        if sum(y.params_after for y in own) < sum(planned[y.fqn].params_after for y in own):
             planned |= {layer.fqn: layer for layer in narrowed}
     return list(planned.values()), [_as_planned(block, planned) for block in blocks]

@@ -33,7 +33,7 @@ class LayerPlan:
         measured: The relative error of the outputs on other data; None if it was not measured.
         spectrum: Singular values over the largest, at evenly spaced ranks from the first to the last.
         storage: How its weights are stored: in their dtype, or in fewer bits.
-        narrowed: Whether its feed-forward block is narrowed; `shape` is then that with fewer hidden units.
+        narrowed: Whether its block is narrowed; `shape` is then that with fewer units.
     """
 
     fqn: str
@@ -84,7 +84,7 @@ class RankPlan:
         trade_off: Where a budget was spent, what else it could have bought: (share of the cost of the layers it decides
             on, share of their squared error), from the least to all of it.
         spent: What this plan is there.
-        narrowed: The feed-forward blocks that were looked at for narrowing, with what happens to each as a whole.
+        narrowed: The blocks of units that were looked at for narrowing, with what happens to each as a whole.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -117,7 +117,7 @@ class RankPlan:
 
     @property
     def narrower(self) -> tuple[NarrowedBlock, ...]:
-        """The blocks that lose hidden units."""
+        """The blocks that lose units."""
         return tuple(block for block in self.narrowed if block.width is not None)
 
     @property
@@ -173,7 +173,7 @@ class RankPlan:
         return replace(self, layers=tuple(changed if x is chosen else x for x in self.layers))
 
     def with_width(self, name: str, width: int | None, reason: str = "set by hand") -> RankPlan:
-        """Change the number of hidden units of one feed-forward block, whose layers then stay dense.
+        """Change the number of units of one block (hidden units, channels, heads), whose layers then stay dense.
 
         Args:
             name: The name of the block, or of its consumer.
@@ -189,9 +189,9 @@ class RankPlan:
         """
         block = next((x for x in self.narrowed if name in (x.name, x.consumer)), None)
         if block is None:
-            raise KeyError(f"the plan has no feed-forward block {name!r}")
+            raise KeyError(f"the plan has no block of units {name!r}")
         changed = block.with_width(width, reason)
-        layers = tuple(narrowed_layer(x, changed, reason) if x.fqn in block.layers else x for x in self.layers)
+        layers = tuple(narrowed_layer(x, changed, reason) if x.fqn in block.modules else x for x in self.layers)
         return replace(self, layers=layers, narrowed=tuple(changed if x is block else x for x in self.narrowed))
 
     def diff(self, other: RankPlan) -> dict[str, tuple[int | None, int | None]]:
@@ -281,7 +281,7 @@ class RankPlan:
             f"whole model {before:,} -> {after:,}" + (f" ({after / before:.1%})" if before else ""),
         ]
         if self.narrower:
-            parts.insert(1, f"{len(self.narrower)} of {len(self.narrowed)} feed-forward blocks narrowed")
+            parts.insert(1, f"{len(self.narrower)} of {len(self.narrowed)} blocks narrowed")
         if on_grid := [x for x in self.layers if x.storage.grid is not None]:
             before, after = (sum(b) for b in zip(*((x.size * 2, x.bytes()) for x in on_grid), strict=True))
             parts.append(f"{len(on_grid)} in few bits, bytes {before:,} in 16 bits -> {after:,}")

@@ -45,7 +45,7 @@ def text(plan: RankPlan) -> str:
 
 
 def _block_cells(block: NarrowedBlock, plan: RankPlan) -> tuple[str, ...]:
-    layers = [layer for layer in plan if layer.fqn in block.layers]
+    layers = [layer for layer in plan if layer.fqn in block.modules]
     return (
         block.name,
         "block",

@@ -91,7 +91,7 @@ def _of_widths(plan: RankPlan, name: str) -> Iterator[str]:
     if blocks := plan.narrower:
         units, kept = sum(block.units for block in blocks), sum(block.width for block in blocks)
         yield (
-            f"shrank took hidden units out of {len(blocks)} feed-forward blocks of `{name}`, which keep "
+            f"shrank took units (hidden units, channels or heads) out of {len(blocks)} blocks of `{name}`, which keep "
             f"{kept / units:.1%} of them, and fitted the layers behind them again."
         )
 

@@ -45,17 +45,22 @@ def as_loaded(plan: RankPlan, model: nn.Module) -> RankPlan:
         fqn = next((name for name in possible_names(layer.fqn, model) if outer(name) in names), layer.fqn)
         if outer(fqn) in names or is_saved_class(model):
             layers.append(replace(layer, fqn=fqn))
-    return RankPlan(tuple(layers), narrowed=_blocks_as_loaded(plan, model, {layer.fqn for layer in layers}))
+    return RankPlan(tuple(layers), narrowed=_blocks_as_loaded(plan, model, {layer.fqn for layer in layers}, names))
 
 
-def _blocks_as_loaded(plan: RankPlan, model: nn.Module, layers: set[str]) -> tuple[NarrowedBlock, ...]:
-    """The blocks in the names of the model being loaded, of those whose layers it has."""
+def _blocks_as_loaded(plan: RankPlan, model: nn.Module, layers: set[str], names: set[str]) -> tuple[NarrowedBlock, ...]:
+    """The blocks in the names of the model being loaded, of those whose layers it has. names: of all its modules."""
 
-    def loaded(fqn: str) -> str:
-        return next((name for name in possible_names(fqn, model) if name in layers), fqn)
+    def loaded(fqn: str, known: set[str] = layers) -> str:
+        return next((name for name in possible_names(fqn, model) if name in known), fqn)
 
     blocks = [
-        replace(block, producers=tuple(map(loaded, block.producers)), consumer=loaded(block.consumer))
+        replace(
+            block,
+            producers=tuple(map(loaded, block.producers)),
+            consumer=loaded(block.consumer),
+            carriers=tuple(loaded(fqn, names) for fqn in block.carriers),
+        )
         for block in plan.narrower
     ]
     return tuple(block for block in blocks if layers.issuperset(block.layers))

@@ -171,7 +171,7 @@ def test_merging_says_that_units_are_gone() -> None:
     model = blocks()
     calibration = seen(model)
     shrank.apply(model, plan_of(model, calibration), calibration)
-    with pytest.warns(UserWarning, match="2 feed-forward blocks, such as 2, were narrowed and stay so"):
+    with pytest.warns(UserWarning, match="2 blocks, such as 2, were narrowed and stay so"):
         shrank.merge(model)
     assert model[2].up.out_features == 24 and shrank.describe(model).narrower
 
@@ -224,7 +224,7 @@ def test_a_plan_that_does_not_fit_changes_nothing() -> None:
     plan = plan_of(model, calibration)
     others = [stack(lambda: Block(gated=True), Block), stack(Block), blocks().double()]
     small = shrank.apply(blocks(), plan, calibration)
-    for other, complaint in ((others[1], "the model has no layer 3"), (small, "the plan is of 40 hidden units")):
+    for other, complaint in ((others[1], "the model has no layer 3"), (small, "the plan is of 40 units")):
         before = fingerprint(other)
         with pytest.raises(ValueError, match=complaint):
             shrank.apply(other, plan, calibration)
@@ -239,7 +239,7 @@ def test_moments_that_say_nothing_leave_a_block(monkeypatch) -> None:
     calibration = seen(model)
     plan = plan_of(model, calibration)
     bare = shrank.calibrate(model, data())
-    with pytest.warns(UserWarning, match="2 keeps its hidden units: the calibration did not observe them"):
+    with pytest.warns(UserWarning, match="2 keeps its units: the calibration did not observe them"):
         shrank.apply(model, plan, bare)
     assert model[2].up.out_features == UNITS and not model.shrank_plan.narrower
     assert model.shrank_plan["2.up"].shape.out_features == UNITS

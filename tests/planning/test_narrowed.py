@@ -41,7 +41,7 @@ def test_a_width_changes_its_layers() -> None:
 
 
 def test_what_cannot_be_set() -> None:
-    with pytest.raises(KeyError, match=r"no feed-forward block 'head\.0'"):
+    with pytest.raises(KeyError, match=r"no block of units 'head\.0'"):
         plan().with_width("head.0", 8)
     with pytest.raises(ValueError, match=r"width must lie in 1..63, got 64"):
         plan().with_width("mlp", 64)
@@ -93,7 +93,7 @@ def test_a_damaged_plan_is_refused(change, message) -> None:
 def test_tables_and_summaries_tell_of_blocks() -> None:
     narrow = plan().with_width("mlp", 24)
     text = str(narrow)
-    assert "1 of 2 feed-forward blocks narrowed" in narrow.summary
+    assert "1 of 2 blocks narrowed" in narrow.summary
     assert "64 units" in text and "narrow" in text and "meet each other" in text
     assert "narrowed" not in plan().summary
 

@@ -13,19 +13,26 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import shrank
-from shrank import RankPlan
+from shrank import NarrowedBlock, RankPlan
 from shrank.planning.plan import RankPlan as Plan
 from tests.common.feed_forward import Block, Stacked, data, stack
 from tests.common.models import assert_same_state, assert_untouched, fingerprint, hf_inputs, hf_model
 
 
 def narrowed(model: nn.Module, inputs: list, widths: list[int], **options: object) -> nn.Module:
-    """The model with these widths; other layers as a budget has them."""
+    """The model with feed-forward blocks of these widths; other layers as a budget has them."""
     calibration = shrank.calibrate(model, inputs, narrow=True)
     plan: Plan = shrank.make_plan(model, 0.9, calibration=calibration, narrow=True, **options)
-    for block, width in zip([block for block in plan.narrowed if block.able], widths, strict=False):
+    for block in plan.narrowed:
+        if block.width is not None:
+            plan = plan.with_width(block.consumer, None)
+    for block, width in zip([block for block in plan.narrowed if is_feed_forward(block)], widths, strict=False):
         plan = plan.with_width(block.consumer, width)
     return shrank.apply(model, plan, calibration)
+
+
+def is_feed_forward(block: NarrowedBlock) -> bool:
+    return block.able and not block.rows and "pooler" not in block.producers[0]
 
 
 def assert_same(one: nn.Module, other: nn.Module) -> None:
@@ -117,7 +124,8 @@ def test_one_width_is_an_ordinary_model(name: str, tmp_path: Path) -> None:
     for layer in plan.low_rank:
         plan = plan.with_rank(layer.fqn, None)
     for block in plan.narrowed:
-        plan = plan.with_width(block.consumer, None if "pooler" in block.producers[0] else 40)
+        if block.able:
+            plan = plan.with_width(block.consumer, 40 if is_feed_forward(block) else None)
     shrank.apply(model, plan, calibration)
     width = model.config.to_dict()
     model.save_pretrained(tmp_path / "model")
