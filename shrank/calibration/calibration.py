@@ -143,8 +143,8 @@ class Calibration(LayerStatistics):
         return metric(matrices, moments, centred, self.inputs)
 
     def columns(self, fqn: str, matrices: Tensor, centred: bool, seen: Moments | None = None) -> Columns | None:
-        """As `metric`, by the layer's inputs one by one, a convolution's by its channels; None where it was not observed
-        by them."""
+        """As `metric`, by the layer's inputs one by one, a convolution's by its channels; None where these were not
+        observed."""
         moments = self._seen(fqn, matrices, seen)
         if moments is None or len(matrices) > 1:
             return None

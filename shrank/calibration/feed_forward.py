@@ -269,9 +269,18 @@ def _tried(blocks: list[FeedForward], trial: _Trial) -> list[FeedForward]:
     for block in blocks:
         kind = type(trial.model.get_submodule(block.name))
         groups.setdefault((re.sub(r"\d+", "*", block.consumer), kind, block.units), []).append(block)
-    reasons = {key: trial.complaint(group) for key, group in groups.items()}
-    by_block = {block.consumer: reasons[key] for key, group in groups.items() for block in group}
-    return [replace(block, reason=by_block[block.consumer]) for block in blocks]
+    reasons = {fqn: reason for group in groups.values() for fqn, reason in _reasons(group, trial).items()}
+    return [replace(block, reason=reasons[block.consumer]) for block in blocks]
+
+
+def _reasons(blocks: list[FeedForward], trial: _Trial) -> dict[str, str]:
+    """What keeps each of these blocks, by its consumer, from being narrowed. They are alike, so that none is tried
+    alone where the first and the last cannot be narrowed either."""
+    reason = trial.complaint(blocks)
+    if not reason or len(blocks) == 1 or all(trial.complaint([block]) for block in (blocks[0], blocks[-1])):
+        return {block.consumer: reason for block in blocks}
+    half = len(blocks) // 2
+    return _reasons(blocks[:half], trial) | _reasons(blocks[half:], trial)
 
 
 class _Trial:

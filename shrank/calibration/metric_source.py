@@ -57,7 +57,9 @@ def columns_of(source: MetricSource | None, site: Site) -> Columns | None:
     """The norm for the error of a layer at this site by its inputs one by one; None if nothing is known of them."""
     if source is None:
         return None
-    return source.columns(site.fqn, site.adapter.matrices(site.shape), site.module.bias is not None)
+    # Where a kernel sees zeros beside the input, there is no mean for a bias to make up for.
+    centred = site.module.bias is not None and not site.adapter.pads_with_zeros
+    return source.columns(site.fqn, site.adapter.matrices(site.shape), centred)
 
 
 def metric_of(source: MetricSource | None, site: Site, matrices: Tensor) -> Metric | None:

@@ -142,8 +142,8 @@ def columns(matrix: Tensor, moments: Moments, centred: bool) -> Columns:
 
 
 def channel_columns(matrix: Tensor, moments: Moments, centred: bool) -> Columns:
-    """The norm for the matrix (1, N, C taps) of a convolution, whose channels were observed, by these channels; centred:
-    as of `metric`.
+    """The norm for the matrix (1, N, C taps) of a convolution by its channels, which were observed; centred: as of
+    `metric`.
 
     What stays makes up for a channel that goes in the same way at every tap, so that the moment of all taps' inputs,
     which is `taps` times as wide, is never asked for. Errors at different taps then count as if they were independent,

@@ -33,6 +33,7 @@ class Target:
     taps = 1  # positions of a kernel
     takes_vectors = True  # its matrix multiplies the input's last dimension as it is
     features = -1  # the dimension of its inputs and outputs that holds the features
+    pads_with_zeros = False  # whether it sees zeros beside its inputs
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -183,6 +184,12 @@ class ConvTarget(Target):
     @property
     def taps(self) -> int:
         return math.prod(self.module.kernel_size)
+
+    @property
+    def pads_with_zeros(self) -> bool:
+        padding = self.module.padding
+        pads = padding == "same" if isinstance(padding, str) else any(padding)
+        return pads and self.module.padding_mode == "zeros"
 
     @property
     def features(self) -> int:

@@ -26,6 +26,22 @@ from shrank.model.feed_forward import FeedForward
 from shrank.model.survey import Survey
 from tests.common.feed_forward import UNITS, Between, Block, Leaking, Stacked, data, stack
 from tests.common.models import VOCAB, WIDTH, assert_untouched, draw, fingerprint, hf_inputs, hf_model, seeded, tokens
+from tests.common.tolerances import assert_close
+from tests.common.units import (
+    CHANNELS,
+    HEAD,
+    Bottleneck,
+    Gated,
+    LeakingChannels,
+    attention_model,
+    image_model,
+    images,
+    inverted,
+    normed,
+    plain,
+    texts,
+    to_linear,
+)
 
 
 def found(model: nn.Module, inputs: object) -> list[FeedForward]:
@@ -168,3 +184,100 @@ def test_gpt2_of_a_given_width() -> None:
     model = seeded(lambda: GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=VOCAB, n_positions=32)))
     (block,) = filter(is_feed_forward, found(model, {"input_ids": tokens(2, 8)}))
     assert block.units == 48 and block.consumer == "transformer.h.0.mlp.c_proj"
+
+
+@pytest.mark.parametrize(
+    ("make", "columns", "stacked", "carriers"),
+    [
+        (plain, 9, False, ()),
+        (normed, 9, False, (0,)),
+        (inverted, 1, False, (0, 2, 3, 4)),
+        (Gated, 9, True, ()),
+        (lambda: Bottleneck(nn.MaxPool2d(3, 1, 1)), 9, False, ()),
+        (lambda: Bottleneck(nn.PReLU()), 9, False, ()),
+    ],
+    ids=["plain", "batch norm", "depthwise", "gated", "pooling", "one slope"],
+)
+def test_channels_are_found(make, columns: int, stacked: bool, carriers: tuple[int, ...]) -> None:
+    """With what has numbers for each of them in between."""
+    (block,) = found(image_model(make), images()[0])
+    names = tuple(f"2.between.{i}" for i in carriers)
+    assert block == FeedForward("2", ("2.first",), "2.second", CHANNELS, stacked, columns=columns, carriers=names)
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+def test_channels_behind_flattened_positions(by_position: bool) -> None:
+    (block,) = found(to_linear(by_position), images()[0])
+    expected = {"columns": 4, "strided": by_position, "carriers": ("norm",)}
+    assert block == FeedForward("head", ("stem",), "head", CHANNELS, **expected)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Bottleneck(nn.GroupNorm(4, CHANNELS, affine=False)),
+        lambda: Bottleneck(nn.ChannelShuffle(4)),
+        LeakingChannels,
+    ],
+    ids=["group norm", "shuffle", "leak"],
+)
+def test_channels_that_meet_are_left_alone(make) -> None:
+    """And do not keep others from being narrowed, which have the same names."""
+    good, bad, also_good = found(image_model(plain, make, plain), images()[0])
+    assert not good.reason and not also_good.reason and "meet each other, or go elsewhere" in bad.reason
+
+
+@pytest.mark.parametrize(
+    "between",
+    [nn.GroupNorm(4, CHANNELS), nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=2)],
+    ids=["norm", "groups"],
+)
+def test_what_learns_between_channels_is_no_block(between: nn.Module) -> None:
+    assert found(image_model(lambda: Bottleneck(between)), images()[0]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "columns"),
+    [
+        ("llama", (2 * HEAD, HEAD, HEAD), 2 * HEAD),
+        ("qwen3", (2 * HEAD, HEAD, HEAD), 2 * HEAD),
+        ("bert", (8, 8, 8), 8),
+    ],
+)
+def test_heads_are_found(name: str, rows: tuple[int, ...], columns: int) -> None:
+    """Keys and values with all queries that look at them; a norm that all heads share stays as it is."""
+    blocks = [block for block in found(attention_model(name), texts()[0]) if block.rows]
+    assert len(blocks) == 2
+    for block in blocks:
+        assert (block.units, block.rows, block.columns, block.reason) == (4, rows, columns, "")
+        assert len(block.producers) == 3 and not block.carriers and not block.strided
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "reason"),
+    [
+        (lambda: hf_model("gpt2"), {"input_ids": tokens(2, 8)}, "meet each other"),
+        (small_whisper, {"input_features": draw(2, 8, 32), "decoder_input_ids": tokens(2, 4)}, "the model fails"),
+        (lambda: hf_model("t5"), hf_inputs(hf_model("t5")), "the model fails"),
+    ],
+    ids=["fused", "fixed number", "positions"],
+)
+def test_heads_that_cannot_go(make, inputs, reason: str) -> None:
+    """Of one layer for queries, keys and values; of a model that knows how many there are."""
+    blocks = [block for block in found(seeded(make), inputs) if block.rows]
+    assert blocks and all(reason in block.reason for block in blocks)
+
+
+def test_the_channels_of_a_convolution_are_observed() -> None:
+    """Where it is behind some, and only for narrowing; with their means, of all positions."""
+    model, data = image_model(normed), images()
+    seen = calibrate(model, data, narrow=True)
+    held: list[torch.Tensor] = []
+    model[2].second.register_forward_pre_hook(lambda _, args: held.append(args[0]))
+    for x in data:
+        model(x)
+    rows = torch.cat(held).movedim(1, -1).flatten(0, -2).double()
+    moments = seen["2.second"]
+    assert_close(moments.channels[0], (rows.T @ rows / len(rows)).float())
+    assert_close(moments.channel_mean[0], rows.mean(0).float())
+    assert seen["2.first"].channels is None and calibrate(model, data)["2.second"].channels is None
