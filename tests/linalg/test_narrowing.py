@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shrank.linalg import Columns, FactorizationError, Moments, columns, eliminate, refit
+from shrank.linalg import Columns, FactorizationError, Moments, channel_columns, columns, eliminate, refit
 from tests.common.models import draw
 from tests.common.tolerances import assert_close
 
@@ -114,3 +114,93 @@ def test_what_is_not_finite_or_definite_is_refused() -> None:
             eliminate(replace(found, data=data))
         with pytest.raises(FactorizationError):
             refit(replace(found, data=data), torch.arange(5))
+
+
+def spread(units: int, each: int, strided: bool) -> Tensor:
+    """The columns of so many units (units, each): next to each other, or one in every `units`."""
+    index = torch.arange(units * each)
+    return index.view(each, units).T if strided else index.view(units, each)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_each_step_takes_the_cheapest_unit_of_several_columns(strided: bool) -> None:
+    """As fitting anew without every one of them finds it; the errors are what is lost."""
+    units, left = spread(10, 4, strided), list(range(10))
+    found, G = norm(40), draw(N, N, dtype=torch.float64)
+    elimination = eliminate(found, 3, units)
+    assert elimination.errors[1:3].isinf().all() and elimination.units == 10
+    for removed in elimination.order.tolist():
+        costs = {}
+        for j in left:
+            kept = units[[i for i in left if i != j]].flatten().sort().values
+            costs[j] = lost(found, kept, refit(found, kept).matrix, G @ G.T)
+        assert min(costs, key=costs.get) == removed
+        left.remove(removed)
+        assert_close(costs[removed], elimination.errors[len(left)])
+    assert elimination.kept(3).tolist() == left
+
+
+def test_units_of_one_column_are_the_columns() -> None:
+    found = norm(30)
+    one, other = eliminate(found), eliminate(found, units=torch.arange(30)[:, None])
+    assert torch.equal(one.order, other.order) and torch.equal(one.errors, other.errors)
+
+
+def of_channels(taps: int, positions: int = 400) -> tuple[Tensor, Tensor, Moments]:
+    """A kernel of so many taps (N, C taps), the channels that it sees (positions, C), and their moments."""
+    channels = draw(positions, 20) @ (torch.eye(20) + 0.3 * draw(20, 20)) + 0.5
+    W, G = draw(N, 20 * taps), draw(N, N)
+    windows = channels.unfold(0, taps, 1).flatten(1)  # (positions, C taps), the taps of a channel next to each other
+    outputs = windows @ W.T
+    gradient = G @ G.T
+    mean = outputs.mean(0)[None]
+    moments = Moments(
+        10**9,
+        (outputs.T @ outputs / len(outputs))[None],
+        mean,
+        windows.square().mean(0)[None],
+        False,
+        gradient[None],
+        10**9,
+        channels=(channels.T @ channels / positions)[None],
+        channel_mean=channels.mean(0)[None],
+    )
+    return W, channels, moments
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_channels_under_a_kernel_of_one_tap_are_inputs(centred: bool) -> None:
+    W, channels, moments = of_channels(1)
+    found = channel_columns(W[None], moments, centred)
+    of_inputs = replace(moments, data=moments.channels, mean=moments.channel_mean, of_inputs=True)
+    wanted = columns(W[None], of_inputs, centred)
+    assert_close(found.goal, wanted.goal)
+    # The floor of what a dead input counts for is of other energies.
+    assert_close(found.data.float(), wanted.data.float())
+    assert (found.worth - wanted.worth).norm() < 0.02 * wanted.worth.norm()
+    assert (found.mean is None) == (not centred)
+
+
+@pytest.mark.parametrize("taps", [1, 3])
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_kernel_behind_fewer_channels(taps: int, centred: bool) -> None:
+    """Without all channels it loses all of its outputs. Without those that others give it loses nothing, nor their
+    mean."""
+    W, channels, moments = of_channels(taps)
+    found = channel_columns(W[None], moments, centred)
+    assert found.goal.shape == (N * taps, 20)
+    mean = moments.mean[0].double()
+    outputs = moments.data[0].double() - (mean[:, None] * mean if centred else 0)
+    plain = 0.97 * moments.gradient[0] + 0.03 * moments.gradient[0].diagonal().mean() * torch.eye(N)
+    assert_close(eliminate(found).errors[0].float(), (plain.double() * outputs).sum().float())
+    channels = channels.double()
+    channels[:, 7] = channels[:, 5] - 2 * channels[:, 11]
+    channels[:, 3] = 0
+    exact = channels.T @ channels / len(channels) + 1e-9 * torch.eye(20)
+    found = replace(found, data=exact, mean=channels.mean(0) if centred else None)
+    kept = eliminate(found, 18).kept(18)
+    fitted = refit(found, kept)
+    assert 3 not in kept and fitted.matrix.shape == (N, 18 * taps)
+    seen, left = (x.unfold(0, taps, 1).flatten(1) for x in (channels, channels[:, kept]))
+    assert_close((left @ fitted.matrix.T).float(), (seen @ W.double().T).float())
+    assert fitted.shift is None or fitted.shift.norm() < 1e-4 * W.norm()
