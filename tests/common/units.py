@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from tests.common.models import VOCAB, draw, seeded, tokens, with_statistics
 
@@ -95,6 +102,17 @@ def to_linear(by_position: bool = False) -> nn.Module:
     return with_statistics(seeded(lambda: ToLinear(by_position)))
 
 
+@torch.no_grad()
+def copy_unit(modules: Iterable[nn.Module], units: int, source: int, destination: int, dead: bool = False) -> None:
+    """Make one unit of these modules, of so many, as another one is, or `dead`: of all parameters and statistics that
+    have rows for units, in one or more parts."""
+    for module in modules:
+        for value in [*module._parameters.values(), *module._buffers.values()]:
+            if value is not None and value.dim() and len(value) % units == 0:
+                for part in value.split(units):
+                    part[destination] = 0 if dead else part[source]
+
+
 def images(count: int = 4) -> list[Tensor]:
     """Batches of 6 images."""
     return list(draw(count, 6, 3, 8, 8))
@@ -108,7 +126,7 @@ ATTENTION: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, **_SPECIAL, **_GROUPED)),
     # With a norm over every head of queries and keys.
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES, **_SPECIAL, **_GROUPED)),
-    "bert": lambda: BertModel(BertConfig(**_SIZES, num_attention_heads=4), add_pooling_layer=False),
+    "bert": lambda: BertForSequenceClassification(BertConfig(**_SIZES, num_attention_heads=4)),
 }
 
 

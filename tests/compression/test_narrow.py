@@ -13,10 +13,26 @@ import shrank
 from shrank import Budget, Calibration, RankPlan
 from shrank.compression.narrow import block_jobs
 from shrank.layers.led import LED
+from shrank.linalg import moments
 from shrank.model.survey import Survey
 from tests.common.feed_forward import UNITS, WIDTH, Block, Stacked, data, stack
 from tests.common.models import assert_untouched, fingerprint, hf_inputs, hf_model
 from tests.common.tolerances import assert_close
+from tests.common.units import (
+    ATTENTION,
+    CHANNELS,
+    FILTERS,
+    Gated,
+    attention_model,
+    copy_unit,
+    image_model,
+    images,
+    inverted,
+    normed,
+    plain,
+    texts,
+    to_linear,
+)
 
 MADE = {
     "plain": Block,
@@ -265,3 +281,235 @@ def test_healing_trains_narrowed_layers() -> None:
     before = error(small, model)
     shrank.heal(small, model, data(), steps=20)
     assert error(small, model) < before
+
+
+def of_width(model: nn.Module, batches: list, width: int, name: str, **options: object) -> nn.Module:
+    """A copy with so many units in one block, and all else as it is."""
+    calibration = shrank.calibrate(model, batches, narrow=True)
+    plan = shrank.make_plan(model, Budget(max_error=1e-9), calibration=calibration, narrow=True, min_features=4)
+    for layer in plan.low_rank:
+        plan = plan.with_rank(layer.fqn, None)
+    for block in plan.narrower:
+        plan = plan.with_width(block.consumer, None)
+    return shrank.apply(copy.deepcopy(model), plan.with_width(name, width), calibration)
+
+
+@pytest.fixture
+def no_doubt(monkeypatch) -> None:
+    """Take what was seen for all there is: units that depend on each other exactly are then found to."""
+    monkeypatch.setattr(moments, "_shrinkage", lambda features, tokens: 1e-7)
+
+
+IMAGES = {
+    "plain": (lambda: image_model(plain), "2"),
+    "batch norm": (lambda: image_model(normed), "2"),
+    "depthwise": (lambda: image_model(inverted), "2"),
+    "gated": (lambda: image_model(Gated), "2"),
+    "flattened": (to_linear, "head"),
+    "by position": (lambda: to_linear(by_position=True), "head"),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_channels_that_others_give_are_not_missed(name: str, no_doubt: None) -> None:
+    """Those that are as others, and dead ones."""
+    make, block = IMAGES[name]
+    model = make()
+    own = [model[2].first, *model[2].between] if block == "2" else [model.stem, model.norm]
+    copy_unit(own, CHANNELS, source=3, destination=8)
+    copy_unit(own, CHANNELS, source=0, destination=15, dead=True)
+    small = of_width(model, images(30), CHANNELS - 2, block)
+    with torch.no_grad():
+        assert_close(small(images()[0]), model(images()[0]))
+        assert not torch.equal(small(images()[0]), model(images()[0]))
+    assert small.shrank_plan.narrower[0].error < 1e-3
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_heads_that_others_give_are_not_missed(name: str, no_doubt: None) -> None:
+    """One that is as another one, and one that says nothing."""
+    model = attention_model(name)
+    layer = model.bert.encoder.layer[0].attention if name == "bert" else model.model.layers[0].self_attn
+    own = (
+        [layer.self.query, layer.self.key, layer.self.value]
+        if name == "bert"
+        else [layer.q_proj, layer.k_proj, layer.v_proj]
+    )
+    with torch.no_grad():
+        for linear in own:
+            for value in linear.parameters():
+                heads = value.unflatten(0, (4, -1))
+                heads[3] = heads[1]
+                if linear is own[2]:
+                    heads[2] = 0
+    block = "bert.encoder.layer.0.attention" if name == "bert" else "model.layers.0.self_attn"
+    small = of_width(model, texts(), 2, block)
+    with torch.no_grad():
+        assert_close(small(**texts()[0])[0], model(**texts()[0])[0])
+    assert [len(x.weight) for x in small.get_submodule(block).modules() if isinstance(x, nn.Linear)][:2] == (
+        [16, 16] if name == "bert" else [32, 16]
+    )
+
+
+def test_what_carries_channels_keeps_its_numbers_of_those_that_stay() -> None:
+    model = image_model(inverted)
+    small = of_width(model, images(), 14, "2")
+    first, norm, _, depthwise, statistics, slopes = small[2].first, *small[2].between
+    kept = (first.weight[:, None] == model[2].first.weight).flatten(2).all(-1).nonzero()[:, 1]
+    assert len(kept) == 14 == norm.num_features == statistics.num_features == slopes.num_parameters
+    assert depthwise.groups == depthwise.in_channels == depthwise.out_channels == 14
+    assert (small[2].second.in_channels, small[2].second.out_channels) == (14, FILTERS)
+    for module, dense in ((norm, model[2].between[0]), (depthwise, model[2].between[2]), (slopes, model[2].between[4])):
+        for name, value in dense.state_dict().items():
+            assert torch.equal(module.state_dict()[name], value[kept] if value.dim() else value)
+    assert statistics.running_var.shape == (14,) and statistics.weight is None
+    small.train()(images()[0]).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+
+
+def test_memory_formats_stay() -> None:
+    model = image_model(normed, inverted).to(memory_format=torch.channels_last)
+    small = of_width(model, images(), 10, "2")
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in small.parameters() if p.dim() == 4)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_channels_with_a_fit_are_better_than_without(name: str) -> None:
+    make, block = IMAGES[name]
+    model = make()
+    small = of_width(model, images(), 12, block)
+    bare = copy.deepcopy(small)
+    consumer, dense = (m[2].second if block == "2" else m.head for m in (bare, model))
+    first, before = (m[2].first if block == "2" else m.stem for m in (bare, model))
+    rows = before.weight if name != "gated" else before.weight[:CHANNELS]
+    kept = (first.weight[:12, None] == rows).flatten(2).all(-1).nonzero()[:, 1]
+    columns = (
+        torch.arange(dense.weight.shape[1]).view(-1, CHANNELS).T
+        if name == "by position"
+        else torch.arange(dense.weight.shape[1]).view(CHANNELS, -1)
+    )
+    with torch.no_grad():
+        consumer.weight.copy_(dense.weight[:, columns[kept].flatten().sort().values])
+        consumer.bias is None or consumer.bias.copy_(dense.bias)
+        errors = [sum((m(x) - model(x)).square().sum() for x in images()) for m in (small, bare)]
+    assert errors[0] < errors[1]
+
+
+def test_a_budget_chooses_channels_or_ranks() -> None:
+    """And loses no more than with ranks alone; what carries channels follows, and is not paid for."""
+    model = image_model(inverted, normed)
+    for block in (model[2], model[3]):
+        for unit in range(10):
+            copy_unit([block.first, *block.between], CHANNELS, source=unit, destination=10 + unit)
+    calibration = shrank.calibrate(model, images(), narrow=True)
+    options = {"calibration": calibration, "min_features": 4, "allow_slower": True}
+    for keep in (0.5, 0.7):
+        plan = shrank.make_plan(model, keep, narrow=True, **options)
+        ranks = shrank.make_plan(model, keep, **options)
+        assert plan.spent[1] <= ranks.spent[1] and plan.spent[0] <= keep
+    assert {block.name for block in plan.narrower} == {"2", "3"}
+    depthwise = plan["2.between.2"]
+    assert depthwise.narrowed and depthwise.shape.groups == plan.narrower[0].width and depthwise.rank is None
+    small = shrank.apply(copy.deepcopy(model), plan, calibration)
+    weights = {fqn: module.weight for fqn, module in small.named_modules() if hasattr(module, "weight")}
+    assert all(weights[x.fqn].numel() == x.params_after for x in plan if x.narrowed)
+    with torch.no_grad():
+        assert (small(images()[0]) - model(images()[0])).norm() < 0.1 * model(images()[0]).norm()
+    largest = shrank.make_plan(model, Budget(max_error=0.5), narrow=True, **options)
+    assert largest.narrower and all(block.error <= 0.5 for block in largest.narrower)
+
+
+def test_a_budget_chooses_heads_or_ranks() -> None:
+    """Where half of them say what the others do, and attention is no mean over all tokens."""
+    model = attention_model("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                scale = 1 if linear is layer.self_attn.v_proj else 12
+                linear.weight.copy_(scale * linear.weight.unflatten(0, (4, -1))[[0, 1, 0, 1]].flatten(0, 1))
+    calibration = shrank.calibrate(model, texts(20), narrow=True)
+    options = {"calibration": calibration, "include": "*self_attn*", "min_features": 4}
+    plan = shrank.make_plan(model, 0.5, narrow=True, **options)
+    assert [block.width for block in plan.narrower] == [2, 2]
+    assert [plan[fqn].shape.out_features for fqn in plan.narrower[0].producers] == [32, 16, 16]
+    rounded = shrank.make_plan(model, 0.5, narrow=True, round_to=16, **options)  # of 16, 8 and 8 rows for each
+    assert {block.width for block in rounded.narrowed} <= {None, 2}
+    uniform = shrank.make_plan(model, 0.5, narrow="uniform", **options)
+    assert not uniform.narrower and "configs have no number" in uniform.narrowed[0].reason
+
+
+def test_layers_between_channels_may_be_left_out() -> None:
+    model = image_model(inverted)
+    calibration = shrank.calibrate(model, images(), narrow=True)
+    plan = shrank.make_plan(model, 0.5, calibration=calibration, narrow=True, min_features=4, exclude="2.between.2")
+    assert [block.reason for block in plan.narrowed] == ["2.between.2: excluded"]
+
+
+def test_narrowed_channels_and_heads_tell_what_they_were() -> None:
+    """And low-rank layers on top of them; merging leaves the channels as they are."""
+    for model, batches, width, name in (
+        (image_model(inverted), images(), 12, "2"),
+        (to_linear(by_position=True), images(), 12, "head"),
+        (attention_model("llama"), texts(), 3, "model.layers.0.self_attn"),
+    ):
+        small = of_width(model, batches, width, name)
+        planned = small.shrank_plan.narrower[0]
+        for each in (small, copy.deepcopy(small)):
+            plan = shrank.describe(each)
+            (block,) = plan.narrowed
+            assert (block.modules, block.rows, block.columns, block.strided, block.units, block.width) == (
+                (planned.modules, planned.rows, planned.columns, planned.strided, planned.units, planned.width)
+            )
+            assert plan.params_after == sum(p.numel() for p in each.parameters())
+            assert RankPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+            assert {x.fqn: x.size for x in plan} == {x.fqn: small.shrank_plan[x.fqn].size for x in plan}
+        low_rank = shrank.auto_fact(small, {planned.consumer: 3}, min_features=4, allow_slower=True)
+        assert shrank.describe(low_rank)[planned.consumer].rank == 3
+        with pytest.warns(UserWarning, match="were narrowed and stay so"):
+            shrank.merge(low_rank)
+        assert [block.width for block in shrank.describe(low_rank).narrower] == [width]
+
+
+@pytest.mark.parametrize(
+    ("make", "batches"),
+    [(lambda: image_model(normed, inverted), images), (lambda: attention_model("qwen3"), texts)],
+    ids=["channels", "heads"],
+)
+@pytest.mark.filterwarnings("ignore:.*layers saw fewer than")
+def test_anchored_channels_and_heads(make, batches) -> None:
+    model = make()
+    calibration = shrank.calibrate(model, batches(), narrow=True)
+    plan = shrank.make_plan(model, 0.9, calibration=calibration, narrow=True, min_features=4)
+    for block in plan.narrowed:
+        plan = plan.with_width(block.consumer, block.units // 2)
+    errors = []
+    for anchored in (False, True):
+        small = copy.deepcopy(model)
+        if anchored:
+            shrank.apply_anchored(small, plan, shrank.batches(batches()), calibration, 0.5)
+        else:
+            shrank.apply(small, plan, calibration)
+        assert [block.width for block in small.shrank_plan.narrower] == [block.width for block in plan.narrower]
+        with torch.no_grad():
+            outputs = [(shrank.batches([x])[0].call(m)) for x in batches() for m in (small, model)]
+            outputs = [x if isinstance(x, Tensor) else x[0] for x in outputs]
+        errors.append(sum((a - b).square().sum() for a, b in zip(outputs[::2], outputs[1::2], strict=True)))
+    assert errors[1] < 1.2 * errors[0]
+
+
+def test_channels_of_other_carriers_are_refused() -> None:
+    model = image_model(normed)
+    calibration = shrank.calibrate(model, images(), narrow=True)
+    plan = shrank.make_plan(model, 0.9, calibration=calibration, narrow=True, min_features=4).with_width("2", 12)
+    wider, without, in_groups = image_model(normed), image_model(plain), image_model(normed)
+    wider[2].between[0] = nn.BatchNorm2d(CHANNELS + 1)
+    in_groups[2].second = nn.Conv2d(CHANNELS, FILTERS, 3, padding=1, groups=2)
+    for other, complaint in (
+        (wider, "2.between.0 has numbers for 21 units here, and the plan for 20"),
+        (without, "2.between.0 has numbers for no units here"),
+        (in_groups, "2.second cannot change: it is in groups"),
+    ):
+        before = fingerprint(other)
+        with pytest.raises(ValueError, match=complaint):
+            shrank.apply(other, plan, calibration)
+        assert_untouched(other, before)

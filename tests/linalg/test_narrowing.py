@@ -170,7 +170,7 @@ def of_channels(taps: int, positions: int = 400) -> tuple[Tensor, Tensor, Moment
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_channels_under_a_kernel_of_one_tap_are_inputs(centred: bool) -> None:
-    W, channels, moments = of_channels(1)
+    W, _, moments = of_channels(1)
     found = channel_columns(W[None], moments, centred)
     of_inputs = replace(moments, data=moments.channels, mean=moments.channel_mean, of_inputs=True)
     wanted = columns(W[None], of_inputs, centred)

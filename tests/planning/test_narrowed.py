@@ -104,3 +104,95 @@ def test_items_as_one_are_as_good_as_each() -> None:
     one = combined(items)
     for cost, error in zip(one.costs, one.errors, strict=True):
         assert allocate(items, cost).error <= error + 1e-12
+
+
+def plan_of_heads() -> RankPlan:
+    """Four heads of keys and values of 8, each looked at by two of queries."""
+    layers = [
+        LayerPlan("attention.q", "Linear", 64 * 32, Shape(64, 32)),
+        LayerPlan("attention.k", "Linear", 32 * 32, Shape(32, 32)),
+        LayerPlan("attention.v", "Linear", 32 * 32, Shape(32, 32)),
+        LayerPlan("attention.o", "Linear", 32 * 64, Shape(32, 64)),
+    ]
+    names = tuple(layer.fqn for layer in layers)
+    block = NarrowedBlock("attention", names[:3], names[3], 4, rows=(16, 8, 8), columns=16)
+    return RankPlan(tuple(layers), narrowed=(block,))
+
+
+def plan_of_channels() -> RankPlan:
+    """20 channels between convolutions of 3x3, with a batch norm and a depthwise convolution between them."""
+    layers = [
+        LayerPlan("first", "Conv2d", 20 * 12 * 9, Shape(20, 12 * 9)),
+        LayerPlan("depthwise", "Conv2d", 20 * 9, Shape(20, 20 * 9, 20, down_groups=20), reason="depthwise"),
+        LayerPlan("second", "Conv2d", 12 * 20 * 9, Shape(12, 20 * 9)),
+    ]
+    block = NarrowedBlock("second", ("first",), "second", 20, columns=9, carriers=("norm", "depthwise"))
+    return RankPlan(tuple(layers), narrowed=(block,))
+
+
+def test_units_of_several_rows_and_columns() -> None:
+    heads = plan_of_heads().with_width("attention", 3)
+    assert [str(x.shape) for x in heads] == ["48x32", "24x32", "24x32", "32x48"]
+    assert [str(x.shape) for x in heads.with_width("attention", None)] == ["64x32", "32x32", "32x32", "32x64"]
+    channels = plan_of_channels().with_width("second", 14)
+    assert [x.shape for x in channels] == [
+        Shape(14, 108),
+        Shape(14, 126, 14, down_groups=14),
+        Shape(12, 126),
+    ]
+    assert all(x.narrowed for x in channels) and channels["depthwise"].params_after == 14 * 9
+    assert [x.shape for x in channels.with_width("second", None)] == [x.shape for x in plan_of_channels()]
+    for plan in (heads, channels):
+        assert RankPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+@pytest.mark.parametrize("make", [lambda: plan().with_width("mlp", 24), plan])
+def test_plans_that_know_one_row_and_column_only(make) -> None:
+    """As they were written before units had several."""
+    data = json.loads(json.dumps(make().to_dict()))
+    for block in data["narrowed"]:
+        for key in ("rows", "columns", "strided", "carriers"):
+            del block[key]
+    assert RankPlan.from_dict(data) == make()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b.update(rows=[16, 8]), "rows must be a list of 3 numbers or of none"),
+        (lambda b: b.update(rows=16), "rows must be a list of 3 numbers"),
+        (lambda b: b.update(rows=[16, 8, 0]), "rows must be at least 1"),
+        (lambda b: b.update(rows=[16, 8, "8"]), "rows must be a whole number"),
+        (lambda b: b.update(rows=[8, 8, 8]), "'attention.q': its block is 3 wide, and it is 48x32"),
+        (lambda b: b.update(columns=0), "columns must be at least 1"),
+        (lambda b: b.update(columns=True), "columns must be a whole number"),
+        (lambda b: b.update(columns=8), "'attention.o': its block is 3 wide, and it is 32x48"),
+        (lambda b: b.update(stacked=True), "'stacked' says which outputs of one producer"),
+        (lambda b: b.update(strided="yes"), "strided must be true or false"),
+        (lambda b: b.update(carriers="norm"), "carriers must be a list of names"),
+        (lambda b: b.update(carriers=["norm", 1]), "carriers must be a list of names"),
+        (lambda b: b.update(carriers=["attention.q"]), "in two of its places"),
+    ],
+)
+def test_damaged_structures_are_refused(change, message) -> None:
+    data = json.loads(json.dumps(plan_of_heads().with_width("attention", 3).to_dict()))
+    change(data["narrowed"][0])
+    with pytest.raises(ValueError, match=message):
+        RankPlan.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["narrowed"][0].update(carriers=["norm"]), "of which no block is narrowed: depthwise"),
+        (lambda d: d["layers"][1].update(narrowed=False), "'depthwise': its block 'second' is narrowed, and it is not"),
+        (lambda d: d["layers"][1]["shape"].update(groups=20), "'depthwise': its block is 14 wide"),
+        (lambda d: d["layers"][1]["shape"].update(out_features=0), "out_features must be at least 1"),
+        (lambda d: d["layers"][1]["shape"].update(out_features=200), "'depthwise': its block is 14 wide"),
+    ],
+)
+def test_damaged_carriers_are_refused(change, message) -> None:
+    data = json.loads(json.dumps(plan_of_channels().with_width("second", 14).to_dict()))
+    change(data)
+    with pytest.raises(ValueError, match=message):
+        RankPlan.from_dict(data)

@@ -11,12 +11,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import ResNetConfig, ResNetForImageClassification
 
 import shrank
 from shrank import NarrowedBlock, RankPlan
 from shrank.planning.plan import RankPlan as Plan
 from tests.common.feed_forward import Block, Stacked, data, stack
-from tests.common.models import assert_same_state, assert_untouched, fingerprint, hf_inputs, hf_model
+from tests.common.models import (
+    assert_same_state,
+    assert_untouched,
+    fingerprint,
+    hf_inputs,
+    hf_model,
+    seeded,
+    with_statistics,
+)
+from tests.common.tolerances import assert_close
+from tests.common.units import ATTENTION, attention_model, image_model, images, inverted, normed, texts, to_linear
 
 
 def narrowed(model: nn.Module, inputs: list, widths: list[int], **options: object) -> nn.Module:
@@ -152,3 +163,81 @@ def test_one_width_and_ranks_need_only_the_ranks_in_the_plan(tmp_path: Path) -> 
     saved = RankPlan.from_dict(config["quantization_config"]["plan"])
     assert config["intermediate_size"] == 40 and saved.low_rank and not saved.narrowed
     assert_same(type(model).from_pretrained(tmp_path), model)
+
+
+def narrower(model: nn.Module, inputs: list, *widths: int, heads: bool = False) -> nn.Module:
+    """The model with these widths, in turns, of its blocks of channels, or of heads; all else as it is."""
+    calibration = shrank.calibrate(model, inputs, narrow=True)
+    plan = shrank.make_plan(model, 0.9, calibration=calibration, narrow=True, min_features=4)
+    for layer in plan.low_rank:
+        plan = plan.with_rank(layer.fqn, None)
+    wanted = [block for block in plan.narrowed if block.able and (block.rows or not heads)]
+    for block in plan.narrower:
+        plan = plan.with_width(block.consumer, None)
+    for i, block in enumerate(wanted):
+        plan = plan.with_width(block.consumer, widths[i % len(widths)])
+    return shrank.apply(model, plan, calibration)
+
+
+@pytest.mark.parametrize("on_meta", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: image_model(normed, inverted), to_linear, lambda: to_linear(by_position=True)],
+    ids=["convolutions", "flattened", "by position"],
+)
+def test_channels_in_files(make, on_meta: bool, tmp_path: Path) -> None:
+    """With the statistics of those that are left."""
+    model = narrower(make(), images(), 13, 9)
+    shrank.save(model, tmp_path / "model.safetensors")
+    other = make().to("meta") if on_meta else make()
+    loaded = shrank.load(other, tmp_path / "model.safetensors").eval()
+    assert_same(loaded, model)
+    assert torch.equal(loaded(images()[0]), model(images()[0]))
+    assert shrank.describe(loaded) == shrank.describe(model) and shrank.describe(model).narrower
+    assert_same(shrank.load(loaded, tmp_path / "model.safetensors"), model)  # again
+
+
+def test_channels_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    shrank.save(narrower(image_model(normed, inverted), images(), 13, 9), file)
+    for other in (image_model(inverted, normed), image_model(normed, normed)):
+        before = fingerprint(other)
+        with pytest.raises(ValueError, match="does not fit the model"):
+            shrank.load(other, file)
+        assert_untouched(other, before)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_heads_in_files_of_transformers(name: str, tmp_path: Path) -> None:
+    """As many in each block as it has; the model generates with them."""
+    model = narrower(attention_model(name), texts(), 3, 1, heads=True)
+    assert [block.width for block in model.shrank_plan.narrower] == [3, 1]
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert_same(loaded, model)
+    with torch.no_grad():
+        assert torch.equal(loaded(**texts()[0])[0], model(**texts()[0])[0])
+    if name != "bert":
+        options = {"do_sample": False, "max_new_tokens": 4}
+        cached, again = (loaded.generate(**texts()[0], **options, use_cache=cache) for cache in (True, False))
+        assert torch.equal(cached, again)
+
+
+def small_resnet() -> nn.Module:
+    sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1], "num_labels": 3}
+    return with_statistics(seeded(lambda: ResNetForImageClassification(ResNetConfig(**sizes))))
+
+
+def test_channels_in_files_of_transformers(tmp_path: Path) -> None:
+    """Into the model with a head, and into the one without, where layers have other names."""
+    model = narrower(small_resnet(), images(), 3)
+    assert all(block.carriers for block in model.shrank_plan.narrower) and model.shrank_plan.narrower
+    model.save_pretrained(tmp_path)
+    for whole, loaded in (
+        (model, type(model).from_pretrained(tmp_path)),
+        (model.resnet, type(model.resnet).from_pretrained(tmp_path)),
+    ):
+        assert_same(loaded, whole)
+        with torch.no_grad():
+            # Not to the last bit, as no convolution of transformers: weights lie in memory as they do in the file.
+            assert_close(loaded(images()[0])[0], whole(images()[0])[0])
