@@ -24,8 +24,8 @@ class Calibrate:
         seed: Of the random directions that "output" draws.
         inputs: Observe linear layers by their inputs where these are more numbers than their outputs, too. Rounding
             weights to a few bits needs it, and `auto_fact` sees to it where a plan or a budget has bits.
-        narrow: Find the feed-forward blocks and observe their hidden units one by one. A plan with `narrow` needs it,
-            and `auto_fact` sees to it.
+        narrow: Find the blocks of units (feed-forward, channels, heads) and observe these one by one. A plan with
+            `narrow` needs it, and `auto_fact` sees to it.
         probe: Scale the error of every layer by what compressing it alone really does to the outputs of two batches, at
             the cost of two runs of the model for each layer; of `auto_fact` alone, with "output" or "lm".
     """

@@ -55,7 +55,7 @@ Narrow = Annotated[
     str | None,
     typer.Option(
         metavar="each|uniform",
-        help="Let --keep take hidden units out of feed-forward blocks, of each its own number or of all the same.",
+        help="Let --keep take hidden units, channels and heads out of blocks: of each its own number, or one of all alike.",
     ),
 ]
 TreatAsBase = Annotated[

@@ -88,7 +88,7 @@ class _BlockByBlock:
         self.survey, self.plan, self.calibration, self.how = survey, plan, calibration, how
         self.both = SideBySide(survey, batches)
         self.done: dict[str, LayerPlan] = {}
-        self.narrowed: dict[str, NarrowedBlock] = {}  # by the layer behind its hidden units
+        self.narrowed: dict[str, NarrowedBlock] = {}  # by the layer behind its units
 
     def all_of_it(self, sites: list[Site]) -> RankPlan:
         """sites: of the layers to be anchored."""

@@ -240,8 +240,14 @@ def _by_budget(
     tried: list[NarrowedBlock] = []
     unable: list[NarrowedBlock] = []
     if options.narrow:
-        left_out = {x.site.fqn: reason for x in layers if (reason := x.eligibility.why_not_chosen(x.site))}
-        blocks, unable = block_candidates(spectra.calibration, budget, candidates, decided, options, left_out)
+        blocks, unable = block_candidates(
+            spectra.calibration,
+            budget,
+            candidates,
+            decided,
+            options,
+            left_out={x.site.fqn: reason for x in layers if (reason := x.eligibility.why_not_chosen(x.site))},
+        )
         planned, tried, trade_off = spend_on_blocks(budget, candidates, fixed, options, blocks, spectra)
     else:
         planned, trade_off = spend(budget, candidates, fixed, options, weighted, spectra)

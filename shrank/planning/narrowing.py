@@ -82,7 +82,7 @@ def require_narrowable(statistics: LayerStatistics | None, rule: object) -> None
     if isinstance(rule.goal, Latency):
         raise ValueError("narrow: the table of keep_latency has no times of narrowed layers; use keep_flops")
     if statistics is None or not statistics.has_gradients:
-        raise ValueError("narrow: what hidden units are worth is known only of data and a loss: give calibrate=data")
+        raise ValueError("narrow: what units are worth is known only of data and a loss: give calibrate=data")
     if statistics.feed_forward is None:
         raise ValueError("narrow: this calibration did not look for blocks; make it with calibrate(..., narrow=True)")
 
@@ -123,7 +123,7 @@ def block_candidates(
         try:
             columns = columns_of(statistics, by_name[block.consumer].site)
             if columns is None:
-                return "the calibration did not observe its hidden units one by one"
+                return "the calibration did not observe its units one by one"
             # Least squares on so many columns err more on other tokens than on those that they are of: of
             # all-MiniLM-L6-v2 with 3524 tokens the squared error held out is 2.5 and 1.9 times as large at keep 0.8 and
             # 0.6, that of ranks 1.4 and 1.35 times.
