@@ -187,7 +187,8 @@ def _narrowings(
 
     def blocks(model: nn.Module) -> list[str]:
         found = calibration(model).feed_forward
-        return [fqn for block in found if not block.reason for fqn in block.layers if fqn in names]
+        feed_forward = [block for block in found if not block.reason and not block.rows]  # not heads
+        return [fqn for block in feed_forward for fqn in block.layers if fqn in names]
 
     def then_ranks(model: nn.Module, keep: float) -> nn.Module:
         """What the blocks lose is 5/8 of what all layers shall lose, and then all of it in ranks."""

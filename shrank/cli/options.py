@@ -55,7 +55,7 @@ Narrow = Annotated[
     str | None,
     typer.Option(
         metavar="each|uniform",
-        help="Let --keep take hidden units, channels or heads out of blocks, of each its own number or of all the same.",
+        help="Let --keep take units, channels or heads out of blocks, of each its own number or of all the same.",
     ),
 ]
 TreatAsBase = Annotated[
