@@ -71,13 +71,18 @@ def eliminate(columns: Columns, least: int = 1) -> Elimination:
     return Elimination(torch.cat(order) if order else left[:0], errors)
 
 
-def refit(columns: Columns, kept: Tensor) -> Refit:
-    """The best matrix on the units that stay; raises FactorizationError as `eliminate`."""
-    W, C = columns.goal, columns.data
+def fitted(columns: Columns, kept: Tensor) -> Tensor:
+    """The best matrix (N, width) on the units that stay; raises FactorizationError as `eliminate`."""
+    C = columns.data
     factor, info = torch.linalg.cholesky_ex(C[kept][:, kept])
     if info.item():
         raise FactorizationError("the moments of the units that stay are not positive definite")
-    matrix = torch.cholesky_solve(C[kept] @ W.mT, factor).mT
+    return torch.cholesky_solve(C[kept] @ columns.goal.mT, factor).mT.contiguous()
+
+
+def refit(columns: Columns, kept: Tensor) -> Refit:
+    """As `fitted`, with all that comes of it."""
+    W, C, matrix = columns.goal, columns.data, fitted(columns, kept)
     lost = W.clone()
     lost[:, kept] -= matrix
     energies = [((m @ C) * m).sum().clamp_min(0).item() for m in (lost, W)]
@@ -85,7 +90,7 @@ def refit(columns: Columns, kept: Tensor) -> Refit:
     if columns.mean is not None:
         shift = lost @ columns.mean
         shift = shift if columns.shift is None else shift + columns.shift
-    return Refit(matrix.contiguous(), shift, (energies[0] / energies[1]) ** 0.5 if energies[1] else 0.0)
+    return Refit(matrix, shift, (energies[0] / energies[1]) ** 0.5 if energies[1] else 0.0)
 
 
 def _inverse(positive: Tensor) -> Tensor:

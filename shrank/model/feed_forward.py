@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..linalg import Kept
 from .adapters import target
 from .notes import NARROWED, noted
 
@@ -55,6 +56,13 @@ def outputs_of(kept: Tensor, units: int, stacked: bool) -> Tensor:
     return torch.cat((kept, kept + units)) if stacked else kept
 
 
+def kept_of(block: FeedForward, kept: Tensor) -> dict[str, Kept]:
+    """What is left of its layers, by name, with these units."""
+    rows = outputs_of(kept, block.units, block.stacked)
+    producer = Kept(rows, outputs=block.units * (2 if block.stacked else 1))
+    return {**dict.fromkeys(block.producers, producer), block.consumer: Kept(columns=kept)}
+
+
 def narrowed_producer(module: nn.Module, kept: Tensor, units: int, stacked: bool) -> dict[str, object]:
     """The attributes of a producer with some of its units."""
     adapter, rows = target(module, vouched=True), outputs_of(kept, units, stacked).to(module.weight.device)
@@ -80,9 +88,12 @@ def note_narrowed(block: Narrowed, producers: list[nn.Module], consumer: nn.Modu
 def narrowed_in(model: nn.Module) -> Iterator[tuple[FeedForward, int]]:
     """The narrowed blocks of a model, as they were, and how many units each has."""
     found: dict[int, tuple[Narrowed, dict[str, list[str]]]] = {}
+    layer = None
     for fqn, module in model.named_modules():
+        if layer is not None and fqn.startswith(f"{layer}."):
+            continue  # the weight that it corrects, which was the layer
         if (note := noted(module, NARROWED)) is not None:
-            block, role = note
+            (block, role), layer = note, fqn
             found.setdefault(id(block), (block, {PRODUCER: [], CONSUMER: []}))[1][role].append(fqn)
     for block, layers in found.values():
         if layers[PRODUCER] and len(layers[CONSUMER]) == 1:

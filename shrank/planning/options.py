@@ -48,8 +48,8 @@ class PlanOptions:
         bits: 3, 4 or 8, for the weights of all linear layers that may change, dense or factors; without pivots then.
         group_size: Weights with one scale, of which ranks become multiples; None: each row has one.
         narrow: Let a budget take hidden units out of feed-forward blocks, and fit the matrix behind them again, where
-            that loses less than ranks do. Their layers stay dense and become smaller. "uniform": like blocks get one
-            width, which transformers loads without shrank. It needs data, and cannot be undone.
+            that loses less than ranks do, or together with ranks. "uniform": like blocks get one width, which
+            transformers loads without shrank. It needs data, and cannot be undone.
 
     Raises:
         ValueError: A number is below 1, max_rank below min_rank, pivot none of True, False and "auto"; bits none of
