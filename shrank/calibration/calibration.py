@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..linalg import Columns, FactorizationError, Metric, Moments, channel_columns, columns, metric
+from ..linalg import Columns, FactorizationError, Kept, Metric, Moments, channel_columns, columns, metric
 from ..model.feed_forward import FeedForward
 from ..model.hooks import frozen
 from ..model.survey import Survey
@@ -30,6 +30,7 @@ from .moment_files import FORMAT
 from .passes import layer_calls, moment_files
 from .request import Calibrate
 from .sameness import agree_on
+from .sharing import Sides
 from .streams import Masking
 
 
@@ -122,7 +123,9 @@ class Calibration(LayerStatistics):
             entry["tokens"], of_inputs=entry["of_inputs"], gradient_samples=entry["gradient_samples"], **tensors
         )
 
-    def metric(self, fqn: str, matrices: Tensor, centred: bool, seen: Moments | None = None) -> Metric | None:
+    def metric(
+        self, fqn: str, matrices: Tensor, centred: bool, seen: Moments | None = None, kept: Kept | None = None
+    ) -> Metric | None:
         """The norm for the error of one layer.
 
         Args:
@@ -130,6 +133,8 @@ class Calibration(LayerStatistics):
             matrices: Its weight (G, N/G, K/G), one matrix for each group.
             centred: Whether a bias makes up for the mean error.
             seen: What it sees now instead; gradients are those of the calibration.
+            kept: Which rows and columns of the weight that the calibration knows are left in `matrices`; by default
+                all.
 
         Returns:
             The norm; None where nothing is known of the layer, or of groups as large as these.
@@ -138,6 +143,8 @@ class Calibration(LayerStatistics):
             FactorizationError: The layer is of no consequence, or what it sees is not finite.
         """
         moments = self._seen(fqn, matrices, seen)
+        if moments is not None and kept is not None:
+            moments = moments.of(kept)
         if moments is None or (not moments.of_inputs and moments.data.shape[:2] != matrices.shape[:2]):
             return None
         return metric(matrices, moments, centred, self.inputs)
@@ -258,8 +265,12 @@ def _found(
     masking = Masking(model, {site.fqn: site.module for site in possible})
     calls = layer_calls(folder, model, sites, batches, masking, [site for site in possible if site not in sites])
     warn_of_unseen(calls.unseen)
-    consumers = {block.consumer for block in blocks or () if not block.reason}
-    files = moment_files(folder, sites, calls, batches, masking, loss, request, consumers)
+    narrowable = [block for block in blocks or () if not block.reason]
+    consumers = frozenset(block.consumer for block in narrowable)
+    by_channels = consumers & {site.fqn for site in sites if not site.adapter.takes_vectors}
+    told_apart = frozenset(fqn for block in narrowable for fqn in block.layers)
+    sides = Sides(request.inputs or consumers - by_channels, told_apart, by_channels)
+    files = moment_files(folder, sites, calls, batches, masking, loss, request, sides)
     return Calibration(folder, files, calls.unseen, blocks, request.inputs)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
 
-from ..linalg import Columns, Metric
+from ..linalg import Columns, Kept, Metric
 from ..model.feed_forward import FeedForward
 from ..model.survey import Site
 
@@ -51,6 +52,36 @@ class LayerStatistics(MetricSource, Protocol):
     def feed_forward(self) -> tuple[FeedForward, ...] | None:
         """The blocks that can be narrowed, and those that look so with the reason; None: not looked for."""
         return None
+
+
+class OfKept(LayerStatistics):
+    """What is known of layers that have lost rows or columns.
+
+    Args:
+        source: Who knows the layers as they were.
+        kept: What is left of those that lost any, by name.
+    """
+
+    def __init__(self, source: LayerStatistics, kept: Mapping[str, Kept]) -> None:
+        self._source, self._kept = source, kept
+
+    def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
+        if fqn in self._kept:
+            return self._source.metric(fqn, matrices, centred, kept=self._kept[fqn])
+        return self._source.metric(fqn, matrices, centred)
+
+    def columns(self, fqn: str, matrices: Tensor, centred: bool) -> Columns | None:
+        return self._source.columns(fqn, matrices, centred)
+
+    @property
+    def has_gradients(self) -> bool:
+        return self._source.has_gradients
+
+    def __contains__(self, fqn: str) -> bool:
+        return fqn in self._source
+
+    def tokens(self, fqn: str) -> int:
+        return self._source.tokens(fqn)
 
 
 def columns_of(source: MetricSource | None, site: Site) -> Columns | None:

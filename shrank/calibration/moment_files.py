@@ -15,7 +15,7 @@ from ..util import tensor_file
 from ..util.processes import current
 from .observer import Accumulator
 
-FORMAT = 2
+FORMAT = 3
 
 
 def write_moments(file: Path, accumulator: Accumulator) -> None:

@@ -21,17 +21,14 @@ from .streams import Masking, MaskOfCall
 class Observed:
     """One layer under observation; `leader` is the layer of its group that observes the input they share."""
 
-    def __init__(
-        self, site: Site, leader: Observed | None, of_inputs: bool, gradients: bool, channels: bool = False
-    ) -> None:
-        self.site, self.leader, self.of_inputs = site, leader or self, of_inputs
+    def __init__(self, site: Site, leader: Observed | None, group: Group, gradients: bool) -> None:
+        self.site, self.leader, self.of_inputs = site, leader or self, group.of_inputs
         self.target, self.shape = site.adapter, site.shape
-        # Behind more outputs than inputs the gradients are needed only as the inputs feel them.
-        self.gradient_of_inputs = of_inputs and self.shape.out_features > self.shape.in_features
-        self.data = self.moment(of_inputs) if leader is None else None
+        self.gradient_of_inputs = group.gradient_of_inputs(site)
+        self.data = self.moment(group.of_inputs) if leader is None else None
         self.sums: tuple[Tensor, Tensor] | None = None  # of what `data` is of, and of squares of inputs, float64
         self.gradient = self.moment(self.gradient_of_inputs) if gradients else None
-        self.channels = self._empty(1, self.target.input_channels) if channels else None
+        self.channels = self._empty(1, self.target.input_channels) if group.channels else None
         self.channel_sum: Tensor | None = None
         self.inputs = Inputs()
 
@@ -141,7 +138,7 @@ class Accumulator:
         for group in groups:
             leader = None
             for site in group.sites:
-                observed = Observed(site, leader, group.of_inputs, gradients, group.channels)
+                observed = Observed(site, leader, group, gradients)
                 leader = leader or (observed if group.of_inputs else None)
                 self._layers.append(observed)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,7 @@ from .losses import Sensitivity
 from .moment_files import write_moments
 from .observer import Accumulator
 from .request import Calibrate
-from .sharing import LayerCalls, observe_calls, plan_passes
+from .sharing import LayerCalls, Sides, observe_calls, plan_passes
 from .streams import Masking, warn_of_masks_that_fit_nothing
 
 LEAST_MEMORY = 64 << 20  # bytes for moments that are always held at a time
@@ -37,18 +36,17 @@ def moment_files(
     masking: Masking,
     loss: Sensitivity | None,
     request: Calibrate,
-    consumers: Collection[str] = (),
+    sides: Sides,
 ) -> list[Path]:
     """The files with the moments of these layers, one for every pass over the data; those that are there already are
-    not made again. consumers: layers to observe by their inputs whatever the request says, convolutions by their
-    channels beside."""
+    not made again."""
     max_memory = request.max_memory
     if max_memory is None:
         max_memory = max(2 * sum(p.numel() for p in masking.model.parameters()), LEAST_MEMORY)
-    by_channels = {s.fqn for s in sites if s.fqn in consumers and not s.adapter.takes_vectors}
-    by_inputs = set(consumers) - by_channels
-    passes = plan_passes(sites, calls, loss is not None, max_memory, request.inputs or by_inputs, by_channels)
-    side = (["inputs"] if request.inputs else sorted(by_inputs)) + [f"channels of {fqn}" for fqn in sorted(by_channels)]
+    passes = plan_passes(sites, calls, loss is not None, max_memory, sides)
+    side = ["inputs"] if sides.inputs is True else sorted(sides.inputs or ())
+    side += ["told apart", *sorted(sides.told_apart)] if sides.told_apart else []
+    side += ["channels", *sorted(sides.channels)] if sides.channels else []
     files = [
         folder / f"{_digest([*side, *([site.fqn for site in group.sites] for group in groups)])}.safetensors"
         for groups in passes

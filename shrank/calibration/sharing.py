@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
@@ -25,12 +25,34 @@ ROWS_IN_FLOAT32 = 1 << 16
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that get the same input; the moments are those of this input, or of each layer's own outputs, and where
-    `channels` that of a convolution's input channels beside them."""
+    """Layers that get the same input; the moments are those of this input, or of each layer's own outputs. Gradients
+    are noted at the inputs where these are fewer, but for layers that are `told_apart` by their outputs. `channels`:
+    the moment of a convolution's input channels is noted beside."""
 
     sites: tuple[Site, ...]
     of_inputs: bool
+    told_apart: frozenset[str] = frozenset()
     channels: bool = False
+
+    def gradient_of_inputs(self, site: Site) -> bool:
+        """Whether the gradients that reach a layer are noted as its inputs feel them."""
+        fewer = self.of_inputs and site.shape.out_features > site.shape.in_features
+        return fewer and site.fqn not in self.told_apart
+
+
+@dataclass(frozen=True)
+class Sides:
+    """On what side layers are observed, whatever is smaller.
+
+    Args:
+        inputs: Linear layers, all or those of these names, by their inputs.
+        told_apart: Names of layers whose gradients are noted output by output.
+        channels: Names of convolutions that are observed by their input channels beside.
+    """
+
+    inputs: bool | frozenset[str] = False
+    told_apart: frozenset[str] = frozenset()
+    channels: frozenset[str] = frozenset()
 
 
 class Inputs:
@@ -64,25 +86,12 @@ class LayerCalls:
 
 
 def plan_passes(
-    sites: list[Site],
-    calls: LayerCalls,
-    gradients: bool,
-    max_memory: int,
-    inputs: bool | Collection[str] = False,
-    channels: Collection[str] = (),
+    sites: list[Site], calls: LayerCalls, gradients: bool, max_memory: int, sides: Sides
 ) -> list[list[Group]]:
     """The layers in groups that share their inputs, in the order of execution, split so that the moments of each part
-    fit into `max_memory` bytes (of a single group, whatever it needs).
-
-    inputs: linear layers, or those of these names, are observed by their inputs, however many these are. channels:
-    convolutions that are observed by their channels beside.
-    """
+    fit into `max_memory` bytes (of a single group, whatever it needs)."""
     by_name = {site.fqn: site for site in sites}
-    groups = [
-        replace(group, channels=group.sites[0].fqn in channels)
-        for names in calls.shared
-        for group in _sided([by_name[name] for name in names], inputs)
-    ]
+    groups = [group for names in calls.shared for group in _sided([by_name[name] for name in names], sides)]
     return in_passes(groups, calls.rows, lambda group: sum(_entries(group, gradients)), max_memory)
 
 
@@ -168,15 +177,15 @@ def _together(seen: list[dict[str, list[int]]], rows: dict[str, int], sites: lis
     return LayerCalls(list(shared.values()), calls, max(rows.values(), default=0), unseen)
 
 
-def _sided(sites: list[Site], inputs: bool | Collection[str]) -> list[Group]:
+def _sided(sites: list[Site], sides: Sides) -> list[Group]:
     """The layers with one input as a group that observes it; or each alone, if their outputs are fewer numbers and
-    nobody insists on the `inputs`."""
+    nobody insists on the inputs."""
     if not sites[0].adapter.takes_vectors:
-        return [Group((site,), False) for site in sites]
+        return [Group((site,), False, channels=site.fqn in sides.channels) for site in sites]
     shapes = [site.shape for site in sites]
-    insisted = inputs is True or any(site.fqn in (inputs or ()) for site in sites)
+    insisted = sides.inputs is True or any(site.fqn in (sides.inputs or ()) for site in sites)
     if insisted or shapes[0].in_features ** 2 <= sum(shape.out_features**2 for shape in shapes):
-        return [Group(tuple(sites), True)]
+        return [Group(tuple(sites), True, sides.told_apart & {site.fqn for site in sites})]
     return [Group((site,), False) for site in sites]
 
 
@@ -187,9 +196,9 @@ def _entries(group: Group, gradients: bool) -> Iterator[int]:
         yield group.sites[0].adapter.input_channels ** 2
     if group.of_inputs:
         yield shapes[0].in_features ** 2
-    for shape in shapes:
+    for site, shape in zip(group.sites, shapes, strict=True):
         outputs = shape.out_features**2 // shape.groups
         if not group.of_inputs:
             yield outputs
         if gradients:
-            yield min(shape.in_features**2, outputs) if group.of_inputs else outputs
+            yield shape.in_features**2 if group.gradient_of_inputs(site) else outputs

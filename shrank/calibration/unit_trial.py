@@ -87,7 +87,7 @@ class Trial:
 
     def _inputs_of(self, block: FeedForward, units: Tensor) -> Tensor:
         inputs = target(self.modules[block.consumer]).input_channels
-        return block.columns_of(units, inputs).flatten()
+        return block.columns_left(units, inputs)
 
     def _narrowed(self, halves: dict[FeedForward, tuple[Tensor, Tensor]]) -> Iterator[tuple[nn.Module, dict]]:
         for block, (_, kept) in halves.items():
@@ -98,7 +98,7 @@ class Trial:
             consumer = self.modules[block.consumer]
             adapter = target(consumer)
             matrix = adapter.matrices(shape := adapter.shape())[0]
-            columns = block.columns_of(kept, shape.in_features).flatten().sort().values
+            columns = block.columns_left(kept, shape.in_features)
             yield consumer, narrowed_consumer(consumer, matrix[:, columns.to(matrix.device)])
 
     def _outputs(self, hooks: Iterable[tuple[nn.Module, Callable]], before: Iterable) -> list[Tensor]:

@@ -17,7 +17,7 @@ from ..calibration.metric_source import MetricSource
 from ..calibration.observer import Observed, add_up
 from ..calibration.sharing import Group
 from ..calibration.streams import Masking
-from ..linalg import Columns, Metric, Moments
+from ..linalg import Columns, Kept, Metric, Moments
 from ..model.hooks import hooked, in_eval_mode, input_of
 from ..util.processes import current
 
@@ -30,8 +30,8 @@ class AnchoredMetrics(MetricSource):
     def __init__(self, calibration: Calibration, moments: dict[str, Moments] | Calibration) -> None:
         self._calibration, self._moments = calibration, moments
 
-    def metric(self, fqn: str, matrices: Tensor, centred: bool) -> Metric | None:
-        return self._calibration.metric(fqn, matrices, centred, self._seen(fqn))
+    def metric(self, fqn: str, matrices: Tensor, centred: bool, kept: Kept | None = None) -> Metric | None:
+        return self._calibration.metric(fqn, matrices, centred, self._seen(fqn), kept)
 
     def columns(self, fqn: str, matrices: Tensor, centred: bool) -> Columns | None:
         return self._calibration.columns(fqn, matrices, centred, self._seen(fqn))
@@ -46,7 +46,7 @@ class _Pair:
     the dense model."""
 
     def __init__(self, group: Group, share: float) -> None:
-        self.here = Observed(group.sites[0], None, group.of_inputs, gradients=False)
+        self.here = Observed(group.sites[0], None, group, gradients=False)
         self.names, self.share = [site.fqn for site in group.sites], share
         self.expected: list[Tensor] = []  # what they see in the dense model, call by call of one batch
         self.alike, self.anchor, self.sum = True, self.here.moment(group.of_inputs), None

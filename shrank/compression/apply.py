@@ -20,7 +20,7 @@ from ..planning.plan import RankPlan
 from ..util.processes import current
 from ..util.progress import track
 from .describe import is_ours
-from .empty_twin import empty_twin
+from .empty_twin import empty_twin, packed_linear
 from .narrow import attach_narrow, block_jobs, narrow, narrowed_state
 from .resolve import require_inputs, resolve
 from .twins import twins
@@ -62,8 +62,9 @@ def carry_out(
     require_inputs(jobs, calibration)
     agree_on(survey.model)
     current().agree("the plan", plan.to_dict())
-    plan = narrow(block_jobs(survey, plan)[0], calibration, plan, workers)
+    plan, calibration = narrow(block_jobs(survey, plan)[0], calibration, plan, workers)
     done = {layer.fqn: layer for layer in plan}
+    jobs = [(site, done[layer.fqn]) for site, layer in jobs if done[layer.fqn].changes]  # a block may keep its units
     for site, layer, twin in track(twins(jobs, calibration, workers), "factorising", total=len(jobs)):
         done[layer.fqn] = layer
         if twin is None:
@@ -155,7 +156,7 @@ def _empty_twins(survey: Survey, plan: RankPlan) -> list[tuple[Site, nn.Module]]
     twins = []
     for site, layer in resolve(survey, plan.outermost, loading=True):
         if layer.rank is None:
-            twins.append((site, PackedLinear(site.module, layer.storage.grid, layer.storage.activations)))
+            twins.append((site, packed_linear(site, layer)))
             continue
         twin = Survey(empty_twin(site, layer))
         for inner_site, inner_twin in _empty_twins(twin, plan.inside(layer.fqn)):

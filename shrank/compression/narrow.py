@@ -10,14 +10,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..calibration.metric_source import MetricSource, columns_of
-from ..linalg import FactorizationError, eliminate, refit
+from ..calibration.metric_source import MetricSource, OfKept, columns_of
+from ..linalg import FactorizationError, Kept, Refit, eliminate, refit
 from ..model import surgery
 from ..model.carriers import narrowed_carrier, narrowed_state_of, units_carried
-from ..model.feed_forward import narrowed_consumer, narrowed_producer, note_narrowed
+from ..model.feed_forward import kept_of, narrowed_consumer, narrowed_producer, note_narrowed
 from ..model.survey import Site, Survey
 from ..planning.narrowed import NarrowedBlock, narrowed_shape
-from ..planning.narrowing import unit_columns
 from ..planning.plan import LayerPlan, RankPlan, narrowed_layer
 from ..util.parallel import dealt, in_parallel, workers_for
 from ..util.processes import current
@@ -43,9 +42,8 @@ class BlockJob:
         return layers | dict(zip(self.block.carriers, self.carriers, strict=True))
 
 
-# Of one block: the units that stay, the matrix on them, what the bias gains, and the error of the outputs; or why there
-# is none.
-Fitted = tuple[Tensor, Tensor, Tensor | None, float] | str
+# Of one block: the units that stay, and the fit on them; or why there is none.
+Fitted = tuple[Tensor, Refit] | str
 
 
 def block_jobs(survey: Survey, plan: RankPlan, loading: bool = False) -> tuple[list[BlockJob], list[str]]:
@@ -91,36 +89,37 @@ def _misfit(block: NarrowedBlock, layer: LayerPlan, site: Site, loading: bool) -
         return f"{site.fqn} cannot change: {'; '.join(site.why_not()) or 'it is in groups'}"
     if adapter.kind != layer.kind:
         return f"{site.fqn} is a {adapter.kind} here and a {layer.kind} in the plan"
-    if layer.rank is not None and not loading:
-        return f"{site.fqn} has a rank in the plan, and the layers of a narrowed block stay dense"
     shape, now = site.shape, replace(block, width=None)
     if narrowed_shape(now, site.fqn, shape) != shape:
         return f"{site.fqn} is {shape} here, and the plan is of {block.units} units"
     wanted = narrowed_shape(block, site.fqn, shape)
-    if layer.rank is None and wanted != layer.shape:
+    if wanted != replace(layer.shape, pivoted=False):
         return f"{site.fqn} would be {wanted} here and is {layer.shape} in the plan"
     return ""
 
 
 def narrow(
     jobs: list[BlockJob], calibration: MetricSource | None, plan: RankPlan, workers: int | None = None
-) -> RankPlan:
-    """Narrow these blocks in place; the plan with the errors found. ValueError without data, which they are fitted
-    on."""
+) -> tuple[RankPlan, MetricSource | None]:
+    """Narrow these blocks in place; the plan with the errors found, and what is known of their layers now. ValueError
+    without data, which they are fitted on."""
     if jobs and calibration is None:
         raise ValueError(
             f"{jobs[0].block.name!r} is to be narrowed, which takes the data that the plan was made with: "
             "give calibrate="
         )
+    kept: dict[str, Kept] = {}
     for job, fitted in track(_fitted(jobs, calibration, workers), "narrowing", total=len(jobs)):
         if isinstance(fitted, str):
             warnings.warn(f"{job.block.name} keeps its units: {fitted}", stacklevel=4)
             done = replace(job.block.with_width(None, fitted), able=False)
         else:
-            _put_in_place(job, *fitted[:3])
-            done = replace(job.block, error=fitted[3])
+            units, found = fitted
+            _put_in_place(job, units, found.matrix, found.shift)
+            kept |= kept_of(job.block, units)
+            done = replace(job.block, error=found.output_error)
         plan = _with_block(plan, done)
-    return plan
+    return plan, OfKept(calibration, kept) if kept else calibration
 
 
 def _fitted(
@@ -131,18 +130,16 @@ def _fitted(
             columns = columns_of(calibration, job.consumer)
             if columns is None:
                 return "the calibration did not observe them one by one: make it with calibrate(..., narrow=True)"
-            units = unit_columns(job.block, columns)
-            kept = eliminate(columns, job.block.width, units).kept(job.block.width)
-            found = refit(columns, units[kept.cpu()].flatten().sort().values.to(kept.device))
+            block, size = job.block, len(columns.data)
+            units = block.columns_of(torch.arange(block.units), size)
+            kept = eliminate(columns, block.width, units).kept(block.width)
+            found = refit(columns, block.columns_left(kept, size))
         except FactorizationError as reason:
             return str(reason)
-        dtype = job.consumer.module.weight.dtype
-        return (
-            kept.cpu(),
-            found.matrix.to("cpu", dtype),
-            found.shift if found.shift is None else found.shift.cpu(),
-            (found.output_error),
-        )
+        # Of the processes one may be on another device than the others.
+        shift = None if found.shift is None else found.shift.cpu()
+        matrix = found.matrix.to("cpu", job.consumer.module.weight.dtype)
+        return kept.cpu(), Refit(matrix, shift, found.output_error)
 
     workers = workers or workers_for(job.consumer.module.weight for job in jobs)
     if current().size > 1:  # all must keep the same units, to the last bit

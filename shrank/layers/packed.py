@@ -30,16 +30,21 @@ class PackedLinear(nn.Module):
         linear: The layer, whose weight may be without data; it is `made` in the end.
         grid: That of its weight.
         activations: As of `quantized_weight`.
+        size: (out_features, in_features), where the layer will have others than now by then.
     """
 
-    def __init__(self, linear: nn.Linear, grid: Grid, activations: str | None) -> None:
+    def __init__(
+        self, linear: nn.Linear, grid: Grid, activations: str | None, size: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
         self.grid, self.activations = grid, activations
-        self.out_features, self.in_features = linear.weight.shape
+        self.out_features, self.in_features = size or linear.weight.shape
         vars(self)["linear"] = linear  # its weight is no part of this one's state
-        self.weight = PackedWeight(*linear.weight.shape, grid, linear.weight.dtype)
-        bias = linear.bias
-        self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias, device="meta"), bias.requires_grad)
+        self.weight = PackedWeight(self.out_features, self.in_features, grid, linear.weight.dtype)
+        self.bias = bias = linear.bias
+        if bias is not None:
+            empty = torch.empty(self.out_features, dtype=bias.dtype, device="meta")
+            self.bias = nn.Parameter(empty, bias.requires_grad)
         self.train(linear.training)
 
     def made(self) -> nn.Linear:

@@ -6,8 +6,8 @@ from .allocation import Allocation, BudgetTooSmall, Options, allocate, combined,
 from .correction import Lost, QuantizedCorrected, corrected_errors, on_grids, quantized_corrected
 from .factors import Factors, Shape
 from .grids import AS_IT_IS, Grid, Storage
-from .moments import Columns, Metric, Moments, channel_columns, columns, metric
-from .narrowing import Elimination, Refit, eliminate, refit
+from .moments import Columns, Kept, Metric, Moments, channel_columns, columns, metric
+from .narrowing import Elimination, Refit, eliminate, fitted, refit
 from .pivots import PivotedFactors, pivoted, unpivoted
 from .quantization import Quantized, gptq, nearest
 from .quantized_factors import (
@@ -31,6 +31,7 @@ __all__ = [
     "FactorizationError",
     "Factors",
     "Grid",
+    "Kept",
     "Loss",
     "Lost",
     "Metric",
@@ -53,6 +54,7 @@ __all__ = [
     "energy_curve",
     "factorize",
     "factorize_weighted",
+    "fitted",
     "frontier",
     "gptq",
     "inputs_of",

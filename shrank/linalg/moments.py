@@ -33,7 +33,8 @@ class Moments:
 
     data: (G, N/G, N/G) of its outputs without bias, or (1, K, K) of its inputs if `of_inputs`. mean: (G, N/G) or
     (1, K), of the same. input_energy: (G, K/G), mean squares of the inputs. gradient: of the gradients at the outputs,
-    (G, N/G, N/G), or where `of_inputs` and N > K of those gradients times the weight, (1, K, K); None: not measured.
+    (G, N/G, N/G), or where `of_inputs` and N > K, unless some of the outputs may go, of those gradients times the
+    weight, (1, K, K); None: not measured.
     gradient_samples: rows of the model's output that they stem from. anchor: E t s^T, shaped as `data`, where the layer
     sees s and should act as if it saw t; None: they are the same. anchor_mean: of t. channels (1, C, C), channel_mean
     (1, C): of a convolution's inputs, channel by channel over all positions; None: not observed.
@@ -54,6 +55,37 @@ class Moments:
     def to(self, device: torch.device) -> Moments:
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tensors)
+
+    def of(self, kept: Kept) -> Moments:
+        """What the layer sees with these rows and columns of its matrix alone, which is fitted to what it should do.
+
+        ValueError where gradients are known only as all of the outputs feel them together.
+        """
+        changed: dict[str, Tensor | None] = {}
+        if kept.rows is not None and self.gradient is not None:
+            if self.of_inputs and self.gradient.shape[-1] == self.data.shape[-1] != kept.outputs:
+                raise ValueError("gradients were observed at the inputs, where outputs cannot be told apart")
+            changed["gradient"] = _part(self.gradient, kept.rows)
+        if kept.rows is not None and not self.of_inputs:
+            names = ("data", "mean", "anchor", "anchor_mean")
+            changed |= {name: _part(value, kept.rows) for name in names if (value := getattr(self, name)) is not None}
+        if kept.columns is not None:
+            changed["input_energy"] = self.input_energy[:, kept.columns]
+            # The fit is the regression of what the layer should do: what is left of its error is beyond all columns.
+            changed |= {"anchor": None, "anchor_mean": None}
+            if self.of_inputs:
+                changed |= {name: _part(getattr(self, name), kept.columns) for name in ("data", "mean")}
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is left of a layer that loses rows or columns of its matrix (N, K): their numbers, None for all; and where
+    it loses rows N."""
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    outputs: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,6 +129,11 @@ class Columns:
     taps: int = 1
 
 
+def _part(moment: Tensor, kept: Tensor) -> Tensor:
+    """Of a moment (G, m, m), or a mean (G, m), that of these features."""
+    return moment[:, kept] if moment.ndim == 2 else moment[:, kept][..., kept]
+
+
 def metric(matrices: Tensor, moments: Moments, centred: bool, inputs: bool = False) -> Metric:
     """The shrunk norm for matrices (G, N, K); centred: a bias will take up the mean of the error, which is then free.
 
@@ -133,6 +170,8 @@ def columns(matrix: Tensor, moments: Moments, centred: bool) -> Columns:
     """The shrunk norm for a matrix (1, N, K), whose moments are those of its inputs; centred: as of `metric`."""
     of_inputs = moments.gradient is not None and matrix.shape[-2] > matrix.shape[-1]
     data, towards, shift = _shrunk_data(matrix, moments, centred)
+    # Of units that hardly change, sums in float32 leave no more than this of what is around their mean.
+    data.diagonal(dim1=-2, dim2=-1).add_(moments.data.diagonal(dim1=-2, dim2=-1), alpha=_FLOOR)
     goal = matrix.double() if towards is None else matrix.double() @ towards
     worth = None if moments.gradient is None else _shrunk_gradient(matrix, towards, moments, of_inputs)
     if not of_inputs:
@@ -207,8 +246,11 @@ def _shrinkage(features: int, tokens: int) -> float:
 
 
 def _shrunk_gradient(W: Tensor, right: Tensor | None, moments: Moments, on_inputs: bool) -> Tensor:
-    """The gradients' moment, mixed with the one of as strong gradients that prefer no output; right: beside W."""
+    """The gradients' moment, as the inputs feel it if `on_inputs`, mixed with the one of as strong gradients that
+    prefer no output; right: beside W."""
     gradient = moments.gradient.to(torch.float64, copy=True)
+    if on_inputs and gradient.shape[-1] != W.shape[-1]:
+        gradient = parts.through(W.mT, gradient)
     if on_inputs:
         neutral = parts.gram(W)
         if right is not None:

@@ -75,24 +75,36 @@ def eliminate(columns: Columns, least: int = 1, units: Tensor | None = None) -> 
     return Elimination(torch.cat(order) if order else left[:0], errors)
 
 
+def fitted(columns: Columns, kept: Tensor) -> Tensor:
+    """The best matrix of the layer on the columns that stay, which are ascending; raises FactorizationError as
+    `eliminate`."""
+    return _of_layer(_fitted(columns, kept), columns)
+
+
 def refit(columns: Columns, kept: Tensor) -> Refit:
-    """The best matrix on the columns that stay, which are ascending; raises FactorizationError as `eliminate`."""
-    W, C = columns.goal, columns.data
-    factor, info = torch.linalg.cholesky_ex(C[kept][:, kept])
-    if info.item():
-        raise FactorizationError("the moments of the units that stay are not positive definite")
-    matrix = torch.cholesky_solve(C[kept] @ W.mT, factor).mT
+    """As `fitted`, with all that comes of it."""
+    W, C, matrix = columns.goal, columns.data, _fitted(columns, kept)
     lost = W.clone()
     lost[:, kept] -= matrix
     energies = [((m @ C) * m).sum().clamp_min(0).item() for m in (lost, W)]
     shift = None
     if columns.mean is not None:
-        shift = lost @ columns.mean
+        shift = (lost @ columns.mean).unflatten(0, (-1, columns.taps)).sum(1)
         shift = shift if columns.shift is None else shift + columns.shift
-    if columns.taps > 1:
-        matrix = matrix.unflatten(0, (-1, columns.taps)).mT.flatten(1)
-        shift = shift if shift is None else shift.unflatten(0, (-1, columns.taps)).sum(1)
-    return Refit(matrix.contiguous(), shift, (energies[0] / energies[1]) ** 0.5 if energies[1] else 0.0)
+    return Refit(_of_layer(matrix, columns), shift, (energies[0] / energies[1]) ** 0.5 if energies[1] else 0.0)
+
+
+def _fitted(columns: Columns, kept: Tensor) -> Tensor:
+    C = columns.data
+    factor, info = torch.linalg.cholesky_ex(C[kept][:, kept])
+    if info.item():
+        raise FactorizationError("the moments of the units that stay are not positive definite")
+    return torch.cholesky_solve(C[kept] @ columns.goal.mT, factor).mT
+
+
+def _of_layer(matrix: Tensor, columns: Columns) -> Tensor:
+    """With the taps of one input after another, as kernels have them."""
+    return matrix.unflatten(0, (-1, columns.taps)).mT.flatten(1).contiguous()
 
 
 def _eliminate_several(columns: Columns, least: int, units: Tensor) -> Elimination:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..linalg import Kept
 from .adapters import target
 from .notes import NARROWED, noted
 
@@ -58,6 +59,10 @@ class OfUnits:
         """The columns of these units (units, columns of each), where all units have so many: those of the consumer's
         matrix, or of its inputs, which are fewer where a kernel has several taps."""
         return places(kept, self.units, columns // self.units, self.strided)
+
+    def columns_left(self, kept: Tensor, columns: int) -> Tensor:
+        """As `columns_of`, all of them, ascending."""
+        return self.columns_of(kept, columns).flatten().sort().values
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,14 @@ def places(units: Tensor, of: int, each: int, strided: bool) -> Tensor:
     return units[:, None] + of * offsets if strided else units[:, None] * each + offsets
 
 
+def kept_of(block: OfUnits, kept: Tensor) -> dict[str, Kept]:
+    """What is left of its layers, by name, with these units."""
+    producers = {
+        fqn: Kept(block.outputs_of(fqn, kept), outputs=block.units * block.rows_of(fqn)) for fqn in block.producers
+    }
+    return {**producers, block.consumer: Kept(columns=block.columns_left(kept, block.units * block.columns))}
+
+
 def narrowed_producer(module: nn.Module, rows: Tensor) -> dict[str, object]:
     """The attributes of a producer with some of its rows."""
     adapter, rows = target(module, vouched=True), rows.to(module.weight.device)
@@ -135,9 +148,12 @@ def note_narrowed(block: OfUnits, width: int, modules: dict[str, nn.Module]) -> 
 def narrowed_in(model: nn.Module) -> Iterator[tuple[FeedForward, int]]:
     """The narrowed blocks of a model, as they were, and how many units each has."""
     found: dict[int, tuple[Narrowed, dict[str, list[tuple[str, int]]]]] = {}
+    layer = None
     for fqn, module in model.named_modules():
+        if layer is not None and fqn.startswith(f"{layer}."):
+            continue  # the weight that it corrects, which was the layer
         if (note := noted(module, NARROWED)) is not None:
-            block, role, rows = note
+            (block, role, rows), layer = note, fqn
             roles = found.setdefault(id(block), (block, {PRODUCER: [], CARRIER: [], CONSUMER: []}))[1]
             roles[role].append((fqn, rows))
     for block, roles in found.values():

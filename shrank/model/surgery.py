@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -82,6 +83,14 @@ def reshape(module: nn.Module, attributes: dict[str, object]) -> None:
     """Give a layer parameters of another size, and what says it: it stays the module that hooks and others know."""
     for name, value in attributes.items():
         setattr(module, name, value)
+
+
+def resized(module: nn.Module, attributes: dict[str, object]) -> nn.Module:
+    """A layer like this one but for these attributes; this one stays as it is."""
+    made = copy.copy(module)
+    made._parameters = dict(module._parameters)
+    reshape(made, attributes)
+    return made
 
 
 @contextmanager

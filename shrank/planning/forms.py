@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..linalg import AS_IT_IS, Grid, Shape, Storage
-from ..model.survey import Site
+from ..model.adapters import Target
 from .costs import Bytes, Cost, Latency, PricedLayer
 from .grids import Grids
-from .options import PlanOptions, StaysDense, can_pivot, grouped, is_faster, may_pivot
+from .options import PlanOptions, StaysDense, can_pivot, grouped, is_faster
 
 # What tells the forms of one layer apart.
 Key = tuple[int | None, Storage]
@@ -30,25 +30,27 @@ class Form:
         return self.rank, self.storage
 
 
-def forms(layer: PricedLayer, site: Site, shape: Shape, options: PlanOptions, cost: Cost | None) -> dict[Key, Form]:
+def forms(
+    layer: PricedLayer, adapter: Target, shape: Shape, options: PlanOptions, cost: Cost | None, pivots: bool
+) -> dict[Key, Form]:
     """Every form that the layer could have; dense as it is where it may be or can be nothing else.
 
-    cost: what a budget counts, if there is one. Measured times decide where factors are pivoted, bytes bring few bits.
+    cost: what a budget counts, if there is one. Measured times decide where factors are pivoted, else whether they may
+    be; bytes bring few bits.
     """
     as_it_is = Form(None, shape)
     found = [as_it_is] if options.allow_dense else []
     times = cost if isinstance(cost, Latency) and options.pivot == "auto" else None
-    found += _low_rank(layer, site, shape, options, times)
+    found += _low_rank(layer, adapter, shape, options, times, pivots)
     if isinstance(cost, Bytes):
-        found += _on_grids(site, shape, options, cost.grids)
+        found += _on_grids(adapter, shape, options, cost.grids)
     return {form.key: form for form in found or [as_it_is]}
 
 
 def _low_rank(
-    layer: PricedLayer, site: Site, shape: Shape, options: PlanOptions, times: Latency | None
+    layer: PricedLayer, adapter: Target, shape: Shape, options: PlanOptions, times: Latency | None, pivots: bool
 ) -> Iterator[Form]:
-    adapter = site.adapter
-    pivots = times is not None or may_pivot(site.module, options)
+    pivots = times is not None or pivots
     for rank in _ranks(shape, options, 8 if shape.max_rank >= 128 else 1):
         try:
             twin = grouped(rank, adapter, options)
@@ -65,9 +67,9 @@ def _low_rank(
             yield Form(rank, twin)
 
 
-def _on_grids(site: Site, shape: Shape, options: PlanOptions, grids: Grids) -> Iterator[Form]:
+def _on_grids(adapter: Target, shape: Shape, options: PlanOptions, grids: Grids) -> Iterator[Form]:
     """The dense weight on a grid, with and without a correction, and plain factors on one where they are smaller."""
-    if not site.adapter.why_not_on_grid(None):
+    if not adapter.why_not_on_grid(None):
         for grid in grids.of(shape.in_features, shape.in_features):
             if options.allow_dense:
                 yield Form(None, shape, Storage(grid))
@@ -76,7 +78,7 @@ def _on_grids(site: Site, shape: Shape, options: PlanOptions, grids: Grids) -> I
                 if rank <= shape.max_rank and shape.bytes(rank, corrected) < shape.bytes(None):
                     yield Form(rank, shape, corrected)
     for rank in _ranks(shape, options, min(grids.group_sizes, default=1)):
-        if site.adapter.why_not_on_grid(rank):
+        if adapter.why_not_on_grid(rank):
             continue
         for grid in grids.of(math.gcd(shape.in_features, rank)):
             if shape.bytes(rank, Storage(grid)) < shape.bytes(None, Storage(grid)):

@@ -10,10 +10,12 @@ from functools import cached_property
 from torch import Tensor
 
 from ..linalg import FactorizationError
+from ..model.adapters import Target
 from ..model.survey import Site
 from ..util.parallel import dealt
 from .costs import Bytes, Cost, PricedLayer
 from .forms import Form, Key
+from .narrower import Narrower
 from .plan import LayerPlan
 from .rounding import Rounding
 from .spectra import Spectra
@@ -32,12 +34,23 @@ def worth(tokens: int) -> float:
 @dataclass(frozen=True)
 class Candidate:
     """A layer that the budget decides on; squares (G, m): what each of its directions adds to the squared error if it
-    is cut."""
+    is cut; narrower: its block with fewer units, where it is that layer, and not the one at its site."""
 
     site: Site
     draft: LayerPlan
     priced: PricedLayer
     squares: Tensor
+    narrower: Narrower | None = None
+
+    @property
+    def key(self) -> tuple[str, int | None]:
+        """What tells it from others, its own at other widths too."""
+        return self.site.fqn, None if self.narrower is None else self.narrower.width
+
+    @property
+    def adapter(self) -> Target:
+        """The layer as what its type is; its weights may be missing."""
+        return self.site.adapter if self.narrower is None else self.narrower.adapter(self.site.fqn)
 
     def tail(self, rank: int | None) -> float:
         """The squared error at a rank; 0 for a dense layer."""
@@ -63,7 +76,7 @@ class Losses:
 
     Args:
         candidates: The layers.
-        forms: Of every layer, by its name.
+        forms: Of every layer, by its key.
         cost: What a budget counts.
         weighted: The squared errors of different layers add up.
         spectra: Who knows what the layers see.
@@ -72,7 +85,7 @@ class Losses:
     def __init__(
         self,
         candidates: list[Candidate],
-        forms: dict[str, dict[Key, Form]],
+        forms: dict[tuple, dict[Key, Form]],
         cost: Cost,
         weighted: bool,
         spectra: Spectra,
@@ -80,7 +93,7 @@ class Losses:
         self._weighted, self._spectra = weighted, spectra
         # Without gradients every layer keeps the same share, which no measure of the weights alone has beaten.
         self._by_share = not weighted and not isinstance(cost, Bytes)
-        self._exact: dict[tuple[str, Key], float] = {}
+        self._exact: dict[tuple, float] = {}
         self._rounding = self._measured(candidates, forms) if isinstance(cost, Bytes) else {}
 
     def of(self, candidate: Candidate, form: Form) -> float:
@@ -101,27 +114,31 @@ class Losses:
         tail = candidate.tail(None if form.storage.corrected else form.rank)
         if form.storage.grid is None:
             return tail
-        name = candidate.site.fqn
-        known = self._exact.get((name, form.key))
-        return self._rounding[name].estimate(form, tail) if known is None else known
+        known = self._exact.get((candidate.key, form.key))
+        return self._rounding[candidate.key].estimate(form, tail) if known is None else known
 
     def settle(self, chosen: Iterable[tuple[Candidate, Form]]) -> bool:
         """Measure these, unless they are known; whether there was anything to measure."""
         unknown = [
             (candidate, form)
             for candidate, form in chosen
-            if form.storage.grid is not None and (candidate.site.fqn, form.key) not in self._exact
+            if form.storage.grid is not None and (candidate.key, form.key) not in self._exact
         ]
         if not unknown:
             return False
+
+        def measured(pair: tuple[Candidate, Form]) -> float:
+            site, spectra = self._there(pair[0])
+            return spectra.loss(site, pair[1]).squared_error
+
         found = dealt(
-            lambda pair: self._spectra.loss(pair[0].site, pair[1]).squared_error,
+            measured,
             unknown,
             [candidate.draft.shape.work for candidate, _ in unknown],
             self._workers(candidate for candidate, _ in unknown),
             "rounding",
         )
-        self._exact |= {(c.site.fqn, form.key): squared for (c, form), squared in zip(unknown, found, strict=True)}
+        self._exact |= {(c.key, form.key): squared for (c, form), squared in zip(unknown, found, strict=True)}
         return True
 
     def _weight(self, candidate: Candidate) -> float:
@@ -134,21 +151,37 @@ class Losses:
     def _workers(self, candidates: Iterable[Candidate]) -> int:
         return self._spectra.workers(candidate.site.module.weight for candidate in candidates)
 
-    def _measured(self, candidates: list[Candidate], forms: dict[str, dict[Key, Form]]) -> dict[str, Rounding]:
+    def _there(self, candidate: Candidate) -> tuple[Site, Spectra]:
+        """The layer, and who knows what it sees."""
+        narrower = candidate.narrower
+        if narrower is None:
+            return candidate.site, self._spectra
+        return narrower.site(candidate.site.fqn), Spectra(narrower.statistics)
+
+    def _measured(self, candidates: list[Candidate], forms: dict[tuple, dict[Key, Form]]) -> dict[tuple, Rounding]:
         """How rounding goes in every layer; those that cannot be rounded lose their forms that are."""
+        found: dict[tuple, Rounding] = {}
 
         def look(candidate: Candidate) -> Rounding | None:
-            own = list(forms[candidate.site.fqn].values())
+            own = list(forms[candidate.key].values())
+            whole = found.get((candidate.site.fqn, None))
+            if candidate.narrower is not None and whole is None:
+                return None
             try:
-                return self._spectra.rounding(candidate.site, candidate.draft.shape, own, candidate.tails)
+                site, spectra = self._there(candidate)
+                if whole is not None:
+                    return spectra.rounding_like(whole, site, candidate.draft.shape, own)
+                return spectra.rounding(site, candidate.draft.shape, own, candidate.tails)
             except FactorizationError:
                 return None
 
-        work = [candidate.draft.shape.work for candidate in candidates]
-        found = dealt(look, candidates, work, self._workers(candidates), "rounding")
-        for candidate, rounding in zip(candidates, found, strict=True):
-            if rounding is None:
-                own, as_it_is = forms[candidate.site.fqn], Form(None, candidate.draft.shape)
+        for some in ([c for c in candidates if (c.narrower is None) == whole] for whole in (True, False)):
+            work = [candidate.draft.shape.work for candidate in some]
+            each = dealt(look, some, work, self._workers(some), "rounding")
+            found |= {c.key: rounding for c, rounding in zip(some, each, strict=True) if rounding is not None}
+        for candidate in candidates:
+            if candidate.key not in found:
+                own, as_it_is = forms[candidate.key], Form(None, candidate.draft.shape)
                 plain = {key: form for key, form in own.items() if form.storage.grid is None}
-                forms[candidate.site.fqn] = plain or {as_it_is.key: as_it_is}
-        return {c.site.fqn: rounding for c, rounding in zip(candidates, found, strict=True) if rounding is not None}
+                forms[candidate.key] = plain or {as_it_is.key: as_it_is}
+        return found

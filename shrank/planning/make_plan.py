@@ -17,11 +17,12 @@ from ..model.adapters import LOW_RANK, is_lazy
 from ..model.on_grid import why_not_on_grid
 from ..model.survey import Site, Survey, count, is_unit
 from ..util.parallel import dealt
+from .block_candidates import Others, require_narrowable
 from .budget import Budget, SmallestGoodEnough
 from .costs import PricedLayer
 from .losses import Candidate
 from .narrowed import NarrowedBlock
-from .narrowing import block_candidates, require_narrowable, spend_on_blocks
+from .narrowing import spend_on_blocks
 from .options import Eligibility, PlanOptions, StaysDense, fit, options_of
 from .plan import LayerPlan, RankPlan
 from .rank import Fraction, Layer, Rank, RankRule, as_rule
@@ -237,22 +238,16 @@ def _by_budget(
         if layer.site.fqn not in chosen | decided.keys()
     }
     weighted = spectra.calibration is not None and spectra.calibration.has_gradients
-    tried: list[NarrowedBlock] = []
-    unable: list[NarrowedBlock] = []
+    narrowed: list[NarrowedBlock] = []
     if options.narrow:
-        blocks, unable = block_candidates(
-            spectra.calibration,
-            budget,
-            candidates,
-            decided,
-            options,
-            left_out={x.site.fqn: reason for x in layers if (reason := x.eligibility.why_not_chosen(x.site))},
+        left_out = {x.site.fqn: reason for x in layers if (reason := x.eligibility.why_not_chosen(x.site))}
+        planned, narrowed, trade_off = spend_on_blocks(
+            budget, candidates, fixed, Others(decided, left_out), options, spectra
         )
-        planned, tried, trade_off = spend_on_blocks(budget, candidates, fixed, options, blocks, spectra)
     else:
         planned, trade_off = spend(budget, candidates, fixed, options, weighted, spectra)
     decided |= {x.fqn: x for x in planned}
-    return [decided[layer.site.fqn] for layer in layers], [*unable, *tried], trade_off
+    return [decided[layer.site.fqn] for layer in layers], narrowed, trade_off
 
 
 def _with_errors(planned: list[LayerPlan], layers: list[_Layer], spectra: Spectra) -> list[LayerPlan]:

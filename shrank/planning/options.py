@@ -49,8 +49,8 @@ class PlanOptions:
         group_size: Weights with one scale, of which ranks become multiples; None: each row has one.
         narrow: Let a budget take units out of blocks (hidden units of feed-forward blocks, channels between
             convolutions, heads of attention), and fit the matrix behind them again, where that loses less than ranks
-            do. Their layers stay dense and become smaller. "uniform": like blocks get one width, heads stay, and
-            transformers loads feed-forward blocks without shrank. It needs data, and cannot be undone.
+            do, or together with ranks. "uniform": like blocks get one width, heads stay, and transformers loads
+            feed-forward blocks without shrank. It needs data, and cannot be undone.
 
     Raises:
         ValueError: A number is below 1, max_rank below min_rank, pivot none of True, False and "auto"; bits none of

@@ -173,7 +173,7 @@ class RankPlan:
         return replace(self, layers=tuple(changed if x is chosen else x for x in self.layers))
 
     def with_width(self, name: str, width: int | None, reason: str = "set by hand") -> RankPlan:
-        """Change the number of units of one block (hidden units, channels, heads), whose layers then stay dense.
+        """Change the number of units of one block (hidden units, channels, heads), whose layers are then dense.
 
         Args:
             name: The name of the block, or of its consumer.

@@ -56,6 +56,18 @@ class Rounding:
             return self.dense * self._relative(form.storage.grid)
         return tail + _between(self.low_rank, form.rank) * self._relative(form.storage.grid)
 
+    def scaled(self, coarseness: dict[Grid, float]) -> Rounding:
+        """That of a layer which is like this one, as far as rounding to the nearest numbers of these grids tells."""
+        reference = self.reference if self.reference in coarseness else _reference(coarseness)
+        share = coarseness[reference] / (self.coarseness[self.reference] or 1.0)
+        return Rounding(
+            coarseness,
+            reference,
+            self.dense * share,
+            tuple((rank, added * share) for rank, added in self.low_rank),
+            tuple(error * share for error in self.corrected),
+        )
+
     def _relative(self, grid: Grid) -> float:
         reference = self.coarseness[self.reference]
         return self.coarseness[grid] / reference if reference else 1.0
@@ -75,7 +87,7 @@ def rounding(
     matrices = site.adapter.matrices(shape)
     metric = metric_of(source, site, matrices)
     coarseness = _coarseness(matrices[0], metric, {form.storage.grid for form in rounded})
-    reference = min(coarseness, key=lambda grid: (grid.bits != 4, -coarseness[grid]))
+    reference = _reference(coarseness)
     dense = quantized_dense(matrices, metric, reference)
     corrected: tuple[float, ...] = ()
     if any(form.storage.corrected for form in rounded):
@@ -89,10 +101,26 @@ def rounding(
     return Rounding(coarseness, reference, dense.loss.squared_error, tuple(low_rank), corrected)
 
 
+def rounding_like(
+    whole: Rounding, site: Site, shape: Shape, forms: Sequence[Form], source: LayerStatistics | None
+) -> Rounding | None:
+    """As `rounding`, of a layer that is a part of another, of which it was measured."""
+    grids = {form.storage.grid for form in forms if form.storage.grid is not None}
+    if not grids:
+        return None
+    matrices = site.adapter.matrices(shape)
+    return whole.scaled(_coarseness(matrices[0], metric_of(source, site, matrices), grids))
+
+
 def loss(site: Site, form: Form | LayerPlan, source: LayerStatistics | None) -> Loss:
     """That of one form on a grid, with the weights that it will have; raises as `rounding`."""
     matrices = site.adapter.matrices(form.shape)
     return on_grids(matrices, metric_of(source, site, matrices), form.rank, form.storage).loss
+
+
+def _reference(coarseness: dict[Grid, float]) -> Grid:
+    """The grid to measure: the coarsest of 4 bits, if there is one."""
+    return min(coarseness, key=lambda grid: (grid.bits != 4, -coarseness[grid]))
 
 
 def _coarseness(weight: Tensor, metric: Metric | None, grids: set[Grid]) -> dict[Grid, float]:

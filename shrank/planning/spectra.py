@@ -12,7 +12,7 @@ from ..model.survey import Site
 from ..util.parallel import workers_for
 from .forms import Form
 from .plan import LayerPlan
-from .rounding import Rounding, loss, rounding
+from .rounding import Rounding, loss, rounding, rounding_like
 
 
 class Spectra:
@@ -35,6 +35,10 @@ class Spectra:
     def rounding(self, site: Site, shape: Shape, forms: Sequence[Form], tails: Sequence[float]) -> Rounding | None:
         """What rounding does to the forms of a layer; raises as `planning.rounding.rounding` does."""
         return rounding(site, shape, forms, tails, self.calibration)
+
+    def rounding_like(self, whole: Rounding, site: Site, shape: Shape, forms: Sequence[Form]) -> Rounding | None:
+        """What it does to those of a layer that has lost rows or columns, estimated by what it did to the whole."""
+        return rounding_like(whole, site, shape, forms, self.calibration)
 
     def loss(self, site: Site, form: Form | LayerPlan) -> Loss:
         """That of a layer in a form on a grid, measured; raises as `rounding`."""

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ..linalg import Allocation, Options, allocate, frontier
 from .budget import Budget, MaxError
-from .costs import PricedLayer
+from .costs import Cost, PricedLayer
 from .forms import Form, Key, forms
 from .losses import Candidate, Losses
-from .options import PlanOptions
+from .options import PlanOptions, may_pivot
 from .plan import LayerPlan
 from .spectra import Spectra
 
 _POINTS_OF_A_CURVE = 65
+BY_BUDGET = "chosen by the budget"
 MOST_ROUNDS = 8  # of spending, each with what the last one chose measured
 
 
@@ -46,6 +47,15 @@ class Item:
     decided: Callable[[int], list[LayerPlan]]
     forms: Callable[[int], list[tuple[Candidate, Form]]]
 
+    def with_more(self, error: float) -> Item:
+        """With an error that comes to that of every option."""
+        more = Options(self.options.costs, [each + error for each in self.options.errors])
+        return replace(self, options=more)
+
+    def with_layers(self, layers: list[LayerPlan]) -> Item:
+        """With layers that are decided with it, whatever it becomes."""
+        return replace(self, decided=lambda chosen: [*self.decided(chosen), *layers])
+
 
 class Market:
     """What a budget may buy for some layers, and what that costs and loses.
@@ -56,14 +66,22 @@ class Market:
         options: What they may become.
         weighted: The squared errors of different layers add up.
         spectra: Who knows what the layers see.
+        others: What some of the layers may be instead.
     """
 
     def __init__(
-        self, budget: Budget, candidates: list[Candidate], options: PlanOptions, weighted: bool, spectra: Spectra
+        self,
+        budget: Budget,
+        candidates: list[Candidate],
+        options: PlanOptions,
+        weighted: bool,
+        spectra: Spectra,
+        others: Sequence[Candidate] = (),
     ) -> None:
         self.budget, self.cost, self.candidates = budget, budget.goal, candidates
-        self._choices = {x.site.fqn: forms(x.priced, x.site, x.draft.shape, options, self.cost) for x in candidates}
-        self.losses = Losses(candidates, self._choices, self.cost, weighted, spectra)
+        every = [*candidates, *others]
+        self._choices = {x.key: _forms(x, options, self.cost) for x in every}
+        self.losses = Losses(every, self._choices, self.cost, weighted, spectra)
 
     def items(self) -> list[Item]:
         """What each layer, or those of one rank together, can be, by what is known now."""
@@ -73,6 +91,10 @@ class Market:
         tied = [[x for x in self.candidates if x.site.fqn in group] for group in groups]
         return [self._item(layers) for layers in tied]
 
+    def items_of(self, candidates: Iterable[Candidate]) -> list[Item]:
+        """What each of these alone can be."""
+        return [self._item([x]) for x in candidates]
+
     def settle(self, items: Iterable[Item], bought: Allocation) -> bool:
         """Measure what was bought, as far as it was not; whether there was anything to measure."""
         pairs = zip(items, bought.chosen, strict=True)
@@ -80,7 +102,7 @@ class Market:
 
     def _item(self, layers: list[Candidate]) -> Item:
         """Layers of one rank, with the forms that all of them have."""
-        own = [self._choices[x.site.fqn] for x in layers]
+        own = [self._choices[x.key] for x in layers]
         common = [key for key in own[0] if all(key in other for other in own)]
         totals, errors = [], []
         for key in common:
@@ -150,7 +172,11 @@ def spend(
 
 def within(candidates: list[Candidate], error: float, options: PlanOptions) -> list[LayerPlan]:
     """The layers at their smallest ranks of at most this error."""
-    return [_within(x, forms(x.priced, x.site, x.draft.shape, options, None), error) for x in candidates]
+    return [_within(x, _forms(x, options, None), error) for x in candidates]
+
+
+def _forms(x: Candidate, options: PlanOptions, cost: Cost | None) -> dict[Key, Form]:
+    return forms(x.priced, x.adapter, x.draft.shape, options, cost, may_pivot(x.site.module, options))
 
 
 def _within(candidate: Candidate, choices: dict[Key, Form], max_error: float) -> LayerPlan:
@@ -165,7 +191,8 @@ def _within(candidate: Candidate, choices: dict[Key, Form], max_error: float) ->
 def _decided(candidate: Candidate, form: Form, squared: float) -> LayerPlan:
     layer = replace(candidate.draft, spectrum=_relative_spectrum(candidate.squares))
     if form.rank is None and form.storage.grid is None:
-        return replace(layer, reason="the budget is better spent elsewhere")
+        return layer if layer.narrowed else replace(layer, reason="the budget is better spent elsewhere")
+    why = layer.reason if layer.narrowed else BY_BUDGET
     break_even = "" if form.rank is None else f"; break-even rank {form.shape.break_even_rank}"
     return replace(
         layer,
@@ -173,7 +200,7 @@ def _decided(candidate: Candidate, form: Form, squared: float) -> LayerPlan:
         shape=form.shape,
         storage=form.storage,
         error=candidate.relative(squared),
-        reason=f"chosen by the budget{break_even}",
+        reason=why + break_even,
     )
 
 

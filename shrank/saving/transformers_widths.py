@@ -39,7 +39,7 @@ def plain_as_possible(model: PreTrainedModel, plan: RankPlan) -> RankPlan:
     for changed in islice(_configs(model.config, plan), _MOST_TRIED):
         if _builds(changed, model):
             model.config = changed
-            layers = tuple(replace(x, narrowed=False, size=x.shape.dense_params) for x in plan.low_rank)
+            layers = tuple(replace(x, narrowed=False, size=x.shape.dense_params) for x in plan.changed)
             return replace(plan, layers=layers, narrowed=())
     return plan
 

@@ -16,7 +16,7 @@ from ..calibration.losses import Sensitivity, as_sensitivity
 from ..calibration.observer import Accumulator
 from ..calibration.passes import LEAST_MEMORY, moment_files, run_pass
 from ..calibration.request import Calibrate
-from ..calibration.sharing import observe_calls
+from ..calibration.sharing import Sides, observe_calls
 from ..calibration.streams import Masking, warn_of_masks_that_fit_nothing
 from ..model.hooks import hooked
 from ..model.survey import Site
@@ -133,7 +133,9 @@ class Sweeps:
     def _moments(self, visit: Visit, batches: list[Batch], loss: Sensitivity | None) -> list[Path]:
         """The files with the moments of a unit's layers."""
         how = replace(self.request, max_memory=self.max_memory)
-        return moment_files(self.folder / "moments", visit.sites, visit.calls, batches, self.masking, loss, how)
+        return moment_files(
+            self.folder / "moments", visit.sites, visit.calls, batches, self.masking, loss, how, Sides(how.inputs)
+        )
 
     def _look_ahead(self) -> None:
         """Find out what masks there are for, where that needs runs of the whole model."""

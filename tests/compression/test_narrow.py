@@ -16,7 +16,7 @@ from shrank.layers.led import LED
 from shrank.linalg import moments
 from shrank.model.survey import Survey
 from tests.common.feed_forward import UNITS, WIDTH, Block, Stacked, data, stack
-from tests.common.models import assert_untouched, fingerprint, hf_inputs, hf_model
+from tests.common.models import assert_untouched, draw, fingerprint, hf_inputs, hf_model
 from tests.common.tolerances import assert_close
 from tests.common.units import (
     ATTENTION,
@@ -130,9 +130,86 @@ def test_a_budget_chooses_widths_or_ranks() -> None:
         assert plan.spent[1] <= ranks.spent[1] and plan.spent[0] <= keep
         layers = [x for x in plan if not x.reason.startswith("too small")]
         assert sum(x.params_after for x in layers) <= keep * sum(x.size for x in layers)
-        assert all(plan[fqn].rank is None for block in plan.narrower for fqn in block.layers)
+        for block in plan.narrower:
+            assert all(plan[fqn].narrowed and plan[fqn].reason.startswith("narrowed with") for fqn in block.layers)
     model = shrank.auto_fact(dense, 0.4, calibrate=data(), narrow=True, deepcopy=True)
     assert model.shrank_plan.narrower and error(model, dense) < error(dense, model) * 1.0001
+
+
+def dead(model: nn.Sequential, units: int = 8) -> nn.Sequential:
+    """With hidden units that do nothing."""
+    with torch.no_grad():
+        for block in (model[2], model[3]):
+            for name in ("up", "both"):  # in the second, of the gate
+                if (producer := getattr(block, name, None)) is not None:
+                    producer.weight[:units] = 0
+                    producer.bias[:units] = 0
+    return model
+
+
+@pytest.mark.parametrize("make", [Block, lambda: Block(gated=True), Stacked], ids=["plain", "gated", "stacked"])
+def test_ranks_in_narrowed_blocks_are_those_of_the_narrowed_model(make) -> None:
+    """Which is calibrated again: where the units that go do nothing, the layers see and do the same."""
+    dense = dead(blocks(make))
+    calibration = seen(dense)
+    width, narrow = UNITS - 8, plan_of(dense, calibration, UNITS - 8)
+    ranks = {fqn: 9 for block in narrow.narrower for fqn in block.layers}
+    both = narrow
+    for fqn, rank in ranks.items():
+        both = both.with_rank(fqn, rank)
+    at_once = shrank.apply(copy.deepcopy(dense), both, calibration)
+    assert isinstance(at_once[2].down, LED) and at_once[2].down.in_features == width
+    small = shrank.apply(copy.deepcopy(dense), narrow, calibration)
+    again = shrank.calibrate(small, data())
+    one_by_one = shrank.auto_fact(small, ranks, calibrate=again, min_features=8)
+    with torch.no_grad():
+        for x in data():
+            assert_close(at_once(x), one_by_one(x))
+    told = shrank.describe(at_once)
+    assert [told[fqn].rank for fqn in ranks] == [9] * len(ranks) and len(told.narrower) == 2
+    anchored = shrank.apply_anchored(copy.deepcopy(dense), both, shrank.batches(data()), calibration, 0.25)
+    assert [x.rank for x in shrank.describe(anchored)] == [x.rank for x in told]
+    assert error(anchored, dense) < 1.05 * error(at_once, dense)
+
+
+def test_a_budget_takes_ranks_beside_widths_where_they_save_more() -> None:
+    """Here half of the units do next to nothing, and the others have inputs of a low rank."""
+    dense = blocks()
+    with torch.no_grad():
+        for block in (dense[2], dense[3]):
+            block.up.weight[: UNITS // 2] *= 1e-3
+            block.up.weight[UNITS // 2 :] = draw(UNITS // 2, 4) @ draw(4, WIDTH) + 0.02 * draw(UNITS // 2, WIDTH)
+    calibration = seen(dense)
+    options = {"calibration": calibration, "pivot": False, "round_to": 1, "min_features": 8}
+    plan = shrank.make_plan(dense, Budget(keep_params=0.35), narrow=True, **options)
+    assert any(plan[fqn].rank is not None for block in plan.narrower for fqn in block.layers)
+    assert plan.spent[0] <= 0.35
+    small = shrank.apply(copy.deepcopy(dense), plan, calibration)
+    kept = [small.get_submodule(x.fqn) for x in plan]
+    assert sum(p.numel() for m in kept for p in m.parameters() if p.dim() == 2) == plan.params_after - plan.other_params
+    ranks = shrank.make_plan(dense, Budget(keep_params=0.35), **options)
+    only_ranks = shrank.apply(copy.deepcopy(dense), ranks, calibration)
+    assert plan.spent[1] < ranks.spent[1] and error(small, dense) < error(only_ranks, dense)
+
+
+def test_bytes_buy_widths_and_bits() -> None:
+    """Together."""
+    dense = blocks()
+    with torch.no_grad():
+        for block in (dense[2], dense[3]):
+            block.up.weight[: UNITS // 2] *= 1e-3
+    calibration = seen(dense, inputs=True)
+    budget = Budget(keep_bytes=0.1, group_sizes=(8,))
+    options = {"calibration": calibration, "min_features": 8, "round_to": 8}
+    plan = shrank.make_plan(dense, budget, narrow=True, **options)
+    on_grids = [plan[fqn] for block in plan.narrower for fqn in block.layers if plan[fqn].storage.grid]
+    assert on_grids and plan.spent[0] <= 0.1
+    small = shrank.apply(copy.deepcopy(dense), plan, calibration)
+    for layer in on_grids:
+        assert shrank.describe(small)[layer.fqn].storage == layer.storage
+    without = shrank.make_plan(dense, budget, **options)
+    assert plan.spent[1] < without.spent[1]
+    assert error(small, dense) < error(shrank.apply(copy.deepcopy(dense), without, calibration), dense)
 
 
 def test_uniform_widths_are_one() -> None:
@@ -322,7 +399,7 @@ def test_channels_that_others_give_are_not_missed(name: str, no_doubt: None) -> 
     with torch.no_grad():
         assert_close(small(images()[0]), model(images()[0]))
         assert not torch.equal(small(images()[0]), model(images()[0]))
-    assert small.shrank_plan.narrower[0].error < 1e-3
+    assert small.shrank_plan.narrower[0].error < 3e-3
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -411,8 +488,9 @@ def test_a_budget_chooses_channels_or_ranks() -> None:
     depthwise = plan["2.between.2"]
     assert depthwise.narrowed and depthwise.shape.groups == plan.narrower[0].width and depthwise.rank is None
     small = shrank.apply(copy.deepcopy(model), plan, calibration)
-    weights = {fqn: module.weight for fqn, module in small.named_modules() if hasattr(module, "weight")}
-    assert all(weights[x.fqn].numel() == x.params_after for x in plan if x.narrowed)
+    for layer in (layer for layer in plan if layer.narrowed):
+        weights = [p for name, p in small.get_submodule(layer.fqn).named_parameters() if name.endswith("weight")]
+        assert sum(p.numel() for p in weights) == layer.params_after
     with torch.no_grad():
         assert (small(images()[0]) - model(images()[0])).norm() < 0.1 * model(images()[0]).norm()
     largest = shrank.make_plan(model, Budget(max_error=0.5), narrow=True, **options)

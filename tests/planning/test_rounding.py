@@ -30,7 +30,7 @@ def site(shape: tuple[int, int] = (OUT, IN), bias: bool = True):
 
 def all_of(own, grids: Grids = ALL, **options) -> list[Form]:
     priced = PricedLayer(own.fqn, None, True)
-    return list(forms(priced, own, own.shape, PlanOptions(**options), Bytes(0.5, grids)).values())
+    return list(forms(priced, own.adapter, own.shape, PlanOptions(**options), Bytes(0.5, grids), True).values())
 
 
 def tails(own, found) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 import shrank
-from shrank import NarrowedBlock, RankPlan
+from shrank import Grid, NarrowedBlock, RankPlan, Storage
 from shrank.planning.plan import RankPlan as Plan
-from tests.common.feed_forward import Block, Stacked, data, stack
+from tests.common.feed_forward import UNITS, Block, Stacked, data, stack
 from tests.common.models import (
     assert_same_state,
     assert_untouched,
@@ -69,6 +70,26 @@ def test_low_rank_layers_in_narrowed_blocks(tmp_path: Path) -> None:
     shrank.save(model, tmp_path / "model.safetensors")
     loaded = shrank.load(stack(Block, Block), tmp_path / "model.safetensors")
     assert_same(loaded, model)
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.3])
+def test_narrowed_layers_of_few_bits(keep: float, tmp_path: Path) -> None:
+    """Corrected ones too, which the larger budget buys."""
+    model = stack(Block, Block)
+    with torch.no_grad():
+        for block in (model[2], model[3]):
+            block.up.weight[: UNITS // 2] *= 1e-3
+    calibration = shrank.calibrate(model, data(), narrow=True, inputs=True)
+    budget = shrank.Budget(keep_bytes=keep, group_sizes=(8,))
+    options = {"calibration": calibration, "narrow": True, "min_features": 8, "round_to": 8}
+    small = shrank.apply(model, shrank.make_plan(model, budget, **options), calibration)
+    plan = shrank.describe(small)
+    rounded = [x.storage for x in plan if x.narrowed and x.storage.grid]
+    assert len(rounded) == 4 and any(storage.corrected for storage in rounded) == (keep == 0.3)
+    shrank.save(small, tmp_path / "model.safetensors")
+    loaded = shrank.load(stack(Block, Block), tmp_path / "model.safetensors")
+    assert shrank.describe(loaded) == plan
+    assert torch.equal(loaded.eval()(data()[0]), small.eval()(data()[0]))
 
 
 def test_files_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
@@ -151,18 +172,29 @@ def test_one_width_is_an_ordinary_model(name: str, tmp_path: Path) -> None:
         assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
 
 
-def test_one_width_and_ranks_need_only_the_ranks_in_the_plan(tmp_path: Path) -> None:
-    """So that servers, which know no widths of blocks, build the model of the config."""
+@pytest.mark.parametrize("widths", [(40, 40), (40, 24)], ids=["one", "two"])
+def test_ranks_and_bits_beside_widths(widths: tuple[int, int], tmp_path: Path) -> None:
+    """Of one width only they are left in the plan, so that servers, which know no widths of blocks, build the model of
+    the config."""
     model = hf_model("llama")
-    calibration = shrank.calibrate(model, [hf_inputs(model)], narrow=True)
-    plan = shrank.make_plan(model, 0.9, calibration=calibration, narrow=True).with_width("model.layers.0.mlp", 40)
-    plan = plan.with_width("model.layers.1.mlp", 40).with_rank("model.layers.0.self_attn.o_proj", 8)
-    shrank.apply(model, plan, calibration)
+    calibration = shrank.calibrate(model, [hf_inputs(model)], narrow=True, inputs=True)
+    plan = shrank.make_plan(model, 0.9, calibration=calibration, narrow=True)
+    for number, width in enumerate(widths):
+        plan = plan.with_width(f"model.layers.{number}.mlp", width)
+    plan = plan.with_rank("model.layers.0.self_attn.o_proj", 8).with_rank("model.layers.0.mlp.up_proj", 8)
+    in_bits = {"model.layers.0.mlp.down_proj": Grid(4, 8), "model.layers.1.mlp.gate_proj": Grid(8)}
+    layers = [replace(x, storage=Storage(in_bits[x.fqn])) if x.fqn in in_bits else x for x in plan]
+    shrank.apply(model, replace(plan, layers=tuple(layers)), calibration)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     saved = RankPlan.from_dict(config["quantization_config"]["plan"])
-    assert config["intermediate_size"] == 40 and saved.low_rank and not saved.narrowed
-    assert_same(type(model).from_pretrained(tmp_path), model)
+    assert (config["intermediate_size"] == 40 and not saved.narrowed) == (len(set(widths)) == 1)
+    assert {x.fqn: x.storage.grid for x in saved if x.storage.grid} == in_bits
+    loaded = type(model).from_pretrained(tmp_path)
+    found, made = ({x.fqn: (x.rank, x.storage) for x in shrank.describe(m).changed} for m in (loaded, model))
+    assert found == made
+    inputs = hf_inputs(model)
+    assert torch.equal(loaded(**inputs)[0], model(**inputs)[0])
 
 
 def narrower(model: nn.Module, inputs: list, *widths: int, heads: bool = False) -> nn.Module:

@@ -1,0 +1,48 @@
+"""Layers of blocks at widths that they do not have: they are those that narrowing leaves, and see what these see."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import shrank
+from shrank.calibration.metric_source import metric_of
+from shrank.linalg import columns, eliminate
+from shrank.model.survey import Survey
+from shrank.planning.narrower import Narrower
+from tests.common.feed_forward import UNITS, Block, Stacked
+from tests.common.tolerances import assert_close
+from tests.compression.test_narrow import blocks, dead, plan_of, seen
+
+WIDTH = UNITS - 8
+
+
+@pytest.mark.parametrize("make", [Block, lambda: Block(gated=True), Stacked], ids=["plain", "gated", "stacked"])
+def test_they_are_those_of_the_narrowed_model(make) -> None:
+    """Here without units that do nothing, so that all that is left sees and does the same."""
+    dense = dead(blocks(make))
+    calibration = seen(dense, inputs=True)
+    small = shrank.apply(copy.deepcopy(dense), plan_of(dense, calibration, WIDTH), calibration)
+    again = seen(small, inputs=True)
+    sites = {site.fqn: site for site in Survey(dense).sites()}
+    really = {site.fqn: site for site in Survey(small).sites()}
+    for block in calibration.feed_forward:
+        weight = sites[block.consumer].module.weight.detach()[None]
+        units = eliminate(columns(weight, calibration[block.consumer], True)).kept(WIDTH)
+        narrower = Narrower(block, sites, calibration, units)
+        assert narrower.width == WIDTH
+        for fqn in block.layers:
+            virtual, real = narrower.site(fqn), really[fqn]
+            assert sites[fqn].shape != virtual.shape == real.shape == narrower.adapter(fqn).shape()
+            assert_close(virtual.module.weight, real.module.weight)
+            for name in ("data", "gradient", "mean", "inputs"):
+                found, wanted = (
+                    getattr(metric_of(source, site, site.adapter.matrices(site.shape)), name)
+                    for source, site in ((narrower.statistics, virtual), (again, real))
+                )
+                # What units are shrunk towards is of all of them, and fewer are left.
+                assert (found is None) == (wanted is None)
+                assert found is None or (found - wanted).norm() < 0.05 * wanted.norm()
+    assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), dead(blocks(make)).parameters(), strict=True))
