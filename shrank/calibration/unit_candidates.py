@@ -136,16 +136,16 @@ class _Sketch:
             return None
         return self._made(units, (), 1, stacked=stacked)
 
-    def with_columns(self, touched: list[int]) -> FeedForward | None:
-        """With those inputs of the consumer for the first unit that its first outputs change."""
+    def with_columns(self, touched: list[list[int]]) -> FeedForward | None:
+        """With those inputs of the consumer for the first unit that its first outputs change, or for the last one."""
         if any(self.of_channels):  # whose units are known: some of its positions may show no change
             units, each = self.outputs[0], self.inputs // self.outputs[0]
-            strided = not set(touched) <= set(range(each))
+            strided = not set(touched[0] or touched[1]) <= set(range(each))
             reason = "" if self.inputs <= _MOST_INPUTS else f"{self.inputs} inputs are too many to observe"
             return self._made(units, (), each, strided=strided, reason=reason)
-        each = len(touched)
+        each = max((len(some) for some in touched if some == list(range(len(some)))), default=0)
         units = self.inputs // each if each else 0
-        if units < 2 or touched != list(range(each)) or any(n % units for n in (self.inputs, *self.outputs)):
+        if units < 2 or any(n % units for n in (self.inputs, *self.outputs)):
             return None
         rows = tuple(n // units for n in self.outputs)
         return self._made(units, () if set(rows) == {1} else rows, each)

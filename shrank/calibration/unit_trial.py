@@ -37,8 +37,15 @@ class Trial:
         """Those of the block's layers."""
         return sum(self.modules[name].weight.numel() for name in block.layers)
 
-    def touched(self, layers: list[tuple[tuple[str, ...], str]]) -> dict[str, list[int]]:
-        """Which inputs of each consumer change with the first outputs of its producers, ascending."""
+    def touched(self, layers: list[tuple[tuple[str, ...], str]]) -> dict[str, list[list[int]]]:
+        """Which inputs of each consumer change with the first outputs of its producers, ascending; and with the last
+        ones, counted from the end: one of these units may be dead."""
+        if not layers:
+            return {}
+        first, last = self._touched(layers, 0), self._touched(layers, -1)
+        return {fqn: list(both) for (_, fqn), *both in zip(layers, first, last, strict=True)}
+
+    def _touched(self, layers: list[tuple[tuple[str, ...], str]], place: int) -> list[list[int]]:
         clean: dict[str, list[Tensor]] = {consumer: [] for _, consumer in layers}
         changed: dict[str, Tensor] = {}
 
@@ -51,12 +58,14 @@ class Trial:
             changed[fqn] = torch.maximum(changed[fqn], change) if fqn in changed else change
             return with_input(args, kwargs, expected)  # so that the layers after it see no change
 
-        if layers:
-            names = dict.fromkeys(name for producers, _ in layers for name in producers)
-            first = [(self.modules[name], partial(_changed, torch.zeros(1, dtype=torch.long))) for name in names]
-            self._outputs((), [(self.modules[fqn], partial(note, fqn)) for fqn in clean])
-            self._outputs(first, [(self.modules[fqn], partial(compare, fqn)) for fqn in clean])
-        return {fqn: (x > _CHANGED * x.max()).nonzero()[:, 0].tolist() for fqn, x in changed.items()}
+        names = dict.fromkeys(name for producers, _ in layers for name in producers)
+        self._outputs((), [(self.modules[fqn], partial(note, fqn)) for fqn in clean])
+        self._outputs(
+            [(self.modules[name], partial(_changed_at, place)) for name in names],
+            [(self.modules[fqn], partial(compare, fqn)) for fqn in clean],
+        )
+        found = [changed[fqn] if place == 0 else changed[fqn].flip(0) for fqn in clean]
+        return [(x > _CHANGED * x.max()).nonzero()[:, 0].tolist() for x in found]
 
     def complaint(self, blocks: list[FeedForward]) -> str:
         """What keeps these blocks from being narrowed; '' if nothing does."""
@@ -122,6 +131,11 @@ def _ignoring(gone: Tensor, module: nn.Module, args: tuple, kwargs: dict) -> tup
 def _changed(gone: Tensor, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
     gone, features = gone.to(output.device), target(module).features
     return output.index_copy(features, gone, 1 - 2 * output.index_select(features, gone))
+
+
+def _changed_at(place: int, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+    outputs = output.shape[target(module).features]
+    return _changed(torch.tensor([place % outputs]), module, args, kwargs, output)
 
 
 def _distance(some: list[Tensor], others: list[Tensor]) -> float:

@@ -253,6 +253,21 @@ def test_heads_are_found(name: str, rows: tuple[int, ...], columns: int) -> None
         assert len(block.producers) == 3 and not block.carriers and not block.strided
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("head", [0, 3])
+def test_heads_beside_one_that_says_nothing(name: str, head: int) -> None:
+    """The first one, or the last."""
+    model = attention_model(name)
+    layer = (
+        model.bert.encoder.layer[0].attention.self.value if name == "bert" else model.model.layers[0].self_attn.v_proj
+    )
+    with torch.no_grad():
+        for value in layer.parameters():
+            value.unflatten(0, (4, -1))[head] = 0
+    blocks = [block for block in found(model, texts()[0]) if block.rows]
+    assert [(block.units, block.reason) for block in blocks] == [(4, ""), (4, "")]
+
+
 @pytest.mark.parametrize(
     ("make", "inputs", "reason"),
     [
