@@ -2,9 +2,9 @@
 
 A block's layers are those that autograd finds behind the input of a layer, and nothing else that learns except modules
 that treat every unit by itself. Where it does not follow from their sizes which columns belong to a unit, as with
-heads, the model is run with other values of the first unit. Whether the units meet one by one, and go nowhere else, is
-seen by running the model: other values of half of the units must change nothing where the consumer does not look at
-them, and a model without these units must do what the one with them does.
+heads, the model is run with other values of the first unit, and of the last. Whether the units meet one by one, and go
+nowhere else, is seen by running the model: other values of half of the units must change nothing where the consumer
+does not look at them, and a model without these units must do what the one with them does.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def blocks_in(folder: Path, survey: Survey, batches: list[Batch]) -> list[FeedFo
 
 def feed_forward_blocks(survey: Survey, batch: Batch) -> list[FeedForward]:
     """The blocks that a batch, bound to the model, runs through, in the order of execution; those that cannot be
-    narrowed with the reason. Runs the model six times, and more where something only looks like a block."""
+    narrowed with the reason. Runs the model nine times, and more where something only looks like a block."""
     model, sites = survey.model, {site.fqn: site for site in survey.sites() if site.adapter}
     between = {
         fqn: module
@@ -92,7 +92,7 @@ def _without_common_layers(blocks: Iterable[FeedForward]) -> list[FeedForward]:
 def _tried(blocks: list[FeedForward], trial: Trial) -> list[FeedForward]:
     """The blocks, all at once if that goes well, else those with like names in like modules together; with the
     reason where not."""
-    if not trial.complaint(blocks):
+    if not blocks or not trial.complaint(blocks):
         return blocks
     groups: dict[object, list[FeedForward]] = {}
     for block in blocks:
