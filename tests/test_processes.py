@@ -25,6 +25,7 @@ from shrank.util.processes import PeerFailed, Processes, current
 from tests.common.models import WIDTH, Mixed, draw, hf_model, mlp, seeded, tokens
 from tests.common.processes import in_processes
 from tests.common.tolerances import assert_close
+from tests.common.units import image_model, images, inverted, normed
 
 _BATCHES = 5  # an odd number: the shares differ
 
@@ -69,6 +70,15 @@ CASES = {
     "narrowed": (
         partial(hf_model, "llama"),
         lambda: {"rank": 0.5, "calibrate": texts(), "narrow": "uniform", "pivot": False},
+    ),
+    "narrowed channels": (
+        lambda: image_model(inverted, normed),
+        lambda: {
+            "rank": Budget(keep_params=0.4, overrides={"7": 2}),
+            "calibrate": images(_BATCHES),
+            "narrow": True,
+            "min_features": 4,
+        },
     ),
     "bisected": (mlp, lambda: {"rank": Budget(eval_fn=_quality, tolerated_drop=0.5), "calibrate": _rows()}),
 }
