@@ -186,7 +186,7 @@ def _narrowings(
         return shrank.apply(model, plan, found)
 
     def blocks(model: nn.Module) -> list[str]:
-        found = calibration(model).feed_forward
+        found = calibration(model).unit_blocks
         feed_forward = [block for block in found if not block.reason and not block.rows]  # not heads
         return [fqn for block in feed_forward for fqn in block.layers if fqn in names]
 

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..linalg import Columns, FactorizationError, Kept, Metric, Moments, channel_columns, columns, metric
-from ..model.feed_forward import FeedForward
 from ..model.hooks import frozen
 from ..model.survey import Survey
+from ..model.unit_blocks import UnitBlock
 from ..util import tensor_file
 from ..util.fingerprint import Unhashable, fingerprint
 from ..util.names import checks_keywords
 from ..util.processes import current
 from .batches import Batch, as_batches, bound
-from .feed_forward import blocks_in
 from .losses import LossLike, Sensitivity, as_sensitivity
 from .metric_source import LayerStatistics
 from .moment_files import FORMAT
@@ -32,6 +31,7 @@ from .request import Calibrate
 from .sameness import agree_on
 from .sharing import Sides
 from .streams import Masking
+from .unit_blocks import blocks_in
 
 
 class Calibration(LayerStatistics):
@@ -43,7 +43,7 @@ class Calibration(LayerStatistics):
         folder: Where the files are.
         files: One for every pass over the data.
         unseen: Layers that saw no data.
-        feed_forward: The blocks that can be narrowed, and those that look so with the reason; None: not looked for.
+        unit_blocks: The blocks that can be narrowed, and those that look so with the reason; None: not looked for.
         inputs: Whether all linear layers were observed by their inputs, so that weights may be rounded.
 
     Attributes:
@@ -56,11 +56,11 @@ class Calibration(LayerStatistics):
         folder: Path,
         files: Iterable[Path],
         unseen: Iterable[str] = (),
-        feed_forward: Iterable[FeedForward] | None = None,
+        unit_blocks: Iterable[UnitBlock] | None = None,
         inputs: bool = False,
     ) -> None:
         self.folder, self.inputs = folder, inputs
-        self._feed_forward = None if feed_forward is None else tuple(feed_forward)
+        self._unit_blocks = None if unit_blocks is None else tuple(unit_blocks)
         self._entries: dict[str, tuple[Path, dict]] = {}
         self.unseen = list(unseen)
         self.reached = False
@@ -89,9 +89,9 @@ class Calibration(LayerStatistics):
         return any("gradient" in entry["tensors"] for _, entry in self._entries.values())
 
     @property
-    def feed_forward(self) -> tuple[FeedForward, ...] | None:
+    def unit_blocks(self) -> tuple[UnitBlock, ...] | None:
         """The blocks that can be narrowed, and those that look so with the reason; None: not looked for."""
-        return self._feed_forward
+        return self._unit_blocks
 
     def require_gradients(self) -> None:
         """ValueError if there are layers and no gradient came to any."""
@@ -254,7 +254,7 @@ def _found(
     wanted: set[str] | None,
     folder: Path,
     request: Calibrate,
-    blocks: list[FeedForward] | None,
+    blocks: list[UnitBlock] | None,
 ) -> Calibration:
     """What the layers see, in files of the folder; those that are there already are not made again."""
     model = survey.model

@@ -8,8 +8,8 @@ from typing import Protocol
 from torch import Tensor
 
 from ..linalg import Columns, Kept, Metric
-from ..model.feed_forward import FeedForward
 from ..model.survey import Site
+from ..model.unit_blocks import UnitBlock
 
 
 class MetricSource(Protocol):
@@ -49,7 +49,7 @@ class LayerStatistics(MetricSource, Protocol):
         """Tokens, or positions of a convolution's output, that the layer saw."""
 
     @property
-    def feed_forward(self) -> tuple[FeedForward, ...] | None:
+    def unit_blocks(self) -> tuple[UnitBlock, ...] | None:
         """The blocks that can be narrowed, and those that look so with the reason; None: not looked for."""
         return None
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..model.adapters import target
 from ..model.carriers import units_carried
-from ..model.feed_forward import FeedForward, block_name
 from ..model.hooks import hooked, input_of
+from ..model.unit_blocks import UnitBlock, block_name
 from .batches import Batch
 from .unit_trial import Trial
 
@@ -63,7 +63,7 @@ def candidates(
     between: dict[str, nn.Module],
     behind: dict[str, set[str] | None],
     trial: Trial,
-) -> list[FeedForward]:
+) -> list[UnitBlock]:
     """What has the sizes of a block."""
     order = {fqn: number for number, fqn in enumerate(layers)}
     found = []
@@ -128,7 +128,7 @@ class _Sketch:
         return not any(producers) or (len(set(self.outputs)) == 1 and self.inputs % self.outputs[0] == 0)
 
     @property
-    def block(self) -> FeedForward | None:
+    def block(self) -> UnitBlock | None:
         """With one input of the consumer for each unit, if the sizes allow it; None if not, or of three producers: what
         could be queries, keys and values."""
         units, stacked = self.inputs, self.outputs == [2 * self.inputs]
@@ -136,7 +136,7 @@ class _Sketch:
             return None
         return self._made(units, (), 1, stacked=stacked)
 
-    def with_columns(self, touched: list[list[int]]) -> FeedForward | None:
+    def with_columns(self, touched: list[list[int]]) -> UnitBlock | None:
         """With those inputs of the consumer for the first unit that its first outputs change, or for the last one."""
         if any(self.of_channels):  # whose units are known: some of its positions may show no change
             units, each = self.outputs[0], self.inputs // self.outputs[0]
@@ -158,7 +158,7 @@ class _Sketch:
         stacked: bool = False,
         strided: bool = False,
         reason: str = "",
-    ) -> FeedForward | None:
+    ) -> UnitBlock | None:
         """The block, unless its convolutions are in groups or something between that learns is neither of so many units
         nor small."""
         layers = (*self.producers, self.consumer)
@@ -172,6 +172,6 @@ class _Sketch:
             if units_carried(self.modules[name]) is not None or numbers >= self.inputs:
                 return None
         columns = inputs * target(self.modules[self.consumer]).taps
-        return FeedForward(
+        return UnitBlock(
             block_name(layers), self.producers, self.consumer, units, stacked, reason, rows, columns, strided, carriers
         )

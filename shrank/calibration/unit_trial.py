@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..model.adapters import target
 from ..model.carriers import narrowed_carrier
-from ..model.feed_forward import FeedForward, narrowed_consumer, narrowed_producer
 from ..model.hooks import hooked, input_of, with_input
 from ..model.surgery import reshaped
+from ..model.unit_blocks import UnitBlock, narrowed_consumer, narrowed_producer
 from ..util import nested
 from ..util.closeness import relative_error
 from .batches import Batch
@@ -33,7 +33,7 @@ class Trial:
     ) -> None:
         self.model, self.modules, self.batch = model, layers | between, batch
 
-    def weights(self, block: FeedForward) -> int:
+    def weights(self, block: UnitBlock) -> int:
         """Those of the block's layers."""
         return sum(self.modules[name].weight.numel() for name in block.layers)
 
@@ -67,7 +67,7 @@ class Trial:
         found = [changed[fqn] if place == 0 else changed[fqn].flip(0) for fqn in clean]
         return [(x > _CHANGED * x.max()).nonzero()[:, 0].tolist() for x in found]
 
-    def complaint(self, blocks: list[FeedForward]) -> str:
+    def complaint(self, blocks: list[UnitBlock]) -> str:
         """What keeps these blocks from being narrowed; '' if nothing does."""
         halves = {block: _halves(block.units) for block in blocks}
         ignoring = [
@@ -94,11 +94,11 @@ class Trial:
             return "with fewer units the model computes something else"
         return ""
 
-    def _inputs_of(self, block: FeedForward, units: Tensor) -> Tensor:
+    def _inputs_of(self, block: UnitBlock, units: Tensor) -> Tensor:
         inputs = target(self.modules[block.consumer]).input_channels
         return block.columns_left(units, inputs)
 
-    def _narrowed(self, halves: dict[FeedForward, tuple[Tensor, Tensor]]) -> Iterator[tuple[nn.Module, dict]]:
+    def _narrowed(self, halves: dict[UnitBlock, tuple[Tensor, Tensor]]) -> Iterator[tuple[nn.Module, dict]]:
         for block, (_, kept) in halves.items():
             for name in block.producers:
                 yield self.modules[name], narrowed_producer(self.modules[name], block.outputs_of(name, kept))

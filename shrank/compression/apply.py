@@ -14,8 +14,8 @@ from ..calibration.sameness import agree_on
 from ..layers.packed import PackedLinear
 from ..model import surgery
 from ..model.dense import dense_twin, plain_twin, require_plain
-from ..model.feed_forward import narrowed_in
 from ..model.survey import Site, Survey
+from ..model.unit_blocks import narrowed_in
 from ..planning.plan import RankPlan
 from ..util.processes import current
 from ..util.progress import track

@@ -8,8 +8,8 @@ from torch import nn
 
 from ..layers.quantized import is_quantized, storage_of
 from ..model.adapters import LOW_RANK, target
-from ..model.feed_forward import narrowed_in
 from ..model.survey import Site, Survey, count
+from ..model.unit_blocks import narrowed_in
 from ..planning.narrowed import NarrowedBlock
 from ..planning.plan import LayerPlan, RankPlan
 

@@ -14,8 +14,8 @@ from ..calibration.metric_source import MetricSource, OfKept, columns_of
 from ..linalg import FactorizationError, Kept, Refit, eliminate, refit
 from ..model import surgery
 from ..model.carriers import narrowed_carrier, narrowed_state_of, units_carried
-from ..model.feed_forward import kept_of, narrowed_consumer, narrowed_producer, note_narrowed
 from ..model.survey import Site, Survey
+from ..model.unit_blocks import kept_of, narrowed_consumer, narrowed_producer, note_narrowed
 from ..planning.narrowed import NarrowedBlock, narrowed_shape
 from ..planning.plan import LayerPlan, RankPlan, narrowed_layer
 from ..util.parallel import dealt, in_parallel, workers_for

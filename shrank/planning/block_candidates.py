@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..calibration.metric_source import LayerStatistics, columns_of
 from ..linalg import FactorizationError, eliminate
-from ..model.feed_forward import FeedForward, OfUnits
 from ..model.survey import Site
+from ..model.unit_blocks import OfUnits, UnitBlock
 from ..util.parallel import dealt, workers_for
 from .budget import Budget, MaxError
 from .costs import Cost, Latency
@@ -34,7 +34,7 @@ class BlockCandidate:
     error of the consumer's outputs, for one token; and at some widths the layers as candidates again, whose errors come
     on top of that one. carried: the layers between them, which follow its width."""
 
-    block: FeedForward
+    block: UnitBlock
     layers: tuple[Candidate, ...]
     errors: tuple[float, ...]
     narrower: dict[int, tuple[Candidate, ...]] = field(default_factory=dict)
@@ -113,7 +113,7 @@ def require_narrowable(statistics: LayerStatistics | None, rule: object) -> None
         raise ValueError("narrow: the table of keep_latency has no times of narrowed layers; use keep_flops")
     if statistics is None or not statistics.has_gradients:
         raise ValueError("narrow: what units are worth is known only of data and a loss: give calibrate=data")
-    if statistics.feed_forward is None:
+    if statistics.unit_blocks is None:
         raise ValueError("narrow: this calibration did not look for blocks; make it with calibrate(..., narrow=True)")
 
 
@@ -131,7 +131,7 @@ def block_candidates(
     by_name = {x.site.fqn: x for x in candidates}
     tied = {fqn for group in budget.groups(by_name) for fqn in group}
     able, unable = [], []
-    for block in statistics.feed_forward:
+    for block in statistics.unit_blocks:
         reasons = [
             f"{fqn}: {others.decided[fqn].reason if fqn in others.decided else 'not in the plan'}"
             for fqn in block.layers
@@ -149,7 +149,7 @@ def block_candidates(
     sites = {fqn: x.site for fqn, x in by_name.items()}
     with_ranks = not isinstance(budget.goal, MaxError)
 
-    def look(block: FeedForward) -> _Found | str:
+    def look(block: UnitBlock) -> _Found | str:
         try:
             return _look(block, sites, statistics, _some_widths(block, options) if with_ranks else [])
         except FactorizationError as reason:
@@ -171,7 +171,7 @@ class _Found:
     at: dict[int, tuple[Tensor, dict[str, Tensor]]]
 
 
-def _look(block: FeedForward, sites: dict[str, Site], statistics: LayerStatistics, widths: list[int]) -> _Found | str:
+def _look(block: UnitBlock, sites: dict[str, Site], statistics: LayerStatistics, widths: list[int]) -> _Found | str:
     """What can be told of a block, or why nothing; raises FactorizationError as its parts do."""
     columns = columns_of(statistics, sites[block.consumer])
     if columns is None:
@@ -194,7 +194,7 @@ def _look(block: FeedForward, sites: dict[str, Site], statistics: LayerStatistic
 
 
 def _candidate(
-    block: FeedForward,
+    block: UnitBlock,
     found: _Found,
     by_name: dict[str, Candidate],
     others: Others,

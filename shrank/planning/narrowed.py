@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..linalg import Shape
-from ..model.feed_forward import FeedForward, OfUnits
+from ..model.unit_blocks import OfUnits, UnitBlock
 from .checking import are_numbers, check_count
 
 _LISTS = ("producers", "rows", "carriers")
@@ -48,7 +48,7 @@ class NarrowedBlock(OfUnits):
     carriers: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, block: FeedForward, reason: str = "") -> NarrowedBlock:
+    def of(cls, block: UnitBlock, reason: str = "") -> NarrowedBlock:
         """A block that keeps its units; reason: why it must."""
         reason = reason or block.reason
         return cls(

@@ -10,9 +10,9 @@ from torch import Tensor
 from ..calibration.metric_source import LayerStatistics, OfKept, columns_of
 from ..linalg import Columns, fitted
 from ..model.adapters import Target, target
-from ..model.feed_forward import FeedForward, kept_of, narrowed_consumer, narrowed_producer
 from ..model.surgery import resized
 from ..model.survey import Site
+from ..model.unit_blocks import UnitBlock, kept_of, narrowed_consumer, narrowed_producer
 
 
 class Narrower:
@@ -25,7 +25,7 @@ class Narrower:
         units: Which of its units stay.
     """
 
-    def __init__(self, block: FeedForward, sites: Mapping[str, Site], source: LayerStatistics, units: Tensor) -> None:
+    def __init__(self, block: UnitBlock, sites: Mapping[str, Site], source: LayerStatistics, units: Tensor) -> None:
         self._block, self._sites, self._source, self._units = block, sites, source, units
         self._kept = kept_of(block, units)
         self.statistics = OfKept(source, self._kept)

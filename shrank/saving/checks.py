@@ -12,7 +12,7 @@ from ..layers.plain import why_not_numbers
 from ..layers.quantized import is_quantized, packed_state
 from ..layers.seal import DENSE_NAME, seal
 from ..model.adapters import LOW_RANK
-from ..model.feed_forward import narrowed_in
+from ..model.unit_blocks import narrowed_in
 
 METHOD = "shrank"  # what the config of a saved model calls a plan, where quantized models have their method
 

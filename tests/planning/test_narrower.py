@@ -30,7 +30,7 @@ def test_they_are_those_of_the_narrowed_model(make) -> None:
     again = seen(small, inputs=True)
     sites = {site.fqn: site for site in Survey(dense).sites()}
     really = {site.fqn: site for site in Survey(small).sites()}
-    for block in calibration.feed_forward:
+    for block in calibration.unit_blocks:
         weight = sites[block.consumer].module.weight.detach()[None]
         units = eliminate(columns(weight, calibration[block.consumer], True)).kept(WIDTH)
         narrower = Narrower(block, sites, calibration, units)
@@ -73,7 +73,7 @@ def test_they_are_those_of_models_with_fewer_channels_and_heads(make, batches, n
     dense = make()
     calibration = shrank.calibrate(dense, batches(), narrow=True)
     sites = {site.fqn: site for site in Survey(dense).sites()}
-    block = next(block for block in calibration.feed_forward if block.name == name)
+    block = next(block for block in calibration.unit_blocks if block.name == name)
     plan = shrank.make_plan(dense, 0.99, calibration=calibration, narrow=True, min_features=4)
     for layer in plan.changed:
         plan = plan.with_rank(layer.fqn, None)

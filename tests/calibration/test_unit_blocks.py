@@ -21,9 +21,9 @@ from transformers import (
 
 from shrank import calibrate
 from shrank.calibration.batches import as_batches, bound
-from shrank.calibration.feed_forward import feed_forward_blocks
-from shrank.model.feed_forward import FeedForward
+from shrank.calibration.unit_blocks import unit_blocks_in
 from shrank.model.survey import Survey
+from shrank.model.unit_blocks import UnitBlock
 from tests.common.feed_forward import UNITS, Between, Block, Leaking, Stacked, data, stack
 from tests.common.models import VOCAB, WIDTH, assert_untouched, draw, fingerprint, hf_inputs, hf_model, seeded, tokens
 from tests.common.tolerances import assert_close
@@ -44,14 +44,14 @@ from tests.common.units import (
 )
 
 
-def found(model: nn.Module, inputs: object) -> list[FeedForward]:
+def found(model: nn.Module, inputs: object) -> list[UnitBlock]:
     before = fingerprint(model)
-    blocks = feed_forward_blocks(Survey(model), bound(as_batches([inputs]), model)[0])
+    blocks = unit_blocks_in(Survey(model), bound(as_batches([inputs]), model)[0])
     assert_untouched(model, before)
     return blocks
 
 
-def is_feed_forward(block: FeedForward) -> bool:
+def is_feed_forward(block: UnitBlock) -> bool:
     return not block.rows and not {"pooler", "qkv_proj", "conv1"} & set(block.producers[0].split("."))
 
 
@@ -68,7 +68,7 @@ def is_feed_forward(block: FeedForward) -> bool:
 def test_blocks_are_found(make, producers, stacked) -> None:
     blocks = found(stack(make, make), data()[0])
     assert blocks == [
-        FeedForward(f"{i}", tuple(f"{i}.{name}" for name in producers), f"{i}.down", UNITS, stacked) for i in (2, 3)
+        UnitBlock(f"{i}", tuple(f"{i}.{name}" for name in producers), f"{i}.down", UNITS, stacked) for i in (2, 3)
     ]
 
 
@@ -154,10 +154,10 @@ def test_further_families(make, inputs, producers, stacked) -> None:
 def test_a_calibration_keeps_them(tmp_path) -> None:
     """With the inputs of their consumers, in its cache too."""
     model = stack(Block, Leaking)
-    assert calibrate(model, data()).feed_forward is None
+    assert calibrate(model, data()).unit_blocks is None
     for _ in range(2):
         seen = calibrate(model, data(), narrow=True, cache=tmp_path)
-        assert [bool(block.reason) for block in seen.feed_forward] == [False, True]
+        assert [bool(block.reason) for block in seen.unit_blocks] == [False, True]
         assert seen.of_inputs("2.down") and not seen.of_inputs("3.down")
 
 
@@ -202,14 +202,14 @@ def test_channels_are_found(make, columns: int, stacked: bool, carriers: tuple[i
     """With what has numbers for each of them in between."""
     (block,) = found(image_model(make), images()[0])
     names = tuple(f"2.between.{i}" for i in carriers)
-    assert block == FeedForward("2", ("2.first",), "2.second", CHANNELS, stacked, columns=columns, carriers=names)
+    assert block == UnitBlock("2", ("2.first",), "2.second", CHANNELS, stacked, columns=columns, carriers=names)
 
 
 @pytest.mark.parametrize("by_position", [False, True])
 def test_channels_behind_flattened_positions(by_position: bool) -> None:
     (block,) = found(to_linear(by_position), images()[0])
     expected = {"columns": 4, "strided": by_position, "carriers": ("norm",)}
-    assert block == FeedForward("head", ("stem",), "head", CHANNELS, **expected)
+    assert block == UnitBlock("head", ("stem",), "head", CHANNELS, **expected)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ class OfUnits:
 
 
 @dataclass(frozen=True)
-class FeedForward(OfUnits):
+class UnitBlock(OfUnits):
     """One block of a model.
 
     Args:
@@ -145,7 +145,7 @@ def note_narrowed(block: OfUnits, width: int, modules: dict[str, nn.Module]) -> 
         vars(modules[name])[NARROWED] = (common, role, rows)
 
 
-def narrowed_in(model: nn.Module) -> Iterator[tuple[FeedForward, int]]:
+def narrowed_in(model: nn.Module) -> Iterator[tuple[UnitBlock, int]]:
     """The narrowed blocks of a model, as they were, and how many units each has."""
     found: dict[int, tuple[Narrowed, dict[str, list[tuple[str, int]]]]] = {}
     layer = None
@@ -161,7 +161,7 @@ def narrowed_in(model: nn.Module) -> Iterator[tuple[FeedForward, int]]:
             producers, rows = zip(*roles[PRODUCER], strict=True)
             consumer, carriers = roles[CONSUMER][0][0], tuple(fqn for fqn, _ in roles[CARRIER])
             yield (
-                FeedForward(
+                UnitBlock(
                     block_name((*producers, consumer)),
                     producers,
                     consumer,

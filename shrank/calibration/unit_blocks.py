@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from ..model.carriers import is_shared, units_carried
-from ..model.feed_forward import FeedForward
 from ..model.hooks import all_trainable, in_eval_mode, without_caches
 from ..model.refusals import why_not_shape
 from ..model.survey import Site, Survey
+from ..model.unit_blocks import UnitBlock
 from ..util.files import write_text
 from ..util.processes import current
 from .batches import Batch
@@ -29,19 +29,19 @@ from .unit_candidates import behind_inputs, candidates
 from .unit_trial import Trial
 
 
-def blocks_in(folder: Path, survey: Survey, batches: list[Batch]) -> list[FeedForward]:
-    """As `feed_forward_blocks` of the first batch, from the folder if they are there."""
+def blocks_in(folder: Path, survey: Survey, batches: list[Batch]) -> list[UnitBlock]:
+    """As `unit_blocks_in` of the first batch, from the folder if they are there."""
     file, here = folder / "blocks.json", current()
     if not all(here.exchange(file.exists())):
-        blocks = feed_forward_blocks(survey, batches[0]) if batches else []
+        blocks = unit_blocks_in(survey, batches[0]) if batches else []
         here.agree("a model with the same blocks", blocks)
         write_text(file, json.dumps([asdict(block) for block in blocks]))
     lists = ("producers", "rows", "carriers")
     found = json.loads(file.read_text())
-    return [FeedForward(**{**block, **{name: tuple(block[name]) for name in lists}}) for block in found]
+    return [UnitBlock(**{**block, **{name: tuple(block[name]) for name in lists}}) for block in found]
 
 
-def feed_forward_blocks(survey: Survey, batch: Batch) -> list[FeedForward]:
+def unit_blocks_in(survey: Survey, batch: Batch) -> list[UnitBlock]:
     """The blocks that a batch, bound to the model, runs through, in the order of execution; those that cannot be
     narrowed with the reason. Runs the model nine times, and more where something only looks like a block."""
     model, sites = survey.model, {site.fqn: site for site in survey.sites() if site.adapter}
@@ -64,7 +64,7 @@ def _may_carry(site: Site) -> bool:
     return units_carried(site.module) is not None and site.why_not() == why_not_shape(site.shape)
 
 
-def _believed(found: list[FeedForward], trial: Trial) -> list[FeedForward]:
+def _believed(found: list[UnitBlock], trial: Trial) -> list[UnitBlock]:
     """What stands the trial, and what does not with the reason; every layer in one block, the one of most weights."""
     order = {block.consumer: number for number, block in enumerate(found)}
     left, good, bad = sorted(found, key=lambda block: -trial.weights(block)), [], []
@@ -79,7 +79,7 @@ def _believed(found: list[FeedForward], trial: Trial) -> list[FeedForward]:
     return sorted(good + bad, key=lambda block: order[block.consumer])
 
 
-def _without_common_layers(blocks: Iterable[FeedForward]) -> list[FeedForward]:
+def _without_common_layers(blocks: Iterable[UnitBlock]) -> list[UnitBlock]:
     """Every layer in one block, the first."""
     kept, taken = [], set()
     for block in blocks:
@@ -89,12 +89,12 @@ def _without_common_layers(blocks: Iterable[FeedForward]) -> list[FeedForward]:
     return kept
 
 
-def _tried(blocks: list[FeedForward], trial: Trial) -> list[FeedForward]:
+def _tried(blocks: list[UnitBlock], trial: Trial) -> list[UnitBlock]:
     """The blocks, all at once if that goes well, else those with like names in like modules together; with the
     reason where not."""
     if not blocks or not trial.complaint(blocks):
         return blocks
-    groups: dict[object, list[FeedForward]] = {}
+    groups: dict[object, list[UnitBlock]] = {}
     for block in blocks:
         kind = type(trial.model.get_submodule(block.name))
         groups.setdefault((re.sub(r"\d+", "*", block.consumer), kind, block.units), []).append(block)
@@ -102,7 +102,7 @@ def _tried(blocks: list[FeedForward], trial: Trial) -> list[FeedForward]:
     return [replace(block, reason=reasons[block.consumer]) for block in blocks]
 
 
-def _reasons(blocks: list[FeedForward], trial: Trial) -> dict[str, str]:
+def _reasons(blocks: list[UnitBlock], trial: Trial) -> dict[str, str]:
     """What keeps each of these blocks, by its consumer, from being narrowed. They are alike, so that none is tried
     alone where the first and the last cannot be narrowed either."""
     reason = trial.complaint(blocks)
