@@ -1,11 +1,11 @@
 """What compressed models are worth at every size, against the published methods: benchmarks/results/quality_*.json.
 
-python -m benchmarks.quality [minilm smollm2 whisper crepe-full crepe-tiny]
+python -m benchmarks.quality [minilm smollm2 whisper crepe-full crepe-tiny reader]
 python -m benchmarks.quality [...] --keep 0.6    # that column alone, printed and not stored
 These rows are added to what was measured, with --keep of that size alone:
 python -m benchmarks.quality [...] --heal 300    # as many steps of healing
 python -m benchmarks.quality [...] --refine 100  # layers probed, then each anchored block trained
-python -m benchmarks.quality [...] --narrow      # feed-forward blocks narrowed, alone and beside ranks
+python -m benchmarks.quality [...] --narrow      # feed-forward blocks narrowed, alone and beside ranks; or "*then*"
 python -m benchmarks.quality [...] --own "probe steps=100" "batches=64"  # options of auto_fact: chosen.py
 python -m benchmarks.quality [...] --cost     # of calibrate, plan and apply: seconds and memory, on a quiet machine
 python -m benchmarks.quality [...] --table    # of what was measured
@@ -22,6 +22,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,7 @@ import shrank
 from benchmarks.provenance import RESULTS, provenance
 from benchmarks.quality import baselines
 from benchmarks.quality.chosen import DEFAULT, OURS, Chosen, chosen_rows, refinements, weights
-from benchmarks.quality.tasks import Crepe, MiniLM, SmolLM2, Task, Whisper
+from benchmarks.quality.tasks import Crepe, MiniLM, Reader, SmolLM2, Task, Whisper
 from benchmarks.speed.turns import THREADS
 from shrank import Batch, Budget, Calibration, LayerStatistics, Metric
 
@@ -64,6 +65,7 @@ STUDIES = {
     "whisper": Study(Whisper, (0.9, 0.7, 0.5), (0.7,), (0.7, 0.5), (0.5,), refine_at=(0.5,)),
     "crepe-full": Study(partial(Crepe, "full"), (0.7, 0.5), (0.5,), (0.5,)),
     "crepe-tiny": Study(partial(Crepe, "tiny"), (0.7, 0.5), (0.5,), (0.5,)),
+    "reader": Study(Reader, (0.8, 0.6, 0.5), (0.6,), (0.6, 0.5)),
 }
 
 
@@ -183,19 +185,22 @@ def rows(study: Study) -> Iterator[dict]:
         yield subject.row(f"{OURS}, anchored", step, keep, **seconds)
 
 
-def narrowed_rows(study: Study, keeps: tuple[float, ...], cache: str | None) -> Iterator[dict]:
-    """Feed-forward blocks narrowed, with the date and the commit of each row."""
-    for row in _narrowed(Subject.of(study.task()), keeps or study.narrow_at, cache):
+def narrowed_rows(study: Study, keeps: tuple[float, ...], methods: str, cache: str | None) -> Iterator[dict]:
+    """Feed-forward blocks narrowed, of methods that match a pattern, with the date and the commit of each row."""
+    for row in _narrowed(Subject.of(study.task()), keeps or study.narrow_at, methods, cache):
         yield {**row, "measured": provenance("cpu")}
 
 
-def _narrowed(subject: Subject, keeps: tuple[float, ...], cache: str | None = None) -> Iterator[dict]:
+def _narrowed(
+    subject: Subject, keeps: tuple[float, ...], methods: str = "*", cache: str | None = None
+) -> Iterator[dict]:
     if not keeps:
         return
     started = time.perf_counter()
     calibration = subject.calibrated(narrow=True, cache=cache)
     seconds = round(time.perf_counter() - started)
-    for name, step in _narrowings(subject, calibration).items():
+    steps = {name: step for name, step in _narrowings(subject, calibration).items() if fnmatchcase(name, methods)}
+    for name, step in steps.items():
         for keep in keeps:
             yield subject.row(name, step, keep, **{"calibrated in s": seconds})
 
@@ -348,7 +353,7 @@ def _added(study: Study, arguments: argparse.Namespace) -> Iterator[dict] | None
     if arguments.refine:
         return chosen_rows(study.task(), refinements(arguments.refine), keeps or study.refine_at, cache)
     if arguments.narrow:
-        return narrowed_rows(study, keeps, cache)
+        return narrowed_rows(study, keeps, arguments.narrow, cache)
     if arguments.own:
         choices = {f"{OURS}, {chosen}" if str(chosen) else DEFAULT: chosen for chosen in map(Chosen.of, arguments.own)}
         return chosen_rows(study.task(), choices, keeps or study.keeps, cache)
@@ -360,7 +365,9 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", default=list(STUDIES), metavar="TASK")
     parser.add_argument("--heal", type=int, metavar="STEPS", help="measure healing alone")
     parser.add_argument("--refine", type=int, metavar="STEPS", help="measure the training of blocks alone")
-    parser.add_argument("--narrow", action="store_true", help="measure narrowed blocks alone")
+    parser.add_argument(
+        "--narrow", nargs="?", const="*", metavar="METHODS", help="measure narrowed blocks alone, of rows so named"
+    )
     parser.add_argument("--own", nargs="+", metavar="OPTIONS", help="measure options of auto_fact alone")
     parser.add_argument("--keep", type=float, nargs="*", default=[], help="measure at these alone")
     parser.add_argument("--cache", help="a folder for calibrations, with --refine, --narrow and --own")
