@@ -69,14 +69,17 @@ class Chosen:
     def of(cls, words: str) -> Chosen:
         """ValueError for what is no option."""
         types = {field.name: type(field.default) for field in fields(cls)}
-        given = [word.partition("=") for word in words.split()]
-        if unknown := [name for name, _, _ in given if name not in types]:
+        given = {name: value if equals else "True" for name, equals, value in (w.partition("=") for w in words.split())}
+        if unknown := [name for name in given if name not in types]:
             raise ValueError(f"options are {', '.join(types)}, got {', '.join(unknown)}")
-        return cls(**{name: types[name](value) if equals else True for name, equals, value in given})
+        for name, value in given.items():
+            if types[name] is bool and value not in ("True", "False"):
+                raise ValueError(f"{name} is True or False, got {value!r}")
+        return cls(**{n: value == "True" if types[n] is bool else types[n](value) for n, value in given.items()})
 
     def __str__(self) -> str:
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = [(name, value) for name, value in named.items() if value != type(self)().__dict__[name]]
+        named = [(field, getattr(self, field.name)) for field in fields(self)]
+        changed = [(field.name, value) for field, value in named if value != field.default]
         return " ".join(name if value is True else f"{name}={value}" for name, value in changed)
 
     def compressed(self, task: Task, dense: nn.Module, keep: float, cache: str | None) -> nn.Module:
