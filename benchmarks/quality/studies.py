@@ -199,9 +199,8 @@ def _narrowed(
     started = time.perf_counter()
     calibration = subject.calibrated(narrow=True, cache=cache)
     seconds = round(time.perf_counter() - started)
-    steps = {name: step for name, step in _narrowings(subject, calibration).items() if fnmatchcase(name, methods)}
-    for name, step in steps.items():
-        for keep in keeps:
+    for name, step in _narrowings(subject, calibration).items():
+        for keep in keeps if fnmatchcase(name, methods) else ():
             yield subject.row(name, step, keep, **{"calibrated in s": seconds})
 
 
@@ -394,9 +393,10 @@ def main() -> None:
                     print(json.dumps(row), flush=True)
             continue
         elif not arguments.table:
+            added = [row for row in results.get("rows", []) if "measured" in row]
             results = {**provenance("cpu"), "cost": results.get("cost"), "rows": []}
-            for row in rows(STUDIES[name]):
-                results["rows"].append(row)
+            for number, row in enumerate(rows(STUDIES[name])):
+                results["rows"] = replaced(results["rows"] if number else [row, *added], row)
                 print(json.dumps(row), flush=True)
                 path.write_text(json.dumps(results, indent=1) + "\n")
         print(name, results["cost"], table(results), sep="\n")
