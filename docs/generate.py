@@ -29,6 +29,9 @@ NAMES = {
     "+ pivots": "+ pivoted storage",
     "+ bias = shrank": "**+ bias correction = the default**",
     "shrank, anchored": "the default, `anchored=True`",
+    "shrank, widths and ranks": "the default, `narrow=True`",
+    "shrank, batches=64": "the default, 64 windows",
+    "shrank, steps=100": "the default, `anchored=Anchored(steps=100)`",
     "shrank, probed": "the default, `probe=True`",
     "shrank, probed and refined 100 steps": "the default, `probe=True`, `anchored=Anchored(steps=100)`",
     "shrank, healed 300 steps": "the default, healed",
@@ -83,18 +86,28 @@ def sizes() -> str:
     return table(["keep", "parameters", "cosine to dense", "mean weight error", "speed-up over dense"], body, 0)
 
 
+SPEEDS = {"times dense, fp32": "times dense, float32", "times dense, int8": "int8"}
+
+
 def bytes_kept(name: str, figures: dict[str, str], written: Callable[[float], str]) -> str:
-    """Budgets in bytes beside what is published, by size; figures: those to show, with the heads of their columns."""
+    """Budgets in bytes beside what is published, by size; figures: those to show, with the heads of their columns. An
+    empty cell was not measured."""
     kept = ("shrank", "shrank, bits alone", "shrank, low rank alone")
     names = dict(
         zip(kept, ("**`keep_bytes`**", "`keep_bytes`, no low rank", "low rank alone, in 16 bits"), strict=True)
     )
     rows = sorted((row for row in rows_of(f"sizes_{name}") if row["bytes"] < 1), key=lambda row: -row["bytes"])
+    speeds = {speed: head for speed, head in SPEEDS.items() if any(speed in row for row in rows)}
     body = (
-        (names.get(row["method"], row["method"]), f"{row['bytes']:.3f}", *(written(row[figure]) for figure in figures))
+        (
+            names.get(row["method"], row["method"]),
+            f"{row['bytes']:.3f}",
+            *(written(row[figure]) for figure in figures),
+            *(f"{row[speed]:.2f}" if speed in row else "" for speed in speeds),
+        )
         for row in rows
     )
-    return table(("method", "bytes, of 16 bits dense", *figures.values()), body)
+    return table(("method", "bytes, of 16 bits dense", *figures.values(), *speeds.values()), body)
 
 
 def few_bits() -> str:
@@ -182,6 +195,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "bytes-smollm2": lambda: bytes_kept(
         "smollm2", {"perplexity": "perplexity, articles", "perplexity, news": "news"}, short
     ),
+    "bytes-whisper": lambda: bytes_kept(
+        "whisper", {"word error rate": "word error rate", "cross entropy": "cross entropy"}, fixed(3)
+    ),
+    "bytes-crepe-full": lambda: bytes_kept(
+        "crepe-full", {"mean cents": "error in cents", "confidence": "confidence"}, fixed(3)
+    ),
+    "bytes-reader": lambda: bytes_kept(
+        "reader", {"character error rate": "character error rate", "agreement": "agreement"}, fixed(3)
+    ),
+    "reader-characters": lambda: by_keep("reader", "character error rate", percent),
+    "reader-agreement": lambda: by_keep("reader", "agreement", fixed(3)),
     "few_bits": few_bits,
     "corrected": corrected,
     "front": front,

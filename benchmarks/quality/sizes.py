@@ -1,9 +1,11 @@
 """Quality at a size in bytes: budgets of shrank beside what is published, benchmarks/results/sizes_TASK.json, drawn in
 docs/assets/sizes_TASK.png.
 
-Bytes are those of the compressed layers' weights on disk, relative to these in 16 bits.
+Bytes are those of the compressed layers' weights on disk, relative to these in 16 bits. Speeds are of one forward pass
+on this machine's threads, of the same model in float32 and in int8 (served.py), beside the dense one in turns.
 
 python -m benchmarks.quality.sizes [TASK ...] [--budgets 0.35 0.28] [--methods "shrank" "GPTQ*"] [--draw-only]
+python -m benchmarks.quality.sizes [...] --speed  # adds speeds to rows that were measured, and measures nothing else
 """
 
 from __future__ import annotations
@@ -32,12 +34,19 @@ import shrank
 from benchmarks.provenance import RESULTS, provenance
 from benchmarks.quality import baselines
 from benchmarks.quality.rounded import METHODS, Rounded, gptq, rtn
-from benchmarks.quality.tasks import Crepe, MiniLM, SmolLM2, Task, Whisper
+from benchmarks.quality.served import Served
+from benchmarks.quality.tasks import Crepe, MiniLM, Reader, SmolLM2, Task, Whisper
 from benchmarks.speed.turns import THREADS
 from shrank import Budget, Grid, RankPlan, Storage
 from shrank.linalg import Shape
 
-TASKS = {"minilm": MiniLM, "smollm2": SmolLM2, "whisper": Whisper, "crepe-full": partial(Crepe, "full")}
+TASKS = {
+    "minilm": MiniLM,
+    "smollm2": SmolLM2,
+    "whisper": Whisper,
+    "crepe-full": partial(Crepe, "full"),
+    "reader": Reader,
+}
 PICTURES = Path(__file__).parents[2] / "docs" / "assets"
 BUDGETS = (0.35, 0.28, 0.25, 0.22, 0.17)
 OURS = "shrank"
@@ -55,7 +64,13 @@ BITS_AND_GROUPS = ((8, 32), (4, 32), (4, 64), (4, 128), (3, 32), (3, 64), (3, 12
 CORRECTED = ((4, 32, 16), (4, 128, 16), (4, 128, 32))  # bits, group, rank of factors in int8
 SVD_LLM = {"SVD-LLM": None, "SVD-LLM + int8": Grid(8), "SVD-LLM + int4": Grid(4, 32)}
 RANKS = (0.9, 0.8, 0.6, 0.5, 0.4)  # shares of the weights that SVD-LLM keeps, alone and in few bits
-QUALITY = {"cosine": True, "word error rate": False, "perplexity": False, "mean cents": False}  # larger is better
+QUALITY = {  # larger is better
+    "cosine": True,
+    "word error rate": False,
+    "perplexity": False,
+    "mean cents": False,
+    "character error rate": False,
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,7 @@ class Bench:
     task: Task
     dense: nn.Module
     shapes: dict[str, Shape]
+    served: Served | None = None  # to measure speeds with, in the place of quality
 
     def takes(self, group: int) -> bool:
         """Whether groups of so many inputs divide the rows of every layer."""
@@ -72,15 +88,25 @@ class Bench:
 
     def row(self, method: str, model: nn.Module, size: float, weights: float, flops: float, **more: object) -> dict:
         """One model, measured; sizes are relative to the dense layers."""
-        figures = {"bytes": size, "weights": weights, "FLOPs": flops}
-        return {"method": method, **{k: round(v, 4) for k, v in figures.items()}, **self.task.evaluate(model), **more}
+        sizes = {"bytes": size, "weights": weights, "FLOPs": flops}
+        if self.served:
+            figures = self.served.figures(None if model is self.dense else model)
+        else:
+            figures = self.task.evaluate(model)
+        return {"method": method, **{k: round(v, 4) for k, v in sizes.items()}, **figures, **more}
 
     def uniform(self, method: str, model: nn.Module, storage: Storage, keep: float | None = None) -> dict:
         """A model whose layers all have one storage, at the rank that keeps a share of the weights, or corrected."""
         ranks = {name: _rank(shape, keep) for name, shape in self.shapes.items()}
+        if self.served and keep is not None:
+            # What is approximated in place is timed as the factors that it stands for.
+            model = shrank.auto_fact(model, dict(ranks), pivot=False, allow_slower=True)
         return self.row(method, model, *self._shares((s, ranks[n], storage) for n, s in self.shapes.items()))
 
     def corrected(self, method: str, model: nn.Module, storage: Storage, rank: int) -> dict:
+        if self.served:
+            for name in self.shapes:
+                model.set_submodule(name, shrank.CorrectedLinear(model.get_submodule(name), rank))
         return self.row(method, model, *self._shares((shape, rank, storage) for shape in self.shapes.values()))
 
     def planned(self, method: str, model: nn.Module, **more: object) -> dict:
@@ -101,13 +127,14 @@ class Bench:
         return tuple((totals[0] / totals[1]).tolist())
 
 
-def rows(name: str, budgets: tuple[float, ...], methods: list[str]) -> Iterator[dict]:
-    """Of the methods that match one of these patterns; the dense model comes first."""
+def rows(name: str, budgets: tuple[float, ...], methods: list[str], speed: bool = False) -> Iterator[dict]:
+    """Of the methods that match one of these patterns, quality or speed; the dense model comes first."""
     task = TASKS[name]()
     dense = task.model()
     found = baselines.layers(dense, task.exclude)
     plan = shrank.make_plan(dense, {"*": None}, errors=False)
-    bench = Bench(task, dense, {fqn: plan[fqn].shape for fqn in found})
+    served = Served(dense, task.work()) if speed else None
+    bench = Bench(task, dense, {fqn: plan[fqn].shape for fqn in found}, served)
     yield bench.row("dense, 16 bits", dense, 1.0, 1.0, 1.0)
     if own := {method: how for method, how in OWN.items() if _matches(method, methods)}:
         yield from _own(bench, own, budgets, list(found))
@@ -248,13 +275,32 @@ def _series(method: str) -> str:
     return method if method.startswith("SVD-LLM") else method.split(", int")[0].split(" int")[0]
 
 
+def with_speed(rows: list[dict], row: dict) -> list[dict]:
+    """The rows with the speeds of this one in that of the same method and size; ValueError if there is none."""
+
+    def key(row: dict) -> tuple:
+        return row["method"], row.get("budget", row["bytes"])
+
+    if key(row) not in map(key, rows):
+        raise ValueError(f"the quality of {key(row)} was not measured")
+    speeds = {name: value for name, value in row.items() if _is_speed(name)}
+    return [
+        {**other, **speeds, "speed measured": provenance("cpu")} if key(other) == key(row) else other for other in rows
+    ]
+
+
+def _is_speed(figure: str) -> bool:
+    return "/s, " in figure or figure.startswith("times dense")
+
+
 def table(found: list[dict]) -> str:
     """The rows as a Markdown table, by size."""
-    skipped = ("method", "forms", "budget", "calibrated in s", "compressed in s")
+    skipped = ("method", "forms", "budget", "calibrated in s", "compressed in s", "speed measured")
     figures = [key for key in found[0] if key not in skipped]
     lines = ["| method | " + " | ".join(figures) + " |", "|---" * (len(figures) + 1) + "|"]
     for row in sorted(found, key=lambda row: -row["bytes"]):
-        lines.append(f"| {row['method']} | " + " | ".join(f"{row[key]:.4g}" for key in figures) + " |")
+        cells = (f"{row[key]:.4g}" if key in row else "" for key in figures)
+        lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -264,22 +310,31 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="*", default=list(BUDGETS))
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--methods", nargs="*", default=["*"], help="patterns of the rows to measure; others are kept")
+    parser.add_argument("--speed", action="store_true", help="measure speeds alone, of rows that were measured")
     parser.add_argument("--draw-only", action="store_true", help="draw and print what was measured")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for name in arguments.tasks:
         path = RESULTS / f"sizes_{name}.json"
         if not arguments.draw_only:
-            before = json.loads(path.read_text())["rows"] if path.exists() else []
-            others = [row for row in before[1:] if not _matches(row["method"], arguments.methods)]
-            results = {**provenance("cpu"), "rows": []}
-            for number, row in enumerate(rows(name, tuple(arguments.budgets), arguments.methods)):
-                results["rows"] += [row] if number else [row, *others]
-                print(json.dumps(row), flush=True)
-                path.write_text(json.dumps(results, indent=1) + "\n")
+            _measure(name, path, arguments)
         found = json.loads(path.read_text())["rows"]
         draw(name, found, PICTURES / f"{path.stem}.png")
         print(name, table(found), sep="\n")
+
+
+def _measure(name: str, path: Path, arguments: argparse.Namespace) -> None:
+    results = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    others = [row for row in results["rows"][1:] if not _matches(row["method"], arguments.methods)]
+    if not arguments.speed:
+        results = {**provenance("cpu"), "rows": []}
+    for number, row in enumerate(rows(name, tuple(arguments.budgets), arguments.methods, arguments.speed)):
+        if arguments.speed:
+            results["rows"] = with_speed(results["rows"], row)
+        else:
+            results["rows"] += [row] if number else [row, *others]
+        print(json.dumps(row), flush=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

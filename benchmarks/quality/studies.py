@@ -1,9 +1,12 @@
 """What compressed models are worth at every size, against the published methods: benchmarks/results/quality_*.json.
 
-python -m benchmarks.quality [minilm smollm2 whisper crepe-full crepe-tiny]
+python -m benchmarks.quality [minilm smollm2 whisper crepe-full crepe-tiny reader]
 python -m benchmarks.quality [...] --keep 0.6    # that column alone, printed and not stored
-python -m benchmarks.quality [...] --heal 300    # what as many steps of healing add to what was measured
-python -m benchmarks.quality [...] --refine 100  # likewise, probing layers and training each anchored block
+These rows are added to what was measured, with --keep of that size alone:
+python -m benchmarks.quality [...] --heal 300    # as many steps of healing
+python -m benchmarks.quality [...] --refine 100  # layers probed, then each anchored block trained
+python -m benchmarks.quality [...] --narrow      # feed-forward blocks narrowed, alone and beside ranks; or "*then*"
+python -m benchmarks.quality [...] --own "probe steps=100" "batches=64"  # options of auto_fact: chosen.py
 python -m benchmarks.quality [...] --cost     # of calibrate, plan and apply: seconds and memory, on a quiet machine
 python -m benchmarks.quality [...] --table    # of what was measured
 """
@@ -15,11 +18,11 @@ import copy
 import json
 import multiprocessing
 import os
-import re
 import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -29,12 +32,10 @@ from torch import Tensor, nn
 import shrank
 from benchmarks.provenance import RESULTS, provenance
 from benchmarks.quality import baselines
-from benchmarks.quality.tasks import Crepe, MiniLM, SmolLM2, Task, Whisper
+from benchmarks.quality.chosen import DEFAULT, OURS, Chosen, chosen_rows, refinements, weights
+from benchmarks.quality.tasks import Crepe, MiniLM, Reader, SmolLM2, Task, Whisper
 from benchmarks.speed.turns import THREADS
 from shrank import Batch, Budget, Calibration, LayerStatistics, Metric
-
-OURS = "shrank"
-_BLOCK = re.compile(r"the error of (\S+ on held-out data \S+ -> \S+)")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ STUDIES = {
     "whisper": Study(Whisper, (0.9, 0.7, 0.5), (0.7,), (0.7, 0.5), (0.5,), refine_at=(0.5,)),
     "crepe-full": Study(partial(Crepe, "full"), (0.7, 0.5), (0.5,), (0.5,)),
     "crepe-tiny": Study(partial(Crepe, "tiny"), (0.7, 0.5), (0.5,), (0.5,)),
+    "reader": Study(Reader, (0.8, 0.6, 0.5), (0.6,), (0.6, 0.5)),
 }
 
 
@@ -118,7 +120,7 @@ def steps(calibration: Calibration, without: Calibration) -> dict[str, Callable[
         "+ dense option": partial(spent, one_sided, pivot=False),
         "+ two-sided": partial(spent, without_bias, pivot=False),
         "+ pivots": partial(spent, without_bias),
-        f"+ bias = {OURS}": partial(spent, calibration),
+        DEFAULT: partial(spent, calibration),
     }
 
 
@@ -131,88 +133,93 @@ def column(study: Study, keep: float) -> Study:
     return replace(study, **at)
 
 
-def rows(study: Study) -> Iterator[dict]:
-    task = study.task()
-    dense = task.model()
-    yield {"method": "dense", "keep": 1.0, **task.evaluate(dense)}
-    yield from _baselines(task, study.keeps)
-    started = time.perf_counter()
-    names = list(baselines.layers(dense, task.exclude))
-    batches = shrank.batches(task.batches())
-    calibration = shrank.calibrate(dense, batches, loss=task.own_loss, layers=names)
-    seconds = round(time.perf_counter() - started)
-    without = shrank.calibrate(dense, batches, loss="none", layers=names)
+@dataclass(frozen=True)
+class Subject:
+    """A task with its dense model, the names of its layers, and the batches of its calibration."""
 
-    def row(name: str, step: Callable[[nn.Module, float], nn.Module], keep: float) -> dict:
+    task: Task
+    dense: nn.Module
+    names: list[str]
+    batches: list[Batch]
+
+    @classmethod
+    def of(cls, task: Task) -> Subject:
+        dense = task.model()
+        return cls(task, dense, list(baselines.layers(dense, task.exclude)), shrank.batches(task.batches()))
+
+    def calibrated(self, **options: object) -> Calibration:
+        options = {"loss": self.task.own_loss, "layers": self.names, **options}
+        return shrank.calibrate(self.dense, self.batches, **options)
+
+    def row(self, name: str, step: Callable[[nn.Module, float], nn.Module], keep: float, **more: object) -> dict:
         started = time.perf_counter()
-        small = step(copy.deepcopy(dense), keep)
+        small = step(copy.deepcopy(self.dense), keep)
         taken = round(time.perf_counter() - started)
-        layers = [x for x in small.shrank_plan if x.fqn in set(names)]
+        layers = [x for x in small.shrank_plan if x.fqn in set(self.names)]
         return {
             "method": name,
             "keep": keep,
-            **task.evaluate(small),
-            "kept": round(_weights(small, names) / _weights(dense, names), 4),
+            **self.task.evaluate(small),
+            "kept": round(weights(small, self.names) / weights(self.dense, self.names), 4),
             "dense layers": sum(x.rank is None for x in layers),
-            "calibrated in s": seconds,
+            **more,
             "planned and applied in s": taken,
         }
 
-    for name, step in steps(calibration, without).items():
+
+def rows(study: Study) -> Iterator[dict]:
+    subject = Subject.of(study.task())
+    task = subject.task
+    yield {"method": "dense", "keep": 1.0, **task.evaluate(subject.dense)}
+    yield from _baselines(task, study.keeps)
+    started = time.perf_counter()
+    calibration = subject.calibrated()
+    seconds = {"calibrated in s": round(time.perf_counter() - started)}
+    for name, step in steps(calibration, subject.calibrated(loss="none")).items():
         for keep in study.keeps if OURS in name else study.steps_at:
-            yield row(name, step, keep)
-    yield from _halved(task, dense, calibration)
-    for name, step in _narrowings(task, batches, names).items() if study.narrow_at else ():
-        for keep in study.narrow_at:
-            yield row(name, step, keep)
+            yield subject.row(name, step, keep, **seconds)
+    yield from _halved(task, subject.dense, calibration)
+    yield from _narrowed(subject, study.narrow_at)
     for keep in study.anchored_at:
-        yield row(f"{OURS}, anchored", partial(_anchored, batches, calibration), keep)
+        step = partial(_anchored, subject.batches, calibration)
+        yield subject.row(f"{OURS}, anchored", step, keep, **seconds)
 
 
-def _narrowings(
-    task: Task, batches: list[Batch], names: list[str]
-) -> dict[str, Callable[[nn.Module, float], nn.Module]]:
-    """Feed-forward blocks narrowed: alone, where they shall keep so much, or with all else that there is."""
-    seen: list[Calibration] = []
+def narrowed_rows(study: Study, keeps: tuple[float, ...], methods: str, cache: str | None) -> Iterator[dict]:
+    """Blocks narrowed, of methods that match a pattern, with the date and the commit of each row."""
+    for row in _narrowed(Subject.of(study.task()), keeps or study.narrow_at, methods, cache):
+        yield {**row, "measured": provenance("cpu")}
 
-    def calibration(model: nn.Module) -> Calibration:
-        if not seen:
-            seen.append(shrank.calibrate(model, batches, loss=task.own_loss, layers=names, narrow=True))
-        return seen[0]
+
+def _narrowed(
+    subject: Subject, keeps: tuple[float, ...], methods: str = "*", cache: str | None = None
+) -> Iterator[dict]:
+    if not keeps:
+        return
+    started = time.perf_counter()
+    calibration = subject.calibrated(narrow=True, cache=cache)
+    seconds = round(time.perf_counter() - started)
+    for name, step in _narrowings(subject, calibration).items():
+        for keep in keeps if fnmatchcase(name, methods) else ():
+            yield subject.row(name, step, keep, **{"calibrated in s": seconds})
+
+
+def _narrowings(subject: Subject, calibration: Calibration) -> dict[str, Callable[[nn.Module, float], nn.Module]]:
+    """Feed-forward blocks narrowed alone, where they shall keep so much; and all blocks, with all else that there is."""
+    names = subject.names
+    feed_forward = [block for block in calibration.unit_blocks if not (block.reason or block.rows)]  # no heads
+    blocks = [fqn for block in feed_forward for fqn in block.layers if fqn in names]
 
     def at_once(model: nn.Module, keep: float, **options: object) -> nn.Module:
-        found = calibration(model)
-        plan = shrank.make_plan(model, Budget(keep_params=keep), calibration=found, **options)
-        return shrank.apply(model, plan, found)
-
-    def blocks(model: nn.Module) -> list[str]:
-        found = calibration(model).unit_blocks
-        feed_forward = [block for block in found if not block.reason and not block.rows]  # not heads
-        return [fqn for block in feed_forward for fqn in block.layers if fqn in names]
-
-    def then_ranks(model: nn.Module, keep: float) -> nn.Module:
-        """What the blocks lose is 5/8 of what all layers shall lose, and then all of it in ranks."""
-        before = _weights(model, names)
-        small = at_once(model, 1 - 0.625 * (1 - keep), narrow=True, pivot=False, include=blocks(model))
-        again = shrank.calibrate(small, batches, loss=task.own_loss, layers=names)
-        rest = keep * before / _weights(small, names)
-        return shrank.auto_fact(small, Budget(keep_params=rest), calibrate=again, include=names)
+        plan = shrank.make_plan(model, Budget(keep_params=keep), calibration=calibration, **options)
+        return shrank.apply(model, plan, calibration)
 
     return {
-        f"{OURS}, feed-forward layers": lambda model, keep: at_once(model, keep, include=blocks(model)),
-        f"{OURS}, feed-forward layers, narrowed": lambda model, keep: at_once(
-            model, keep, include=blocks(model), narrow=True
-        ),
-        f"{OURS}, narrowed or ranks": partial(at_once, narrow=True),
-        f"{OURS}, one width or ranks": partial(at_once, narrow="uniform"),
-        f"{OURS}, narrowed, then ranks": then_ranks,
+        f"{OURS}, feed-forward layers": partial(at_once, include=blocks),
+        f"{OURS}, feed-forward layers, narrowed": partial(at_once, include=blocks, narrow=True),
+        f"{OURS}, widths and ranks": partial(at_once, narrow=True),
+        f"{OURS}, one width and ranks": partial(at_once, narrow="uniform"),
     }
-
-
-def _weights(model: nn.Module, names: list[str]) -> int:
-    """Numbers in the matrices of these layers."""
-    layers = [model.get_submodule(name) for name in names]
-    return sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
 
 
 def _anchored(batches: list[Batch], calibration: Calibration, model: nn.Module, keep: float) -> nn.Module:
@@ -231,14 +238,14 @@ def _baselines(task: Task, keeps: tuple[float, ...]) -> Iterator[dict]:
             yield {"method": method, "keep": keep, **task.evaluate(baselines.compressed(model, found, keep))}
 
 
-def healed_rows(study: Study, steps: int) -> Iterator[dict]:
+def healed_rows(study: Study, steps: int, keeps: tuple[float, ...]) -> Iterator[dict]:
     """What training makes of the default, with products in bfloat16: on CPUs that have them, half the time."""
     task = study.task()
     dense = task.model()
     calibration = shrank.calibrate(
         dense, task.batches(), loss=task.own_loss, layers=list(baselines.layers(dense, task.exclude))
     )
-    for keep in study.heal_at:
+    for keep in keeps or study.heal_at:
         small = shrank.auto_fact(dense, Budget(keep_params=keep), calibrate=calibration, deepcopy=True)
         started = time.perf_counter()
         torch.set_float32_matmul_precision("medium")
@@ -254,29 +261,6 @@ def healed_rows(study: Study, steps: int) -> Iterator[dict]:
             "loss held out": [[step, round(x, 4)] for step, x in done.curve],
             "measured": provenance("cpu"),
         }
-
-
-def refined_rows(study: Study, steps: int, keeps: tuple[float, ...] = ()) -> Iterator[dict]:
-    """What it gains to probe layers, and then to train each block."""
-    task = study.task()
-    dense = task.model()
-    how = shrank.Calibrate(shrank.batches(task.batches()), loss=task.own_loss, probe=True)
-    for keep in keeps or study.refine_at:
-        for method, anchored in (
-            ("probed", False),
-            (f"probed and refined {steps} steps", shrank.Anchored(steps=steps)),
-        ):
-            started = time.perf_counter()
-            small = shrank.auto_fact(copy.deepcopy(dense), keep, calibrate=how, anchored=anchored, exclude=task.exclude)
-            taken = round(time.perf_counter() - started)
-            yield {
-                "method": f"{OURS}, {method}",
-                "keep": keep,
-                **task.evaluate(small),
-                "compressed in s": taken,
-                "blocks": sorted({found[1] for x in small.shrank_plan if (found := _BLOCK.search(x.reason))}),
-                "measured": provenance("cpu"),
-            }
 
 
 def _halved(task: Task, dense: nn.Module, calibration: Calibration, keep: float = 0.8) -> Iterator[dict]:
@@ -345,38 +329,66 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def replaced(rows: list[dict], row: dict) -> list[dict]:
+    """The rows with this one in the place of the one of the same method and size, or at the end."""
+    key = (row["method"], row["keep"])
+    place = next((n for n, other in enumerate(rows) if (other["method"], other["keep"]) == key), len(rows))
+    return [*rows[:place], row, *rows[place + 1 :]]
+
+
+def _added(study: Study, arguments: argparse.Namespace) -> Iterator[dict] | None:
+    """The rows that are measured alone; None where all of the study is wanted."""
+    keeps, cache = tuple(arguments.keep), arguments.cache
+    if arguments.heal:
+        return healed_rows(study, arguments.heal, keeps)
+    if arguments.refine:
+        return chosen_rows(study.task(), refinements(arguments.refine), keeps or study.refine_at, cache)
+    if arguments.narrow:
+        return narrowed_rows(study, keeps, arguments.narrow, cache)
+    if arguments.own:
+        choices = {f"{OURS}, {chosen}" if str(chosen) else DEFAULT: chosen for chosen in map(Chosen.of, arguments.own)}
+        return chosen_rows(study.task(), choices, keeps or study.keeps, cache)
+    return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=list(STUDIES), metavar="TASK")
     parser.add_argument("--heal", type=int, metavar="STEPS", help="measure healing alone")
     parser.add_argument("--refine", type=int, metavar="STEPS", help="measure the training of blocks alone")
-    parser.add_argument("--keep", type=float, help="measure this keep alone and store nothing")
+    parser.add_argument(
+        "--narrow", nargs="?", const="*", metavar="METHODS", help="measure narrowed blocks alone, of rows so named"
+    )
+    parser.add_argument("--own", nargs="+", metavar="OPTIONS", help="measure options of auto_fact alone")
+    parser.add_argument("--keep", type=float, nargs="*", default=[], help="measure at these alone")
+    parser.add_argument("--cache", help="a folder for calibrations, with --refine, --narrow and --own")
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--cost", action="store_true", help="measure time and memory alone")
     parser.add_argument("--table", action="store_true", help="print the stored results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for name in arguments.tasks:
-        if arguments.keep:
-            study = STUDIES[name]
-            found = refined_rows(study, arguments.refine, (arguments.keep,)) if arguments.refine else None
-            for row in found or rows(column(study, arguments.keep)):
-                print(json.dumps(row), flush=True)
-            continue
         path = RESULTS / f"quality_{name}.json"
         results = json.loads(path.read_text()) if path.exists() else {}
         if arguments.cost:
             results["cost"] = {**cost(name), "measured": provenance("cpu")}
             path.write_text(json.dumps(results, indent=1) + "\n")
-        elif arguments.heal or arguments.refine:
-            kind, measure = ("healed", healed_rows) if arguments.heal else ("probed", refined_rows)
-            found = list(measure(STUDIES[name], arguments.heal or arguments.refine))
-            results["rows"] = [row for row in results["rows"] if kind not in row["method"]] + found
-            path.write_text(json.dumps(results, indent=1) + "\n")
+        elif (found := _added(STUDIES[name], arguments)) is not None:
+            for row in found:
+                print(json.dumps(row), flush=True)
+                results = json.loads(path.read_text())  # which others may write meanwhile
+                results["rows"] = replaced(results["rows"], row)
+                path.write_text(json.dumps(results, indent=1) + "\n")
+        elif arguments.keep:
+            for keep in arguments.keep:
+                for row in rows(column(STUDIES[name], keep)):
+                    print(json.dumps(row), flush=True)
+            continue
         elif not arguments.table:
+            added = [row for row in results.get("rows", []) if "measured" in row]
             results = {**provenance("cpu"), "cost": results.get("cost"), "rows": []}
-            for row in rows(STUDIES[name]):
-                results["rows"].append(row)
+            for number, row in enumerate(rows(STUDIES[name])):
+                results["rows"] = replaced(results["rows"] if number else [row, *added], row)
                 print(json.dumps(row), flush=True)
                 path.write_text(json.dumps(results, indent=1) + "\n")
         print(name, results["cost"], table(results), sep="\n")

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from benchmarks.data import speech, texts, whisper
+from benchmarks.data import ocr, speech, texts, whisper
 from benchmarks.data.crepe import load_crepe, make_tones, to_cents
 from benchmarks.data.models import SMOLLM2_FILE, embed, minilm, minilm_folder, package_folder, smollm2
+from benchmarks.quality.served import Work
 from shrank import Batch, evaluate
 
 
@@ -46,6 +47,10 @@ class Task:
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         raise NotImplementedError
 
+    def work(self) -> Work:
+        """A call of test data, to be timed."""
+        raise NotImplementedError
+
 
 class MiniLM(Task):
     """Mean cosine between the sentence embeddings of the dense and the compressed model."""
@@ -66,6 +71,10 @@ class MiniLM(Task):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         with torch.inference_mode():
             return {"cosine": (embed(model, self._test) * self._reference).sum(-1).mean().item()}
+
+    def work(self) -> Work:
+        batch = self._test[0]
+        return Work(lambda model: model(**batch), int(batch["attention_mask"].sum()), "tokens")
 
     @cached_property
     def _test(self) -> list[dict[str, Tensor]]:
@@ -109,6 +118,11 @@ class SmolLM2(Task):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         articles, news = texts.articles("test"), ["\n".join(texts.news())]
         return {"perplexity": self._perplexity(model, articles), "perplexity, news": self._perplexity(model, news)}
+
+    def work(self) -> Work:
+        """A prompt, without what is there to go on with it."""
+        ids = self.tokenizer("\n\n".join(texts.articles("test")), return_tensors="pt").input_ids[:, :256]
+        return Work(lambda model: model(input_ids=ids, use_cache=False), ids.numel(), "tokens")
 
     @cached_property
     def tokenizer(self):
@@ -155,6 +169,11 @@ class Whisper(Task):
         pairs = zip((p.text for p in self._prompts), hypotheses, strict=True)
         return {"word error rate": speech.word_error_rate(pairs), "cross entropy": total / tokens}
 
+    def work(self) -> Work:
+        """Encoder and decoder, the transcript given: 30 seconds of sound."""
+        (batch,) = self._batches(self._prompts[:1], 1)
+        return Work(lambda model: model(**batch), 1, "calls")
+
     @cached_property
     def _prompts(self) -> list[speech.Prompt]:
         return speech.prompts("test")[:63]
@@ -193,3 +212,53 @@ class Crepe(Task):
             "median cents": errors.median().item(),
             "confidence": salience.amax(1).mean().item(),
         }
+
+    def work(self) -> Work:
+        tones, _ = make_tones(50)
+        return Work(lambda model: model(tones), len(tones), "frames")
+
+
+class Reader(Task):
+    """Share of characters that are read wrong in drawn lines of articles, and how often the dense model reads the same;
+    of convolutions and linear layers."""
+
+    name = "PP-OCRv4 recogniser"
+    kfac = False
+    exclude = ("layers.depthwise*",)
+    words = 3  # in a line
+
+    def model(self) -> nn.Module:
+        return ocr.recogniser()
+
+    def batches(self) -> list[Tensor]:
+        return list(ocr.drawn(self._lines("calibration", 192), seed=1).split(16))
+
+    def healing_batches(self) -> list[Tensor]:
+        return list(ocr.drawn(self._lines("calibration", 768), seed=1).split(16))
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        lines, found = self._lines("test", 192), self._read(model)
+        edits = sum(speech.distance(list(line), list(read)) for line, read in zip(lines, ocr.read(found), strict=True))
+        return {
+            "character error rate": edits / sum(map(len, lines)),
+            "agreement": (found.argmax(-1) == self._reference.argmax(-1)).float().mean().item(),
+        }
+
+    def work(self) -> Work:
+        images = self._test[0]
+        return Work(lambda model: model(images), len(images), "images")
+
+    @cached_property
+    def _test(self) -> tuple[Tensor, ...]:
+        return ocr.drawn(self._lines("test", 192)).split(16)
+
+    @cached_property
+    def _reference(self) -> Tensor:
+        return self._read(ocr.recogniser())
+
+    def _read(self, model: nn.Module) -> Tensor:
+        with torch.inference_mode():
+            return torch.cat([model(images) for images in self._test])
+
+    def _lines(self, split: str, count: int) -> list[str]:
+        return [" ".join(sentence.split()[: self.words]) for sentence in texts.sentences(split, count)]
