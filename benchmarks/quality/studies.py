@@ -205,7 +205,7 @@ def _narrowed(
 
 
 def _narrowings(subject: Subject, calibration: Calibration) -> dict[str, Callable[[nn.Module, float], nn.Module]]:
-    """Feed-forward blocks narrowed alone, where they shall keep so much; and all blocks, with all else that there is."""
+    """Feed-forward blocks narrowed alone, where they shall keep so much; and all blocks with all else."""
     names = subject.names
     feed_forward = [block for block in calibration.unit_blocks if not (block.reason or block.rows)]  # no heads
     blocks = [fqn for block in feed_forward for fqn in block.layers if fqn in names]
