@@ -50,10 +50,11 @@ TASKS = {
 PICTURES = Path(__file__).parents[2] / "docs" / "assets"
 BUDGETS = (0.35, 0.28, 0.25, 0.22, 0.17)
 OURS = "shrank"
-# Ways to spend a share of the bytes that the layers have in 16 bits: all forms, dense ones alone, low rank alone. Low
-# rank is counted in 16 bits whatever the model has.
+# Ways to spend a share of the bytes that the layers have in 16 bits: all forms, fewer units besides, dense ones alone,
+# low rank alone. Low rank is counted in 16 bits whatever the model has.
 OWN = {
     OURS: (lambda keep, share: Budget(keep_bytes=keep * share), {}),
+    f"{OURS}, with widths": (lambda keep, share: Budget(keep_bytes=keep * share), {"narrow": True}),
     f"{OURS}, bits alone": (
         lambda keep, share: Budget(keep_bytes=keep * share, correction_ranks=()),
         {"max_rank": 1},
@@ -101,29 +102,30 @@ class Bench:
         if self.served and keep is not None:
             # What is approximated in place is timed as the factors that it stands for.
             model = shrank.auto_fact(model, dict(ranks), pivot=False, allow_slower=True)
-        return self.row(method, model, *self._shares((s, ranks[n], storage) for n, s in self.shapes.items()))
+        return self.row(method, model, *self._shares((n, s, ranks[n], storage) for n, s in self.shapes.items()))
 
     def corrected(self, method: str, model: nn.Module, storage: Storage, rank: int) -> dict:
         if self.served:
             for name in self.shapes:
                 model.set_submodule(name, shrank.CorrectedLinear(model.get_submodule(name), rank))
-        return self.row(method, model, *self._shares((shape, rank, storage) for shape in self.shapes.values()))
+        return self.row(method, model, *self._shares((n, shape, rank, storage) for n, shape in self.shapes.items()))
 
     def planned(self, method: str, model: nn.Module, **more: object) -> dict:
         """A model that shrank made."""
         plan: RankPlan = model.shrank_plan
         layers = [layer for layer in plan if layer.fqn in self.shapes]
         counted = Counter(_form(layer) for layer in layers)
-        shares = self._shares((layer.shape, layer.rank, layer.storage) for layer in layers)
+        shares = self._shares((layer.fqn, layer.shape, layer.rank, layer.storage) for layer in layers)
         return self.row(method, model, *shares, forms=dict(counted.most_common()), **more)
 
     def _shares(self, forms) -> tuple[float, float, float]:
         """Bytes, weights and operations for a token, relative to dense layers in 16 bits."""
         totals = torch.zeros(2, 3, dtype=torch.float64)
-        for shape, rank, storage in forms:
+        for name, shape, rank, storage in forms:
+            dense = self.shapes[name]  # which has all of its units
             operations = shape.flops(rank) + (shape.flops(None) if storage.corrected else 0)
             totals[0] += torch.tensor([shape.bytes(rank, storage), shape.stored_params(rank, storage), operations])
-            totals[1] += torch.tensor([shape.bytes(None), shape.dense_params, shape.flops(None)])
+            totals[1] += torch.tensor([dense.bytes(None), dense.dense_params, dense.flops(None)])
         return tuple((totals[0] / totals[1]).tolist())
 
 
@@ -146,7 +148,9 @@ def _own(bench: Bench, methods: dict[str, tuple], budgets: tuple[float, ...], la
     """The budgets of shrank, of one calibration."""
     task, dense = bench.task, bench.dense
     started = time.perf_counter()
-    calibration = shrank.calibrate(dense, task.batches(), loss=task.own_loss, layers=layers, inputs=True)
+    narrow = any(options.get("narrow", False) for _, options in methods.values())
+    how = {"loss": task.own_loss, "layers": layers, "inputs": True, "narrow": narrow}
+    calibration = shrank.calibrate(dense, task.batches(), **how)
     seconds = round(time.perf_counter() - started)
     # A model in float32 has twice the bytes, of which half the share is kept.
     share = 2 / dense.get_submodule(layers[0]).weight.element_size()
@@ -222,7 +226,8 @@ def _rank(shape: Shape, keep: float | None) -> int | None:
 def _form(layer: shrank.LayerPlan) -> str:
     low_rank = layer.rank is not None and not layer.storage.corrected
     stored = str(layer.storage) or "16 bits"
-    return f"low rank, {stored}" if low_rank else stored
+    parts = ["narrowed"] * layer.narrowed + ["low rank"] * low_rank
+    return ", ".join([*parts, stored])
 
 
 def draw(name: str, found: list[dict], path: Path) -> None:
