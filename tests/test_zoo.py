@@ -1,7 +1,7 @@
 """Every transformers family that builds offline: compressed, exact at full rank, saved and loaded again.
 
-Once with one rank for all layers, once with ranks that a budget draws from data, which are unequal, and once with
-factors of 8 bits.
+Once with one rank for all layers, once with ranks that a budget draws from data, which are unequal, once with blocks of
+fewer units besides, and once with factors of 8 bits.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tests.common.zoo_tables import (
     DENSE_DOES_NOT_LOAD,
     FAST,
     FAST_CALIBRATED,
+    FAST_NARROWED,
     FAST_OF_FEW_BITS,
     NO_GRADIENTS,
     NOTHING_FOR_A_BUDGET,
@@ -86,6 +87,27 @@ def test_family_of_few_bits(family: str, tmp_path) -> None:
     assert all(layer.storage == shrank.Storage(shrank.Grid(8)) for layer in linears), str(plan)
     assert plan.params_after == sum(p.numel() for p in small.parameters())
     assert shrank.describe(small).changed == tuple(replace(x, error=None, reason="") for x in plan.changed)
+    actual = outputs(small, inputs)
+    assert all(t.isfinite().all() for t in actual)
+    if family not in DENSE_DOES_NOT_LOAD:
+        _check_round_trip(small, inputs, actual, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of few tokens, of layers that they do not reach
+@pytest.mark.parametrize("family", every(tuple(FAST_NARROWED)))
+def test_family_narrowed(family: str, tmp_path) -> None:
+    """Every block that is found loses half of its units, and other layers get ranks."""
+    model, inputs = build(family)
+    if family in NO_GRADIENTS:
+        pytest.xfail("what units are worth is known only of data and a loss")
+    calibration = shrank.calibrate(model, [inputs], narrow=True)
+    plan = shrank.make_plan(model, 0.6, calibration=calibration, narrow=True, min_features=8)
+    able = [block for block in plan.narrowed if block.able]
+    assert len(able) == FAST_NARROWED.get(family, len(able)), [block.reason for block in plan.narrowed]
+    for block in able:
+        plan = plan.with_width(block.consumer, max(1, block.units // 2))
+    small = shrank.apply(model, plan, calibration)
+    assert len(small.shrank_plan.narrower) == len(able)
     actual = outputs(small, inputs)
     assert all(t.isfinite().all() for t in actual)
     if family not in DENSE_DOES_NOT_LOAD:

@@ -156,6 +156,8 @@ FAST_CALIBRATED: tuple[str, ...] = tuple(
     bert convnext falcon_mamba gpt2 llama mixtral resnet
 """.split()
 )
+# Those whose blocks are also narrowed, and how many these have: of hidden units, heads and channels.
+FAST_NARROWED: dict[str, int] = {"bert": 4, "gpt2": 2, "llama": 4, "resnet": 4, "whisper": 5}
 # And those that are also put into few bits.
 FAST_OF_FEW_BITS: tuple[str, ...] = ("funnel", "gpt2", "mixtral", "t5")
 # Families without any layer that rank 8 could make smaller, and why.
