@@ -111,10 +111,13 @@ def require_narrowable(statistics: LayerStatistics | None, rule: object) -> None
         )
     if isinstance(rule.goal, Latency):
         raise ValueError("narrow: the table of keep_latency has no times of narrowed layers; use keep_flops")
-    if statistics is None or not statistics.has_gradients:
-        raise ValueError("narrow: what units are worth is known only of data and a loss: give calibrate=data")
+    known_only = "narrow: what units are worth is known only of data and a loss"
+    if statistics is None:
+        raise ValueError(f"{known_only}: give calibrate=data")
     if statistics.unit_blocks is None:
         raise ValueError("narrow: this calibration did not look for blocks; make it with calibrate(..., narrow=True)")
+    if statistics.unit_blocks and not statistics.has_gradients:
+        raise ValueError(f"{known_only}, and this calibration is of none: not loss='none'")
 
 
 def block_candidates(
