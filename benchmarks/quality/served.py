@@ -33,11 +33,11 @@ class Work:
 def in_floats(model: nn.Module) -> nn.Module:
     """A copy in float32 whose weights of few bits are plain numbers; low-rank layers stay low-rank."""
     with torch.no_grad():
-        copied = copy.deepcopy(model).float()
+        copied = copy.deepcopy(model)
         for parent, name, linear in list(_linears(copied)):
             if is_quantized(linear.weight):
                 parent.register_module(name, _plain(linear))
-    return copied
+        return copied.float()
 
 
 def in_int8(model: nn.Module) -> nn.Module | None:

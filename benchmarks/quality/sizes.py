@@ -34,7 +34,7 @@ import shrank
 from benchmarks.provenance import RESULTS, provenance
 from benchmarks.quality import baselines
 from benchmarks.quality.rounded import METHODS, Rounded, gptq, rtn
-from benchmarks.quality.served import Served
+from benchmarks.quality.served import Served, in_floats
 from benchmarks.quality.tasks import Crepe, MiniLM, Reader, SmolLM2, Task, Whisper
 from benchmarks.speed.turns import THREADS
 from shrank import Budget, Grid, RankPlan, Storage
@@ -110,9 +110,8 @@ class Bench:
                 model.set_submodule(name, shrank.CorrectedLinear(model.get_submodule(name), rank))
         return self.row(method, model, *self._shares((n, shape, rank, storage) for n, shape in self.shapes.items()))
 
-    def planned(self, method: str, model: nn.Module, **more: object) -> dict:
-        """A model that shrank made."""
-        plan: RankPlan = model.shrank_plan
+    def planned(self, method: str, plan: RankPlan, model: nn.Module, **more: object) -> dict:
+        """A model that shrank made by a plan."""
         layers = [layer for layer in plan if layer.fqn in self.shapes]
         counted = Counter(_form(layer) for layer in layers)
         shares = self._shares((layer.fqn, layer.shape, layer.rank, layer.storage) for layer in layers)
@@ -133,7 +132,10 @@ def rows(name: str, budgets: tuple[float, ...], methods: list[str], speed: bool 
     """Of the methods that match one of these patterns, quality or speed; the dense model comes first."""
     task = TASKS[name]()
     dense = task.model()
-    found = baselines.layers(dense, task.exclude)
+    # What is published is for linear layers: Whisper's two convolutions stay as they are.
+    found = {
+        n: m for n, m in baselines.layers(dense, task.exclude).items() if isinstance(m, nn.Linear) or not task.kfac
+    }
     plan = shrank.make_plan(dense, {"*": None}, errors=False)
     served = Served(dense, task.work()) if speed else None
     bench = Bench(task, dense, {fqn: plan[fqn].shape for fqn in found}, served)
@@ -152,14 +154,17 @@ def _own(bench: Bench, methods: dict[str, tuple], budgets: tuple[float, ...], la
     how = {"loss": task.own_loss, "layers": layers, "inputs": True, "narrow": narrow}
     calibration = shrank.calibrate(dense, task.batches(), **how)
     seconds = round(time.perf_counter() - started)
-    # A model in float32 has twice the bytes, of which half the share is kept.
-    share = 2 / dense.get_submodule(layers[0]).weight.element_size()
+    convolutions = any(not isinstance(dense.get_submodule(name), nn.Linear) for name in layers)
+    # A model in float32 has twice the bytes, of which half the share is kept. Convolutions have no fewer bits than the
+    # model has: theirs are 16.
+    share = 1.0 if convolutions else 0.5
     for method, (budget, options) in methods.items():
-        for keep in budgets:
+        # Bits alone have to be few enough for the size, and convolutions have none.
+        for keep in budgets if not (convolutions and options) else ():
             started = time.perf_counter()
             try:
                 small = shrank.auto_fact(
-                    copy.deepcopy(dense),
+                    _halved(dense, layers) if convolutions else copy.deepcopy(dense),
                     budget(keep, share),
                     calibrate=calibration,
                     include=layers,
@@ -168,7 +173,17 @@ def _own(bench: Bench, methods: dict[str, tuple], budgets: tuple[float, ...], la
             except shrank.linalg.BudgetTooSmall:
                 continue
             taken = round(time.perf_counter() - started)
-            yield bench.planned(method, small, budget=keep, **{"calibrated in s": seconds, "compressed in s": taken})
+            plan, small = small.shrank_plan, in_floats(small) if convolutions else small
+            more = {"calibrated in s": seconds, "compressed in s": taken}
+            yield bench.planned(method, plan, small, budget=keep, **more)
+
+
+def _halved(dense: nn.Module, layers: list[str]) -> nn.Module:
+    """A copy whose layers of these names are in float16."""
+    model = copy.deepcopy(dense)
+    for name in layers:
+        model.get_submodule(name).half()
+    return model
 
 
 def _matches(method: str, methods: list[str]) -> bool:
@@ -261,8 +276,10 @@ def draw(name: str, found: list[dict], path: Path) -> None:
 
 def _limit(axes: Axes, figure_name: str, found: list[dict]) -> None:
     """Show what is about as good as shrank at its sizes."""
-    axes.set_xlim(0.12, 0.6)
-    good = [row[figure_name] for row in found if row["method"] == OURS]
+    ours = [row for row in found if row["method"] == OURS]
+    sizes = [row["bytes"] for row in ours]
+    axes.set_xlim(min(sizes) - 0.05, max(0.6, max(sizes) + 0.05))
+    good = [row[figure_name] for row in ours]
     if QUALITY[figure_name]:
         axes.set_ylim(min(good) - 0.05, 1.0)
     else:

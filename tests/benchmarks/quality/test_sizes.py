@@ -41,8 +41,8 @@ def bench() -> sizes.Bench:
 def test_sizes_are_those_of_the_layers() -> None:
     made = bench()
     small = shrank.auto_fact(copy.deepcopy(made.dense), Budget(keep_bytes=0.1, group_sizes=(8,), correction_ranks=(2,)))
-    row = made.planned("shrank", small)
     plan = small.shrank_plan
+    row = made.planned("shrank", plan, small)
     assert row["bytes"] == pytest.approx(sum(x.bytes() for x in plan) / sum(2 * x.size for x in plan), abs=1e-4)
     assert row["weights"] == pytest.approx(sum(x.params_after for x in plan) / sum(x.size for x in plan), abs=1e-4)
     assert sum(row["forms"].values()) == len(made.shapes)
