@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import time
 from collections.abc import Iterator
@@ -111,7 +110,7 @@ def chosen_rows(
     for keep in keeps:
         for method, chosen in choices.items():
             started = time.perf_counter()
-            small = chosen.compressed(task, copy.deepcopy(dense), keep, cache)
+            small = chosen.compressed(task, dense, keep, cache)
             taken = round(time.perf_counter() - started)
             yield {
                 "method": method,
