@@ -30,6 +30,7 @@ NAMES = {
     "+ bias = shrank": "**+ bias correction = the default**",
     "shrank, anchored": "the default, `anchored=True`",
     "shrank, widths and ranks": "the default, `narrow=True`",
+    "shrank, loss=sampled": "the default, `loss` of what the model draws",
     "shrank, batches=64 narrow": "the default, `narrow=True`, 64 windows",
     "shrank, batches=96 narrow": "the default, `narrow=True`, 96 windows",
     "shrank, steps=100": "the default, `anchored=Anchored(steps=100)`",
@@ -195,12 +196,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "bytes": lambda: bytes_kept("minilm", {"cosine": "cosine to dense"}, fixed(4)),
     "bytes-smollm2": lambda: bytes_kept(
         "smollm2", {"perplexity": "perplexity, articles", "perplexity, news": "news"}, short
-    ),
-    "bytes-whisper": lambda: bytes_kept(
-        "whisper", {"word error rate": "word error rate", "cross entropy": "cross entropy"}, fixed(3)
-    ),
-    "bytes-crepe-full": lambda: bytes_kept(
-        "crepe-full", {"mean cents": "error in cents", "confidence": "confidence"}, fixed(3)
     ),
     "bytes-reader": lambda: bytes_kept(
         "reader", {"character error rate": "character error rate", "agreement": "agreement"}, fixed(3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import time
 from collections.abc import Iterator
@@ -28,20 +27,17 @@ def sampled(output: object, batch: Batch) -> Tensor:
 
     The moment of its gradients is the Hessian of the divergence from the dense model.
     """
-    logits, generator = output.logits.flatten(0, 1), torch.Generator().manual_seed(_seed(batch))
+    # A tensor alone is one of probabilities.
+    logits = (output.clamp_min(1e-30).log() if isinstance(output, Tensor) else output.logits).flatten(0, 1)
     with torch.no_grad():
+        # A seed that is that of the batch, however often and in which order batches are run.
+        generator = torch.Generator().manual_seed(int(logits.abs().sum()))
         drawn = logits.float().softmax(-1).multinomial(1, generator=generator)[:, 0]
     arguments = batch.kwargs
     mask = arguments.get("decoder_attention_mask", arguments.get("attention_mask"))
     if mask is not None:
         drawn = drawn.masked_fill(mask.flatten() == 0, -100)
     return F.cross_entropy(logits, drawn, ignore_index=-100, reduction="sum")
-
-
-def _seed(batch: Batch) -> int:
-    """Of the batch alone, however often and in which order batches are run."""
-    ids = batch.kwargs.get("decoder_input_ids", batch.kwargs.get("input_ids"))
-    return int((ids.flatten() * torch.arange(1, ids.numel() + 1)).sum())
 
 
 LOSSES = {"sampled": sampled}
@@ -114,7 +110,7 @@ def chosen_rows(
     for keep in keeps:
         for method, chosen in choices.items():
             started = time.perf_counter()
-            small = chosen.compressed(task, copy.deepcopy(dense), keep, cache)
+            small = chosen.compressed(task, dense, keep, cache)
             taken = round(time.perf_counter() - started)
             yield {
                 "method": method,
