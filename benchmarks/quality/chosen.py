@@ -7,9 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 import shrank
 from benchmarks.provenance import provenance
@@ -18,29 +16,9 @@ from benchmarks.quality.tasks import Task
 from shrank import Batch
 
 OURS = "shrank"
+_MEMORY = 4 << 30  # bytes of moments: the data runs through each of these models once
 DEFAULT = f"+ bias = {OURS}"
 _BLOCK = re.compile(r"the error of (\S+ on held-out data \S+ -> \S+)")
-
-
-def sampled(output: object, batch: Batch) -> Tensor:
-    """The cross entropy of tokens that the model draws from its own distribution, in the place of those of a text.
-
-    The moment of its gradients is the Hessian of the divergence from the dense model.
-    """
-    # A tensor alone is one of probabilities.
-    logits = (output.clamp_min(1e-30).log() if isinstance(output, Tensor) else output.logits).flatten(0, 1)
-    with torch.no_grad():
-        # A seed that is that of the batch, however often and in which order batches are run.
-        generator = torch.Generator().manual_seed(int(logits.abs().sum()))
-        drawn = logits.float().softmax(-1).multinomial(1, generator=generator)[:, 0]
-    arguments = batch.kwargs
-    mask = arguments.get("decoder_attention_mask", arguments.get("attention_mask"))
-    if mask is not None:
-        drawn = drawn.masked_fill(mask.flatten() == 0, -100)
-    return F.cross_entropy(logits, drawn, ignore_index=-100, reduction="sum")
-
-
-LOSSES = {"sampled": sampled}
 
 
 @dataclass(frozen=True)
@@ -48,8 +26,7 @@ class Chosen:
     """Options of `auto_fact` and `Calibrate`, given as `probe steps=100 share=0.5`.
 
     Args:
-        loss: By which gradients errors are weighted; "" for the task's own, "sampled" for those of tokens that the
-            model draws.
+        loss: By which gradients errors are weighted; "" for the task's own.
         batches: How many of those of healing are calibrated on; 0 for those of calibration.
     """
 
@@ -85,7 +62,9 @@ class Chosen:
             dense,
             keep,
             deepcopy=True,
-            calibrate=shrank.Calibrate(self._data(task), self._loss(task), cache=cache, probe=self.probe),
+            calibrate=shrank.Calibrate(
+                self._data(task), self._loss(task), cache=cache, probe=self.probe, max_memory=_MEMORY
+            ),
             anchored=anchored if self.anchored or anchored != shrank.Anchored() else False,
             exclude=task.exclude,
             narrow=self.narrow,
@@ -96,7 +75,7 @@ class Chosen:
         return shrank.batches(found[:: max(1, len(found) // (self.batches or len(found)))][: self.batches or None])
 
     def _loss(self, task: Task):
-        return LOSSES.get(self.loss, self.loss or task.own_loss)
+        return self.loss or task.own_loss
 
 
 def chosen_rows(

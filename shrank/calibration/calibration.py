@@ -200,15 +200,16 @@ def calibrate(
         model: The dense model.
         data: What `shrank.batches` made, or takes without further arguments. A Calibration is returned as it is.
         loss: By which gradients errors are weighted. "output": the sensitivity of the model's outputs to every layer;
-            "lm": next-token cross entropy; a function (output, batch) -> scalar, summed over what it averages; "none":
-            not at all, without a backward pass.
+            "kl": the divergence of the outputs as distributions, logits or probabilities, without labels; "lm":
+            next-token cross entropy; a function (output, batch) -> scalar, summed over what it averages; "none": not at
+            all, without a backward pass.
         layers: Names of the layers to observe; by default all that could be replaced.
         cache: A folder. Passes over the data that are found there are not repeated. It is not used, with a warning,
             where model, data or loss hold something that has no value to know it again by.
         max_memory: Bytes for moments that are held at a time; more passes over the data where they do not suffice. By
             default half of what the model takes in float32, and at least 64 MiB.
         spill: Keep what a backward pass needs in temporary files.
-        seed: Of the random directions that "output" draws.
+        seed: Of the random directions that "output" draws, and of the classes that "kl" does.
         inputs: Observe linear layers by their inputs where these are more numbers than their outputs, too. Rounding
             weights to a few bits needs it.
         narrow: Find the blocks of units too (feed-forward, channels, heads), and observe these one by one: what a plan

@@ -17,9 +17,11 @@ from .batches import Batch
 
 # Rows of outputs to draw gradients for: fewer know too few directions, where one row gathers many tokens.
 _ROWS_PER_BATCH, _MOST_DRAWS = 64, 8
+_IS_ONE = 1e-3  # how near the sum of probabilities is to it, in half precision too
 
 
-# "output": the sensitivity of the outputs; "lm": next-token cross entropy; "none"; or (output, batch) -> scalar.
+# "output": the sensitivity of the outputs; "kl": their divergence as distributions; "lm": next-token cross entropy;
+# "none"; or (output, batch) -> scalar.
 LossLike = str | Callable[[object, Batch], Tensor]
 
 
@@ -49,15 +51,45 @@ class OutputSensitivity(Sensitivity):
 
     def backward(self, output: object, batch: Batch, generator: torch.Generator) -> int:
         output = main_output(output)
-        mask = batch.mask_for(tuple(output.shape[:-1]))
-        rows = output[..., 0].numel() if mask is None else int(mask.sum())
-        draws = min(max(-(-_ROWS_PER_BATCH // max(rows, 1)), 1), _MOST_DRAWS)
-        for draw in range(draws if output.requires_grad and rows else 0):
-            direction = torch.randn(output.shape, generator=generator).to(output)
-            if mask is not None:
-                direction = direction * mask.view(output.shape[:-1])[..., None].to(output)
-            output.backward(direction, retain_graph=draw + 1 < draws)
-        return rows * draws
+        return _drawn(output, batch, lambda: torch.randn(output.shape, generator=generator).to(output))
+
+
+@dataclass(frozen=True)
+class Divergence(Sensitivity):
+    """The log-likelihood of classes that are drawn from the model's own distributions, its main output as logits or
+    probabilities: the moment of its gradients is the Hessian of KL(dense || compressed), and no label is needed.
+
+    Source: that of the Fisher matrix (Martens and Grosse, 2015), of which cross entropy with labels knows an estimate.
+    """
+
+    def backward(self, output: object, batch: Batch, generator: torch.Generator) -> int:
+        output = main_output(output)
+        rows = output.detach().float().reshape(-1, output.shape[-1])
+        require_logits("the model's", rows)
+        given = are_probabilities(rows)
+        probabilities = rows if given else rows.softmax(-1)
+        drawable = probabilities.cpu()
+
+        def gradient() -> Tensor:
+            drawn = drawable.multinomial(1, generator=generator).to(rows.device)
+            made = torch.zeros_like(rows) if given else probabilities.clone()
+            made.scatter_add_(1, drawn, -1 / probabilities.gather(1, drawn) if given else -torch.ones_like(rows[:, :1]))
+            return made.view(output.shape).to(output.dtype)
+
+        return _drawn(output, batch, gradient)
+
+
+def _drawn(output: Tensor, batch: Batch, gradient: Callable[[], Tensor]) -> int:
+    """Send gradients at the rows of output that count, drawn anew where these are few; how many rows there were."""
+    mask = batch.mask_for(tuple(output.shape[:-1]))
+    rows = output[..., 0].numel() if mask is None else int(mask.sum())
+    draws = min(max(-(-_ROWS_PER_BATCH // max(rows, 1)), 1), _MOST_DRAWS)
+    for draw in range(draws if output.requires_grad and rows else 0):
+        direction = gradient()
+        if mask is not None:
+            direction = direction * mask.view(output.shape[:-1])[..., None].to(output)
+        output.backward(direction, retain_graph=draw + 1 < draws)
+    return rows * draws
 
 
 @dataclass(frozen=True)
@@ -120,12 +152,17 @@ def as_sensitivity(loss: LossLike) -> Sensitivity | None:
 def as_training_loss(loss: LossLike) -> TrainingLoss | None:
     """What a user's `loss` means to training; None for "none": the dense model's outputs alone."""
     chosen = as_sensitivity(loss)
-    if isinstance(chosen, OutputSensitivity):
-        raise ValueError("loss must be 'lm', 'none' or a function, got 'output': the outputs are compared anyway")
+    if isinstance(chosen, OutputSensitivity | Divergence):
+        raise ValueError(f"loss must be 'lm', 'none' or a function, got {loss!r}: the outputs are compared anyway")
     return chosen
 
 
-_NAMED: dict[str, Sensitivity | None] = {"output": OutputSensitivity(), "lm": NextToken(), "none": None}
+_NAMED: dict[str, Sensitivity | None] = {
+    "output": OutputSensitivity(),
+    "kl": Divergence(),
+    "lm": NextToken(),
+    "none": None,
+}
 
 
 def cross_entropy_gradient(logits: Tensor, targets: Tensor) -> Tensor:
@@ -146,6 +183,17 @@ def main_output(output: object) -> Tensor:
         if tensor.is_floating_point() and tensor.dim() > 0:
             return tensor
     raise TypeError(f"the model returns no tensor of numbers but {type(output).__name__}")
+
+
+def are_probabilities(rows: Tensor) -> bool:
+    """Whether rows (tokens, classes) are distributions, not logits of them."""
+    return bool((rows >= 0).all()) and bool(((rows.sum(-1) - 1).abs() < _IS_ONE).all())
+
+
+def as_logits(rows: Tensor) -> Tensor:
+    """Rows of a model's output (tokens, classes), float32, as logits: their logarithms where they are probabilities."""
+    rows = rows.float()
+    return rows.clamp_min(torch.finfo(rows.dtype).tiny).log() if are_probabilities(rows) else rows
 
 
 def divergences(answer: Tensor, target: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..calibration.batches import Batch, as_batches, bound
 from ..calibration.calibration import Calibration
-from ..calibration.losses import divergences, main_output
+from ..calibration.losses import as_logits, divergences, main_output
 from ..calibration.request import Calibrate
 from ..model.hooks import hooked, in_eval_mode
 from ..model.survey import Survey
@@ -36,7 +36,7 @@ _KEEP, _BATCHES = 0.6, 2
 def require_probe(how: Calibrate) -> None:
     """ValueError where there is nothing that a probe could measure."""
     if how.loss not in _DISTANCES:
-        raise ValueError(f"probe: measures what {' and '.join(map(repr, _DISTANCES))} are about, and loss={how.loss!r}")
+        raise ValueError(f"probe: measures what {', '.join(map(repr, _DISTANCES))} are about, and loss={how.loss!r}")
 
 
 @torch.inference_mode(False)
@@ -88,7 +88,7 @@ def _squares(y: Tensor, wanted: Tensor, batch: Batch) -> float:
 
 
 def _divergence(y: Tensor, wanted: Tensor, batch: Batch) -> float:
-    return divergences(_rows(y, batch), _rows(wanted, batch)).sum().item()
+    return divergences(as_logits(_rows(y, batch)), as_logits(_rows(wanted, batch))).sum().item()
 
 
-_DISTANCES = {"output": _squares, "lm": _divergence}
+_DISTANCES = {"output": _squares, "kl": _divergence, "lm": _divergence}

@@ -13,9 +13,11 @@ from torch.nn import functional as F
 from shrank import calibrate
 from shrank.calibration.batches import as_batches
 from shrank.calibration.losses import (
+    Divergence,
     NextToken,
     NotComparable,
     OutputSensitivity,
+    as_training_loss,
     cross_entropy_gradient,
     divergences,
     main_output,
@@ -130,3 +132,31 @@ def test_batches_without_a_token_that_counts_contribute_nothing() -> None:
             assert both[name].gradient_samples == one[name].gradient_samples and both.tokens(name) == one.tokens(name)
             assert_close(both[name].gradient, one[name].gradient)
             assert_close(both[name].data, one[name].data)
+
+
+@pytest.mark.parametrize("given", ["logits", "probabilities"])
+def test_gradients_of_what_is_drawn_have_the_hessian_of_the_divergence(given: str) -> None:
+    """By the logits, whatever the model returns."""
+    logits = torch.tensor([[2.0, 0.0, -1.0]]).repeat(20000, 1)[None].requires_grad_()
+    output = logits.softmax(-1) if given == "probabilities" else logits * 1
+    rows = Divergence().backward(output, as_batches([{"x": draw(1)}])[0], torch.Generator().manual_seed(0))
+    found, p = logits.grad[0], logits[0, 0].detach().softmax(-1)
+    hessian = p.diag() - torch.outer(p, p)  # of KL(p || softmax(logits)) where these are equal
+    assert rows == 20000 and (found.T @ found / rows - hessian).abs().max() < 0.01
+
+
+def test_what_is_masked_draws_nothing() -> None:
+    logits = draw(1, 4, 5).requires_grad_()
+    batch = as_batches([{"input_ids": tokens(1, 4), "attention_mask": torch.tensor([[1, 1, 0, 0]])}])[0]
+    output = SimpleNamespace(logits=logits * 1)
+    assert Divergence().backward(vars(output), batch, torch.Generator().manual_seed(0)) % 2 == 0
+    assert (logits.grad[0, :2] != 0).all() and (logits.grad[0, 2:] == 0).all()
+
+
+def test_divergence_weighs_a_language_model_without_labels() -> None:
+    model = hf_model("gpt2")
+    inputs = {"input_ids": tokens(4, 8)}
+    kl, lm = (calibrate(model, [inputs], loss=loss) for loss in ("kl", "lm"))
+    assert kl.has_gradients and len(kl) == len(lm)
+    with pytest.raises(ValueError, match="got 'kl': the outputs are compared anyway"):
+        as_training_loss("kl")

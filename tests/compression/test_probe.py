@@ -92,7 +92,7 @@ def test_language_models_are_probed_by_the_divergence_of_their_logits() -> None:
 
 def test_what_cannot_be_probed_is_refused(tmp_path) -> None:
     model, data = mlp(2), [draw(100, WIDTH)]
-    with pytest.raises(ValueError, match="probe: measures what 'output' and 'lm' are about, and loss='none'"):
+    with pytest.raises(ValueError, match="probe: measures what 'output', 'kl', 'lm' are about, and loss='none'"):
         auto_fact(model, 0.6, calibrate=Calibrate(data, loss="none", probe=True))
     hf_model("llama").save_pretrained(tmp_path / "dense")
     with pytest.raises(TypeError, match="stream: probe="):

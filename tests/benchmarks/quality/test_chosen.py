@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.quality.chosen import Chosen, chosen_rows, sampled
+from benchmarks.quality.chosen import Chosen, chosen_rows
 from benchmarks.quality.studies import replaced
 from benchmarks.quality.tasks import Task
-from shrank import Batch
 from tests.common.models import WIDTH, draw, mlp
 
 
@@ -47,23 +44,6 @@ def test_a_row_says_what_was_made_and_when() -> None:
     assert row["method"] == "mine" and row["keep"] == 0.5 and 0.4 < row["kept"] <= 0.5
     assert row["measured"]["torch"] == torch.__version__
     assert len(Chosen(batches=3)._data(Outputs())) == 3 and len(Chosen()._data(Outputs())) == 1
-
-
-def test_gradients_of_drawn_tokens_have_the_moment_of_the_divergence() -> None:
-    logits = torch.tensor([[2.0, 0.0, -1.0]]).repeat(20000, 1)[None].requires_grad_()
-    ids = torch.zeros(1, 20000, dtype=torch.long)
-    sampled(SimpleNamespace(logits=logits), Batch((), {"input_ids": ids})).backward()
-    found, p = logits.grad[0], logits[0, 0].detach().softmax(-1)
-    hessian = p.diag() - torch.outer(p, p)  # of KL(p || softmax(logits)) where these are equal
-    assert (found.T @ found / len(found) - hessian).abs().max() < 0.01
-
-
-def test_what_is_masked_draws_no_token() -> None:
-    logits = torch.randn(1, 4, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    mask = torch.tensor([[1, 1, 0, 0]])
-    batch = Batch((), {"input_ids": torch.arange(4)[None], "attention_mask": mask})
-    sampled(SimpleNamespace(logits=logits), batch).backward()
-    assert (logits.grad[0, :2] != 0).all() and (logits.grad[0, 2:] == 0).all()
 
 
 def test_a_row_takes_the_place_of_that_of_the_same_size() -> None:
