@@ -30,7 +30,7 @@ NAMES = {
     "+ bias = shrank": "**+ bias correction = the default**",
     "shrank, anchored": "the default, `anchored=True`",
     "shrank, widths and ranks": "the default, `narrow=True`",
-    "shrank, loss=sampled": "the default, `loss` of what the model draws",
+    "shrank, loss=kl": "the default, `loss=\"kl\"`",
     "shrank, batches=64 narrow": "the default, `narrow=True`, 64 windows",
     "shrank, batches=96 narrow": "the default, `narrow=True`, 96 windows",
     "shrank, steps=100": "the default, `anchored=Anchored(steps=100)`",
@@ -94,10 +94,12 @@ SPEEDS = {"times dense, fp32": "times dense, float32", "times dense, int8": "int
 def bytes_kept(name: str, figures: dict[str, str], written: Callable[[float], str]) -> str:
     """Budgets in bytes beside what is published, by size; figures: those to show, with the heads of their columns. An
     empty cell was not measured."""
-    kept = ("shrank", "shrank, bits alone", "shrank, low rank alone")
-    names = dict(
-        zip(kept, ("**`keep_bytes`**", "`keep_bytes`, no low rank", "low rank alone, in 16 bits"), strict=True)
-    )
+    names = {
+        "shrank": "**`keep_bytes`**",
+        "shrank, with widths": "**`keep_bytes`, `narrow=True`**",
+        "shrank, bits alone": "`keep_bytes`, no low rank",
+        "shrank, low rank alone": "low rank alone, in 16 bits",
+    }
     rows = sorted((row for row in rows_of(f"sizes_{name}") if row["bytes"] < 1), key=lambda row: -row["bytes"])
     speeds = {speed: head for speed, head in SPEEDS.items() if any(speed in row for row in rows)}
     body = (
