@@ -30,7 +30,7 @@ NAMES = {
     "+ bias = shrank": "**+ bias correction = the default**",
     "shrank, anchored": "the default, `anchored=True`",
     "shrank, widths and ranks": "the default, `narrow=True`",
-    "shrank, loss=kl": "the default, `loss=\"kl\"`",
+    "shrank, loss=kl": 'the default, `loss="kl"`',
     "shrank, batches=64 narrow": "the default, `narrow=True`, 64 windows",
     "shrank, batches=96 narrow": "the default, `narrow=True`, 96 windows",
     "shrank, steps=100": "the default, `anchored=Anchored(steps=100)`",
