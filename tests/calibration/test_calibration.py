@@ -251,7 +251,7 @@ def test_the_model_is_as_before_after_an_error() -> None:
 @pytest.mark.parametrize(
     "loss, error, says",
     [
-        ("mse", ValueError, "must be 'output', 'lm', 'none' or a function, got 'mse'"),
+        ("mse", ValueError, "must be 'output', 'kl', 'lm', 'none' or a function, got 'mse'"),
         ("ouput", ValueError, "did you mean output"),
         (None, ValueError, "or a function, got None"),
         (lambda output, batch: output, TypeError, "scalar"),

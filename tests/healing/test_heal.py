@@ -332,7 +332,7 @@ def test_blocks_that_run_several_times_are_compared_call_by_call() -> None:
     "change, says",
     [
         ({"data": data(1)}, "cannot be trained on and held out"),
-        ({"loss": "none of these"}, "must be 'output', 'lm'"),
+        ({"loss": "none of these"}, "must be 'output', 'kl', 'lm'"),
         ({"loss": "output"}, "the outputs are compared anyway"),
         ({"student": mlp()}, "no low-rank or narrowed layers"),
         ({"steps": 0}, "steps must be at least 1"),
