@@ -26,6 +26,11 @@ from .spectra import Spectra
 _COHERENCE = 1.5
 
 
+def worth(tokens: int) -> float:
+    """What the errors of so many tokens come to, over their mean."""
+    return float(tokens) ** _COHERENCE
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A layer that the budget decides on; squares (G, m): what each of its directions adds to the squared error if it
@@ -59,7 +64,7 @@ class Candidate:
     @property
     def weight(self) -> float:
         """What the errors of all tokens come to, of which `squares` are the mean."""
-        return float(self.priced.tokens or 1) ** _COHERENCE
+        return worth(self.priced.tokens or 1)
 
     def relative(self, squared: float) -> float:
         """The relative error that a squared one is."""

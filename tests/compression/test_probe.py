@@ -49,28 +49,6 @@ def test_a_scale_is_what_was_measured_over_what_was_expected() -> None:
     assert_close(torch.tensor(scales["0"] / scales["2"]), torch.tensor(ratios["0"] / ratios["2"]))
 
 
-class Pooled(nn.Module):
-    """Two layers that see every token, and two that see their mean."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh())
-        self.after = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.after(self.before(x).mean(1))
-
-
-def test_layers_that_see_as_many_tokens_are_compared() -> None:
-    """And no others: what the errors of many tokens come to shows only where all layers are compressed."""
-    model, data = seeded(Pooled), list(draw(80, 10, WIDTH).split(20))
-    scales = probed(Survey(model), calibrate(model, data), Calibrate(data, probe=True))
-    assert len(scales) == 4 and len({round(scale, 6) for scale in scales.values()}) > 1
-    for part in ("before", "after"):
-        own = [scale for name, scale in scales.items() if name.startswith(part)]
-        assert len(own) == 2 and math.isclose(math.prod(own), 1, rel_tol=1e-9)
-
-
 def test_scales_decide_ranks_and_leave_factors_alone() -> None:
     model, data = mlp(3), list(draw(400, WIDTH).split(100))
     found = calibrate(model, data)
