@@ -52,13 +52,14 @@ class BlockCandidate:
 
     def layers_at(self, width: int) -> list[LayerPlan]:
         """The plans of its layers where it is narrowed."""
-        return [self._narrowed(x.draft, width) for x in self.layers] + self.carried_at(width)
+        return [self.narrowed(x.draft, width) for x in self.layers] + self.carried_at(width)
 
     def carried_at(self, width: int) -> list[LayerPlan]:
         """The plans of the layers between them."""
-        return [self._narrowed(layer, width) for layer in self.carried]
+        return [self.narrowed(layer, width) for layer in self.carried]
 
-    def _narrowed(self, layer: LayerPlan, width: int) -> LayerPlan:
+    def narrowed(self, layer: LayerPlan, width: int) -> LayerPlan:
+        """The plan of one of its layers, dense, where it is narrowed."""
         return narrowed_layer(layer, self.at(width, BY_BUDGET), BY_BUDGET)
 
 
@@ -209,7 +210,7 @@ def _candidate(
     for width, (units, squares) in found.at.items():
         narrower = Narrower(block, {x.site.fqn: x.site for x in layers}, statistics, units)
         made.narrower[width] = tuple(
-            replace(x, draft=draft, squares=squares[draft.fqn], narrower=narrower)
-            for x, draft in zip(layers, made.layers_at(width)[: len(layers)], strict=True)
+            replace(x, draft=made.narrowed(x.draft, width), squares=squares[x.site.fqn], narrower=narrower)
+            for x in layers
         )
     return made

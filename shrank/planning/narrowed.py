@@ -50,20 +50,8 @@ class NarrowedBlock(OfUnits):
     @classmethod
     def of(cls, block: UnitBlock, reason: str = "") -> NarrowedBlock:
         """A block that keeps its units; reason: why it must."""
-        reason = reason or block.reason
-        return cls(
-            block.name,
-            block.producers,
-            block.consumer,
-            block.units,
-            stacked=block.stacked,
-            reason=reason,
-            able=not reason,
-            rows=block.rows,
-            columns=block.columns,
-            strided=block.strided,
-            carriers=block.carriers,
-        )
+        reason, common = reason or block.reason, {field: getattr(block, field) for field in OfUnits.__annotations__}
+        return cls(block.name, **common, reason=reason, able=not reason)
 
     def with_width(self, width: int | None, reason: str) -> NarrowedBlock:
         """The block with another width; ValueError where it cannot have it."""
