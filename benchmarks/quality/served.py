@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ from torch import nn
 
 import shrank
 from benchmarks.speed.turns import in_turns
-from shrank.layers.quantized import is_quantized, plain
+from shrank.layers.quantized import is_quantized
+from shrank.model.dense import plain_twin
 
 ROUNDS = 7
 
@@ -34,9 +35,10 @@ def in_floats(model: nn.Module) -> nn.Module:
     """A copy in float32 whose weights of few bits are plain numbers; low-rank layers stay low-rank."""
     with torch.no_grad():
         copied = copy.deepcopy(model)
-        for parent, name, linear in list(_linears(copied)):
-            if is_quantized(linear.weight):
-                parent.register_module(name, _plain(linear))
+        for parent in list(copied.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear) and is_quantized(child.weight):
+                    parent.register_module(name, plain_twin(child).train(child.training))
         return copied.float()
 
 
@@ -80,18 +82,3 @@ def _forms(model: nn.Module) -> dict[str, nn.Module]:
     found = {"fp32": in_floats(model)}
     found["int8"] = in_int8(found["fp32"])
     return {kind: each for kind, each in found.items() if each is not None}
-
-
-def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """(parent, name, layer)"""
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
-                yield parent, name, child
-
-
-def _plain(linear: nn.Linear) -> nn.Linear:
-    made = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
-    made.weight = nn.Parameter(plain(linear.weight).float())
-    made.bias = linear.bias
-    return made.eval()
